@@ -1,25 +1,22 @@
-//! Which addresses are a namespace's own, and which are its neighbours: always current, without
-//! polling.
+//! The addresses and on-link subnets of a namespace, always current and without polling.
 //!
 //! # Theory of operation
 //!
-//! A netlink socket made in the namespace is a member of the groups to which the kernel reports
-//! every change of an address. A look-up first tries to receive from it: as a rule there is
-//! nothing, and the table at hand is current. If there is something, or if there was too much for
-//! the socket to hold (`ENOBUFS`), what it says does not matter: the queue is emptied, and then the
-//! table is read anew. In this order, so that a change during the reading is noticed by the next
-//! look-up.
+//! A netlink socket in the namespace subscribes to the multicast groups for address changes. Each
+//! lookup first tries to receive from this socket. Usually the queue is empty and the cached table
+//! is current. If there are messages, or if the queue has overflowed (`ENOBUFS`), the queue is
+//! drained and then the table is read again. The contents of the messages are ignored. The order
+//! matters: a change while the table is being read is detected by the next lookup.
 //!
-//! So a look-up costs one system call, and the answer is no older than that call. An IPv4 address
-//! is announced before the program that added it goes on; an IPv6 address a moment later, when the
-//! kernel has found that nobody else on the link has it.
+//! A lookup thus costs one system call, and its result is no older than that call. The kernel
+//! announces an IPv4 address before the system call that adds it returns, and an IPv6 address after
+//! duplicate address detection.
 //!
-//! Addresses count from when the kernel lists them until it does not, also while their interface is
-//! down. Routes without an address behind them (`ip route add local`, `ip route add ... dev`) are
-//! not seen.
+//! An address counts while the kernel lists it, even if its interface is down. Routes without an
+//! address (`ip route add local`, `ip route add ... dev`) are not considered.
 
 use crate::netlink::Netlink;
-use crate::routes::{connected_interface, default_route};
+use crate::routes::{connected_interface, default_next_hop};
 use crate::{ChangeListener, Family, Namespace, NamespaceId, Topic};
 use ipnet::IpNet;
 use netlink_packet_route::RouteNetlinkMessage;
@@ -32,35 +29,36 @@ use std::io;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-/// The index of `lo`, which is the first interface of every namespace (`LOOPBACK_IFINDEX` in
+/// Interface index of `lo` in every network namespace (`LOOPBACK_IFINDEX` in
 /// `include/net/net_namespace.h`).
 pub(crate) const LOOPBACK: u32 = 1;
 
 /// The addresses of a namespace.
 ///
-/// May be asked from several threads. Keeps two descriptors; needs no privilege once it is open.
+/// Can be shared between threads. Holds two file descriptors and needs no privileges once it is
+/// open.
 pub struct AddressBook {
     namespace: NamespaceId,
     changes: ChangeListener,
     state: Mutex<State>,
 }
 
-/// Those that [`AddressBook::of`] has handed out and that are still in use. An open book keeps its
-/// namespace alive, so no other one can have come by its id.
+/// Open books created by [`AddressBook::of`]. An open book keeps its namespace alive, so its ID
+/// cannot be reused.
 static SHARED: Mutex<BTreeMap<NamespaceId, Weak<AddressBook>>> = Mutex::new(BTreeMap::new());
 
 struct State {
     netlink: Netlink,
     table: Table,
-    /// The table could not be read when it had changed.
+    /// The table has changed and could not be read since.
     stale: bool,
 }
 
 impl AddressBook {
-    /// Begins to watch the addresses of `namespace`.
+    /// Opens a book for `namespace` and subscribes to its changes.
     ///
     /// # Errors
-    /// The namespace cannot be entered, or its addresses not be read.
+    /// The namespace cannot be entered, or its addresses cannot be read.
     pub fn open(namespace: &Namespace) -> io::Result<Self> {
         let changes = ChangeListener::of(namespace, &[Topic::Addresses])?;
         let mut netlink = Netlink::open(namespace)?;
@@ -69,11 +67,11 @@ impl AddressBook {
         Ok(Self { namespace: namespace.id(), changes, state })
     }
 
-    /// The book of `namespace` that this process has open, or a new one: thousands of ports may ask
-    /// about one host.
+    /// Returns the open book of `namespace`, or opens one. Sharing matters because thousands of
+    /// published ports may use the book of one host.
     ///
     /// # Errors
-    /// As of [`open`](Self::open).
+    /// Same as [`open`](Self::open).
     pub fn of(namespace: &Namespace) -> io::Result<Arc<Self>> {
         let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(open) = shared.get(&namespace.id()).and_then(Weak::upgrade) {
@@ -84,43 +82,46 @@ impl AddressBook {
         Ok(book)
     }
 
-    /// Whether `ip` is one of the namespace's own addresses, or in a loopback range.
+    /// Returns whether `ip` is an address of the namespace or in a loopback range.
     #[must_use]
     pub fn is_local(&self, ip: IpAddr) -> bool {
         self.current().table.is_local(ip)
     }
 
-    /// Whether some interface other than loopback has `ip` in its subnet, its own addresses
-    /// included.
+    /// Returns whether `ip` is in the subnet of an interface other than loopback. Includes the
+    /// addresses of the interface itself.
     #[must_use]
     pub fn is_on_link(&self, ip: IpAddr) -> bool {
         self.current().table.is_on_link(ip)
     }
 
-    /// Whether some interface has both addresses in its subnet, so that they reach one another past
-    /// any router.
+    /// Returns whether both addresses are in the subnet of the same interface, so that they
+    /// communicate without a router.
     #[must_use]
     pub fn on_link_with(&self, a: IpAddr, b: IpAddr) -> bool {
         self.current().table.on_link_with(a, b)
     }
 
-    /// The addresses by which a container is reached: those of global scope on interfaces other
-    /// than loopback. IPv4 first, and of each family those of the interface that the default route
-    /// uses.
+    /// Returns the addresses at which a container is reachable: those with global scope on
+    /// interfaces other than loopback. IPv4 comes first; within each family, the interface of the
+    /// default route comes first.
     #[must_use]
     pub fn container_addresses(&self) -> Vec<IpAddr> {
         let mut state = self.current();
-        // Without an answer the order is that of the interfaces.
+        // On failure, the order of the interfaces applies.
         let preferred = Family::ALL.map(|family| {
-            default_route(&mut state.netlink, family).ok().flatten().and_then(|way| way.interface)
+            default_next_hop(&mut state.netlink, family)
+                .ok()
+                .flatten()
+                .and_then(|hop| hop.interface)
         });
         state.table.container_addresses(preferred)
     }
 
-    /// The addresses of an interface, of global scope, in the kernel's order.
+    /// Returns the global addresses of the interface `name`, in the order of the kernel.
     ///
     /// # Errors
-    /// `ENODEV`: there is none of this name.
+    /// `ENODEV` if the interface does not exist.
     pub fn of_interface(&self, name: &str) -> io::Result<Vec<IpAddr>> {
         let state = self.current();
         let index = state.netlink.interface_index(name)?;
@@ -128,21 +129,20 @@ impl AddressBook {
         Ok(entries.map(|entry| entry.own).collect())
     }
 
-    /// The next hop of the default route in the main table; the one of lowest metric if there are
-    /// several.
+    /// Returns the gateway of the default route with the lowest metric in the main table.
     ///
-    /// `None` without a default route, or if it leads to an interface and not to a router.
+    /// Returns `None` if there is no default route, or if it has no gateway.
     ///
     /// # Errors
     /// The routes cannot be read.
     pub fn gateway(&self, family: Family) -> io::Result<Option<IpAddr>> {
-        Ok(default_route(&mut self.state().netlink, family)?.and_then(|route| route.gateway))
+        Ok(default_next_hop(&mut self.state().netlink, family)?.and_then(|hop| hop.gateway))
     }
 
-    /// Index and name of the interface behind which `ip` is on the same link: a packet to it from
-    /// inside the namespace is sent to it and not to a router.
+    /// Returns index and name of the interface on whose link `ip` is. Packets to `ip` from inside
+    /// the namespace are sent directly, without a router.
     ///
-    /// `None` if the way leads over a router, to the namespace itself, or nowhere.
+    /// Returns `None` if `ip` is behind a router, local to the namespace, or unreachable.
     ///
     /// # Errors
     /// The routes cannot be read.
@@ -154,7 +154,7 @@ impl AddressBook {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The table, read anew if it has changed.
+    /// Returns the table after reading it again if it has changed.
     fn current(&self) -> MutexGuard<'_, State> {
         let mut state = self.state();
         if self.changes.drain() || state.stale {
@@ -162,7 +162,7 @@ impl AddressBook {
                 Ok(table) => (state.table, state.stale) = (table, false),
                 Err(error) => {
                     state.stale = true;
-                    tracing::warn!(%error, "cannot read the addresses of a namespace; using the last known");
+                    tracing::warn!(%error, "addresses of namespace not readable; using last known");
                 }
             }
         }
@@ -173,7 +173,7 @@ impl AddressBook {
 impl Drop for AddressBook {
     fn drop(&mut self) {
         let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
-        // Another may have been opened meanwhile.
+        // Another book may have been opened concurrently.
         if shared.get(&self.namespace).is_some_and(|book| book.strong_count() == 0) {
             shared.remove(&self.namespace);
         }
@@ -191,13 +191,13 @@ impl fmt::Debug for AddressBook {
 struct Entry {
     interface: u32,
     own: IpAddr,
-    /// What is on the link: around `own`, or around the other end of a point-to-point link.
+    /// On-link prefix of `own`, or of the peer on a point-to-point link.
     subnet: IpNet,
     global: bool,
 }
 
-/// All addresses at one moment, in the kernel's order: by interface, and a primary address before
-/// those that were added to it.
+/// A snapshot of all addresses, in the order of the kernel: by interface, primary addresses before
+/// secondary ones.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Table(Vec<Entry>);
 
@@ -234,7 +234,7 @@ impl Table {
     fn container_addresses(&self, preferred: [Option<u32>; 2]) -> Vec<IpAddr> {
         let mut entries: Vec<&Entry> =
             self.0.iter().filter(|entry| entry.global && entry.interface != LOOPBACK).collect();
-        // Stable, so what is equal keeps the kernel's order.
+        // The sort is stable, so equal keys keep the order of the kernel.
         entries.sort_by_key(|entry| {
             let family = Family::of(entry.own);
             (family, preferred[family as usize] != Some(entry.interface))
@@ -244,7 +244,8 @@ impl Table {
 }
 
 impl Entry {
-    /// `None` for an address that cannot be used: someone else on the link has it.
+    /// Parses an address. Returns `None` if duplicate address detection has failed, because the
+    /// address is unusable.
     fn parse(message: &AddressMessage) -> Option<Self> {
         let (mut address, mut local) = (None, None);
         let mut duplicate = message.header.flags.contains(AddressHeaderFlags::Dadfailed);
@@ -258,16 +259,16 @@ impl Entry {
                 _ => {}
             }
         }
-        // On a point-to-point link IFA_ADDRESS is the other end; elsewhere both are the same, and
-        // IPv6 then leaves IFA_LOCAL out.
+        // On a point-to-point link IFA_ADDRESS is the peer. Otherwise IFA_ADDRESS and IFA_LOCAL are
+        // equal, and IPv6 omits IFA_LOCAL.
         let own = local.or(address)?;
         let subnet = IpNet::new(address.unwrap_or(own), message.header.prefix_len).ok()?;
         let global = message.header.scope == AddressScope::Universe;
         (!duplicate).then_some(Self { interface: message.header.index, own, subnet, global })
     }
 
-    /// Every IPv4 address in a subnet of `lo` is local (`fib_add_ifaddr` in the kernel's
-    /// `net/ipv4/fib_frontend.c`), which is more than 127.0.0.0/8 if someone adds another.
+    /// Every IPv4 address in a subnet of `lo` is local (`fib_add_ifaddr`, net/ipv4/fib_frontend.c).
+    /// Subnets other than 127.0.0.0/8 can be added to `lo`.
     fn is_loopback_subnet(&self, ip: IpAddr) -> bool {
         self.interface == LOOPBACK && ip.is_ipv4() && self.subnet.contains(&ip)
     }
@@ -281,7 +282,8 @@ mod tests {
         text.parse().unwrap()
     }
 
-    /// `interface address/prefix`, of global scope unless in a loopback or link-local range.
+    /// Builds a table from (interface, address/prefix). The scope is global except for loopback and
+    /// link-local addresses.
     fn table(lines: &[(u32, &str)]) -> Table {
         let entry = |&(interface, text): &(u32, &str)| {
             let subnet: IpNet = text.parse().unwrap();
@@ -318,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_share_a_subnet() {
+    fn addresses_in_one_subnet_are_on_link() {
         let host = host();
         assert!(host.on_link_with(ip("172.30.0.2"), ip("172.30.0.3")));
         assert!(host.on_link_with(ip("::ffff:172.30.0.2"), ip("172.30.0.3")));
@@ -327,11 +329,11 @@ mod tests {
         assert!(!host.on_link_with(ip("fd30::2"), ip("172.30.0.2")));
         assert!(host.is_on_link(ip("203.0.113.9")));
         assert!(!host.is_on_link(ip("198.51.100.1")));
-        assert!(!host.is_on_link(ip("127.0.0.1")), "loopback is no link");
+        assert!(!host.is_on_link(ip("127.0.0.1")), "loopback is not a link");
     }
 
     #[test]
-    fn a_container_has_ipv4_first_and_the_interface_of_its_default_route() {
+    fn container_addresses_start_with_ipv4_and_the_default_route() {
         let container = table(&[
             (1, "127.0.0.1/8"),
             (2, "10.1.0.2/16"),
@@ -350,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn the_other_end_of_a_point_to_point_link_is_on_link_and_not_local() {
+    fn point_to_point_peer_is_on_link_and_not_local() {
         let mut message = AddressMessage::default();
         message.header.index = 4;
         message.header.prefix_len = 32;
@@ -362,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_that_someone_else_has_is_left_out() {
+    fn duplicate_address_is_omitted() {
         let mut message = AddressMessage::default();
         message.header.prefix_len = 64;
         message.attributes.push(AddressAttribute::Address(ip("fd30::2")));

@@ -1,10 +1,10 @@
-//! Tells that something about a namespace's network has changed. What has changed, the listener
-//! observes itself.
+//! Notifications about network changes in a namespace. A notification carries no details; its
+//! receiver observes the current state.
 //!
-//! Messages can be lost when many come at once (`ENOBUFS`), and then the kernel says just that. So
-//! what they say is not applied: that there was one, or that one was lost, is all there is to know.
-//! Only the header is read, to leave out what happens all the time on a busy host and removes
-//! nothing of ours: ARP and neighbour discovery, routes of routing protocols.
+//! The kernel drops messages when the socket buffer overflows and reports only `ENOBUFS`. The
+//! contents of messages are therefore not applied: a message or a loss just means that the state
+//! has changed. Only headers are read, to ignore frequent changes that cannot remove objects of
+//! tidegate, such as ARP, neighbour discovery and routes of routing protocols.
 
 use crate::Namespace;
 use netlink_sys::{
@@ -16,20 +16,22 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use tidegate_model::registry;
 
-/// What is listened for; by its multicast groups (`include/uapi/linux/rtnetlink.h`).
+/// A subject of notifications, mapped to rtnetlink multicast groups
+/// (`include/uapi/linux/rtnetlink.h`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Topic {
-    /// Addresses of IPv4 and IPv6.
+    /// IPv4 and IPv6 addresses.
     Addresses,
-    /// Entries of forwarding databases of bridges. Neighbours of other families are not reported.
+    /// Forwarding database entries of bridges. Neighbour entries of other families are ignored.
     Fdb,
-    /// Interfaces, and the bridges that they are ports of.
+    /// Interfaces and their bridge membership.
     Links,
-    /// Routes that were deleted, and were made by the kernel or by tidegate.
+    /// Deletion of routes created by the kernel or by tidegate.
     Routes,
     /// Policy rules.
     Rules,
-    /// Forwarding and its like, for all interfaces or one (`net.ipv4.conf`, `net.ipv6.conf`).
+    /// Interface settings such as forwarding, global or per interface (`net.ipv4.conf`,
+    /// `net.ipv6.conf`).
     Settings,
 }
 
@@ -52,32 +54,32 @@ impl Topic {
     }
 }
 
-/// Messages taken at a time, should someone change things without end.
-const AT_A_TIME: usize = 1024;
+/// Maximum number of messages read per call, in case changes never stop.
+const MAX_MESSAGES: usize = 1024;
 
-/// A socket at which word arrives. It becomes readable then, and stays so until
-/// [`drain`](Self::drain).
+/// A netlink socket that receives notifications. It becomes readable with the first one and stays
+/// readable until [`drain`](Self::drain).
 pub struct ChangeListener {
     socket: Socket,
-    /// Of the routing socket, whose messages are filtered.
+    /// The socket is an rtnetlink socket, whose messages are filtered.
     is_routing: bool,
 }
 
 impl ChangeListener {
-    /// Begins to listen for `topics` in `namespace`.
+    /// Subscribes to `topics` in `namespace`.
     ///
     /// # Errors
-    /// The namespace cannot be entered, or no descriptor is left.
+    /// The namespace cannot be entered, or the process is out of file descriptors.
     pub fn of(namespace: &Namespace, topics: &[Topic]) -> io::Result<Self> {
         let groups = topics.iter().flat_map(|topic| topic.groups());
         namespace.with(|| Self::listen(NETLINK_ROUTE, groups))?
     }
 
-    /// Begins to listen, in the namespace of the calling thread, for changes of nftables, and of
-    /// the variant of iptables that is made of them.
+    /// Subscribes to changes of nftables, which includes iptables-nft, in the calling thread's
+    /// network namespace.
     ///
     /// # Errors
-    /// No descriptor is left, or there is no privilege to listen.
+    /// The process is out of file descriptors, or lacks the privilege to subscribe.
     pub fn of_rules() -> io::Result<Self> {
         // NFNLGRP_NFTABLES (include/uapi/linux/netfilter/nfnetlink.h)
         Self::listen(NETLINK_NETFILTER, [&7])
@@ -93,43 +95,42 @@ impl ChangeListener {
         Ok(Self { socket, is_routing: protocol == NETLINK_ROUTE })
     }
 
-    /// Takes what has come. Whether there was anything of interest.
+    /// Reads all pending messages. Returns whether any of them is relevant.
     pub fn drain(&self) -> bool {
         let mut changed = false;
-        for _ in 0..AT_A_TIME {
-            // What does not fit is cut off, and is not read anyway.
-            let mut beginning = [0; HEADERS];
-            match self.socket.recv(&mut &mut beginning[..], 0) {
+        for _ in 0..MAX_MESSAGES {
+            // The kernel truncates the message to the headers; the rest is not needed.
+            let mut headers = [0; HEADERS];
+            match self.socket.recv(&mut &mut headers[..], 0) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return changed,
                 Err(_) => changed = true,
                 Ok(length) => {
-                    changed |=
-                        !self.is_routing || is_of_interest(&beginning[..length.min(HEADERS)]);
+                    changed |= !self.is_routing || is_relevant(&headers[..length.min(HEADERS)]);
                 }
             }
         }
-        // There may be more, which nobody would tell of again.
+        // More messages may be pending, for which an edge-triggered poll would not wake up again.
         true
     }
 }
 
-/// Bytes of a message that are read: `struct nlmsghdr` and the longer one of `struct rtmsg` and
-/// `struct ndmsg`.
+/// Bytes to read per message: `struct nlmsghdr`, and the longer of `struct rtmsg` and `struct
+/// ndmsg`.
 const HEADERS: usize = 16 + 12;
 
-/// Whether a message of the routing socket, of which `beginning` is the beginning, may be about
-/// something of ours that was removed.
-fn is_of_interest(beginning: &[u8]) -> bool {
+/// Returns whether an rtnetlink message with these headers may report the removal of an object of
+/// tidegate.
+fn is_relevant(headers: &[u8]) -> bool {
     /// include/uapi/linux/rtnetlink.h
     const NEWROUTE: u16 = 24;
     const DELROUTE: u16 = 25;
     const NEWNEIGH: u16 = 28;
     const DELNEIGH: u16 = 29;
-    /// `RTPROT_KERNEL`: routes that come with an address.
+    /// `RTPROT_KERNEL`: routes that the kernel adds with an address.
     const KERNEL: u8 = 2;
     /// `NUD_NOARP`: a static entry.
     const NOARP: u16 = 0x40;
-    let byte = |at: usize| beginning.get(at).copied();
+    let byte = |at: usize| headers.get(at).copied();
     let short = |at: usize| Some(u16::from_ne_bytes([byte(at)?, byte(at + 1)?]));
     match short(4) {
         Some(NEWROUTE) => false,
@@ -147,7 +148,7 @@ fn is_of_interest(beginning: &[u8]) -> bool {
     }
 }
 
-/// The same as long as it lives.
+/// The descriptor never changes.
 impl AsRawFd for ChangeListener {
     fn as_raw_fd(&self) -> RawFd {
         self.socket.as_raw_fd()
@@ -164,7 +165,7 @@ impl fmt::Debug for ChangeListener {
 mod tests {
     use super::*;
 
-    /// A message of `kind`, with the bytes at these places of its second header set.
+    /// Builds a message of type `kind`, with these bytes of its second header set.
     fn message(kind: u16, set: &[(usize, u8)]) -> [u8; HEADERS] {
         let mut message = [0; HEADERS];
         message[4..6].copy_from_slice(&kind.to_ne_bytes());
@@ -175,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn what_removes_nothing_of_ours_is_left_out() {
+    fn changes_that_cannot_remove_own_objects_are_ignored() {
         const BRIDGE: u8 = 7;
         const ARP: u8 = 2;
         const BGP: u8 = 186;
@@ -191,8 +192,8 @@ mod tests {
             (28, &[(0, BRIDGE), (8, 2)], false),
             (28, &[(0, BRIDGE), (8, 0x40)], true),
         ] {
-            assert_eq!(is_of_interest(&message(kind, set)), is, "{kind} {set:?}");
+            assert_eq!(is_relevant(&message(kind, set)), is, "{kind} {set:?}");
         }
-        assert!(is_of_interest(&[]), "cut off");
+        assert!(is_relevant(&[]), "truncated");
     }
 }

@@ -1,10 +1,10 @@
-//! IPv4 and IPv6, as the kernel keeps them apart: each has its own rules and routes.
+//! Address families. The kernel has separate rules and routes for each.
 
 use netlink_packet_route::AddressFamily;
 use std::fmt;
 use std::net::IpAddr;
 
-/// One of the two.
+/// An address family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Family {
     /// IPv4.
@@ -14,10 +14,11 @@ pub enum Family {
 }
 
 impl Family {
-    /// Both, IPv4 first.
+    /// Both families, IPv4 first.
     pub const ALL: [Self; 2] = [Self::V4, Self::V6];
 
-    /// The family whose rules and routes decide about `ip`; an IPv4-mapped address is IPv4.
+    /// Returns the family whose rules and routes apply to `ip`. An IPv4-mapped address counts as
+    /// IPv4.
     #[must_use]
     pub fn of(ip: IpAddr) -> Self {
         if ip.to_canonical().is_ipv4() { Self::V4 } else { Self::V6 }
@@ -42,24 +43,24 @@ impl From<Family> for AddressFamily {
     }
 }
 
-/// Which of the two something is to be done for.
+/// A non-empty set of address families.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Families {
-    /// IPv4 alone.
+    /// IPv4 only.
     V4,
-    /// IPv6 alone.
+    /// IPv6 only.
     V6,
-    /// Both; each must be there.
+    /// Both families; neither is optional.
     Both,
 }
 
 impl Families {
-    /// Each of them, IPv4 first.
+    /// Iterates over the families, IPv4 first.
     pub fn iter(self) -> impl Iterator<Item = Family> {
         Family::ALL.into_iter().filter(move |family| self.contains(*family))
     }
 
-    /// Whether `family` is one of them.
+    /// Returns whether `family` is in the set.
     #[must_use]
     pub fn contains(self, family: Family) -> bool {
         match self {

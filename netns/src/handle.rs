@@ -1,4 +1,4 @@
-//! A namespace as a factory: enter it, make something, leave it again.
+//! Handles to network namespaces, and execution of code inside.
 
 use crate::{system, user};
 use rustix::fs::fstat;
@@ -13,64 +13,64 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Where a thread finds the namespace it is in.
-const OWN: &str = "/proc/thread-self/ns/net";
+/// Path of the calling thread's network namespace.
+const CURRENT: &str = "/proc/thread-self/ns/net";
 
-/// Which namespace it is: device and inode of its file in `nsfs`.
+/// The ID of a network namespace: device and inode of its file in `nsfs`.
 ///
-/// Two handles have the same id exactly if they are to the same namespace. An id says nothing once
-/// the namespace is gone: the kernel gives its inode number to one of the next.
+/// Two handles have the same ID if and only if they refer to the same namespace. An ID is
+/// meaningless after the namespace has been deleted, because the kernel reuses inode numbers.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
 )]
 pub struct NamespaceId {
-    /// The device number of `nsfs`.
+    /// Device number of `nsfs`.
     pub device: u64,
-    /// The inode number, the one in `net:[4026531840]`.
+    /// Inode number, as in `net:[4026531840]`.
     pub inode: u64,
 }
 
-/// As the links under `/proc/PID/ns` read: `net:[4026531840]`.
+/// Prints the format of the links in `/proc/PID/ns`: `net:[4026531840]`.
 impl fmt::Display for NamespaceId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "net:[{}]", self.inode)
     }
 }
 
-/// A network namespace that could not be opened.
+/// A failure to open a network namespace.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// Nothing is at that path.
+    /// The path does not exist.
     #[error("no such namespace {}", .0.display())]
     NoNamespace(PathBuf),
-    /// Something else is at that path, a namespace of another kind perhaps.
+    /// The path is not a network namespace; it may be a namespace of another type.
     #[error("{} is not a network namespace", .0.display())]
     NotANetworkNamespace(PathBuf),
-    /// There is no such process, or it has ended and waits to be reaped.
+    /// The process does not exist, or is a zombie.
     #[error("no process {0}")]
     NoProcess(u32),
-    /// The process belongs to someone else.
+    /// No permission to access the process of another user.
     #[error(
         "no permission to open the network namespace of process {0} (needs CAP_SYS_PTRACE over it)"
     )]
     ProcessDenied(u32),
-    /// The path is closed to us.
+    /// No permission to open the path.
     #[error("no permission to open namespace {}", .0.display())]
     PathDenied(PathBuf),
-    /// Anything else: no descriptors left, for instance.
+    /// Any other failure, for example exhausted file descriptors.
     #[error("open namespace {}: {source}", .path.display())]
     Failed {
-        /// What was opened.
+        /// Path of the namespace.
         path: PathBuf,
-        /// What the kernel said.
+        /// Error code of the kernel.
         source: io::Error,
     },
 }
 
-/// A network namespace, kept alive by a descriptor.
+/// A network namespace, kept alive by a file descriptor.
 ///
-/// Clones are handles to the same namespace; it lives as long as one of them does, whatever becomes
-/// of the processes in it.
+/// Clones are handles to the same namespace. The namespace exists as long as any handle does,
+/// regardless of the processes in it.
 #[derive(Clone)]
 pub struct Namespace(Arc<Inner>);
 
@@ -80,75 +80,76 @@ struct Inner {
     path: Option<PathBuf>,
 }
 
-/// Where a thread is.
+/// The known location of a thread.
 #[derive(Clone)]
-struct Here {
+struct Location {
     namespace: Namespace,
-    /// The thread may enter it, and so may come back.
+    /// The thread may enter this namespace, and thus can return to it.
     enterable: bool,
 }
 
 thread_local! {
-    /// Where the calling thread is, as far as this crate knows: it is found out once, and then kept
-    /// up to date by whoever moves the thread, which is [`enter`] alone. Asking the kernel takes
-    /// longer than the whole round trip into another namespace and back.
-    static HERE: RefCell<Option<Here>> = const { RefCell::new(None) };
+    /// Location of the calling thread. It is determined once and then updated by [`enter`], the
+    /// only function that moves threads. A query to the kernel would take longer than entering and
+    /// leaving a namespace.
+    static LOCATION: RefCell<Option<Location>> = const { RefCell::new(None) };
 }
 
 impl Namespace {
-    /// The namespace that the calling thread is in; within [`with`](Self::with), the one it
-    /// entered.
+    /// Returns the network namespace of the calling thread. Within [`with`](Self::with), this is
+    /// the entered namespace.
     ///
     /// # Errors
-    /// `/proc` is not mounted, or no descriptor is left.
+    /// `/proc` is not mounted, or the process is out of file descriptors.
     pub fn current() -> io::Result<Self> {
         let id = current_id()?;
-        HERE.with_borrow_mut(|here| match here {
-            Some(here) if here.namespace.id() == id => Ok(here.namespace.clone()),
+        LOCATION.with_borrow_mut(|location| match location {
+            Some(location) if location.namespace.id() == id => Ok(location.namespace.clone()),
             _ => {
-                let namespace = Self::adopt(File::open(OWN)?, None)?;
-                Ok(here.insert(Here { namespace, enterable: false }).namespace.clone())
+                let namespace = Self::from_file(File::open(CURRENT)?, None)?;
+                Ok(location.insert(Location { namespace, enterable: false }).namespace.clone())
             }
         })
     }
 
-    /// A new namespace, which has nothing but a loopback interface that is down. It is gone when
-    /// its last handle, process and socket is.
+    /// Creates a namespace whose only interface is a loopback interface that is down. The kernel
+    /// deletes it with its last handle, process and socket.
     ///
     /// # Errors
-    /// `EPERM` without `CAP_SYS_ADMIN`, `ENOSPC` at `user.max_net_namespaces`.
+    /// `EPERM` without `CAP_SYS_ADMIN`, `ENOSPC` at the limit `user.max_net_namespaces`.
     pub fn create() -> io::Result<Self> {
         let made = std::thread::Builder::new().name("tidegate-netns".into()).spawn(|| {
-            // SAFETY: of what threads share, this one takes nothing out: its network namespace
-            // alone becomes another, and it ends right after.
+            // SAFETY: no state shared between threads is unshared. Only the network namespace of
+            // this thread changes, and the thread exits afterwards.
             unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }?;
-            File::open(OWN)
+            File::open(CURRENT)
         })?;
         let file = made
             .join()
-            .map_err(|_| io::Error::other("the thread that makes a namespace panicked"))??;
-        Self::adopt(file, None)
+            .map_err(|_| io::Error::other("thread panicked while creating a namespace"))??;
+        Self::from_file(file, None)
     }
 
-    /// The same in a user namespace of its own, a child of the caller's that maps every ID to
-    /// itself. A process that joins [its owner](Self::owner) has every capability over the
-    /// namespace, and none over those of the caller.
+    /// Creates a namespace like [`create`](Self::create), owned by a new user namespace. The user
+    /// namespace is a child of the caller's and maps every ID to itself. A process that joins [the
+    /// owner](Self::owner) has all capabilities over the network namespace and none over the
+    /// caller's namespaces.
     ///
     /// # Errors
-    /// `EPERM` without `CAP_SETUID`, `CAP_SETGID` and `CAP_SETFCAP`, or where user namespaces are
-    /// not allowed; `ENOSPC` at `user.max_user_namespaces` or `user.max_net_namespaces`.
+    /// `EPERM` without `CAP_SETUID`, `CAP_SETGID` and `CAP_SETFCAP`, or if the host restricts user
+    /// namespaces; `ENOSPC` at the limit `user.max_user_namespaces` or `user.max_net_namespaces`.
     pub fn create_in_user_namespace() -> io::Result<Self> {
-        Self::adopt(user::network_of_a_child()?, None)
+        Self::from_file(user::create_owned_network()?, None)
     }
 
-    /// The namespace at `path`: a bind mount such as `ip netns` makes (`/run/netns/blue`), or
+    /// Opens the namespace at `path`: a bind mount as created by `ip netns` (`/run/netns/blue`), or
     /// `/proc/PID/ns/net`.
     ///
-    /// That it can be opened does not say that it can be entered, which takes `CAP_SYS_ADMIN` in
-    /// the user namespace that owns it; [`with`](Self::with) finds out.
+    /// Success does not imply permission to enter, which requires `CAP_SYS_ADMIN` in the owning
+    /// user namespace and is checked by [`with`](Self::with).
     ///
     /// # Errors
-    /// [`OpenError`] says what is there instead, or what is missing.
+    /// [`OpenError`].
     pub fn from_path(path: &Path) -> Result<Self, OpenError> {
         let path = std::path::absolute(path)
             .map_err(|source| OpenError::Failed { path: path.to_owned(), source })?;
@@ -157,19 +158,20 @@ impl Namespace {
             io::ErrorKind::PermissionDenied => OpenError::PathDenied(path.clone()),
             _ => OpenError::Failed { path: path.clone(), source },
         };
-        // The path is a user's. Opening a FIFO would wait, opening a terminal could adopt it.
+        // The path is user input. Opening a FIFO would block, and a terminal could become the
+        // controlling terminal.
         let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
         let file = OpenOptions::new().read(true).custom_flags(flags).open(&path).map_err(failed)?;
         if !system::is_network_namespace(&file) {
             return Err(OpenError::NotANetworkNamespace(path));
         }
-        Self::adopt(file, Some(path.clone())).map_err(failed)
+        Self::from_file(file, Some(path.clone())).map_err(failed)
     }
 
-    /// The namespace that process `pid` is in, as far as its main thread goes.
+    /// Opens the network namespace of the main thread of process `pid`.
     ///
     /// # Errors
-    /// [`OpenError::NoProcess`] and [`OpenError::ProcessDenied`] above all.
+    /// Mainly [`OpenError::NoProcess`] and [`OpenError::ProcessDenied`].
     pub fn from_pid(pid: u32) -> Result<Self, OpenError> {
         Self::from_path(Path::new(&format!("/proc/{pid}/ns/net"))).map_err(|error| match error {
             OpenError::NoNamespace(_) => OpenError::NoProcess(pid),
@@ -178,34 +180,35 @@ impl Namespace {
         })
     }
 
-    fn adopt(file: File, path: Option<PathBuf>) -> io::Result<Self> {
+    fn from_file(file: File, path: Option<PathBuf>) -> io::Result<Self> {
         let stat = fstat(&file)?;
         let id = NamespaceId { device: stat.st_dev, inode: stat.st_ino };
         Ok(Self(Arc::new(Inner { file, id, path })))
     }
 
-    /// Which one it is.
+    /// Returns the ID of the namespace.
     #[must_use]
     pub fn id(&self) -> NamespaceId {
         self.0.id
     }
 
-    /// The path that it was opened by, made absolute.
+    /// Returns the absolute path at which the namespace was opened, if any.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
         self.0.path.as_deref()
     }
 
-    /// The user namespace that it belongs to: in there, privileges count in it.
+    /// Returns the user namespace that owns this namespace. Capabilities in that user namespace
+    /// apply to this namespace.
     ///
     /// # Errors
-    /// `EPERM` if that is neither the caller's user namespace nor one inside of it.
+    /// `EPERM` if it is neither the caller's user namespace nor a descendant.
     pub fn owner(&self) -> io::Result<OwnedFd> {
         system::owner(&self.0.file)
     }
 
-    /// Whether privileges of the calling process count in it: to bind its lower ports, for
-    /// instance.
+    /// Returns whether capabilities of the calling process apply to this namespace, for example to
+    /// bind privileged ports.
     #[must_use]
     pub fn belongs_to_own_user_namespace(&self) -> bool {
         let id = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
@@ -214,83 +217,84 @@ impl Namespace {
         own.is_ok_and(|own| owner == Some(own))
     }
 
-    /// Whether the calling thread is in it. Asks the kernel; false if that fails.
+    /// Returns whether the calling thread is in this namespace. Queries the kernel and returns
+    /// `false` on failure.
     #[must_use]
     pub fn is_current(&self) -> bool {
         current_id().is_ok_and(|id| id == self.id())
     }
 
-    /// Enters the namespace on the calling thread, runs `f`, and returns to where the thread was.
-    /// If it is in there already, just runs `f`.
+    /// Enters the namespace on the calling thread, runs `f` and returns to the previous namespace.
+    /// If the thread is already inside, just runs `f`.
     ///
-    /// A thread that could not return, because the namespace it is in belongs to a user namespace
-    /// above its own, stays where it is: another one, made for it, enters in its place and ends
-    /// there. That costs some 30 µs instead of 5.
+    /// If the thread could not return, because its current namespace is owned by an ancestor user
+    /// namespace, it does not move. A temporary thread enters and runs `f` instead, which costs
+    /// about 30 µs instead of 5 µs.
     ///
-    /// Meant for short calls: make a socket, open a file below `/proc/sys/net`. What `f` makes
-    /// belongs to the namespace for life and may be handed out; a thread or process that `f` starts
-    /// stays inside. Calls nest.
+    /// Intended for short calls, such as creating a socket or opening a file in `/proc/sys/net`.
+    /// Objects created by `f` belong to the namespace permanently and can be returned. Threads and
+    /// processes started by `f` stay inside. Calls can be nested.
     ///
-    /// The thread comes back when `f` panics, too. Should the kernel refuse to let it back although
-    /// that was tried before, the process is aborted: code that believes itself on the host must
-    /// not run in a container.
+    /// The thread also returns if `f` panics. If the kernel unexpectedly refuses the return, the
+    /// process aborts, because code meant for the host must not run in a container.
     ///
-    /// A thread that something else than this crate moves between namespaces, by `setns(2)` or
-    /// `unshare(2)`, must not have called this before: it would be returned to where it was then.
-    /// Debug builds check.
+    /// Threads that are moved between namespaces by other code (`setns(2)`, `unshare(2)`) must not
+    /// have called this method before. They would return to the outdated location. Debug builds
+    /// check this.
     ///
     /// # Errors
-    /// `EPERM`: entering takes `CAP_SYS_ADMIN`, here and in the user namespace that owns this
-    /// namespace. `f` has not run then.
+    /// `EPERM` without `CAP_SYS_ADMIN` in the thread's own user namespace and in the user namespace
+    /// that owns this namespace. `f` has not run in that case.
     pub fn with<T: Send>(&self, f: impl FnOnce() -> T + Send) -> io::Result<T> {
-        let home = here()?;
-        if home.namespace.id() == self.id() {
+        let previous = current_location()?;
+        if previous.namespace.id() == self.id() {
             return Ok(f());
         }
-        if !home.enterable {
-            match enter(&home.namespace) {
+        if !previous.enterable {
+            match enter(&previous.namespace) {
                 Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                    return self.send_a_thread(f);
+                    return self.run_on_temporary_thread(f);
                 }
                 entered => entered?,
             }
         }
         enter(self)?;
-        let _way_back = WayBack(home.namespace);
+        let _guard = ReturnGuard(previous.namespace);
         Ok(f())
     }
 
-    fn send_a_thread<T: Send>(&self, f: impl FnOnce() -> T + Send) -> io::Result<T> {
+    fn run_on_temporary_thread<T: Send>(&self, f: impl FnOnce() -> T + Send) -> io::Result<T> {
         std::thread::scope(|scope| {
             let inside = || enter(self).map(|()| f());
-            let sent = std::thread::Builder::new()
+            let thread = std::thread::Builder::new()
                 .name("tidegate-netns".into())
                 .spawn_scoped(scope, inside)?;
-            sent.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
     }
 
-    /// Moves the calling thread into the namespace, for good: a thread that will enter others from
-    /// here, often, and has no business where it came from.
+    /// Moves the calling thread into the namespace permanently. For threads that often enter other
+    /// namespaces and do not need the original one.
     ///
     /// # Errors
-    /// As of [`with`](Self::with).
+    /// Same as [`with`](Self::with).
     pub fn enter(&self) -> io::Result<()> {
         enter(self)
     }
 
-    /// Whether the calling thread could enter the namespace that it is in, were it in another: what
-    /// [`with`](Self::with) needs to return to it.
+    /// Returns whether the calling thread may enter its current namespace, which
+    /// [`with`](Self::with) requires to return to it.
     #[must_use]
     pub fn current_is_enterable() -> bool {
-        here().is_ok_and(|here| here.enterable || enter(&here.namespace).is_ok())
+        current_location()
+            .is_ok_and(|location| location.enterable || enter(&location.namespace).is_ok())
     }
 
-    /// Reads a sysctl, named as sysctl(8) does (`net.ipv4.ip_forward`; a dot in the name of an
-    /// interface is written `/`), without the newline at its end.
+    /// Reads a sysctl and trims the trailing newline. `name` has the syntax of sysctl(8):
+    /// `net.ipv4.ip_forward`, with `/` for a dot in an interface name.
     ///
     /// # Errors
-    /// `ENOENT` for one that this kernel lacks, `EINVAL` for one that no namespace has of its own.
+    /// `ENOENT` if the kernel lacks the sysctl, `EINVAL` if it is not per-namespace.
     pub fn sysctl(&self, name: &str) -> io::Result<String> {
         let path = sysctl_path(name)?;
         let text = self.with(|| fs::read_to_string(path))??;
@@ -300,11 +304,11 @@ impl Namespace {
     /// Sets a sysctl.
     ///
     /// # Errors
-    /// As for [`sysctl`](Self::sysctl); `EPERM` or `EACCES` without `CAP_NET_ADMIN` in there,
-    /// `EROFS` where `/proc/sys` is mounted read-only, as it is in most containers.
+    /// Same as [`sysctl`](Self::sysctl); `EPERM` or `EACCES` without `CAP_NET_ADMIN` in the
+    /// namespace, `EROFS` if `/proc/sys` is mounted read-only, as in most containers.
     pub fn set_sysctl(&self, name: &str, value: &str) -> io::Result<()> {
         let path = sysctl_path(name)?;
-        // Not fs::write: it would create, and truncate, which these files do not take.
+        // fs::write would create or truncate, which these files do not support.
         self.with(|| {
             OpenOptions::new()
                 .write(true)
@@ -313,8 +317,8 @@ impl Namespace {
         })?
     }
 
-    /// Opens a sysctl to read it and then perhaps to set it: in a thousand namespaces that have the
-    /// same files, the kernel takes longest to find the one that is meant.
+    /// Opens a sysctl for reading and writing. Opening once for both matters: with a thousand
+    /// namespaces, the path lookup is the most expensive part.
     pub(crate) fn open_sysctl(&self, name: &str) -> io::Result<File> {
         let path = sysctl_path(name)?;
         self.with(|| OpenOptions::new().read(true).write(true).open(path))?
@@ -333,13 +337,13 @@ impl fmt::Debug for Namespace {
     }
 }
 
-/// Leaves a namespace again when dropped, also while a panic unwinds.
-struct WayBack(Namespace);
+/// Returns the thread to a namespace when dropped, also during unwinding.
+struct ReturnGuard(Namespace);
 
-impl Drop for WayBack {
+impl Drop for ReturnGuard {
     fn drop(&mut self) {
         if let Err(error) = enter(&self.0) {
-            tracing::error!(namespace = %self.0.id(), %error, "a thread cannot return to its namespace");
+            tracing::error!(namespace = %self.0.id(), %error, "thread cannot return to its namespace; aborting");
             std::process::abort();
         }
     }
@@ -347,30 +351,30 @@ impl Drop for WayBack {
 
 fn enter(namespace: &Namespace) -> io::Result<()> {
     move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
-    HERE.set(Some(Here { namespace: namespace.clone(), enterable: true }));
+    LOCATION.set(Some(Location { namespace: namespace.clone(), enterable: true }));
     Ok(())
 }
 
-fn here() -> io::Result<Here> {
-    let here = match HERE.with_borrow(Clone::clone) {
-        Some(here) => here,
-        None => Here { namespace: Namespace::current()?, enterable: false },
+fn current_location() -> io::Result<Location> {
+    let location = match LOCATION.with_borrow(Clone::clone) {
+        Some(location) => location,
+        None => Location { namespace: Namespace::current()?, enterable: false },
     };
     debug_assert!(
-        here.namespace.is_current(),
-        "something else has moved this thread out of {:?}",
-        here.namespace
+        location.namespace.is_current(),
+        "thread moved out of {:?} by other code",
+        location.namespace
     );
-    Ok(here)
+    Ok(location)
 }
 
 fn current_id() -> io::Result<NamespaceId> {
-    let metadata = fs::metadata(OWN)?;
+    let metadata = fs::metadata(CURRENT)?;
     Ok(NamespaceId { device: metadata.dev(), inode: metadata.ino() })
 }
 
-/// Only what a namespace has of its own, which is all below `net`; anything else would change the
-/// machine.
+/// Restricts names to per-namespace sysctls, which are all below `net`. Others would change the
+/// whole host.
 fn sysctl_path(name: &str) -> io::Result<PathBuf> {
     let swapped = name.chars().map(|c| match c {
         '.' => '/',
@@ -394,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_network_namespace_is_told_apart() {
+    fn paths_that_are_not_network_namespaces_are_rejected() {
         assert_eq!(reason("/run/netns/no-such"), "no such namespace /run/netns/no-such");
         assert_eq!(reason("/etc/passwd"), "/etc/passwd is not a network namespace");
         assert_eq!(reason("/tmp"), "/tmp is not a network namespace");
@@ -402,14 +406,14 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_does_not_exist_is_named() {
+    fn error_names_a_missing_process() {
         // Above every possible pid (PID_MAX_LIMIT is 2^22).
         assert_eq!(Namespace::from_pid(4_194_305).unwrap_err().to_string(), "no process 4194305");
         assert_eq!(Namespace::from_pid(0).unwrap_err().to_string(), "no process 0");
     }
 
     #[test]
-    fn the_own_namespace_is_the_same_by_every_way() {
+    fn current_namespace_has_one_id() {
         let current = Namespace::current().unwrap();
         assert!(current.is_current());
         assert_eq!(Namespace::from_pid(std::process::id()).unwrap().id(), current.id());
@@ -418,13 +422,13 @@ mod tests {
     }
 
     #[test]
-    fn sysctls_have_the_names_that_sysctl_8_gives_them() {
+    fn sysctl_names_have_the_syntax_of_sysctl_8() {
         let path = sysctl_path("net.ipv4.conf.eth0/7.rp_filter").unwrap();
         assert_eq!(path, Path::new("/proc/sys/net/ipv4/conf/eth0.7/rp_filter"));
     }
 
     #[test]
-    fn no_name_leads_out_of_the_sysctls_of_a_namespace() {
+    fn sysctl_names_outside_the_namespace_are_rejected() {
         for name in [
             "kernel.hostname",
             "net",

@@ -1,9 +1,9 @@
-//! A network namespace as a factory: of sockets, of policy routes, and of knowledge about its
+//! Network namespaces: creation of sockets and policy routes inside, and information about their
 //! network.
 //!
-//! A socket belongs to the namespace it was made in, for life, whoever holds it. So no part of
-//! tidegate lives in a container. It asks for what it needs to be made there, and then does
-//! ordinary I/O from one process:
+//! A socket belongs to the namespace in which it was created, regardless of the process that holds
+//! it. No part of tidegate therefore runs in a container: it creates sockets in the namespace of
+//! the container and does ordinary I/O on them from one process:
 //!
 //! ```no_run
 //! use std::{net::TcpListener, path::Path};
@@ -11,34 +11,34 @@
 //!
 //! let container = Namespace::from_path(Path::new("/run/netns/blue"))?;
 //! let listener = container.with(|| TcpListener::bind("127.0.0.11:53"))??;
-//! let (connection, client) = listener.accept()?; // of a process in the container
+//! let (connection, client) = listener.accept()?; // from a process in the container
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! - [`Namespace`]: a handle by path or process; makes things inside, reads and sets sysctls.
-//! - [`AddressBook`]: which addresses are the namespace's own, which are its neighbours, where its
-//!   packets go; always current.
-//! - [`LocalPeers`]: the user of a client on this host.
-//! - [`ChangeListener`]: word that something has changed.
-//! - [`PolicyRoute`]: rules, routes and sysctls as one value that takes all of them back when it
-//!   goes, and that is cleaned up after when its process was killed ([`sweep()`]).
+//! - [`Namespace`]: a handle, opened by path or PID. Runs code inside, reads and sets sysctls.
+//! - [`AddressBook`]: current addresses, on-link subnets and routes of a namespace.
+//! - [`LocalPeers`]: user ID of a client on the same host.
+//! - [`ChangeListener`]: change notifications.
+//! - [`PolicyRoute`]: rules, routes and sysctls that are reverted on drop, or by a later process if
+//!   the owner was killed ([`sweep()`]).
 //!
-//! Everything is synchronous. Going into a namespace and back takes some 5 µs, the kernel answers
-//! netlink requests at once, and programs as small as the docker-proxy drop-in link this crate
-//! without a runtime.
+//! The API is synchronous. Entering and leaving a namespace takes about 5 µs, and the kernel
+//! processes netlink requests synchronously. Small programs such as the docker-proxy replacement
+//! can thus use this crate without an async runtime.
 //!
-//! Entering takes root, or a user namespace that owns the namespace to enter. An ordinary user has
-//! one made ([`become_root_of_a_user_namespace`]) and stays in the host's network. Its threads find
-//! no way back there once they have entered another namespace, so those that come from the host
-//! send one of their own ([`Namespace::with`]), and those that enter often live inside from the
-//! start ([`Namespace::enter`]).
+//! Entering a namespace requires root, or membership in the user namespace that owns it. An
+//! unprivileged process creates a user namespace ([`become_root_of_a_user_namespace`]) and stays in
+//! the host's network namespace. Its threads cannot return to the host's network namespace once
+//! they have left it. A thread in the host's namespace therefore delegates to a temporary thread
+//! ([`Namespace::with`]), and a thread that enters often moves inside permanently
+//! ([`Namespace::enter`]).
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("network namespaces exist on Linux only");
 
 mod addresses;
+mod background;
 mod change_listener;
-mod elsewhere;
 mod family;
 mod handle;
 mod local_peer;
@@ -51,8 +51,8 @@ mod system;
 mod user;
 
 pub use addresses::AddressBook;
+pub use background::drop_in_background;
 pub use change_listener::{ChangeListener, Topic};
-pub use elsewhere::drop_elsewhere;
 pub use family::{Families, Family};
 pub use handle::{Namespace, NamespaceId, OpenError};
 pub use local_peer::LocalPeers;

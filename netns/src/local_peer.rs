@@ -1,8 +1,8 @@
-//! Whose process is at the other end of a TCP connection within one host.
+//! User ID of the peer of a TCP connection within one host.
 //!
-//! TCP has no `SO_PEERCRED`. The kernel's socket diagnosis (`NETLINK_SOCK_DIAG`, sock_diag(7))
-//! finds the client's socket by its addresses, without a search through all connections, and tells
-//! the user that made it.
+//! TCP has no `SO_PEERCRED`. Instead, sock_diag(7) (`NETLINK_SOCK_DIAG`) looks up the client's
+//! socket by its addresses, without a scan of all connections, and reports the user that created
+//! it.
 
 use netlink_sys::{Socket, SocketAddr as NetlinkAddress, protocols::NETLINK_SOCK_DIAG};
 use std::fmt;
@@ -17,21 +17,21 @@ const NLM_F_REQUEST: u16 = 1;
 const HEADER: usize = 16;
 /// Bytes of `inet_diag_req_v2` and, at least, of `inet_diag_msg` (include/uapi/linux/inet_diag.h).
 const REQUEST: usize = 56;
-const ANSWER: usize = 72;
-/// Where in those `inet_diag_sockid` begins, and in the answer the user.
+const REPLY: usize = 72;
+/// Offsets of `inet_diag_sockid` in request and reply, and of user ID and inode in the reply.
 const ID_IN_REQUEST: usize = 8;
-const ID_IN_ANSWER: usize = 4;
+const ID_IN_REPLY: usize = 4;
 const USER: usize = 64;
 const INODE: usize = 68;
 
-/// Tells users of local clients.
+/// A sock_diag(7) client that looks up the users of local clients.
 pub struct LocalPeers(Socket);
 
 impl LocalPeers {
-    /// Asks the kernel about the network namespace of the calling thread.
+    /// Opens a socket in the calling thread's network namespace.
     ///
     /// # Errors
-    /// No descriptor is left, or the kernel has no socket diagnosis.
+    /// The process is out of file descriptors, or the kernel lacks sock_diag.
     pub fn new() -> io::Result<Self> {
         let socket = Socket::new(NETLINK_SOCK_DIAG)?;
         socket.connect(&NetlinkAddress::new(0, 0))?;
@@ -39,19 +39,19 @@ impl LocalPeers {
         Ok(Self(socket))
     }
 
-    /// The user that made the socket of `client`, which is connected to `local`. `None` if there is
-    /// no such socket here, or if no process has it any more. A user that is not mapped in this
-    /// process's user namespace is reported as 65534.
+    /// Returns the user that created the socket bound to `client` and connected to `local`. Returns
+    /// `None` if the namespace has no such socket, or if it has been closed. A user that is not
+    /// mapped in this process's user namespace is reported as 65534.
     #[must_use]
     pub fn user_of(&self, client: SocketAddr, local: SocketAddr) -> Option<u32> {
         let (client, local) = (canonical(client), canonical(local));
-        // An answer that an earlier call has not read.
-        let mut answer = [0; 256];
-        while self.0.recv(&mut &mut answer[..], 0).is_ok() {}
+        // Discard replies that an earlier call did not read.
+        let mut reply = [0; 256];
+        while self.0.recv(&mut &mut reply[..], 0).is_ok() {}
         self.0.send(&request(client, local)?, 0).ok()?;
-        // It is there when send(2) returns.
-        let length = self.0.recv(&mut &mut answer[..], 0).ok()?;
-        read(answer.get(..length)?, client, local)
+        // The reply is queued when send(2) returns.
+        let length = self.0.recv(&mut &mut reply[..], 0).ok()?;
+        read(reply.get(..length)?, client, local)
     }
 }
 
@@ -61,7 +61,8 @@ impl fmt::Debug for LocalPeers {
     }
 }
 
-/// The question for the TCP socket at `of` that is connected to `to`; `None` for two families.
+/// Builds a request for the TCP socket bound to `of` and connected to `to`. Returns `None` if their
+/// families differ.
 fn request(of: SocketAddr, to: SocketAddr) -> Option<Vec<u8>> {
     let family = match (of.ip(), to.ip()) {
         (IpAddr::V4(_), IpAddr::V4(_)) => libc::AF_INET,
@@ -73,7 +74,7 @@ fn request(of: SocketAddr, to: SocketAddr) -> Option<Vec<u8>> {
     message.extend(BY_FAMILY.to_ne_bytes());
     message.extend(NLM_F_REQUEST.to_ne_bytes());
     message.extend([0; 8]);
-    // In all states.
+    // Match all TCP states.
     message.extend([family as u8, libc::IPPROTO_TCP as u8, 0, 0]);
     message.extend(u32::MAX.to_ne_bytes());
     message.extend(of.port().to_be_bytes());
@@ -86,7 +87,7 @@ fn request(of: SocketAddr, to: SocketAddr) -> Option<Vec<u8>> {
     Some(message)
 }
 
-/// As `inet_diag_sockid` has addresses.
+/// Encodes an address for `inet_diag_sockid`.
 fn octets(ip: IpAddr) -> [u8; 16] {
     match ip {
         IpAddr::V4(v4) => {
@@ -97,20 +98,20 @@ fn octets(ip: IpAddr) -> [u8; 16] {
     }
 }
 
-/// The user in `answer`, if it is about the socket that was asked for: where there is no such
-/// connection, the kernel describes a listener. For a socket that was closed, it describes what is
-/// left of the connection, with inode 0 and user 0 (`inet_twsk_diag_fill`, net/ipv4/inet_diag.c),
-/// which must not be taken for root's.
-fn read(answer: &[u8], of: SocketAddr, to: SocketAddr) -> Option<u32> {
-    let kind = u16::from_ne_bytes(answer.get(4..6)?.try_into().ok()?);
-    let told = answer.get(HEADER..HEADER + ANSWER).filter(|_| kind == BY_FAMILY)?;
-    let id = &told[ID_IN_ANSWER..];
+/// Returns the user in `reply` if the reply describes the requested socket. Without such a
+/// connection, the kernel describes a listener instead. For a closed socket, it describes the
+/// TIME_WAIT socket with inode 0 and user 0 (`inet_twsk_diag_fill`, net/ipv4/inet_diag.c), which
+/// must not be mistaken for root.
+fn read(reply: &[u8], of: SocketAddr, to: SocketAddr) -> Option<u32> {
+    let kind = u16::from_ne_bytes(reply.get(4..6)?.try_into().ok()?);
+    let message = reply.get(HEADER..HEADER + REPLY).filter(|_| kind == BY_FAMILY)?;
+    let id = &message[ID_IN_REPLY..];
     let ports = [of.port().to_be_bytes(), to.port().to_be_bytes()].concat();
-    let word = |at: usize| told[at..].first_chunk().copied().map(u32::from_ne_bytes);
+    let word = |at: usize| message[at..].first_chunk().copied().map(u32::from_ne_bytes);
     (id[..4] == ports && word(INODE)? != 0).then(|| word(USER)).flatten()
 }
 
-const _: () = assert!(ID_IN_REQUEST + 48 == REQUEST && ID_IN_ANSWER + 48 + 12 == USER);
+const _: () = assert!(ID_IN_REQUEST + 48 == REQUEST && ID_IN_REPLY + 48 + 12 == USER);
 
 #[cfg(test)]
 mod tests {
@@ -118,7 +119,7 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
 
     #[test]
-    fn the_user_of_a_client_on_this_host_is_told() {
+    fn user_of_a_local_client_is_reported() {
         let peers = LocalPeers::new().unwrap();
         for (at, to) in [("127.0.0.1:0", None), ("[::1]:0", None), ("[::]:0", Some("127.0.0.1"))] {
             let listener = TcpListener::bind(at).unwrap();
@@ -136,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_that_has_closed_is_nobodys() {
+    fn closed_client_has_no_user() {
         let peers = LocalPeers::new().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         drop(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
@@ -145,14 +146,14 @@ mod tests {
     }
 
     #[test]
-    fn who_is_not_here_has_no_user() {
+    fn unknown_client_has_no_user() {
         let peers = LocalPeers::new().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let here = listener.local_addr().unwrap();
         assert_eq!(
             peers.user_of(here, "127.0.0.1:1".parse().unwrap()),
             None,
-            "a listener is no client"
+            "a listener is not a client"
         );
         assert_eq!(peers.user_of("192.0.2.1:9".parse().unwrap(), here), None);
     }

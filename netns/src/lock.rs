@@ -1,4 +1,4 @@
-//! A file that is somebody's, for as long as that process lives.
+//! Exclusive file locks that end with their process.
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
@@ -8,27 +8,28 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::Duration;
 
-/// How often to try for the lock, and how long to wait in between, before another process is said
-/// to have it: a child of a dead owner holds on to it until it executes its program, and an owner
-/// that ends may delete the file meanwhile.
+/// Number of attempts and pause between them before the lock counts as held by another process.
+/// Retries are necessary because a forked child of a dead owner keeps the lock until it calls
+/// execve(2), and because an exiting owner may delete the file concurrently.
 const ATTEMPTS: usize = 10;
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// What came of trying for a lock.
+/// The result of an attempt to lock a file.
 #[derive(Debug)]
 pub enum Lock {
-    /// It is ours until the file is closed.
-    Had(File),
-    /// Another process has it; what it wrote into the file can be read.
+    /// Acquired. The lock is held until the file is closed.
+    Acquired(File),
+    /// Held by another process. The file can be read.
     Held(File),
 }
 
-/// Opens and locks (flock(2)) the file that is at `path` by the time the lock is had, and makes it
-/// if need be, for this user alone. The lock goes with the process, however that ends.
+/// Opens and locks (flock(2)) the file at `path`, and creates it with mode 0600 if it is missing.
+/// The locked file is the one at `path` at the time of locking. The kernel releases the lock when
+/// the process ends for any reason.
 ///
 /// # Errors
-/// What open(2) and flock(2) say; `PermissionDenied` for what is not a file, or not this user's,
-/// and a link is not followed.
+/// Errors of open(2) and flock(2). `PermissionDenied` if the path is not a regular file of this
+/// user. Symbolic links are not followed.
 pub fn lock_file(path: &Path) -> io::Result<Lock> {
     let mut held = None;
     for _ in 0..ATTEMPTS {
@@ -39,10 +40,10 @@ pub fn lock_file(path: &Path) -> io::Result<Lock> {
             .mode(0o600)
             .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
             .open(path)?;
-        // What another could have put there is not written into.
+        // Never write to a file that another user may have planted.
         let there = file.metadata()?;
         if !there.is_file() || there.uid() != rustix::process::geteuid().as_raw() {
-            let reason = format!("{} is not a file of this user's", path.display());
+            let reason = format!("{} is not a regular file owned by this user", path.display());
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, reason));
         }
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
@@ -54,13 +55,13 @@ pub fn lock_file(path: &Path) -> io::Result<Lock> {
             }
             Err(errno) => return Err(errno.into()),
         }
-        // Its last owner may have deleted it meanwhile.
+        // The previous owner may have deleted the file concurrently.
         let same = fs::metadata(path).and_then(|there| Ok(there.ino() == file.metadata()?.ino()));
         if same.unwrap_or(false) {
-            return Ok(Lock::Had(file));
+            return Ok(Lock::Acquired(file));
         }
     }
-    // Without one: it was deleted each time, so there are others, and busy ones.
+    // `None`: the file was deleted in every attempt, so other processes compete for the lock.
     held.map(Lock::Held).ok_or_else(|| io::ErrorKind::WouldBlock.into())
 }
 
@@ -69,20 +70,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_had_once_at_a_time_and_again_after_the_file_was_deleted() {
+    fn lock_is_exclusive_and_can_be_acquired_after_the_file_was_deleted() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("lock");
-        let Lock::Had(first) = lock_file(&path).unwrap() else { panic!("nobody else has it") };
+        let Lock::Acquired(first) = lock_file(&path).unwrap() else { panic!("the lock is free") };
         assert_eq!(first.metadata().unwrap().mode() & 0o777, 0o600);
         assert!(matches!(lock_file(&path).unwrap(), Lock::Held(_)));
         fs::remove_file(&path).unwrap();
-        assert!(matches!(lock_file(&path).unwrap(), Lock::Had(_)), "another file");
+        assert!(matches!(lock_file(&path).unwrap(), Lock::Acquired(_)), "a new file");
         drop(first);
-        assert!(matches!(lock_file(&path).unwrap(), Lock::Had(_)));
+        assert!(matches!(lock_file(&path).unwrap(), Lock::Acquired(_)));
     }
 
     #[test]
-    fn what_is_no_file_of_ours_is_not_taken() {
+    fn links_fifos_and_directories_are_rejected() {
         let directory = tempfile::tempdir().unwrap();
         let [target, link, fifo] =
             ["target", "link", "fifo"].map(|name| directory.path().join(name));

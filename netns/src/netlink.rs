@@ -1,7 +1,8 @@
-//! Questions and orders to the kernel's routing socket, one at a time.
+//! rtnetlink client with one request in flight at a time.
 //!
-//! Synchronous, because the kernel is: it has handled a request when `send(2)` returns, and the
-//! answer waits in the socket. There is nothing to await and no thread to keep for it.
+//! The client is synchronous because the kernel is: when `send(2)` returns, the request has been
+//! processed and the reply is in the receive queue. Neither an async runtime nor a thread is
+//! needed.
 
 use crate::Namespace;
 use crate::system::namespace_cookie;
@@ -13,62 +14,64 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use std::io;
 
-/// The most that the kernel puts into one datagram of a dump, in bytes (`netlink_recvmsg` caps it
-/// at 32 KiB).
+/// Maximum length of a dump datagram, in bytes (`netlink_recvmsg` caps it at 32 KiB).
 const DATAGRAM: usize = 32 << 10;
 
-/// How often a dump is begun again because what it lists was changed meanwhile.
+/// Maximum attempts at a dump that concurrent changes interrupt (`NLM_F_DUMP_INTR`).
 const DUMP_ATTEMPTS: u32 = 8;
 
-/// What to do with the object that a request describes.
+/// The operation on the object in a request.
 #[derive(Clone, Copy)]
-pub(crate) enum Order {
-    /// Make it; `EEXIST` if it is there.
+pub(crate) enum Operation {
+    /// Create it; `EEXIST` if it exists.
     Create,
-    /// Make it although it may be there; of what the kernel keeps in order, at the end.
-    CreateAgain,
-    /// Put it in the place of the one that is there.
+    /// Create it even if an equal object exists. In an ordered list, it is appended.
+    CreateDuplicate,
+    /// Create it, replacing an existing object.
     Replace,
-    /// Delete it; `ENOENT` or `ESRCH` if it is not there.
+    /// Delete it; `ENOENT` or `ESRCH` if it does not exist.
     Delete,
 }
 
-/// A connection to the routing part of a namespace's kernel.
+/// An rtnetlink connection in one network namespace.
 pub(crate) struct Netlink {
     socket: Socket,
     sequence: u32,
 }
 
 impl Netlink {
-    /// Connects to `namespace`, for as long as the value lives; the privilege to enter is not
-    /// needed again.
+    /// Connects to `namespace`. Later requests do not need the privilege to enter it.
     pub(crate) fn open(namespace: &Namespace) -> io::Result<Self> {
         let socket = namespace.with(|| Socket::new(NETLINK_ROUTE))??;
-        // Connected to the kernel, so that no other process can put an answer into our socket.
+        // Connected to the kernel, so that other processes cannot inject replies.
         socket.connect(&SocketAddr::new(0, 0))?;
-        // The kernel then honours the filter in a request for a dump, instead of listing
-        // everything.
+        // Without strict checking, the kernel ignores the filter of a dump request and lists all
+        // objects.
         socket.set_netlink_get_strict_chk(true)?;
         Ok(Self { socket, sequence: 0 })
     }
 
-    /// The namespace's cookie, if the kernel gives out such.
+    /// Returns the cookie of the namespace, if the kernel supports cookies.
     pub(crate) fn cookie(&self) -> Option<u64> {
         namespace_cookie(&self.socket).ok()
     }
 
-    /// Changes something.
-    pub(crate) fn execute(&mut self, message: RouteNetlinkMessage, order: Order) -> io::Result<()> {
-        let flags = match order {
-            Order::Create => NLM_F_CREATE | NLM_F_EXCL,
-            Order::CreateAgain => NLM_F_CREATE,
-            Order::Replace => NLM_F_CREATE | NLM_F_REPLACE,
-            Order::Delete => 0,
+    /// Performs `operation` on the object in `message`.
+    pub(crate) fn execute(
+        &mut self,
+        message: RouteNetlinkMessage,
+        operation: Operation,
+    ) -> io::Result<()> {
+        let flags = match operation {
+            Operation::Create => NLM_F_CREATE | NLM_F_EXCL,
+            Operation::CreateDuplicate => NLM_F_CREATE,
+            Operation::Replace => NLM_F_CREATE | NLM_F_REPLACE,
+            Operation::Delete => 0,
         };
         self.request(message, flags, |_| ()).map(drop)
     }
 
-    /// Asks for one thing.
+    /// Requests one object.
     pub(crate) fn get(
         &mut self,
         message: RouteNetlinkMessage,
@@ -78,34 +81,35 @@ impl Netlink {
         Ok(answer)
     }
 
-    /// Asks for all there is that `message` lets through. What cannot be understood is left out.
+    /// Dumps all objects that match `message`. Skips replies that cannot be parsed.
     pub(crate) fn dump(
         &mut self,
         message: &RouteNetlinkMessage,
     ) -> io::Result<Vec<RouteNetlinkMessage>> {
         for _ in 0..DUMP_ATTEMPTS {
             let mut listed = Vec::new();
-            let whole =
+            let consistent =
                 self.request(message.clone(), NLM_F_DUMP, |message| listed.push(message))?;
-            if whole {
+            if consistent {
                 return Ok(listed);
             }
         }
-        Err(io::Error::other("what was to be listed keeps changing"))
+        Err(io::Error::other("dump interrupted repeatedly by concurrent changes"))
     }
 
-    /// The name of the interface with this index.
+    /// Returns the name of the interface with index `index`.
     pub(crate) fn interface_name(&self, index: u32) -> io::Result<String> {
         Ok(rustix::net::netdevice::index_to_name(&self.socket, index)?)
     }
 
-    /// The index of the interface with this name.
+    /// Returns the index of the interface `name`.
     pub(crate) fn interface_index(&self, name: &str) -> io::Result<u32> {
         Ok(rustix::net::netdevice::name_to_index(&self.socket, name)?)
     }
 
-    /// Sends a request and hands on all that is answered, up to the final word. Says whether that
-    /// was a consistent picture: a dump in several datagrams can be overtaken by a change.
+    /// Sends a request and passes every reply to `each`, until the final status. Returns whether
+    /// the replies are a consistent snapshot: a change between two datagrams of a dump interrupts
+    /// it.
     fn request(
         &mut self,
         message: RouteNetlinkMessage,
@@ -121,7 +125,7 @@ impl Netlink {
         message.serialize(&mut buffer);
         self.socket.send(&buffer[..message.buffer_len()], 0)?;
 
-        let mut whole = true;
+        let mut consistent = true;
         loop {
             let length = self.receive(&mut buffer)?;
             let mut rest = &buffer[..length];
@@ -129,26 +133,27 @@ impl Netlink {
                 let packet = NetlinkBuffer::new_checked(rest).map_err(malformed)?;
                 let length = (packet.length() as usize).next_multiple_of(4);
                 rest = rest.get(length..).unwrap_or_default();
-                // Answers to a request that was given up half-way.
+                // A reply to a request that was abandoned.
                 if packet.sequence_number() != self.sequence {
                     continue;
                 }
-                whole &= packet.flags() & NLM_F_DUMP_INTR == 0;
+                consistent &= packet.flags() & NLM_F_DUMP_INTR == 0;
                 match packet.message_type() {
-                    // Both carry a code: zero, or the negative number of an error.
+                    // Both carry a status: zero or a negative errno.
                     NLMSG_ERROR | NLMSG_DONE => {
                         let code =
                             ErrorBuffer::new_checked(packet.payload()).map_err(malformed)?.code();
                         return match code {
-                            None => Ok(whole),
+                            None => Ok(consistent),
                             Some(code) => Err(io::Error::from_raw_os_error(-code.get())),
                         };
                     }
                     kind => match RouteNetlinkMessage::parse_with_param(packet.payload(), kind) {
                         Ok(message) => each(message),
-                        // Something newer than the parser, hence nothing that we have made.
+                        // The message is newer than the parser, so it does not describe an object
+                        // of tidegate.
                         Err(error) => {
-                            tracing::debug!(kind, %error, "netlink message not understood");
+                            tracing::debug!(kind, %error, "netlink message not parsed");
                         }
                     },
                 }

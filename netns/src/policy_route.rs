@@ -1,39 +1,40 @@
-//! Rules, routes and sysctls that steer packets into our sockets, as one value that can be taken
-//! back.
+//! Policy rules, routes and sysctls that steer packets to local sockets. One value owns them and
+//! reverts them when it is dropped.
 //!
 //! # Theory of operation
 //!
-//! A socket bound to somebody else's address (`IP_TRANSPARENT`) can send in that one's name. For
-//! the answers to reach it, the kernel has to deliver locally what is addressed elsewhere. Two
-//! things do that: a route in a table of its own that calls every address local, and rules that say
-//! which packets look there.
+//! A socket with `IP_TRANSPARENT` can bind to a foreign address and send from it. To receive the
+//! replies, the kernel must deliver packets for foreign addresses locally. A separate routing table
+//! contains a local default route for this purpose, and policy rules select the packets that use
+//! the table.
 //!
 //! ```text
-//!   7400:  from all fwmark 0x74670001 lookup 29700      <- PolicyRoute::steer, one for each selector
+//!   7400:  from all fwmark 0x74670001 lookup 29700      <- PolicyRoute::steer, one per selector
 //!   table 29700:  local default dev lo                  <- PolicyRoute::install
 //! ```
 //!
-//! Priority and table belong to an owner slot ([`OwnerSlot`]), which belongs to one
-//! [`PolicyRoute`]: many processes may have policy routes in one namespace and never meet. Whatever
-//! is added carries tidegate's protocol number
-//! ([`ROUTE_PROTOCOL`](tidegate_model::registry::ROUTE_PROTOCOL)), and nothing is deleted that does
-//! not.
+//! An owner slot ([`OwnerSlot`]) determines the priority and the table. Each [`PolicyRoute`] has
+//! its own slot, so the policy routes of several processes in one namespace do not conflict. All
+//! rules and routes carry tidegate's protocol number
+//! ([`ROUTE_PROTOCOL`](tidegate_model::registry::ROUTE_PROTOCOL)), and only objects with this
+//! number are deleted.
 //!
-//! A sysctl belongs to the namespace as a whole. The first owner that needs another value writes
-//! the original down; the last one to leave puts it back, unless somebody else has set it
-//! meanwhile.
+//! A sysctl is shared by all owners in the namespace. The first owner that changes it records the
+//! original value. The last owner restores that value, unless the sysctl has been changed
+//! externally.
 //!
-//! # When a process is killed
+//! # Crash recovery
 //!
-//! Its slots and the sysctls' original values are in a journal. The next [`PolicyRoute::install`]
-//! in that namespace, and every [`sweep()`], undoes what owners that have ended left behind. A
-//! journal speaks of processes by number: those that share one share a pid namespace.
+//! A journal records the slots of each process and the original values of sysctls. The next
+//! [`PolicyRoute::install`] in the namespace, and every [`sweep()`], reverts the changes of owners
+//! that have exited. The journal identifies processes by PID, so all its users must share a PID
+//! namespace.
 //!
-//! # What stays
+//! # Permanent effect
 //!
-//! With the first policy rule ever, the kernel takes the tables `local` and `main` of the namespace
-//! apart, which it had looked up as one, and never joins them again: it costs a little time per
-//! look-up.
+//! The first policy rule makes the kernel split the tables `local` and `main` of the namespace,
+//! which it otherwise looks up as one. It never merges them again, which makes each lookup slightly
+//! slower.
 
 mod error;
 mod journal;
@@ -61,20 +62,20 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use tidegate_model::registry::{OwnerSlot, table_id};
 
-/// How many rules one [`PolicyRoute`] can have. The kernel goes through all rules of a namespace
-/// for every packet that it has no route for yet.
+/// Maximum number of rules per [`PolicyRoute`]. The kernel evaluates the rules of a namespace
+/// linearly for every packet without a cached route.
 pub const MAX_SELECTORS: usize = 256;
 
-/// A place in a namespace from which packets can be steered into local sockets.
+/// A routing table and an owner slot in a namespace, for rules that steer packets to local sockets.
 ///
-/// Dropped, it reverts everything. Errors are logged then; what could not be reverted stays in
-/// the journal.
+/// Dropping it reverts all changes. Errors are logged, and changes that could not be reverted stay
+/// in the journal.
 pub struct PolicyRoute {
     directory: PathBuf,
     installed: Arc<Installed>,
 }
 
-/// What is in the namespace.
+/// The state of a policy route in its namespace.
 struct Installed {
     namespace: Namespace,
     slot: OwnerSlot,
@@ -83,28 +84,29 @@ struct Installed {
     rules: Mutex<Rules>,
 }
 
-/// All of this process, for [`repair_policy_routes`].
+/// All policy routes of this process, for [`repair_policy_routes`].
 static INSTALLED: Mutex<Vec<Weak<Installed>>> = Mutex::new(Vec::new());
 
 struct Rules {
     netlink: Netlink,
-    /// By which address steered answers leave, of each family that it was named for.
+    /// Preferred source addresses. Key: whether the family is IPv6.
     sources: BTreeMap<bool, IpAddr>,
-    /// Taken back, or being so.
+    /// Reverted, or being reverted.
     ended: bool,
-    /// How many guards each rule has.
+    /// Number of guards per rule.
     holders: BTreeMap<Selector, usize>,
 }
 
 impl PolicyRoute {
-    /// Cleans up after owners that have ended, claims a slot in `namespace`, adds its route for
-    /// `families` and sets `sysctls`. No packet is steered yet.
+    /// Cleans up after owners that have exited, claims a slot in `namespace`, adds its route for
+    /// `families` and sets `sysctls`. Does not steer packets yet.
     ///
-    /// The journal is in `$TIDEGATE_RUN_DIR/policy` if that is set, else in `/run/tidegate/policy`
-    /// or, for whoever may not write to `/run`, in `$XDG_RUNTIME_DIR/tidegate/policy`.
+    /// The journal is in `$TIDEGATE_RUN_DIR/policy` if the variable is set, otherwise in
+    /// `/run/tidegate/policy` if `/run` is writable, otherwise in
+    /// `$XDG_RUNTIME_DIR/tidegate/policy`.
     ///
     /// # Errors
-    /// [`PolicyRouteError`] says what was refused. Nothing is left of what was done before it.
+    /// [`PolicyRouteError`]. Earlier steps are reverted.
     pub fn install(
         namespace: &Namespace,
         families: Families,
@@ -114,11 +116,11 @@ impl PolicyRoute {
     }
 
     /// [`install`](Self::install) with the journal in `directory`. All owners in a namespace should
-    /// use the same: those that do not cannot undo one another's remains, nor know whether they are
-    /// the last.
+    /// use the same journal. Otherwise they can neither clean up after each other nor detect the
+    /// last owner.
     ///
     /// # Errors
-    /// As for [`install`](Self::install).
+    /// Same as [`install`](Self::install).
     pub fn install_in(
         directory: &Path,
         namespace: &Namespace,
@@ -130,8 +132,8 @@ impl PolicyRoute {
         session.prune();
         let changes = session.changes(sysctls)?;
         let slot = session.claim(families, &changes)?;
-        if let Err(error) = session.make(&changes) {
-            session.give_up(slot);
+        if let Err(error) = session.apply(&changes) {
+            session.abort(slot);
             return Err(error);
         }
         drop(session);
@@ -152,75 +154,75 @@ impl PolicyRoute {
         Ok(Self { directory: directory.to_owned(), installed })
     }
 
-    /// Delivers packets that match `selector` to local sockets, until the last guard for this
+    /// Delivers packets that match `selector` to local sockets until the last guard of this
     /// selector is dropped.
     ///
-    /// Takes two system calls, and two more when the rule is deleted; none for a selector that is
-    /// there. They wait for the kernel's lock on network configuration, which someone who sets up
-    /// many interfaces keeps busy.
+    /// Takes two system calls, and two more to delete the rule; none for an existing selector. The
+    /// calls wait for the RTNL lock, which is contended while other processes configure many
+    /// interfaces.
     ///
     /// # Errors
-    /// [`PolicyRouteError`]: the kernel refused the rule, there are [`MAX_SELECTORS`], or the selector makes
-    /// no sense.
+    /// [`PolicyRouteError`]: the kernel rejected the rule, the limit [`MAX_SELECTORS`] is reached,
+    /// or the selector is invalid.
     pub fn steer(self: &Arc<Self>, selector: Selector) -> Result<Steered, PolicyRouteError> {
-        let there = &self.installed;
+        let inner = &self.installed;
         let flaw = selector.flaw().or_else(|| {
-            let installed = there.families.contains(selector.family);
+            let installed = inner.families.contains(selector.family);
             (!installed).then_some("the policy route was not installed for this family")
         });
         if let Some(flaw) = flaw {
             let selector = Box::new(selector);
             return Err(PolicyRouteError::Selector {
-                namespace: there.namespace.id(),
+                namespace: inner.namespace.id(),
                 selector,
                 flaw,
             });
         }
-        let mut rules = there.rules();
+        let mut rules = inner.rules();
         let rules = &mut *rules;
         if let Some(holders) = rules.holders.get_mut(&selector) {
             *holders += 1;
         } else if rules.holders.len() == MAX_SELECTORS {
-            return Err(PolicyRouteError::TooManySelectors(there.namespace.id()));
+            return Err(PolicyRouteError::TooManySelectors(inner.namespace.id()));
         } else {
-            match slot::add_rule(&mut rules.netlink, there.slot, &selector) {
-                // Left from when it could not be deleted.
+            match slot::add_rule(&mut rules.netlink, inner.slot, &selector) {
+                // Left over from a failed deletion.
                 Err(error) if Errno::from_io_error(&error) == Some(Errno::EXIST) => {}
-                added => added.map_err(|source| there.rule_error(&selector, source))?,
+                added => added.map_err(|source| inner.rule_error(&selector, source))?,
             }
             rules.holders.insert(selector.clone(), 1);
         }
         Ok(Steered { route: Arc::clone(self), selector })
     }
 
-    /// Names the address of the namespace that steered answers leave from when their socket has not
-    /// chosen one.
+    /// Sets the preferred source address of steered replies from sockets that are not bound to an
+    /// address.
     ///
-    /// An IPv4 server that is bound to no address answers a datagram from the one that the route
-    /// says, and a local route without a preferred source says the *destination*: such an answer
-    /// seems to come from the client itself and finds nobody (`ip_route_output_key_hash_rcu`,
-    /// net/ipv4/route.c). IPv6 picks an address of the namespace by itself.
+    /// An unbound IPv4 server replies to a datagram from the source address of the route. A local
+    /// route without a preferred source yields the *destination* address, so the reply would claim
+    /// to come from the client itself and be lost (`ip_route_output_key_hash_rcu`,
+    /// net/ipv4/route.c). IPv6 selects an address of the namespace by itself.
     ///
     /// # Errors
-    /// [`PolicyRouteError`]: the kernel refuses an address that is not the namespace's.
-    pub fn answer_from(&self, address: IpAddr) -> Result<(), PolicyRouteError> {
-        let there = &self.installed;
-        let mut rules = there.rules();
+    /// [`PolicyRouteError`]: the kernel rejects addresses that do not belong to the namespace.
+    pub fn set_source(&self, address: IpAddr) -> Result<(), PolicyRouteError> {
+        let inner = &self.installed;
+        let mut rules = inner.rules();
         rules.sources.insert(address.is_ipv6(), address);
-        slot::set_source(&mut rules.netlink, there.slot, address).map_err(|source| {
+        slot::set_source(&mut rules.netlink, inner.slot, address).map_err(|source| {
             let route =
-                format!("local default dev lo table {} src {address}", table_id(there.slot));
-            kernel_error(&there.namespace, route, source)
+                format!("local default dev lo table {} src {address}", table_id(inner.slot));
+            kernel_error(&inner.namespace, route, source)
         })
     }
 
-    /// How many rules there are, at most [`MAX_SELECTORS`].
+    /// Returns the number of rules, at most [`MAX_SELECTORS`].
     #[must_use]
     pub fn selectors(&self) -> usize {
         self.installed.rules().holders.len()
     }
 
-    /// The slot it has in its namespace.
+    /// Returns the owner slot.
     #[must_use]
     pub fn slot(&self) -> OwnerSlot {
         self.installed.slot
@@ -232,9 +234,9 @@ impl Installed {
         self.rules.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds what is missing, and says what that was.
+    /// Adds missing objects and returns them.
     ///
-    /// The kernel is asked to add everything exclusively: what is there it refuses.
+    /// All objects are added with `NLM_F_EXCL`, so the kernel rejects existing ones.
     fn repair(&self) -> Result<Vec<Restored>, PolicyRouteError> {
         let mut restored = Vec::new();
         let mut rules = self.rules();
@@ -266,7 +268,7 @@ impl Installed {
             let failed =
                 |source| kernel_error(&self.namespace, format_args!("sysctl {sysctl}"), source);
             if let Some(change) = sysctl::Change::needed(&self.namespace, sysctl).map_err(failed)? {
-                change.make().map_err(failed)?;
+                change.apply().map_err(failed)?;
                 restored.push(Restored::Sysctl(sysctl.to_string()));
             }
         }
@@ -283,12 +285,13 @@ impl Installed {
         rules.holders.remove(selector);
         match rules.delete(self.slot, selector) {
             Ok(()) => {}
-            // Someone has cleared the rules of the namespace: networkd does, when it restarts.
+            // Another program flushed the rules of the namespace; systemd-networkd does so on
+            // restart.
             Err(error) if slot::is_absence(&error) => {
-                tracing::debug!(%selector, "the rule was gone already");
+                tracing::debug!(%selector, "rule already deleted externally");
             }
             Err(source) => {
-                tracing::warn!(error = %self.rule_error(selector, source), "cannot delete a rule");
+                tracing::warn!(error = %self.rule_error(selector, source), "rule not deleted");
             }
         }
     }
@@ -299,10 +302,10 @@ impl Installed {
     }
 }
 
-/// An object of a [`PolicyRoute`] that other software had removed or changed.
+/// A restored object of a [`PolicyRoute`] that another program had removed or changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Restored {
-    /// The route of its table.
+    /// The route in the table of the slot.
     Route(String),
     /// A rule.
     Rule(String),
@@ -310,11 +313,10 @@ pub enum Restored {
     Sysctl(String),
 }
 
-/// Restores what is missing of all policy routes that this process has in `namespace`, and says
-/// what that was.
+/// Restores missing objects of all policy routes of this process in `namespace`, and returns them.
 ///
 /// # Errors
-/// [`PolicyRouteError`]: the kernel refused something.
+/// [`PolicyRouteError`]: the kernel rejected a change.
 pub fn repair_policy_routes(namespace: NamespaceId) -> Result<Vec<Restored>, PolicyRouteError> {
     let mut restored = Vec::new();
     for installed in installed_in(namespace) {
@@ -323,8 +325,9 @@ pub fn repair_policy_routes(namespace: NamespaceId) -> Result<Vec<Restored>, Pol
     Ok(restored)
 }
 
-/// Whether the sysctls of all policy routes that this process has in `namespace` are as they were
-/// set, as far as they can be read. Nothing announces that one is changed.
+/// Returns whether the sysctls of all policy routes of this process in `namespace` still have the
+/// configured values. Unreadable sysctls count as unchanged. Callers must poll, because the kernel
+/// does not notify about changes of sysctls.
 #[must_use]
 pub fn policy_route_sysctls_hold(namespace: NamespaceId) -> bool {
     installed_in(namespace).iter().all(|installed| {
@@ -340,7 +343,7 @@ fn installed_in(namespace: NamespaceId) -> Vec<Arc<Installed>> {
     all.iter().filter_map(Weak::upgrade).filter(|one| one.namespace.id() == namespace).collect()
 }
 
-/// Whether something was added, which is not the case if it was there.
+/// Returns whether the object was added, or `false` if it already existed.
 fn was_missing(added: io::Result<()>) -> io::Result<bool> {
     match added {
         Ok(()) => Ok(true),
@@ -350,17 +353,17 @@ fn was_missing(added: io::Result<()>) -> io::Result<bool> {
 }
 
 impl Rules {
-    /// Deletes the rule of `selector` and no other.
+    /// Deletes the rule of `selector` and no other rule.
     ///
-    /// The kernel deletes the first rule that meets the request, and one that `selector` covers may
-    /// come first. So those are all added again, behind the one to delete; then as many deletions
-    /// as there are rules before them hit that one and the old copies. There is no moment in which
-    /// one is missing.
+    /// The kernel deletes the first rule that matches the request, which may be a more specific
+    /// rule covered by `selector`. All covered rules are therefore duplicated at the end first. The
+    /// same number of deletions plus one then removes the target and the old copies. At no time is
+    /// a covered rule missing.
     fn delete(&mut self, slot: OwnerSlot, selector: &Selector) -> io::Result<()> {
         let covered: Vec<&Selector> =
             self.holders.keys().filter(|other| selector.covers(other)).collect();
         for other in &covered {
-            slot::add_rule_again(&mut self.netlink, slot, other)?;
+            slot::add_duplicate_rule(&mut self.netlink, slot, other)?;
         }
         (0..=covered.len()).try_for_each(|_| slot::delete_rule(&mut self.netlink, slot, selector))
     }
@@ -368,23 +371,23 @@ impl Rules {
 
 impl Drop for PolicyRoute {
     fn drop(&mut self) {
-        let there = &self.installed;
-        let mut rules = there.rules();
+        let inner = &self.installed;
+        let mut rules = inner.rules();
         rules.ended = true;
         let netlink = &mut rules.netlink;
-        let left = Session::begin(&self.directory, &there.namespace, netlink)
-            .map(|mut session| session.leave(there.slot));
+        let left = Session::begin(&self.directory, &inner.namespace, netlink)
+            .map(|mut session| session.revert(inner.slot));
         let errors = left.unwrap_or_else(|error| {
-            // Without the journal nobody knows whether the sysctls may go back; what is the slot's
-            // alone may.
-            let rest = slot::delete_rules(netlink, there.slot)
-                .and_then(|()| slot::delete_routes(netlink, there.slot));
+            // Without the journal it is unknown whether the sysctls may be restored. Rules and
+            // routes belong to the slot alone and can be deleted.
+            let rest = slot::delete_rules(netlink, inner.slot)
+                .and_then(|()| slot::delete_routes(netlink, inner.slot));
             let rest =
-                rest.map_err(|source| kernel_error(&there.namespace, "rules and routes", source));
+                rest.map_err(|source| kernel_error(&inner.namespace, "rules and routes", source));
             [Err(error), rest].into_iter().filter_map(Result::err).collect()
         });
         for error in errors {
-            tracing::warn!(%error, "cannot take back a policy route");
+            tracing::warn!(%error, "policy route not reverted");
         }
     }
 }
@@ -399,16 +402,16 @@ impl fmt::Debug for PolicyRoute {
     }
 }
 
-/// Keeps a rule in place; dropped, it lets go of it.
+/// A guard for a rule. The rule is deleted when its last guard is dropped.
 #[derive(Debug)]
-#[must_use = "the rule goes with the guard"]
+#[must_use = "the rule is deleted with its last guard"]
 pub struct Steered {
     route: Arc<PolicyRoute>,
     selector: Selector,
 }
 
 impl Steered {
-    /// Which packets it is about.
+    /// Returns the selector of the rule.
     pub fn selector(&self) -> &Selector {
         &self.selector
     }

@@ -1,4 +1,4 @@
-//! Where a namespace sends its packets.
+//! Route lookups in a namespace.
 
 use crate::Family;
 use crate::netlink::Netlink;
@@ -10,24 +10,24 @@ use rustix::io::Errno;
 use std::io;
 use std::net::IpAddr;
 
-/// Index and name of the interface behind which `ip` is on the same link: asks the kernel for the
-/// way of one packet, so policy rules have their say.
+/// Returns index and name of the interface on whose link `ip` is. Performs a full route lookup in
+/// the kernel, which includes policy rules.
 pub(crate) fn connected_interface(
     netlink: &mut Netlink,
     ip: IpAddr,
 ) -> io::Result<Option<(u32, String)>> {
     let ip = ip.to_canonical();
-    let mut question = RouteMessage::default();
-    question.header.address_family = Family::of(ip).into();
-    question.header.destination_prefix_length = if ip.is_ipv4() { 32 } else { 128 };
-    question.attributes.push(RouteAttribute::Destination(ip.into()));
-    let answer = match netlink.get(RouteNetlinkMessage::GetRoute(question)) {
-        Err(error) if is_no_way(&error) => return Ok(None),
-        answer => answer?,
+    let mut request = RouteMessage::default();
+    request.header.address_family = Family::of(ip).into();
+    request.header.destination_prefix_length = if ip.is_ipv4() { 32 } else { 128 };
+    request.attributes.push(RouteAttribute::Destination(ip.into()));
+    let reply = match netlink.get(RouteNetlinkMessage::GetRoute(request)) {
+        Err(error) if is_unreachable(&error) => return Ok(None),
+        reply => reply?,
     };
-    let Some(RouteNetlinkMessage::NewRoute(route)) = answer else { return Ok(None) };
-    match Way::of(&route) {
-        Way { interface: Some(index), gateway: None }
+    let Some(RouteNetlinkMessage::NewRoute(route)) = reply else { return Ok(None) };
+    match NextHop::of(&route) {
+        NextHop { interface: Some(index), gateway: None }
             if route.header.kind == RouteType::Unicast =>
         {
             Ok(Some((index, netlink.interface_name(index)?)))
@@ -36,25 +36,28 @@ pub(crate) fn connected_interface(
     }
 }
 
-/// Whether the kernel says that no route, or one of type `unreachable`, `blackhole` or `prohibit`,
-/// matches.
-fn is_no_way(error: &io::Error) -> bool {
-    let no_way = [Errno::NETUNREACH, Errno::HOSTUNREACH, Errno::INVAL, Errno::ACCESS];
-    Errno::from_io_error(error).is_some_and(|errno| no_way.contains(&errno))
+/// Returns whether the error means that no route matches, or one of type `unreachable`, `blackhole`
+/// or `prohibit`.
+fn is_unreachable(error: &io::Error) -> bool {
+    let unreachable = [Errno::NETUNREACH, Errno::HOSTUNREACH, Errno::INVAL, Errno::ACCESS];
+    Errno::from_io_error(error).is_some_and(|errno| unreachable.contains(&errno))
 }
 
-/// Where a route leads.
-pub(crate) struct Way {
+/// The next hop of a route.
+pub(crate) struct NextHop {
     pub(crate) interface: Option<u32>,
     pub(crate) gateway: Option<IpAddr>,
 }
 
-/// The default route of lowest metric in the main table.
-pub(crate) fn default_route(netlink: &mut Netlink, family: Family) -> io::Result<Option<Way>> {
+/// Returns the next hop of the default route with the lowest metric in the main table.
+pub(crate) fn default_next_hop(
+    netlink: &mut Netlink,
+    family: Family,
+) -> io::Result<Option<NextHop>> {
     let defaults = main_table(netlink, family)?.into_iter().filter(|route| {
         route.header.destination_prefix_length == 0 && route.header.kind == RouteType::Unicast
     });
-    Ok(defaults.min_by_key(metric).map(|route| Way::of(&route)))
+    Ok(defaults.min_by_key(metric).map(|route| NextHop::of(&route)))
 }
 
 fn main_table(netlink: &mut Netlink, family: Family) -> io::Result<Vec<RouteMessage>> {
@@ -79,25 +82,24 @@ fn metric(route: &RouteMessage) -> u32 {
     metric.unwrap_or(0)
 }
 
-impl Way {
-    /// Reads the attributes of a route or of one of its next hops. Of several hops the first
-    /// counts: they are equivalent.
+impl NextHop {
+    /// Reads the next hop of a route. Multipath hops are equivalent, so the first one is used.
     fn of(route: &RouteMessage) -> Self {
         Self::read(&route.attributes)
     }
 
     fn read(attributes: &[RouteAttribute]) -> Self {
-        let mut way = Self { interface: None, gateway: None };
+        let mut hop = Self { interface: None, gateway: None };
         for attribute in attributes {
             match attribute {
-                RouteAttribute::Oif(index) => way.interface = Some(*index),
-                RouteAttribute::Gateway(RouteAddress::Inet(ip)) => way.gateway = Some((*ip).into()),
+                RouteAttribute::Oif(index) => hop.interface = Some(*index),
+                RouteAttribute::Gateway(RouteAddress::Inet(ip)) => hop.gateway = Some((*ip).into()),
                 RouteAttribute::Gateway(RouteAddress::Inet6(ip)) => {
-                    way.gateway = Some((*ip).into());
+                    hop.gateway = Some((*ip).into());
                 }
-                // An IPv4 route over an IPv6 router (RFC 8950).
-                RouteAttribute::Via(RouteVia::Inet(ip)) => way.gateway = Some((*ip).into()),
-                RouteAttribute::Via(RouteVia::Inet6(ip)) => way.gateway = Some((*ip).into()),
+                // An IPv4 route with an IPv6 next hop (RFC 8950).
+                RouteAttribute::Via(RouteVia::Inet(ip)) => hop.gateway = Some((*ip).into()),
+                RouteAttribute::Via(RouteVia::Inet6(ip)) => hop.gateway = Some((*ip).into()),
                 RouteAttribute::MultiPath(hops) => {
                     if let Some(hop) = hops.first() {
                         return Self::over(hop);
@@ -106,7 +108,7 @@ impl Way {
                 _ => {}
             }
         }
-        way
+        hop
     }
 
     fn over(hop: &RouteNextHop) -> Self {

@@ -1,25 +1,25 @@
-//! Where tidegate keeps what must not outlive the boot.
+//! The directory for runtime files, which must not survive a reboot.
 
 use std::env;
 use std::path::PathBuf;
 
-/// The directory of this user's journals, sockets and services' files: `$TIDEGATE_RUN_DIR` if set,
-/// else `/run/tidegate` for who may write to `/run`, else `$XDG_RUNTIME_DIR/tidegate`. All of them
-/// are emptied by a reboot. It need not be there yet.
+/// Returns the directory of this user's journals, sockets and service files: `$TIDEGATE_RUN_DIR` if
+/// set, otherwise `/run/tidegate` if `/run` is writable, otherwise `$XDG_RUNTIME_DIR/tidegate`. A
+/// reboot empties all of them. The directory may not exist yet.
 #[must_use]
 pub fn run_directory() -> Option<PathBuf> {
-    if let Some(run) = set("TIDEGATE_RUN_DIR") {
+    if let Some(run) = non_empty_variable("TIDEGATE_RUN_DIR") {
         return Some(run);
     }
-    // Not by user id: root of a user namespace is no root out here.
+    // Not by user ID: root of a user namespace is unprivileged on the host.
     let base = if rustix::fs::access("/run", rustix::fs::Access::WRITE_OK).is_ok() {
         Some(PathBuf::from("/run"))
     } else {
-        set("XDG_RUNTIME_DIR")
+        non_empty_variable("XDG_RUNTIME_DIR")
     };
     base.map(|base| base.join("tidegate"))
 }
 
-fn set(variable: &str) -> Option<PathBuf> {
+fn non_empty_variable(variable: &str) -> Option<PathBuf> {
     env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from)
 }

@@ -1,10 +1,9 @@
-//! Privileges over network namespaces for who has none on this host: a user namespace of one's own.
+//! User namespaces, which give an unprivileged user privileges over network namespaces.
 //!
-//! Whoever makes a user namespace is root in it: over the network namespaces that are made from
-//! within, and over nothing else (user_namespaces(7)). The process stays in the host's network all
-//! the while, so that it publishes ports there, and its threads may enter the namespaces inside;
-//! none of them gets back from there, which is what [`Namespace::with`](crate::Namespace::with) has
-//! to see to.
+//! The creator of a user namespace is root in it, with privileges over the network namespaces
+//! created inside and nothing else (user_namespaces(7)). The process stays in the host's network
+//! namespace, so it can publish ports there. Its threads may enter the inner network namespaces but
+//! cannot return; [`Namespace::with`](crate::Namespace::with) handles this case.
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -18,125 +17,127 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-/// Whether this process may make network namespaces (`CAP_SYS_ADMIN` where it is).
+/// Returns whether this process may create network namespaces (`CAP_SYS_ADMIN` in its user
+/// namespace).
 #[must_use]
 pub fn is_privileged() -> bool {
     capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_ADMIN))
 }
 
-/// Makes a user namespace and this process its root: every privilege over what is made from then
-/// on, none that it did not have over what is there already. Files that it makes belong to the user
-/// who called it.
+/// Moves this process into a new user namespace as root. The process gains all privileges over
+/// namespaces created afterwards, and none over existing ones. Files that it creates belong to the
+/// calling user.
 ///
-/// To be called before the process has a second thread.
+/// Must be called while the process is single-threaded.
 ///
 /// # Errors
-/// `EINVAL` with more than one thread, `ENOSPC` at `user.max_user_namespaces`, `EPERM` or `EACCES`
-/// where the host does not let ordinary users have them (`kernel.unprivileged_userns_clone`,
+/// `EINVAL` with more than one thread, `ENOSPC` at the limit `user.max_user_namespaces`, `EPERM` or
+/// `EACCES` if the host restricts unprivileged user namespaces (`kernel.unprivileged_userns_clone`,
 /// `kernel.apparmor_restrict_unprivileged_userns`).
 pub fn become_root_of_a_user_namespace() -> io::Result<()> {
     let (user, group) = (geteuid().as_raw(), getegid().as_raw());
-    // SAFETY: nothing that threads share is unshared from others: there are none, or the kernel
-    // refuses.
+    // SAFETY: no state is unshared from other threads. The kernel rejects the call if the process
+    // has any.
     unsafe { unshare_unsafe(UnshareFlags::NEWUSER) }?;
-    // Without it no group may be mapped: a process could drop one by which it is denied something
+    // Required before mapping a group: otherwise a process could drop a group that denies it access
     // (user_namespaces(7)).
     fs::write("/proc/self/setgroups", "deny")?;
     fs::write("/proc/self/uid_map", format!("0 {user} 1"))?;
     fs::write("/proc/self/gid_map", format!("0 {group} 1"))?;
-    // A security module may grant the namespace and nothing in it.
+    // A security module may permit the namespace but deny all capabilities in it.
     if is_privileged() { Ok(()) } else { Err(Errno::PERM.into()) }
 }
 
-/// Makes the calling process a member of `namespace`, a user namespace made by its user or by one
-/// inside of it, with every privilege over what belongs to that one. There is no way back.
+/// Moves the calling process into `namespace`, a user namespace of the same user or a descendant of
+/// one. The process gains all privileges in it and cannot return.
 ///
-/// To be called while the process has but one thread.
+/// Must be called while the process is single-threaded.
 ///
 /// # Errors
-/// `EINVAL` if it is in there already or has several threads; `EPERM` if the namespace is another
-/// user's.
+/// `EINVAL` if the process is already a member or has several threads; `EPERM` if another user owns
+/// the namespace.
 pub fn join_user_namespace(namespace: impl AsFd) -> io::Result<()> {
     Ok(move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::User))?)
 }
 
-/// Makes a network namespace that belongs to a new user namespace, a child of the caller's that
-/// maps every ID to itself. Returns the network namespace, which keeps the user namespace alive.
+/// Creates a network namespace owned by a new user namespace. The user namespace is a child of the
+/// caller's and maps every ID to itself. Returns the network namespace, which keeps the user
+/// namespace alive.
 ///
-/// A process that joins the child has every capability over the network namespace and none over
-/// what belongs to the caller's user namespace. The caller has every capability over both: it holds
-/// those of the parent, and its user is the owner of the child (`cap_capable` of
-/// `security/commoncap.c`).
+/// A process that joins the user namespace has all capabilities over the network namespace and none
+/// over objects of the caller's user namespace. The caller has all capabilities over both: it has
+/// those of the parent, and its user owns the child (`cap_capable` in `security/commoncap.c`).
 ///
-/// A process with several threads cannot make a user namespace for itself, so a copy of this
-/// process makes both and ends.
+/// A process with several threads cannot unshare its user namespace, so a forked child creates both
+/// namespaces and exits.
 ///
 /// # Errors
-/// As of [`become_root_of_a_user_namespace`]; `EPERM` without `CAP_SETUID`, `CAP_SETGID` and
-/// `CAP_SETFCAP`, which mapping the IDs takes.
-pub(crate) fn network_of_a_child() -> io::Result<File> {
+/// Same as [`become_root_of_a_user_namespace`]; `EPERM` without `CAP_SETUID`, `CAP_SETGID` and
+/// `CAP_SETFCAP`, which the ID mapping requires.
+pub(crate) fn create_owned_network() -> io::Result<File> {
     let child = Child::start()?;
-    child.has_taken_step()?;
-    // The network namespace comes after the mapping: the kernel gives its files in /proc and /sys
-    // to the root of its user namespace, if that is a user by then (`net_ns_get_ownership` of
-    // `net/core/net-sysfs.c`).
+    child.wait_for_step()?;
+    // The IDs are mapped before the network namespace is created: the kernel assigns its files in
+    // /proc and /sys to the root of its user namespace only if that ID is mapped at the time
+    // (`net_ns_get_ownership` in `net/core/net-sysfs.c`).
     for map in ["uid_map", "gid_map"] {
         let own = fs::read_to_string(format!("/proc/self/{map}"))?;
-        fs::write(child.file(map), identity(&own))?;
+        fs::write(child.proc_path(map), identity_mapping(&own))?;
     }
-    rustix::io::write(&child.line, &[0])?;
-    child.has_taken_step()?;
-    File::open(child.file("ns/net"))
+    rustix::io::write(&child.socket, &[0])?;
+    child.wait_for_step()?;
+    File::open(child.proc_path("ns/net"))
 }
 
-/// The mapping of each ID to itself, for the IDs that the mapping `own` has.
-fn identity(own: &str) -> String {
-    let mut identity = String::new();
+/// Returns the mapping of each ID inside of the mapping `own` to itself.
+fn identity_mapping(own: &str) -> String {
+    let mut mapping = String::new();
     for line in own.lines() {
         // First ID inside, first ID in the parent, count (user_namespaces(7)).
         let mut fields = line.split_ascii_whitespace();
         if let (Some(first), Some(count)) = (fields.next(), fields.nth(1)) {
-            // A string takes whatever is written to it.
-            let _ = writeln!(identity, "{first} {first} {count}");
+            // Writing to a string cannot fail.
+            let _ = writeln!(mapping, "{first} {first} {count}");
         }
     }
-    identity
+    mapping
 }
 
-/// The copy of this process that makes namespaces. Killed and reaped when dropped.
+/// Forked child process that creates namespaces. Killed and reaped on drop.
 struct Child {
     pid: Pid,
-    /// The child writes an error number to it after each step, 0 for none, and waits for a byte
-    /// before the next.
-    line: OwnedFd,
+    /// After each step, the child writes the errno to this socket, 0 on success, and waits for a
+    /// byte before the next step.
+    socket: OwnedFd,
 }
 
 impl Child {
     fn start() -> io::Result<Self> {
-        let (line, childs) =
+        let (socket, child_socket) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-        // SAFETY: other threads may hold locks, which nobody releases in the copy. So all that it
-        // does are system calls, which neither allocate nor lock.
+        // SAFETY: locks that other threads hold are never released in the child. The child only
+        // makes system calls, which neither allocate nor lock.
         match unsafe { libc::fork() } {
             -1 => Err(io::Error::last_os_error()),
             0 => {
-                // SAFETY: `line` owns it in this process too, and is not used or dropped here.
-                // Closed, it does not keep the child waiting when the parent is gone.
-                unsafe { libc::close(line.as_raw_fd()) };
-                make_namespaces(&childs);
-                // SAFETY: ends the process, without what the parent has set up for its own end.
+                // SAFETY: `socket` owns the descriptor in the child too, where it is neither used
+                // nor dropped. With this copy closed, the child reads end of file when the parent
+                // exits.
+                unsafe { libc::close(socket.as_raw_fd()) };
+                create_namespaces(&child_socket);
+                // SAFETY: exits without running the exit handlers of the parent.
                 unsafe { libc::_exit(0) }
             }
-            pid => Ok(Self { pid: Pid::from_raw(pid).ok_or(Errno::SRCH)?, line }),
+            pid => Ok(Self { pid: Pid::from_raw(pid).ok_or(Errno::SRCH)?, socket }),
         }
     }
 
-    /// Waits for the end of the child's current step.
-    fn has_taken_step(&self) -> io::Result<()> {
+    /// Waits until the child has completed its current step.
+    fn wait_for_step(&self) -> io::Result<()> {
         let mut error = [0; 4];
-        // Ends when the child does, which closes its end of the line.
+        // Returns 0 bytes if the child exits, which closes its end of the socket pair.
         let length = loop {
-            match rustix::io::read(&self.line, &mut error) {
+            match rustix::io::read(&self.socket, &mut error) {
                 Err(Errno::INTR) => {}
                 read => break read?,
             }
@@ -144,32 +145,34 @@ impl Child {
         match (length, i32::from_ne_bytes(error)) {
             (4, 0) => Ok(()),
             (4, number) => Err(io::Error::from_raw_os_error(number)),
-            _ => Err(io::Error::other("the process that makes a namespace ended early")),
+            _ => Err(io::Error::other("child process exited before it created the namespace")),
         }
     }
 
-    fn file(&self, name: &str) -> String {
+    /// Path of `name` in the procfs directory of the child.
+    fn proc_path(&self, name: &str) -> String {
         format!("/proc/{}/{name}", self.pid.as_raw_nonzero())
     }
 }
 
 impl Drop for Child {
     fn drop(&mut self) {
-        // It is this process's until it is waited for, whatever has become of it.
+        // The PID cannot be reused until the child is reaped.
         let _ = kill_process(self.pid, Signal::KILL);
         while let Err(Errno::INTR) = waitpid(Some(self.pid), WaitOptions::empty()) {}
     }
 }
 
-/// What the child does. Async-signal-safe.
-fn make_namespaces(line: &OwnedFd) {
+/// Creates the namespaces in the child. Async-signal-safe.
+fn create_namespaces(socket: &OwnedFd) {
     for flags in [UnshareFlags::NEWUSER, UnshareFlags::NEWNET] {
-        // SAFETY: this process has one thread, which shares nothing with others.
-        let made = unsafe { unshare_unsafe(flags) };
-        let error = made.err().map_or(0, Errno::raw_os_error);
-        let told = rustix::io::write(line, &error.to_ne_bytes());
-        // A byte when the parent has done its part; the end of the line when it has ended.
-        if told.is_err() || error != 0 || !matches!(rustix::io::read(line, &mut [0; 1]), Ok(1)) {
+        // SAFETY: the child is single-threaded.
+        let created = unsafe { unshare_unsafe(flags) };
+        let error = created.err().map_or(0, Errno::raw_os_error);
+        let reported = rustix::io::write(socket, &error.to_ne_bytes());
+        // The parent sends a byte after its part of the step. End of file: the parent has exited.
+        let stop = reported.is_err() || error != 0;
+        if stop || !matches!(rustix::io::read(socket, &mut [0; 1]), Ok(1)) {
             return;
         }
     }
@@ -180,10 +183,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mapping_is_repeated_with_ids_as_they_are_inside() {
-        assert_eq!(identity("         0       1000          1\n"), "0 0 1\n");
+    fn identity_mapping_covers_the_ids_inside() {
+        assert_eq!(identity_mapping("         0       1000          1\n"), "0 0 1\n");
         let two = "         0       1000          1\n         1     100000      65536\n";
-        assert_eq!(identity(two), "0 0 1\n1 1 65536\n");
-        assert_eq!(identity(""), "");
+        assert_eq!(identity_mapping(two), "0 0 1\n1 1 65536\n");
+        assert_eq!(identity_mapping(""), "");
     }
 }

@@ -1,4 +1,4 @@
-//! Handles, addresses and routes, against the kernel.
+//! Handles, addresses and routes, tested against the kernel.
 
 use std::io;
 use std::net::{IpAddr, TcpListener, TcpStream};
@@ -21,19 +21,19 @@ fn ip(text: &str) -> IpAddr {
 }
 
 #[test]
-fn a_socket_belongs_to_the_namespace_it_was_made_in() {
+fn socket_belongs_to_the_namespace_of_its_creation() {
     let inside = tidegate_testbed::Namespace::new();
     let namespace = open(&inside);
     let listener = namespace.with(|| TcpListener::bind("127.0.0.1:0")).unwrap().unwrap();
     let address = listener.local_addr().unwrap();
     assert!(inside.run(|| TcpStream::connect(address)).is_ok());
-    // The same port out here is another one.
+    // The same port outside is free.
     let outside = tidegate_testbed::Namespace::new();
     assert!(outside.run(|| TcpStream::connect(address)).is_err());
 }
 
 #[test]
-fn calls_nest_and_every_one_returns_to_where_it_came_from() {
+fn nested_calls_return_to_the_previous_namespace() {
     let (a, b) = (tidegate_testbed::Namespace::new(), tidegate_testbed::Namespace::new());
     let (home, a, b) = (Namespace::current().unwrap(), open(&a), open(&b));
     a.with(|| {
@@ -52,7 +52,7 @@ fn calls_nest_and_every_one_returns_to_where_it_came_from() {
 }
 
 #[test]
-fn a_panic_brings_the_thread_home() {
+fn thread_returns_after_a_panic() {
     let inside = tidegate_testbed::Namespace::new();
     let (home, namespace) = (Namespace::current().unwrap(), open(&inside));
     let result = catch_unwind(AssertUnwindSafe(|| namespace.with(|| panic!("on purpose"))));
@@ -62,7 +62,7 @@ fn a_panic_brings_the_thread_home() {
 }
 
 #[test]
-fn a_handle_keeps_its_namespace_alive() {
+fn handle_keeps_its_namespace_alive() {
     let inside = tidegate_testbed::Namespace::new();
     let namespace = open(&inside);
     drop(inside);
@@ -70,15 +70,15 @@ fn a_handle_keeps_its_namespace_alive() {
 }
 
 #[test]
-fn the_namespace_of_a_process_is_opened_by_its_number() {
+fn namespace_is_opened_by_pid() {
     let inside = tidegate_testbed::Namespace::new();
     let child = tidegate_testbed::Process::spawn(inside.command("sleep").arg("60"));
-    // The child enters the namespace before it executes `sleep`, and spawn returns after that.
+    // spawn returns after the child has entered the namespace and executed `sleep`.
     assert_eq!(Namespace::from_pid(child.pid()).unwrap().id(), open(&inside).id());
 }
 
 #[test]
-fn sysctls_are_those_of_the_namespace() {
+fn sysctls_are_per_namespace() {
     let inside = tidegate_testbed::Namespace::new();
     let namespace = open(&inside);
     let before = Namespace::current().unwrap().sysctl("net.ipv4.ip_forward").unwrap();
@@ -91,7 +91,7 @@ fn sysctls_are_those_of_the_namespace() {
 }
 
 #[test]
-fn many_threads_enter_at_once() {
+fn threads_enter_concurrently() {
     let inside = [tidegate_testbed::Namespace::new(), tidegate_testbed::Namespace::new()];
     let namespaces = inside.each_ref().map(open);
     thread::scope(|scope| {
@@ -108,11 +108,11 @@ fn many_threads_enter_at_once() {
 }
 
 #[test]
-fn a_namespace_that_may_not_be_entered_is_an_error_and_nothing_runs() {
+fn denied_entry_is_an_error_and_runs_nothing() {
     require_root();
     let inside = tidegate_testbed::Namespace::new();
     let namespace = open(&inside);
-    // Capabilities are a thread's, so this ends with the thread.
+    // Capabilities are per thread, so the change ends with the thread.
     let result = thread::spawn(move || {
         rustix::thread::set_capabilities(
             None,
@@ -130,17 +130,17 @@ fn a_namespace_that_may_not_be_entered_is_an_error_and_nothing_runs() {
     assert_eq!(result.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
 }
 
-/// What root of a user namespace meets that has not got a network namespace of its own: it owns
-/// those that it makes and may enter them, but the one it came from belongs to someone else.
+/// Root of a user namespace without its own network namespace owns the namespaces that it creates
+/// and may enter them, but not its current one.
 #[test]
-fn without_a_way_back_another_thread_is_sent_and_this_one_stays() {
-    // A user namespace is a whole process's, so this takes another process.
-    const OUTSIDE: &str = "TIDEGATE_TEST_WITHOUT_A_WAY_BACK";
+fn thread_that_could_not_return_delegates_to_a_temporary_thread() {
+    // User namespaces are per process, so the test starts another process.
+    const OUTSIDE: &str = "TIDEGATE_TEST_IN_USER_NAMESPACE";
     if std::env::var_os(OUTSIDE).is_none() {
         let output = Command::new("unshare")
             .args(["--user", "--map-root-user"])
             .arg(std::env::current_exe().unwrap())
-            .args(["--exact", "without_a_way_back_another_thread_is_sent_and_this_one_stays"])
+            .args(["--exact", "thread_that_could_not_return_delegates_to_a_temporary_thread"])
             .env(OUTSIDE, "1")
             .output()
             .unwrap();
@@ -151,9 +151,9 @@ fn without_a_way_back_another_thread_is_sent_and_this_one_stays() {
     let (home, namespace) = (Namespace::current().unwrap(), open(&inside));
     assert!(!Namespace::current_is_enterable());
     let here = thread::current().id();
-    let (inside_it, sent) =
+    let (inside_it, thread) =
         namespace.with(|| (namespace.is_current(), thread::current().id())).unwrap();
-    assert!(inside_it && sent != here);
+    assert!(inside_it && thread != here);
     let socket = namespace.with(|| std::net::UdpSocket::bind("127.0.0.1:0")).unwrap().unwrap();
     assert_eq!(
         inside.bound_ports(tidegate_testbed::Protocol::Udp),
@@ -162,10 +162,10 @@ fn without_a_way_back_another_thread_is_sent_and_this_one_stays() {
     let panicked = catch_unwind(|| namespace.with(|| panic!("inside")));
     assert_eq!(panicked.unwrap_err().downcast_ref(), Some(&"inside"));
     assert!(home.is_current());
-    assert_eq!(home.with(|| 7).unwrap(), 7, "staying takes no privilege");
-    // A thread that is in a namespace of that user's may go to and fro.
+    assert_eq!(home.with(|| 7).unwrap(), 7, "staying needs no privileges");
+    // A thread in a namespace owned by that user can enter and return.
     assert!(inside.run(|| namespace.with(|| namespace.is_current())).unwrap());
-    // What the event loops do: they live inside.
+    // Event loops move inside permanently.
     let other = open(&tidegate_testbed::Namespace::new());
     thread::scope(|scope| {
         let moved = scope.spawn(|| {
@@ -174,7 +174,7 @@ fn without_a_way_back_another_thread_is_sent_and_this_one_stays() {
             assert_eq!(
                 other.with(|| thread::current().id()).unwrap(),
                 here,
-                "no thread is sent from in here"
+                "no temporary thread is needed"
             );
             assert!(namespace.is_current());
         });
@@ -184,7 +184,7 @@ fn without_a_way_back_another_thread_is_sent_and_this_one_stays() {
 }
 
 #[test]
-fn a_namespace_in_a_user_namespace_of_its_own_is_open_to_who_made_it() {
+fn namespace_in_its_own_user_namespace_is_accessible_to_its_creator() {
     require_root();
     let (own, home) = (Namespace::create().unwrap(), Namespace::current().unwrap());
     let [one, other] = [(); 2].map(|()| Namespace::create_in_user_namespace().unwrap());
@@ -196,14 +196,14 @@ fn a_namespace_in_a_user_namespace_of_its_own_is_open_to_who_made_it() {
     assert_eq!(one.sysctl("net.ipv4.ip_forward").unwrap(), "1");
     assert!(one.with(|| TcpListener::bind("127.0.0.1:80")).unwrap().is_ok());
     assert!(home.is_current());
-    // The processes that made them have been reaped.
+    // The child processes that created them have been reaped.
     let children = std::fs::read_to_string("/proc/thread-self/children").unwrap();
     assert_eq!(children, "");
 }
 
-/// Of a program with one thread: tests/up/rootless.rs.
+/// For a single-threaded process, see tests/up/rootless.rs.
 #[test]
-fn a_process_of_several_threads_makes_no_user_namespace() {
+fn multithreaded_process_cannot_create_a_user_namespace() {
     let before = std::fs::read_link("/proc/self/ns/user").unwrap();
     let refused = tidegate_netns::become_root_of_a_user_namespace().unwrap_err();
     assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
@@ -211,7 +211,7 @@ fn a_process_of_several_threads_makes_no_user_namespace() {
 }
 
 #[test]
-fn a_fifo_does_not_keep_the_caller_waiting() {
+fn fifo_does_not_block() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("fifo");
     rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, 0o600.into(), 0)
@@ -221,7 +221,7 @@ fn a_fifo_does_not_keep_the_caller_waiting() {
 }
 
 #[test]
-fn handles_leak_no_descriptors() {
+fn handles_do_not_leak_descriptors() {
     let inside = tidegate_testbed::Namespace::new();
     let before = descriptors_to(&inside);
     for _ in 0..10 {
@@ -232,7 +232,7 @@ fn handles_leak_no_descriptors() {
     assert_eq!(descriptors_to(&inside), before);
 }
 
-/// How many descriptors of this process are to that namespace.
+/// Counts the file descriptors of this process that refer to the namespace.
 fn descriptors_to(namespace: &tidegate_testbed::Namespace) -> usize {
     let id = open(namespace).id().to_string();
     let descriptors = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
@@ -242,7 +242,7 @@ fn descriptors_to(namespace: &tidegate_testbed::Namespace) -> usize {
 }
 
 #[test]
-fn the_address_book_follows_every_change() {
+fn address_book_follows_every_change() {
     let net = Topology::three();
     let book = AddressBook::open(&open(&net.container)).unwrap();
     assert!(book.is_local(addr::CONTAINER_V4.into()) && book.is_local(addr::CONTAINER_V6.into()));
@@ -254,8 +254,7 @@ fn the_address_book_follows_every_change() {
         let (own, block) = (ip(address), format!("{address}/{prefix}"));
         assert!(!book.is_local(own));
         net.container.ip(&["addr", "add", &block, "dev", "eth0", "nodad"]);
-        // IPv4 addresses are announced before `ip` returns, IPv6 addresses when the kernel gets
-        // round to it.
+        // IPv4 addresses are announced before `ip` returns, IPv6 addresses asynchronously.
         assert!(own.is_ipv6() || book.is_local(own));
         assert!(eventually(SOON, || book.is_local(own) && book.is_on_link(own)));
         net.container.ip(&["addr", "del", &block, "dev", "eth0"]);
@@ -264,7 +263,7 @@ fn the_address_book_follows_every_change() {
 }
 
 #[test]
-fn the_address_book_survives_more_changes_than_its_socket_holds() {
+fn address_book_survives_a_queue_overflow() {
     let inside = tidegate_testbed::Namespace::new();
     let book = AddressBook::open(&open(&inside)).unwrap();
     let mut batch = String::from("link add eth0 type veth peer name other\n");
@@ -283,7 +282,7 @@ fn the_address_book_survives_more_changes_than_its_socket_holds() {
 }
 
 #[test]
-fn a_container_is_reached_by_its_global_addresses_in_order() {
+fn container_addresses_are_global_and_ordered() {
     let net = Topology::three();
     net.container.ip_all(
         "link add first type veth peer name other
@@ -300,26 +299,26 @@ fn a_container_is_reached_by_its_global_addresses_in_order() {
 }
 
 #[test]
-fn those_who_ask_about_one_namespace_share_a_book() {
+fn users_of_one_namespace_share_a_book() {
     let [one, other] = [Namespace::create().unwrap(), Namespace::create().unwrap()];
     let book = AddressBook::of(&one).unwrap();
     assert!(Arc::ptr_eq(&book, &AddressBook::of(&one).unwrap()));
     assert!(!Arc::ptr_eq(&book, &AddressBook::of(&other).unwrap()));
     let gone = Arc::downgrade(&book);
     drop(book);
-    assert!(gone.upgrade().is_none(), "nobody keeps it without need");
-    assert!(AddressBook::of(&one).is_ok(), "it is opened anew");
+    assert!(gone.upgrade().is_none(), "the book is closed with its last user");
+    assert!(AddressBook::of(&one).is_ok(), "a new book is opened");
 }
 
 #[test]
-fn the_gateway_is_that_of_the_best_default_route() {
+fn gateway_is_that_of_the_best_default_route() {
     let net = Topology::three();
     let book = AddressBook::of(&open(&net.container)).unwrap();
     assert_eq!(book.gateway(Family::V4).unwrap(), Some(addr::GATEWAY_V4.into()));
     assert_eq!(book.gateway(Family::V6).unwrap(), Some(addr::GATEWAY_V6.into()));
     assert_eq!(AddressBook::of(&open(&net.host)).unwrap().gateway(Family::V4).unwrap(), None);
 
-    // Other tables and worse metrics do not count.
+    // Other tables and higher metrics are ignored.
     net.container.ip_all(
         "route add default via 172.30.0.77 metric 1000
          route add default via 172.30.0.78 table 99
@@ -328,12 +327,12 @@ fn the_gateway_is_that_of_the_best_default_route() {
     assert_eq!(book.gateway(Family::V4).unwrap(), Some(addr::GATEWAY_V4.into()));
     assert_eq!(book.gateway(Family::V6).unwrap(), Some(addr::GATEWAY_V6.into()));
 
-    // Several next hops are equivalent, so the first stands for them.
+    // Multipath hops are equivalent, so the first one is used.
     net.container.ip_all(
         "route replace default nexthop via 172.30.0.1 dev eth0 nexthop via 172.30.0.3 dev eth0",
     );
     assert_eq!(book.gateway(Family::V4).unwrap(), Some(addr::GATEWAY_V4.into()));
-    // An IPv4 route over an IPv6 router, and one that leads to no router at all.
+    // An IPv4 route with an IPv6 next hop, and a route without a gateway.
     net.container
         .ip_all("-4 route flush exact default\n-4 route add default via inet6 fd30::1 dev eth0");
     assert_eq!(book.gateway(Family::V4).unwrap(), Some(addr::GATEWAY_V6.into()));
@@ -342,7 +341,7 @@ fn the_gateway_is_that_of_the_best_default_route() {
 }
 
 #[test]
-fn the_connected_interface_is_the_one_that_reaches_an_address_without_a_router() {
+fn connected_interface_reaches_the_address_without_a_router() {
     let net = Topology::three();
     let book = AddressBook::of(&open(&net.host)).unwrap();
     let found = |address: IpAddr| book.connected_interface(address).unwrap().map(|(_, name)| name);
@@ -362,18 +361,18 @@ fn the_connected_interface_is_the_one_that_reaches_an_address_without_a_router()
 }
 
 #[test]
-fn a_path_may_vanish_and_the_handle_stays() {
+fn handle_outlives_its_path() {
     let inside = tidegate_testbed::Namespace::new();
     let namespace = open(&inside);
     let path = namespace.path().unwrap().to_owned();
     drop(inside);
-    // The descriptor the path went through is closed; the namespace is not.
+    // The handle holds its own descriptor, independent of the path.
     assert!(!path.exists() || Namespace::from_path(&path).is_err());
     assert!(namespace.with(|| namespace.is_current()).unwrap());
 }
 
 #[test]
-fn a_created_namespace_is_new_and_can_be_entered() {
+fn created_namespace_is_new_and_can_be_entered() {
     require_root();
     let (one, other) = (Namespace::create().unwrap(), Namespace::create().unwrap());
     assert_ne!(one.id(), other.id());
@@ -381,5 +380,5 @@ fn a_created_namespace_is_new_and_can_be_entered() {
     let inside =
         one.with(|| (Namespace::current().unwrap().id(), TcpListener::bind("0.0.0.0:1").unwrap()));
     assert_eq!(inside.unwrap().0, one.id());
-    assert!(TcpListener::bind("0.0.0.0:1").is_ok(), "its ports are its own");
+    assert!(TcpListener::bind("0.0.0.0:1").is_ok(), "its ports are separate");
 }

@@ -1,4 +1,4 @@
-//! Who owns what, and that all of it goes again: rules, routes, sysctls, however an owner ends.
+//! Ownership and cleanup of rules, routes and sysctls, for every way in which an owner can exit.
 
 use std::env;
 use std::fs;
@@ -20,20 +20,20 @@ const SYSCTLS: [&str; 3] =
 
 const SOON: Duration = Duration::from_secs(10);
 
-/// A namespace, a journal of its own, and what the namespace was like at first.
+/// A namespace with its own journal and a snapshot of its initial state.
 struct Scene {
     inside: tidegate_testbed::Namespace,
     namespace: Namespace,
     journal: TempDir,
-    at_first: String,
+    initial: String,
 }
 
 impl Scene {
     fn new() -> Self {
         let inside = tidegate_testbed::Namespace::new();
         let namespace = Namespace::from_path(&inside.path()).unwrap();
-        let at_first = snapshot(&inside);
-        Self { inside, namespace, journal: tempfile::tempdir().unwrap(), at_first }
+        let initial = snapshot(&inside);
+        Self { inside, namespace, journal: tempfile::tempdir().unwrap(), initial }
     }
 
     fn install(&self) -> Arc<PolicyRoute> {
@@ -62,8 +62,8 @@ impl Scene {
         fs::read_dir(self.journal.path()).unwrap().count()
     }
 
-    /// An owner in a process of its own: see [`owner_in_another_process`].
-    fn owner_elsewhere(&self) -> Process {
+    /// Starts an owner in a separate process; see [`owner_in_another_process`].
+    fn start_owner_process(&self) -> Process {
         let owner = Process::spawn(
             Command::new(env::current_exe().unwrap())
                 .args(["--exact", "owner_in_another_process", "--nocapture"])
@@ -79,9 +79,9 @@ impl Scene {
     }
 
     #[track_caller]
-    fn assert_as_at_first(&self) {
-        assert_eq!(snapshot(&self.inside), self.at_first);
-        assert_eq!(self.journals(), 0, "nothing is left in the journal");
+    fn assert_initial_state(&self) {
+        assert_eq!(snapshot(&self.inside), self.initial);
+        assert_eq!(self.journals(), 0, "the journal is empty");
     }
 }
 
@@ -89,7 +89,7 @@ fn rules(namespace: &tidegate_testbed::Namespace) -> String {
     namespace.ip(&["rule"]) + &namespace.ip(&["-6", "rule"])
 }
 
-/// Rules, the routes of all tables, and sysctls, in words.
+/// Rules, routes of all tables and sysctls as text.
 fn snapshot(namespace: &tidegate_testbed::Namespace) -> String {
     let routes =
         ["-4", "-6"].map(|family| namespace.ip(&[family, "route", "show", "table", "all"]));
@@ -113,8 +113,8 @@ fn udp_reply(port: u16) -> Selector {
 const OWNER_NAMESPACE: &str = "TIDEGATE_TEST_OWNER_NAMESPACE";
 const OWNER_JOURNAL: &str = "TIDEGATE_TEST_OWNER_JOURNAL";
 
-/// Not a test but the body of the process that [`Scene::owner_elsewhere`] starts: holds a policy
-/// route until it is killed. In a run of the tests it does nothing.
+/// The body of the process that [`Scene::start_owner_process`] starts, not a test. It holds a
+/// policy route until it is killed, and does nothing in a normal test run.
 #[test]
 fn owner_in_another_process() {
     let (Some(namespace), Some(journal)) =
@@ -133,7 +133,7 @@ fn owner_in_another_process() {
 }
 
 #[test]
-fn what_is_installed_goes_with_its_owner() {
+fn drop_reverts_the_installation() {
     let scene = Scene::new();
     let route = scene.install();
     assert_eq!(route.slot(), OwnerSlot(0));
@@ -154,20 +154,20 @@ fn what_is_installed_goes_with_its_owner() {
     drop(guards);
     assert!(!scene.rules().contains("29700"));
     drop(route);
-    scene.assert_as_at_first();
+    scene.assert_initial_state();
 }
 
 #[test]
-fn a_guard_keeps_the_policy_route_alive() {
+fn guard_keeps_the_policy_route_alive() {
     let scene = Scene::new();
     let guard = scene.install().steer(marked(Family::V4)).unwrap();
     assert!(scene.rules().contains("lookup 29700"));
     drop(guard);
-    scene.assert_as_at_first();
+    scene.assert_initial_state();
 }
 
 #[test]
-fn one_family_alone_leaves_the_other_untouched() {
+fn single_family_leaves_the_other_untouched() {
     let scene = Scene::new();
     let route = scene.try_install(Families::V6, "1").unwrap();
     assert_eq!(
@@ -180,11 +180,11 @@ fn one_family_alone_leaves_the_other_untouched() {
         "{error}"
     );
     drop(route);
-    scene.assert_as_at_first();
+    scene.assert_initial_state();
 }
 
 #[test]
-fn two_owners_do_not_meet() {
+fn two_owners_do_not_conflict() {
     let scene = Scene::new();
     let (first, second) = (scene.install(), scene.install());
     assert_ne!(first.slot(), second.slot());
@@ -198,56 +198,56 @@ fn two_owners_do_not_meet() {
         scene.rules()
     );
     assert!(scene.inside.ip(&["route", "show", "table", "29701"]).contains("local default"));
-    assert_eq!(scene.sysctls(), ["1", "1", "1"], "the second needs them");
+    assert_eq!(scene.sysctls(), ["1", "1", "1"], "the second owner needs them");
     drop((of_second, second));
-    scene.assert_as_at_first();
+    scene.assert_initial_state();
 }
 
 #[test]
-fn a_killed_owner_is_cleaned_up_after_by_the_next() {
+fn next_owner_cleans_up_after_a_killed_owner() {
     let scene = Scene::new();
-    let owner = scene.owner_elsewhere();
+    let owner = scene.start_owner_process();
     assert!(scene.rules().contains("lookup 29700"));
     Scene::kill(owner);
-    assert!(scene.rules().contains("lookup 29700"), "nobody has cleaned up yet");
+    assert!(scene.rules().contains("lookup 29700"), "not cleaned up yet");
     let next = scene.install();
     assert_eq!(next.slot(), OwnerSlot(0), "the slot is free again");
     assert!(!scene.rules().contains("lookup 29700"));
     drop(next);
-    scene.assert_as_at_first();
+    scene.assert_initial_state();
 }
 
 #[test]
-fn a_killed_owner_is_cleaned_up_after_by_a_sweep() {
+fn sweep_cleans_up_after_a_killed_owner() {
     let scene = Scene::new();
-    let (killed, living) = (scene.owner_elsewhere(), scene.owner_elsewhere());
+    let (killed, living) = (scene.start_owner_process(), scene.start_owner_process());
     assert_eq!(sweep_in(scene.journal.path()).unwrap(), 0, "both live");
     Scene::kill(killed);
     assert_eq!(sweep_in(scene.journal.path()).unwrap(), 1);
     assert!(!scene.rules().contains("lookup 29700") && scene.rules().contains("lookup 29701"));
-    assert_eq!(scene.sysctls(), ["1", "1", "1"], "one owner lives");
+    assert_eq!(scene.sysctls(), ["1", "1", "1"], "one owner is alive");
     Scene::kill(living);
     assert_eq!(sweep_in(scene.journal.path()).unwrap(), 1);
-    scene.assert_as_at_first();
+    scene.assert_initial_state();
 }
 
 #[test]
-fn a_sweep_finds_a_namespace_through_a_process_in_it() {
+fn sweep_finds_a_namespace_through_a_process() {
     let scene = Scene::new();
-    Scene::kill(scene.owner_elsewhere());
+    Scene::kill(scene.start_owner_process());
     let journal = fs::read_dir(scene.journal.path()).unwrap().next().unwrap().unwrap().path();
     let written = fs::read_to_string(&journal).unwrap();
     let path = scene.inside.path();
     fs::write(&journal, written.replace(path.to_str().unwrap(), "/run/netns/gone")).unwrap();
     let _inhabitant = Process::spawn(scene.inside.command("sleep").arg("60"));
     assert_eq!(sweep_in(scene.journal.path()).unwrap(), 1);
-    scene.assert_as_at_first();
+    scene.assert_initial_state();
 }
 
 #[test]
-fn the_journal_of_a_namespace_that_is_gone_is_dropped() {
+fn record_of_a_deleted_namespace_is_deleted() {
     let scene = Scene::new();
-    Scene::kill(scene.owner_elsewhere());
+    Scene::kill(scene.start_owner_process());
     assert_eq!(scene.journals(), 1);
     let Scene { inside, namespace, journal, .. } = scene;
     drop((inside, namespace));
@@ -256,13 +256,13 @@ fn the_journal_of_a_namespace_that_is_gone_is_dropped() {
 }
 
 #[test]
-fn a_new_namespace_with_the_number_of_an_old_one_is_left_alone() {
+fn new_namespace_with_a_reused_inode_is_left_alone() {
     let scene = Scene::new();
-    Scene::kill(scene.owner_elsewhere());
-    // The number is the same, the cookie is not: as if the namespace had been made anew.
+    Scene::kill(scene.start_owner_process());
+    // Same inode number, different cookie, as in a new namespace.
     let journal = fs::read_dir(scene.journal.path()).unwrap().next().unwrap().unwrap().path();
     let written: serde_json::Value = serde_json::from_slice(&fs::read(&journal).unwrap()).unwrap();
-    let cookie = written["identity"]["cookie"].as_u64().expect("a kernel since 5.14 has cookies");
+    let cookie = written["identity"]["cookie"].as_u64().expect("Linux 5.14 or later has cookies");
     let text = written.to_string().replace(&format!("\"cookie\":{cookie}"), "\"cookie\":1");
     fs::write(&journal, text).unwrap();
     let left = snapshot(&scene.inside);
@@ -271,19 +271,18 @@ fn a_new_namespace_with_the_number_of_an_old_one_is_left_alone() {
 }
 
 #[test]
-fn without_cookies_an_owners_route_proves_the_namespace() {
+fn without_cookies_the_route_of_an_owner_identifies_the_namespace() {
     let scene = Scene::new();
-    Scene::kill(scene.owner_elsewhere());
+    Scene::kill(scene.start_owner_process());
     let journal = fs::read_dir(scene.journal.path()).unwrap().next().unwrap().unwrap().path();
     let mut written: serde_json::Value =
         serde_json::from_slice(&fs::read(&journal).unwrap()).unwrap();
     written["identity"]["cookie"] = serde_json::Value::Null;
     fs::write(&journal, written.to_string()).unwrap();
     assert_eq!(sweep_in(scene.journal.path()).unwrap(), 1);
-    scene.assert_as_at_first();
+    scene.assert_initial_state();
 
-    // The same record, and a namespace in which that owner's route is not: not the one that is
-    // meant.
+    // The same record, but a namespace without that owner's route: a different namespace.
     scene.inside.sysctl(SYSCTLS[0], "1");
     fs::write(&journal, written.to_string()).unwrap();
     assert_eq!(sweep_in(scene.journal.path()).unwrap(), 0);
@@ -291,10 +290,10 @@ fn without_cookies_an_owners_route_proves_the_namespace() {
 }
 
 #[test]
-fn rules_and_routes_of_others_survive() {
+fn foreign_rules_and_routes_are_preserved() {
     let scene = Scene::new();
-    // At the priority of slot 0, and at that of slot 1 in our very words but for the protocol; a
-    // table in use.
+    // A foreign rule at the priority of slot 0, a rule at the priority of slot 1 that differs from
+    // tidegate's only in the protocol, and a table in use.
     scene.inside.ip_all(
         "rule add priority 7400 fwmark 0x74670001 lookup 99
          rule add priority 7401 fwmark 0x74670001 lookup 29701
@@ -306,7 +305,7 @@ fn rules_and_routes_of_others_survive() {
     drop(route);
     assert_eq!(snapshot(&scene.inside), before);
 
-    // Added after the slot was taken.
+    // Added after the slot was claimed.
     let route = scene.install();
     let _guard = route.steer(marked(Family::V4)).unwrap();
     scene.inside.ip_all("rule add priority 7403 fwmark 0x74670001 lookup 29703");
@@ -316,33 +315,33 @@ fn rules_and_routes_of_others_survive() {
 }
 
 #[test]
-fn a_sysctl_that_someone_else_sets_meanwhile_is_theirs() {
+fn externally_changed_sysctl_is_not_restored() {
     let scene = Scene::new();
     scene.inside.sysctl(SYSCTLS[1], "1");
     let route = scene.install();
     scene.inside.sysctl(SYSCTLS[0], "0");
     drop(route);
-    assert_eq!(scene.sysctls(), ["0", "1", "0"], "theirs, as it was before, as it was before");
+    assert_eq!(scene.sysctls(), ["0", "1", "0"], "external value, original value, original value");
 }
 
 #[test]
-fn owners_that_need_different_values_are_told() {
+fn conflicting_sysctl_values_are_an_error() {
     let scene = Scene::new();
     let first = scene.install();
     let error = scene.try_install(Families::V4, "0").unwrap_err();
     let expected = format!(
-        "policy route in namespace {}: sysctl {} is kept at 1 by process {}",
+        "policy route in namespace {}: sysctl {} is held at 1 by process {}",
         scene.namespace.id(),
         SYSCTLS[0],
         std::process::id()
     );
     assert_eq!(error.to_string(), expected);
     drop(first);
-    scene.assert_as_at_first();
+    scene.assert_initial_state();
 }
 
 #[test]
-fn a_failed_installation_leaves_nothing() {
+fn failed_installation_leaves_nothing() {
     let scene = Scene::new();
     let sysctls = [Sysctl::new(SYSCTLS[0], "1"), Sysctl::new("net.ipv4.no_such_thing", "1")];
     let installed =
@@ -352,22 +351,20 @@ fn a_failed_installation_leaves_nothing() {
         text.ends_with("sysctl net.ipv4.no_such_thing = 1: No such file or directory"),
         "{text}"
     );
-    scene.assert_as_at_first();
+    scene.assert_initial_state();
 
     scene.inside.ip(&["link", "set", "lo", "down"]);
     let text = scene.try_install(Families::Both, "1").unwrap_err().to_string();
     assert!(
-        text.ends_with(
-            "IPv6 route local default dev lo table 29700: Network is down (is lo up there?)"
-        ),
+        text.ends_with("IPv6 route local default dev lo table 29700: Network is down (is lo up?)"),
         "{text}"
     );
     scene.inside.ip(&["link", "set", "lo", "up"]);
-    scene.assert_as_at_first();
+    scene.assert_initial_state();
 }
 
 #[test]
-fn rules_and_routes_go_although_the_journal_is_lost() {
+fn rules_and_routes_are_deleted_without_the_journal() {
     let scene = Scene::new();
     let take_out = |journal: &Path| {
         let route = scene.install();
@@ -379,18 +376,18 @@ fn rules_and_routes_go_although_the_journal_is_lost() {
     drop(lost);
     assert!(!snapshot(&scene.inside).contains("29700"));
 
-    // A file in its place: it cannot even be made anew.
+    // A file in its place prevents the directory from being created again.
     let unusable = take_out(scene.journal.path());
     fs::write(scene.journal.path(), "").unwrap();
     drop(unusable);
     assert!(!snapshot(&scene.inside).contains("29700"));
-    assert_eq!(scene.sysctls(), ["1", "1", "1"], "nobody knows what they were");
+    assert_eq!(scene.sysctls(), ["1", "1", "1"], "the original values are lost");
     fs::remove_file(scene.journal.path()).unwrap();
     fs::create_dir(scene.journal.path()).unwrap();
 }
 
 #[test]
-fn a_rule_stays_until_its_last_guard_goes() {
+fn rule_is_kept_until_its_last_guard_is_dropped() {
     let scene = Scene::new();
     let route = scene.install();
     let first = route.steer(udp_reply(53)).unwrap();
@@ -404,7 +401,7 @@ fn a_rule_stays_until_its_last_guard_goes() {
 }
 
 #[test]
-fn the_general_rule_goes_and_the_special_ones_stay() {
+fn deleting_a_general_rule_keeps_specific_ones() {
     let scene = Scene::new();
     let route = scene.install();
     let special = [53, 54].map(|port| route.steer(udp_reply(port)).unwrap());
@@ -421,29 +418,28 @@ fn the_general_rule_goes_and_the_special_ones_stay() {
 }
 
 #[test]
-fn rules_have_a_limit() {
+fn number_of_rules_is_limited() {
     let scene = Scene::new();
     let route = scene.install();
     let guards: Vec<_> =
         (1..).take(MAX_SELECTORS).map(|port| route.steer(udp_reply(port)).unwrap()).collect();
     let error = route.steer(udp_reply(9_999)).unwrap_err();
-    assert!(error.to_string().ends_with("256 rules are the limit"), "{error}");
+    assert!(error.to_string().ends_with("limit of 256 rules reached"), "{error}");
     let again = route.steer(udp_reply(1)).unwrap();
     drop((guards, again));
     assert!(route.steer(udp_reply(9_999)).is_ok());
     drop(route);
-    scene.assert_as_at_first();
+    scene.assert_initial_state();
 }
 
 #[test]
-fn a_full_set_of_rules_goes_with_a_killed_owner() {
+fn all_rules_of_a_killed_owner_are_deleted() {
     let scene = Scene::new();
     let route = scene.install();
     let guards: Vec<_> =
         (1..).take(MAX_SELECTORS).map(|port| route.steer(udp_reply(port)).unwrap()).collect();
-    // Guards that are never dropped, as in a process that is killed: the policy route is never
-    // dropped either, but another one that takes its remains for those of a dead process deletes
-    // them all.
+    // Leaks the guards and the policy route, as in a killed process. Another policy route then
+    // deletes all their rules as those of a dead process.
     std::mem::forget(guards);
     drop(route);
     let journal = fs::read_dir(scene.journal.path()).unwrap().next().unwrap().unwrap().path();
@@ -452,21 +448,21 @@ fn a_full_set_of_rules_goes_with_a_killed_owner() {
     written["owners"][0]["process"]["start_time"] = 1.into();
     fs::write(&journal, written.to_string()).unwrap();
     assert_eq!(sweep_in(scene.journal.path()).unwrap(), 1);
-    scene.assert_as_at_first();
+    scene.assert_initial_state();
 }
 
 #[test]
-fn rules_that_someone_has_cleared_are_no_trouble() {
+fn externally_flushed_rules_are_tolerated() {
     let scene = Scene::new();
     let route = scene.install();
     let guard = route.steer(marked(Family::V4)).unwrap();
     scene.inside.ip_all("rule del priority 7400\nroute flush table 29700");
     drop((guard, route));
-    scene.assert_as_at_first();
+    scene.assert_initial_state();
 }
 
 #[test]
-fn selectors_that_make_no_sense_are_refused() {
+fn invalid_selectors_are_rejected() {
     let scene = Scene::new();
     let route = scene.install();
     let id = scene.namespace.id();
@@ -477,7 +473,7 @@ fn selectors_that_make_no_sense_are_refused() {
     );
     assert!(
         text(Selector { to: Some(addr::CLIENT_V6.into()), ..udp_reply(53) })
-            .ends_with("not of its family")
+            .ends_with("address of another family")
     );
     let long =
         Selector { input_interface: Some("sixteen-bytes-xx".to_owned()), ..marked(Family::V4) };
@@ -485,17 +481,17 @@ fn selectors_that_make_no_sense_are_refused() {
 }
 
 #[test]
-fn all_slots_can_be_taken_and_no_more() {
+fn number_of_slots_is_limited() {
     let scene = Scene::new();
     let owners: Vec<_> = OwnerSlot::all().map(|_| scene.install()).collect();
     let error = scene.try_install(Families::V4, "1").unwrap_err();
-    assert!(error.to_string().ends_with("all 256 places for owners are taken"), "{error}");
+    assert!(error.to_string().ends_with("all 256 owner slots are in use"), "{error}");
     drop(owners);
-    scene.assert_as_at_first();
+    scene.assert_initial_state();
 }
 
 #[test]
-fn threads_that_install_at_once_get_a_slot_each() {
+fn concurrent_installations_get_distinct_slots() {
     let scene = Scene::new();
     let mut slots = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| scene.install())).collect();
@@ -505,5 +501,5 @@ fn threads_that_install_at_once_get_a_slot_each() {
     slots.sort_unstable();
     slots.dedup();
     assert_eq!(slots.len(), 8);
-    scene.assert_as_at_first();
+    scene.assert_initial_state();
 }

@@ -1,12 +1,12 @@
-//! What policy routes are for: a container sees its clients' own addresses, and its answers come
-//! back to us.
+//! End-to-end tests of policy routes: a container sees the addresses of its clients, and its
+//! replies return to tidegate.
 //!
-//! Two ways, each for TCP and UDP, IPv4 and IPv6:
+//! Two variants, each for TCP and UDP over IPv4 and IPv6:
 //!
-//! - the short path: the socket is made in the container's namespace, so nothing crosses the
+//! - short path: the socket is created in the container's namespace, so no packet crosses the
 //!   bridge;
-//! - from the host: the socket is made in the host's namespace, for a container into which there is
-//!   no handle.
+//! - from the host: the socket is created in the host's namespace, for a container without a
+//!   namespace handle.
 
 use socket2::{Domain, Socket, Type};
 use std::io::{self, Read, Write};
@@ -24,18 +24,18 @@ use tidegate_testbed::{Topology, addr, eventually};
 const SHORT_PATH_SYSCTLS: [&str; 3] =
     ["net.ipv4.tcp_fwmark_accept", "net.ipv4.fwmark_reflect", "net.ipv6.fwmark_reflect"];
 
-/// The published port inside the container, and a port nobody listens on.
+/// Published port inside the container, and a closed port.
 const PORT: u16 = 8080;
 const CLOSED_PORT: u16 = 8081;
 
-/// The client's own port, another one each time: what other tests start inherits descriptors for a
-/// moment, so a port may be in use a little longer than its socket.
+/// Source port of the client, unique per use. Child processes of other tests briefly inherit
+/// descriptors, so a port may stay in use longer than its socket.
 static NEXT_CLIENT_PORT: AtomicU16 = AtomicU16::new(40_001);
 
-/// For what must come. The first packet over a link that was set up a moment ago may get lost.
+/// Timeout for expected packets. The first packet over a new link may be lost.
 const SOON: Duration = Duration::from_secs(10);
 
-/// For what must not come.
+/// Timeout for packets that must not arrive.
 const A_WHILE: Duration = Duration::from_millis(500);
 
 struct Scene {
@@ -89,14 +89,14 @@ impl Scene {
         Arc::new(route.unwrap())
     }
 
-    /// What makes the short path work for TCP, with these sysctls.
+    /// Installs the policy route for short-path TCP with these sysctls.
     fn short_path(&self, sysctls: &[&str]) -> [Steered; 2] {
         let route = self.install(&self.container, sysctls);
         Family::ALL.map(|family| route.steer(Selector::marked(family, MARK)).unwrap())
     }
 
-    /// Every interface of both namespaces checks that it would send to where a packet came from.
-    fn filter_reverse_paths(&self) {
+    /// Enables strict reverse path filtering on all interfaces of both namespaces.
+    fn enable_reverse_path_filters(&self) {
         for namespace in [&self.net.container, &self.net.host] {
             for interface in ["all", "default", "lo", "eth0"] {
                 namespace.sysctl(&format!("net.ipv4.conf.{interface}.rp_filter"), "1");
@@ -115,7 +115,7 @@ impl Ends {
         SocketAddr::new(self.container, PORT)
     }
 
-    /// The container's answers to this client, from one port.
+    /// Selector of the container's replies to this client from the server port.
     fn answers(self, protocol: Protocol) -> Selector {
         Selector {
             to: Some(self.client),
@@ -125,7 +125,7 @@ impl Ends {
         }
     }
 
-    /// The same, as they come in at the host.
+    /// Selector of the same replies as received by the host.
     fn answers_at_host(self, protocol: Protocol) -> Selector {
         Selector {
             from: Some(self.container),
@@ -135,8 +135,8 @@ impl Ends {
     }
 }
 
-/// A socket that speaks in the name of `client`.
-fn in_the_name_of(client: SocketAddr, kind: Type, mark: Option<u32>) -> Socket {
+/// Creates a socket bound to the address of `client`.
+fn socket_of_client(client: SocketAddr, kind: Type, mark: Option<u32>) -> Socket {
     let socket = Socket::new(Domain::for_address(client), kind, None).unwrap();
     match client {
         SocketAddr::V4(_) => socket.set_ip_transparent_v4(true).unwrap(),
@@ -158,14 +158,15 @@ fn connect(
     patience: Duration,
 ) -> io::Result<Socket> {
     namespace.with(|| {
-        let socket = in_the_name_of(client, Type::STREAM, mark);
+        let socket = socket_of_client(client, Type::STREAM, mark);
         socket.connect_timeout(&server.into(), patience)?;
         socket.set_read_timeout(Some(SOON))?;
         Ok(socket)
     })?
 }
 
-/// Connects, reads whom the server sees, and moves a megabyte each way.
+/// Connects, checks the peer address seen by the server, and transfers a megabyte in each
+/// direction.
 #[track_caller]
 fn check_tcp(scene: &Scene, namespace: &Namespace, ends: Ends, mark: Option<u32>) {
     let server = PeerServer::tcp(&scene.net.container, ends.server());
@@ -192,16 +193,15 @@ fn check_tcp(scene: &Scene, namespace: &Namespace, ends: Ends, mark: Option<u32>
     });
 }
 
-/// Asks a UDP server in the name of the client, and says whether the answer shows that it sees the
-/// client.
+/// Queries a UDP server from the client's address. Returns whether the server saw that address.
 fn ask_udp(namespace: &Namespace, ends: Ends) -> io::Result<bool> {
     let client = ends.next_client();
-    let socket = namespace.with(|| in_the_name_of(client, Type::DGRAM, None))?;
+    let socket = namespace.with(|| socket_of_client(client, Type::DGRAM, None))?;
     socket.connect(&ends.server().into())?;
     Ok(ask(&UdpSocket::from(socket))? == client.to_string())
 }
 
-/// The answer to one datagram.
+/// Sends one datagram and returns the reply.
 fn ask(socket: &UdpSocket) -> io::Result<String> {
     socket.set_read_timeout(Some(A_WHILE))?;
     socket.send(b"who am I?")?;
@@ -220,7 +220,7 @@ fn check_udp(namespace: &Namespace, ends: Ends) {
 }
 
 #[test]
-fn short_path_tcp_shows_the_client_and_moves_data_both_ways() {
+fn short_path_tcp_preserves_the_client_address_and_transfers_data() {
     let scene = Scene::new();
     let _steered = scene.short_path(&SHORT_PATH_SYSCTLS);
     let before = scene.net.container.ip(&["-s", "link", "show", "eth0"]);
@@ -229,21 +229,18 @@ fn short_path_tcp_shows_the_client_and_moves_data_both_ways() {
     }
     let after = scene.net.container.ip(&["-s", "link", "show", "eth0"]);
     let packets = |text: &str| -> u64 {
-        // The figures stand in the line below `RX:` and `TX:`, bytes before packets.
+        // The counters are on the line below `RX:` and `TX:`, bytes before packets.
         let lines: Vec<&str> = text.lines().collect();
         let figures = lines.windows(2).filter(|pair| pair[0].trim_start().starts_with(['R', 'T']));
         figures.map(|pair| pair[1].split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()).sum()
     };
-    assert!(
-        packets(&after) - packets(&before) < 20,
-        "nothing crosses the veth pair but a few IPv6 reports"
-    );
+    assert!(packets(&after) - packets(&before) < 20, "only a few IPv6 reports cross the veth pair");
 }
 
 #[test]
 fn short_path_tcp_passes_reverse_path_filters() {
     let scene = Scene::new();
-    scene.filter_reverse_paths();
+    scene.enable_reverse_path_filters();
     let _steered = scene.short_path(&SHORT_PATH_SYSCTLS);
     for ends in ENDS {
         check_tcp(&scene, &scene.container, ends, Some(MARK));
@@ -251,7 +248,7 @@ fn short_path_tcp_passes_reverse_path_filters() {
 }
 
 #[test]
-fn short_path_tcp_is_refused_at_once_by_a_closed_port() {
+fn short_path_tcp_to_a_closed_port_is_refused_immediately() {
     let scene = Scene::new();
     let _steered = scene.short_path(&SHORT_PATH_SYSCTLS);
     for ends in ENDS {
@@ -284,20 +281,19 @@ fn short_path_tcp_reset_reaches_both_sides() {
     }
 }
 
-/// What each sysctl is for: without it, the answers leave by the default route.
+/// Without any one of the sysctls, the replies leave by the default route.
 #[test]
 fn short_path_tcp_needs_each_of_its_sysctls() {
     let [accept, reflect_v4, reflect_v6] = SHORT_PATH_SYSCTLS;
     let timed_out =
         |result: io::Result<Socket>| result.unwrap_err().kind() == io::ErrorKind::TimedOut;
 
-    // The name says IPv4, and it serves both families.
+    // Despite its name, the sysctl applies to both families.
     let scene = Scene::new();
     let _steered = scene.short_path(&[reflect_v4, reflect_v6]);
     for ends in ENDS {
         let _server = EchoServer::tcp(&scene.net.container, ends.server());
-        // The SYN-ACK is sent by the listener, before there is a socket that could have inherited
-        // the mark.
+        // The listener sends the SYN-ACK before a socket exists that could inherit the mark.
         assert!(
             timed_out(connect(
                 &scene.container,
@@ -324,10 +320,9 @@ fn short_path_tcp_needs_each_of_its_sysctls() {
     }
 }
 
-/// The rule is about marked packets alone, so whoever talks to the container directly goes on as
-/// before.
+/// The rule matches marked packets only, so direct connections to the container are unaffected.
 #[test]
-fn short_path_tcp_leaves_neighbours_and_the_host_alone() {
+fn short_path_tcp_does_not_affect_neighbours_and_the_host() {
     let scene = Scene::new();
     let neighbour = scene.net.neighbour();
     let _steered = scene.short_path(&SHORT_PATH_SYSCTLS);
@@ -342,19 +337,19 @@ fn short_path_tcp_leaves_neighbours_and_the_host_alone() {
         };
         assert_eq!(neighbour.run(ask), ends.neighbour);
         assert!(scene.net.host.run(ask) != ends.client);
-        assert_eq!(scene.net.client.run(ask), ends.client, "by way of the host, which forwards");
+        assert_eq!(scene.net.client.run(ask), ends.client, "forwarded by the host");
     }
 }
 
 #[test]
-fn short_path_udp_shows_the_client_when_its_answers_are_steered() {
+fn short_path_udp_preserves_the_client_address_with_steering() {
     let scene = Scene::new();
-    scene.filter_reverse_paths();
+    scene.enable_reverse_path_filters();
     let route = scene.install(&scene.container, &[]);
     for ends in ENDS {
         let _server = PeerServer::udp(&scene.net.container, ends.server());
         let lost = ask_udp(&scene.container, ends).unwrap_err();
-        assert_eq!(lost.kind(), io::ErrorKind::WouldBlock, "nothing is steered yet");
+        assert_eq!(lost.kind(), io::ErrorKind::WouldBlock, "not steered yet");
         let steered = route.steer(ends.answers(Protocol::Udp)).unwrap();
         check_udp(&scene.container, ends);
         drop(steered);
@@ -363,14 +358,14 @@ fn short_path_udp_shows_the_client_when_its_answers_are_steered() {
 }
 
 #[test]
-fn short_path_udp_hears_of_a_closed_port() {
+fn short_path_udp_to_a_closed_port_is_refused() {
     let scene = Scene::new();
     let route = scene.install(&scene.container, &SHORT_PATH_SYSCTLS);
     for ends in ENDS {
         let mark = route.steer(Selector::marked(ends.family, MARK)).unwrap();
         let socket = scene
             .container
-            .with(|| in_the_name_of(ends.next_client(), Type::DGRAM, Some(MARK)))
+            .with(|| socket_of_client(ends.next_client(), Type::DGRAM, Some(MARK)))
             .unwrap();
         socket.connect(&ends.server().into()).unwrap();
         socket.send(b"anybody there?").unwrap();
@@ -380,10 +375,9 @@ fn short_path_udp_hears_of_a_closed_port() {
     }
 }
 
-/// The rule is about one client: direct datagrams from a neighbour or the host are answered as
-/// before.
+/// The rule matches one client, so direct datagrams from neighbours and the host are unaffected.
 #[test]
-fn short_path_udp_leaves_neighbours_and_the_host_alone() {
+fn short_path_udp_does_not_affect_neighbours_and_the_host() {
     let scene = Scene::new();
     let neighbour = scene.net.neighbour();
     let route = scene.install(&scene.container, &[]);
@@ -404,7 +398,7 @@ fn short_path_udp_leaves_neighbours_and_the_host_alone() {
 }
 
 #[test]
-fn from_the_host_tcp_shows_the_client_and_moves_data_both_ways() {
+fn from_the_host_tcp_preserves_the_client_address_and_transfers_data() {
     let scene = Scene::new();
     let route = scene.install(&scene.host, &[]);
     for ends in ENDS {
@@ -414,7 +408,7 @@ fn from_the_host_tcp_shows_the_client_and_moves_data_both_ways() {
         let _server = EchoServer::tcp(&scene.net.container, ends.server());
         assert!(
             connect(&scene.host, ends.next_client(), ends.server(), None, A_WHILE).is_err(),
-            "nothing is steered any more"
+            "no longer steered"
         );
     }
 }
@@ -422,7 +416,7 @@ fn from_the_host_tcp_shows_the_client_and_moves_data_both_ways() {
 #[test]
 fn from_the_host_works_with_reverse_path_filters_and_without_forwarding() {
     let scene = Scene::of(Topology::builder().forwarding(false).build());
-    scene.filter_reverse_paths();
+    scene.enable_reverse_path_filters();
     let route = scene.install(&scene.host, &[]);
     for ends in ENDS {
         let _tcp = route.steer(ends.answers_at_host(Protocol::Tcp)).unwrap();
@@ -434,7 +428,7 @@ fn from_the_host_works_with_reverse_path_filters_and_without_forwarding() {
 }
 
 #[test]
-fn from_the_host_tcp_is_refused_at_once_by_a_closed_port() {
+fn from_the_host_tcp_to_a_closed_port_is_refused_immediately() {
     let scene = Scene::new();
     let route = scene.install(&scene.host, &[]);
     for ends in ENDS {
@@ -446,12 +440,12 @@ fn from_the_host_tcp_is_refused_at_once_by_a_closed_port() {
 }
 
 #[test]
-fn from_the_host_ask_udp() {
+fn from_the_host_udp_preserves_the_client_address_with_steering() {
     let scene = Scene::new();
     let route = scene.install(&scene.host, &[]);
     for ends in ENDS {
         let _server = PeerServer::udp(&scene.net.container, ends.server());
-        assert!(ask_udp(&scene.host, ends).is_err(), "nothing is steered yet");
+        assert!(ask_udp(&scene.host, ends).is_err(), "not steered yet");
         let _steered = route.steer(ends.answers_at_host(Protocol::Udp)).unwrap();
         check_udp(&scene.host, ends);
     }

@@ -160,7 +160,7 @@ fn create(path: &Path) -> io::Result<File> {
 /// Opens and locks the file that is at `path`.
 fn lock(path: &Path) -> Result<File, JournalError> {
     match lock_file(path).map_err(|source| JournalError::Io { path: path.to_owned(), source })? {
-        Lock::Had(file) => Ok(file),
+        Lock::Acquired(file) => Ok(file),
         Lock::Held(file) => {
             Err(JournalError::InUse { path: path.to_owned(), holder: holder(&file) })
         }

@@ -145,7 +145,7 @@ impl LockFile {
         path.push(".lock");
         let path = PathBuf::from(path);
         match lock_file(&path).map_err(failed)? {
-            Lock::Had(mut file) => {
+            Lock::Acquired(mut file) => {
                 let mut left = String::new();
                 let readable = (&file).take(64).read_to_string(&mut left).is_ok();
                 if !readable || !(left.trim().is_empty() || left.trim().parse::<u32>().is_ok()) {

@@ -123,7 +123,7 @@ impl NamespaceUpstream {
                 for container in
                     inside.containers.iter().filter(|container| container.address.is_ipv4())
                 {
-                    routes.answer_from(container.address)?;
+                    routes.set_source(container.address)?;
                 }
                 inside.routes = Some(Arc::new(routes));
             }

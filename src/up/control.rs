@@ -40,8 +40,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tidegate_dns::Serving;
 use tidegate_netns::{
-    ChangeListener, Namespace, NamespaceId, Restored, drop_elsewhere, policy_route_sysctls_hold,
-    repair_policy_routes,
+    ChangeListener, Namespace, NamespaceId, Restored, drop_in_background,
+    policy_route_sysctls_hold, repair_policy_routes,
 };
 use tidegate_netsetup::{Firewall, Place, RepairKind, Repaired, SetupError};
 use tokio::io::Interest;
@@ -615,7 +615,7 @@ impl Instance {
                 drop(serving);
             } else {
                 // In a namespace that may never answer.
-                drop_elsewhere(serving);
+                drop_in_background(serving);
             }
             let serving = server.map(NewServer::make).transpose();
             Outcome::Attached { relocated: Ok(()), serving }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tidegate_netns::{ChangeListener, Namespace, Topic, drop_elsewhere};
+use tidegate_netns::{ChangeListener, Namespace, Topic, drop_in_background};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
@@ -84,7 +84,7 @@ impl RuleListener {
 impl Drop for RuleListener {
     fn drop(&mut self) {
         if let Some(rules) = self.0.take() {
-            drop_elsewhere(rules.into_inner());
+            drop_in_background(rules.into_inner());
         }
     }
 }

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tidegate_netns::drop_elsewhere;
+use tidegate_netns::drop_in_background;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::{Instant, sleep_until};
 
@@ -106,7 +106,7 @@ impl<T: Send + 'static> EndpointWork<T> {
                         return Progress::Done { endpoint, outcome };
                     }
                     // It may hold what takes as long to take back.
-                    drop_elsewhere(outcome);
+                    drop_in_background(outcome);
                 }
                 () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
                     if let Some(endpoint) = self.table.overdue(Instant::now()) {

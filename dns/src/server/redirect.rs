@@ -28,7 +28,7 @@ use tidegate_netfilter::{
     Action, Base, Chain, Change, Connection, Error, Hook, Key, Kind, Match, Rule, Table,
     TableIdentity, Transport, Value,
 };
-use tidegate_netns::{Namespace, drop_elsewhere};
+use tidegate_netns::{Namespace, drop_in_background};
 
 /// Priorities `mangle` and `raw` of nft(8); connection tracking has priority -200.
 const AFTER_TRACKING: i32 = -150;
@@ -79,7 +79,7 @@ impl Drop for Redirect {
             connection.commit(&[change])?;
             // Closing the socket frees the deleted objects after an RCU grace period of about
             // 12 ms. A thousand servers that stop together would wait for it one after another.
-            drop_elsewhere(connection);
+            drop_in_background(connection);
             Ok::<_, Error>(())
         };
         if let Err(error) = self.namespace.with(remove).map_err(Error::from).flatten() {

@@ -1,4 +1,4 @@
-//! What can go wrong with a policy route.
+//! Errors of policy routes.
 
 use super::{MAX_SELECTORS, Selector};
 use crate::NamespaceId;
@@ -7,78 +7,78 @@ use std::io;
 use std::path::PathBuf;
 use tidegate_model::registry::OWNER_SLOTS;
 
-/// A policy route that could not be made, changed or reverted.
+/// A failure to install, change or revert a policy route.
 #[derive(Debug, thiserror::Error)]
 pub enum PolicyRouteError {
-    /// The namespace could not be entered or spoken to.
-    #[error("policy route in namespace {namespace}: cannot enter it: {}", because(.source, "CAP_SYS_ADMIN"))]
+    /// The namespace could not be entered, or its netlink socket not be opened.
+    #[error("policy route in namespace {namespace}: cannot enter it: {}", with_remedy(.source, "CAP_SYS_ADMIN"))]
     Enter {
-        /// Which one.
+        /// The namespace.
         namespace: NamespaceId,
-        /// What the kernel said.
+        /// Error code of the kernel.
         source: io::Error,
     },
-    /// The kernel refused a rule, a route or a sysctl.
-    #[error("policy route in namespace {namespace}: {object}: {}", because(.source, "CAP_NET_ADMIN"))]
+    /// The kernel rejected a rule, a route or a sysctl.
+    #[error("policy route in namespace {namespace}: {object}: {}", with_remedy(.source, "CAP_NET_ADMIN"))]
     Kernel {
-        /// Where.
+        /// The namespace.
         namespace: NamespaceId,
-        /// The rule, route or sysctl, in the words of ip(8) and sysctl(8).
+        /// The rule, route or sysctl, in the syntax of ip(8) and sysctl(8).
         object: String,
-        /// What the kernel said.
+        /// Error code of the kernel.
         source: io::Error,
     },
-    /// Another owner needs the sysctl to have another value.
+    /// Another owner requires a different value of the sysctl.
     #[error(
-        "policy route in namespace {namespace}: sysctl {name} is kept at {value} by process {pid}"
+        "policy route in namespace {namespace}: sysctl {name} is held at {value} by process {pid}"
     )]
     SysctlTaken {
-        /// Where.
+        /// The namespace.
         namespace: NamespaceId,
-        /// Which sysctl.
+        /// Name of the sysctl.
         name: String,
-        /// What it is kept at.
+        /// Value required by the other owner.
         value: String,
-        /// One of the processes that have policy routes there.
+        /// PID of an owner in the namespace.
         pid: u32,
     },
-    /// Every slot has an owner, or a rule or route of some other program in it.
-    #[error("policy route in namespace {0}: all {OWNER_SLOTS} places for owners are taken")]
+    /// Every slot is owned or contains a rule or route of another program.
+    #[error("policy route in namespace {0}: all {OWNER_SLOTS} owner slots are in use")]
     NoSlot(NamespaceId),
-    /// The owner has as many rules as it may have.
-    #[error("policy route in namespace {0}: {MAX_SELECTORS} rules are the limit")]
+    /// The owner has reached its maximum number of rules.
+    #[error("policy route in namespace {0}: limit of {MAX_SELECTORS} rules reached")]
     TooManySelectors(NamespaceId),
-    /// The selector makes no sense, or not here.
+    /// The selector is invalid in general or for this policy route.
     #[error("policy route in namespace {namespace}: {} rule {selector}: {flaw}", .selector.family)]
     Selector {
-        /// Where.
+        /// The namespace.
         namespace: NamespaceId,
-        /// Which.
+        /// The selector.
         selector: Box<Selector>,
-        /// What is wrong with it.
+        /// Reason why it is invalid.
         flaw: &'static str,
     },
-    /// There is nowhere to keep the journal.
-    #[error("no place for the policy journal: set XDG_RUNTIME_DIR or TIDEGATE_RUN_DIR")]
+    /// No directory for the journal is available.
+    #[error("no directory for the policy journal; set XDG_RUNTIME_DIR or TIDEGATE_RUN_DIR")]
     NoRunDirectory,
-    /// The journal could not be read or written. Nothing is changed without it.
-    #[error("policy journal {}: {}", .path.display(), because(.source, "the right to write there"))]
+    /// The journal could not be read or written. Without it, nothing is changed.
+    #[error("policy journal {}: {}", .path.display(), with_remedy(.source, "write permission"))]
     Journal {
-        /// Its directory.
+        /// Directory of the journal.
         path: PathBuf,
-        /// Why not.
+        /// Cause.
         source: io::Error,
     },
 }
 
-/// The system's words, and what to do about them where that is known.
-fn because(error: &io::Error, privilege: &str) -> String {
+/// Returns the error text, with a remedy if one is known.
+fn with_remedy(error: &io::Error, privilege: &str) -> String {
     let text = error.to_string();
     let text = text.split(" (os error ").next().unwrap_or_default();
     let remedy = match Errno::from_io_error(error) {
-        Some(Errno::PERM | Errno::ACCESS) => format!("needs {privilege} there"),
+        Some(Errno::PERM | Errno::ACCESS) => format!("needs {privilege}"),
         Some(Errno::ROFS) => "/proc/sys is mounted read-only".to_owned(),
-        Some(Errno::NETDOWN) => "is lo up there?".to_owned(),
+        Some(Errno::NETDOWN) => "is lo up?".to_owned(),
         _ => return text.to_owned(),
     };
     format!("{text} ({remedy})")
@@ -89,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_is_one_line_with_object_reason_and_remedy() {
+    fn error_is_one_line_with_object_cause_and_remedy() {
         let error = PolicyRouteError::Kernel {
             namespace: NamespaceId { device: 4, inode: 4_026_532_000 },
             object: "rule fwmark 0x74670001 lookup 29700".to_owned(),
@@ -98,7 +98,7 @@ mod tests {
         assert_eq!(
             error.to_string(),
             "policy route in namespace net:[4026532000]: rule fwmark 0x74670001 lookup 29700: \
-             Operation not permitted (needs CAP_NET_ADMIN there)"
+             Operation not permitted (needs CAP_NET_ADMIN)"
         );
     }
 }

@@ -1,10 +1,10 @@
-//! What has to be known after a crash: who owns which slot, and what every sysctl was before.
+//! The journal for crash recovery: owners of slots and original values of sysctls.
 //!
-//! One JSON file per namespace, in a directory that only its owner may write: what stands there is
-//! carried out with that owner's rights, by whoever reads it next. The directory itself is the
-//! lock, by flock(2), which the kernel gives back however its holder ends. A file is replaced as a
-//! whole, so a reader finds the old one or the new one. Nothing is synced to the disk: what is
-//! described does not outlive the kernel either.
+//! The journal is a directory with one JSON file per namespace. Only its owner may have write
+//! access, because later processes act on the contents with the owner's privileges. flock(2) on the
+//! directory serialises access; the kernel releases the lock when its holder exits. Files are
+//! replaced atomically by rename. They are not synced to disk, because the described state does not
+//! survive a reboot.
 
 use super::PolicyRouteError;
 use super::process::Process;
@@ -22,23 +22,22 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tidegate_model::registry::OwnerSlot;
 
-/// How long to wait for another process to finish with the journal. It takes milliseconds unless
-/// the process is stopped.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Timeout for the lock. Holders need milliseconds unless they are stopped.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What is written about one namespace.
+/// The record of one namespace.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Record {
     pub(super) identity: Identity,
     pub(super) owners: Vec<Owner>,
-    /// In the order in which they were changed.
+    /// In the order of the changes.
     pub(super) sysctls: Vec<Saved>,
 }
 
-/// Which namespace is meant.
+/// The identity of a namespace.
 ///
-/// Device and inode do not suffice: the kernel gives the lowest free inode number to the next
-/// namespace, so a restarted container is likely to have that of the one before.
+/// Device and inode are insufficient: the kernel assigns the lowest free inode number to a new
+/// namespace, so a restarted container often has the number of its predecessor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Identity {
     pub(super) boot: String,
@@ -48,7 +47,8 @@ pub(super) struct Identity {
 }
 
 impl Identity {
-    /// Whether both are the same namespace; `None` if they may be and the kernel cannot tell.
+    /// Returns whether both identify the same namespace. Returns `None` if only the cookie could
+    /// tell and the kernel has no cookies.
     pub(super) fn same(&self, other: &Self) -> Option<bool> {
         if self.boot != other.boot || self.id != other.id {
             return Some(false);
@@ -57,39 +57,39 @@ impl Identity {
     }
 }
 
-/// Who has a slot.
+/// The owner of a slot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Owner {
     pub(super) slot: u8,
     pub(super) process: Process,
-    /// By which the owner opened the namespace, and others may.
+    /// Path at which the owner opened the namespace, and others can open it.
     pub(super) path: Option<PathBuf>,
 }
 
 impl Record {
-    /// Nobody owns anything.
+    /// Creates a record without owners.
     pub(super) const fn new(identity: Identity) -> Self {
         Self { identity, owners: Vec::new(), sysctls: Vec::new() }
     }
 
-    /// Notes what sysctls were. One that is known has been set by someone else since: that is now
-    /// what it goes back to.
+    /// Records original values of sysctls. A sysctl that is already recorded has been changed
+    /// externally since, and its new value becomes the original value.
     pub(super) fn save<'a>(&mut self, sysctls: impl IntoIterator<Item = &'a Saved>) {
         for sysctl in sysctls {
             match self.sysctls.iter_mut().find(|saved| saved.name == sysctl.name) {
-                Some(overtaken) => overtaken.clone_from(sysctl),
+                Some(outdated) => outdated.clone_from(sysctl),
                 None => self.sysctls.push(sysctl.clone()),
             }
         }
     }
 
-    /// The slots whose owners have ended.
+    /// Returns the slots whose owners have exited.
     pub(super) fn orphans(&self) -> Vec<OwnerSlot> {
         let dead = self.owners.iter().filter(|owner| !owner.process.is_alive());
         dead.map(|owner| OwnerSlot(owner.slot)).collect()
     }
 
-    /// Whether nobody but `slot` owns anything.
+    /// Returns whether `slot` is the only owned slot.
     pub(super) fn is_last(&self, slot: OwnerSlot) -> bool {
         self.owners.iter().all(|owner| owner.slot == slot.0)
     }
@@ -103,14 +103,14 @@ impl Record {
     }
 }
 
-/// The directory, locked for as long as the value lives.
+/// The locked journal directory.
 pub(super) struct Journal {
     directory: PathBuf,
     _lock: File,
 }
 
 impl Journal {
-    /// Makes the directory if need be and waits for its lock.
+    /// Creates the directory if it is missing, and waits for its lock.
     pub(super) fn lock(directory: &Path) -> io::Result<Self> {
         DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
         let lock = File::open(directory)?;
@@ -118,10 +118,10 @@ impl Journal {
         if metadata.uid() != geteuid().as_raw() || metadata.mode() & 0o022 != 0 {
             return Err(io::Error::new(
                 io::ErrorKind::PermissionDenied,
-                "it belongs to someone else, or others may write to it",
+                "owned by another user, or writable by group or others",
             ));
         }
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + LOCK_TIMEOUT;
         loop {
             match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => return Ok(Self { directory: directory.to_owned(), _lock: lock }),
@@ -131,7 +131,7 @@ impl Journal {
                 Err(Errno::WOULDBLOCK) => {
                     return Err(io::Error::new(
                         io::ErrorKind::TimedOut,
-                        "another process keeps it locked",
+                        "locked by another process for more than 10 s",
                     ));
                 }
                 Err(error) => return Err(error.into()),
@@ -143,7 +143,7 @@ impl Journal {
         &self.directory
     }
 
-    /// What is written about the namespace with this id. A file that makes no sense counts as none.
+    /// Loads the record of the namespace `id`. An invalid file is ignored.
     pub(super) fn load(&self, id: NamespaceId) -> io::Result<Option<Record>> {
         let path = self.file(id);
         let text = match fs::read(&path) {
@@ -152,12 +152,12 @@ impl Journal {
         };
         let record = serde_json::from_slice(&text);
         if let Err(error) = &record {
-            tracing::warn!(path = %path.display(), %error, "ignoring a policy journal that makes no sense");
+            tracing::warn!(path = %path.display(), %error, "invalid policy journal ignored");
         }
         Ok(record.ok())
     }
 
-    /// Writes it down; one without owners is deleted.
+    /// Stores the record, or deletes its file if it has no owners.
     pub(super) fn store(&self, record: &Record) -> io::Result<()> {
         let path = self.file(record.identity.id);
         if record.owners.is_empty() {
@@ -171,7 +171,7 @@ impl Journal {
         fs::rename(next, path)
     }
 
-    /// The namespaces of which something is written.
+    /// Lists the namespaces that have a record.
     pub(super) fn namespaces(&self) -> io::Result<Vec<NamespaceId>> {
         let mut namespaces = Vec::new();
         for entry in fs::read_dir(&self.directory)? {
@@ -191,7 +191,7 @@ fn parse_name(name: &str) -> Option<NamespaceId> {
     Some(NamespaceId { device: device.parse().ok()?, inode: inode.parse().ok()? })
 }
 
-/// Where this user's journals are: below the [`run_directory`](crate::run_directory).
+/// Returns the journal directory of this user, below the [`run_directory`](crate::run_directory).
 ///
 /// # Errors
 /// [`PolicyRouteError::NoRunDirectory`].
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_stored_is_found_until_nobody_owns_anything() {
+    fn record_is_kept_until_its_last_owner_is_removed() {
         let temporary = tempfile::tempdir().unwrap();
         let journal = Journal::lock(&temporary.path().join("tidegate/policy")).unwrap();
         let mut record = record();
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_makes_no_sense_counts_as_none() {
+    fn invalid_file_is_ignored() {
         let temporary = tempfile::tempdir().unwrap();
         let journal = Journal::lock(&temporary.path().join("policy")).unwrap();
         let id = identity(None).id;
@@ -249,15 +249,15 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_others_may_write_to_is_refused() {
+    fn directory_writable_by_others_is_rejected() {
         let temporary = tempfile::tempdir().unwrap();
         fs::set_permissions(temporary.path(), fs::Permissions::from_mode(0o777)).unwrap();
         let error = Journal::lock(temporary.path()).err().unwrap();
-        assert_eq!(error.to_string(), "it belongs to someone else, or others may write to it");
+        assert_eq!(error.to_string(), "owned by another user, or writable by group or others");
     }
 
     #[test]
-    fn the_lock_is_for_one_at_a_time_and_ends_with_its_holder() {
+    fn lock_is_exclusive_and_released_on_drop() {
         let temporary = tempfile::tempdir().unwrap();
         let path = temporary.path().join("policy");
         let held = Journal::lock(&path).unwrap();
@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn a_namespace_is_known_by_its_cookie_and_suspected_without() {
+    fn namespace_is_identified_by_cookie_and_undecided_without() {
         assert_eq!(identity(Some(1)).same(&identity(Some(1))), Some(true));
         assert_eq!(identity(Some(1)).same(&identity(Some(2))), Some(false));
         assert_eq!(identity(None).same(&identity(None)), None);
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn the_dead_are_told_from_the_living() {
+    fn owners_that_exited_are_orphans() {
         let mut record = record();
         let dead =
             serde_json::from_str(r#"{"pid": 1, "start_time": 18446744073709551615}"#).unwrap();

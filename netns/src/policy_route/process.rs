@@ -1,33 +1,34 @@
-//! Which process it is, and whether it still runs.
+//! Identity and liveness of processes.
 
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io;
 
-/// A process, told apart from later ones with the same number by the time it was started.
+/// A process, identified by PID and start time. The start time distinguishes it from later
+/// processes with the same PID.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Process {
     pub(super) pid: u32,
-    /// In clock ticks since boot: field 22 of `/proc/PID/stat` (proc_pid_stat(5)).
+    /// Clock ticks since boot: field 22 of `/proc/PID/stat` (proc_pid_stat(5)).
     start_time: u64,
 }
 
 impl Process {
-    /// The calling one.
+    /// Returns the calling process.
     pub(super) fn current() -> io::Result<Self> {
         let pid = std::process::id();
         let stat = fs::read_to_string("/proc/self/stat")?;
-        let (_, start_time) =
-            parse(&stat).ok_or_else(|| io::Error::other("/proc/self/stat is not understood"))?;
+        let (_, start_time) = parse(&stat)
+            .ok_or_else(|| io::Error::other("/proc/self/stat has an unknown format"))?;
         Ok(Self { pid, start_time })
     }
 
-    /// Whether it has not ended. In doubt it has not: nothing may be taken from it then.
+    /// Returns whether the process is still running. Returns `true` in case of doubt, because a
+    /// running process must not lose its objects.
     pub(super) fn is_alive(&self) -> bool {
         match fs::read_to_string(format!("/proc/{}/stat", self.pid)) {
             Ok(stat) => parse(&stat).is_none_or(|(state, start_time)| {
-                // A zombie has ended; that its parent has not asked for its status yet is none of
-                // our business.
+                // A zombie has exited, even if its parent has not reaped it yet.
                 !matches!(state, "Z" | "X") && start_time == self.start_time
             }),
             Err(error) => {
@@ -37,9 +38,9 @@ impl Process {
     }
 }
 
-/// State and start time.
+/// Parses state and start time.
 fn parse(stat: &str) -> Option<(&str, u64)> {
-    // The second field is the program's name in parentheses, and may itself contain blanks and
+    // The second field is the command name in parentheses. The name may contain blanks and
     // parentheses.
     let (_, fields) = stat.rsplit_once(") ")?;
     let mut fields = fields.split_ascii_whitespace();
@@ -47,7 +48,7 @@ fn parse(stat: &str) -> Option<(&str, u64)> {
     Some((state, fields.nth(18)?.parse().ok()?))
 }
 
-/// The kernel's id of this boot. Numbers that the kernel counts up say nothing after the next one.
+/// Returns the boot ID of the kernel. Start times and cookies are only comparable within one boot.
 pub(super) fn boot_id() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim_end().to_owned())
 }
@@ -62,13 +63,13 @@ mod tests {
     }
 
     #[test]
-    fn another_process_of_the_same_number_is_not_it() {
+    fn process_with_the_same_pid_and_another_start_time_differs() {
         let current = Process::current().unwrap();
         assert!(!Process { start_time: current.start_time + 1, ..current }.is_alive());
     }
 
     #[test]
-    fn a_process_that_ended_is_dead_before_its_parent_takes_notice() {
+    fn zombie_is_not_alive() {
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let stat = fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap();
         let process = Process { pid: child.id(), start_time: parse(&stat).unwrap().1 };
@@ -80,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_with_blanks_and_parentheses_is_no_obstacle() {
+    fn command_name_may_contain_blanks_and_parentheses() {
         let stat = "7 (a) b (c) S 1 7 7 0 -1 4194304 1 0 0 0 0 0 0 0 20 0 1 0 4711 2 3";
         assert_eq!(parse(stat), Some(("S", 4711)));
         assert_eq!(parse("7 (a"), None);

@@ -1,33 +1,33 @@
-//! What packets a rule is about.
+//! Selectors of policy rules.
 
 use crate::Family;
 use std::fmt;
 use std::net::IpAddr;
 use tidegate_model::Protocol;
 
-/// The packets that a rule applies to: those that meet every condition that is set.
+/// The selector of a rule. A packet matches if it meets all conditions that are set.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Selector {
-    /// The packets' family; the addresses are of the same.
+    /// Address family of the packets and of the addresses below.
     pub family: Family,
-    /// The packet's mark, the whole of it.
+    /// Packet mark, compared in full.
     pub mark: Option<u32>,
-    /// The source address.
+    /// Source address.
     pub from: Option<IpAddr>,
-    /// The destination address.
+    /// Destination address.
     pub to: Option<IpAddr>,
-    /// The transport.
+    /// Transport protocol.
     pub protocol: Option<Protocol>,
-    /// The source port. Makes the kernel look into the transport header of every packet that is
-    /// routed in the namespace, also of those that are none of ours.
+    /// Source port. This condition makes the kernel parse the transport header of every packet
+    /// routed in the namespace, including unrelated ones.
     pub source_port: Option<u16>,
-    /// The interface the packet came in by; `lo` for packets of the namespace's own.
+    /// Input interface; `lo` for packets sent from the namespace itself.
     pub input_interface: Option<String>,
 }
 
 impl Selector {
-    /// No condition yet. [`steer`](super::PolicyRoute::steer) refuses it as it is: every packet
-    /// would match.
+    /// Creates a selector without conditions. [`steer`](super::PolicyRoute::steer) rejects it
+    /// unless a condition is added, because it would match every packet.
     #[must_use]
     pub const fn new(family: Family) -> Self {
         Self {
@@ -41,28 +41,28 @@ impl Selector {
         }
     }
 
-    /// Packets with this mark.
+    /// Creates a selector for packets with `mark`.
     #[must_use]
     pub fn marked(family: Family, mark: u32) -> Self {
         Self { mark: Some(mark), ..Self::new(family) }
     }
 
-    /// What is wrong with it, if anything is.
+    /// Returns the reason why the selector is invalid, or `None`.
     pub(super) fn flaw(&self) -> Option<&'static str> {
-        let alien = |ip: &IpAddr| Family::of(*ip) != self.family;
+        let foreign = |ip: &IpAddr| Family::of(*ip) != self.family;
         if self.conditions().all(|set| !set) {
             Some("it would match every packet")
-        } else if self.from.iter().chain(&self.to).any(alien) {
-            Some("the addresses are not of its family")
+        } else if self.from.iter().chain(&self.to).any(foreign) {
+            Some("address of another family")
         } else {
             None
         }
     }
 
-    /// Whether every condition of this one is one of `other`'s, too.
+    /// Returns whether `other` has all conditions of `self`.
     ///
-    /// Then the kernel, told to delete the rule of this one, may delete that of `other`: a
-    /// condition that a request leaves out is one that may be anything.
+    /// In that case, a request to delete the rule of `self` may delete the rule of `other` instead,
+    /// because the kernel ignores conditions that a deletion request omits.
     pub(super) fn covers(&self, other: &Self) -> bool {
         fn meets<T: PartialEq>(mine: Option<&T>, other: Option<&T>) -> bool {
             mine.is_none() || mine == other
@@ -89,7 +89,7 @@ impl Selector {
     }
 }
 
-/// As ip-rule(8) takes it: `from 172.30.0.2 to 203.0.113.9 ipproto udp sport 53`.
+/// Prints the syntax of ip-rule(8): `from 172.30.0.2 to 203.0.113.9 ipproto udp sport 53`.
 impl fmt::Display for Selector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let conditions = [
@@ -123,13 +123,13 @@ mod tests {
     }
 
     #[test]
-    fn it_reads_as_ip_rule_takes_it() {
+    fn display_uses_the_syntax_of_ip_rule() {
         assert_eq!(reply("203.0.113.9").to_string(), "to 203.0.113.9 ipproto udp sport 53");
         assert_eq!(Selector::marked(Family::V6, 0x7467_0001).to_string(), "fwmark 0x74670001");
     }
 
     #[test]
-    fn the_more_general_covers_the_more_special() {
+    fn general_selector_covers_specific_one() {
         let all = Selector { to: None, ..reply("203.0.113.9") };
         assert!(all.covers(&reply("203.0.113.9")) && all.covers(&all));
         assert!(!reply("203.0.113.9").covers(&all));
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn what_would_catch_everything_or_nothing_is_flawed() {
+    fn selectors_that_match_everything_or_nothing_are_invalid() {
         assert!(Selector::new(Family::V4).flaw().is_some());
         assert!(reply("2001:db8::9").flaw().is_some());
         assert_eq!(reply("203.0.113.9").flaw(), None);

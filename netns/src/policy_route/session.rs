@@ -1,20 +1,20 @@
-//! One namespace under lock: what is written about it, and what is in it.
+//! A transaction on one namespace under the journal lock.
 //!
 //! # Theory of operation
 //!
-//! An owner does, and afterwards undoes in reverse:
+//! An owner performs these steps, and reverts them in reverse order:
 //!
-//! | step | done | undone |
+//! | step | install | revert |
 //! |---|---|---|
-//! | 1 | its slot and the sysctls' values are written down | and struck out, with the last owner the whole record |
-//! | 2 | `local default dev lo` is added to the slot's table | deleted |
-//! | 3 | the sysctls are changed | put back, by the last owner |
-//! | 4 | rules are added, at any time and without a word in the journal | all rules of the slot are deleted |
+//! | 1 | the slot and the original values of sysctls are recorded | the entry is deleted, with the last owner the whole record |
+//! | 2 | `local default dev lo` is added to the slot's table | the route is deleted |
+//! | 3 | the sysctls are changed | the last owner restores them |
+//! | 4 | rules are added, at any time and without a journal entry | all rules of the slot are deleted |
 //!
-//! Every step is written down before it is taken, so the record tells of at least what is there,
-//! wherever a process was killed; and undoing what is not there does nothing. Whoever comes next
-//! undoes what dead owners left, by the same steps. An owner that could not be undone stays in the
-//! record, and is tried again when its process has ended.
+//! Every step is recorded before it is performed. Wherever a process is killed, the record
+//! therefore covers at least the existing objects, and reverting a missing object is a no-op. The
+//! next process reverts the steps of dead owners in the same way. If that fails, the owner stays in
+//! the record and is retried after its process has exited.
 
 use super::PolicyRouteError;
 use super::journal::{Identity, Journal, Owner, Record};
@@ -29,7 +29,7 @@ use std::io;
 use std::path::Path;
 use tidegate_model::registry::{OwnerSlot, rule_priority, table_id};
 
-/// A namespace, its record and the way to its kernel, for as long as the journal is locked.
+/// A namespace, its record and its netlink connection, while the journal is locked.
 pub(super) struct Session<'a> {
     namespace: &'a Namespace,
     netlink: &'a mut Netlink,
@@ -38,7 +38,7 @@ pub(super) struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    /// Locks the journal in `directory` and finds what it knows about `namespace`.
+    /// Locks the journal in `directory` and loads the record of `namespace`.
     pub(super) fn begin(
         directory: &Path,
         namespace: &'a Namespace,
@@ -49,9 +49,9 @@ impl<'a> Session<'a> {
         let boot = boot_id().map_err(failed)?;
         let identity = Identity { boot, id: namespace.id(), cookie: netlink.cookie() };
         let record = match journal.load(identity.id).map_err(failed)? {
-            Some(record) if is_about(&record, &identity, netlink) => record,
+            Some(record) if describes(&record, &identity, netlink) => record,
             None => Record::new(identity),
-            // It tells of a namespace that is gone, and there is nothing left to undo.
+            // The record belongs to a deleted namespace, so there is nothing to revert.
             Some(_) => {
                 let fresh = Record::new(identity);
                 journal.store(&fresh).map_err(failed)?;
@@ -61,24 +61,24 @@ impl<'a> Session<'a> {
         Ok(Self { namespace, netlink, journal, record })
     }
 
-    /// Undoes what owners that have ended left behind, and counts them. What fails is logged and
-    /// stays written down.
+    /// Reverts the changes of owners that have exited and returns their number. Failures are logged
+    /// and stay in the record.
     pub(super) fn prune(&mut self) -> usize {
         let orphans = self.record.orphans();
         for slot in &orphans {
-            for error in self.leave(*slot) {
-                tracing::warn!(%error, "cannot clean up after a process that has ended");
+            for error in self.revert(*slot) {
+                tracing::warn!(%error, "policy route of exited process not reverted");
             }
         }
         orphans.iter().filter(|slot| !self.record.owns(**slot)).count()
     }
 
-    /// Looks which of `sysctls` will have to be changed.
+    /// Determines which of `sysctls` must be changed.
     pub(super) fn changes(&self, sysctls: &[Sysctl]) -> Result<Vec<Change>, PolicyRouteError> {
         let mut changes = Vec::new();
         for sysctl in sysctls {
             let change = Change::needed(self.namespace, sysctl)
-                .map_err(|source| self.refused(format_args!("sysctl {sysctl}"), source))?;
+                .map_err(|source| self.rejected(format_args!("sysctl {sysctl}"), source))?;
             let Some(change) = change else { continue };
             let now = &change.saved.original;
             let held = self.record.sysctls.iter().find(|saved| saved.name == sysctl.name);
@@ -95,23 +95,22 @@ impl<'a> Session<'a> {
         Ok(changes)
     }
 
-    /// Steps 1 and 2: finds a slot that nobody uses, and takes it. `changes` are written down, not
-    /// made.
+    /// Steps 1 and 2: claims an unused slot. `changes` are recorded but not applied.
     pub(super) fn claim(
         &mut self,
         families: Families,
         changes: &[Change],
     ) -> Result<OwnerSlot, PolicyRouteError> {
         let before = self.record.clone();
-        let process = Process::current().map_err(|source| self.refused("process", source))?;
-        let with_rules = slot::with_rules(self.netlink)
-            .map_err(|source| self.refused("list of rules", source))?;
+        let process = Process::current().map_err(|source| self.rejected("process", source))?;
+        let used_priorities = slot::used_priorities(self.netlink)
+            .map_err(|source| self.rejected("list of rules", source))?;
         for slot in OwnerSlot::all() {
-            if self.record.owns(slot) || with_rules.contains(&slot) {
+            if self.record.owns(slot) || used_priorities.contains(&slot) {
                 continue;
             }
             let table = format!("table {}", table_id(slot));
-            match slot::table(self.netlink, slot).map_err(|source| self.refused(&table, source))? {
+            match slot::table(self.netlink, slot).map_err(|source| self.rejected(&table, source))? {
                 Table::Empty => {}
                 Table::Ours | Table::Foreign => continue,
             }
@@ -122,14 +121,14 @@ impl<'a> Session<'a> {
             match self.add_routes(slot, families) {
                 Ok(()) => return Ok(slot),
                 Err((family, source)) => {
-                    // None was added, so there is nothing to undo in the slot.
+                    // No route was added, so the slot has nothing to revert.
                     self.record.clone_from(&before);
                     self.store()?;
-                    // Someone who keeps another journal was quicker, and the slot is theirs.
+                    // EEXIST: a process with another journal has claimed the slot concurrently.
                     if Errno::from_io_error(&source) != Some(Errno::EXIST) {
                         let route =
                             format!("{family} route local default dev lo table {}", table_id(slot));
-                        return Err(self.refused(route, source));
+                        return Err(self.rejected(route, source));
                     }
                 }
             }
@@ -137,7 +136,8 @@ impl<'a> Session<'a> {
         Err(PolicyRouteError::NoSlot(self.namespace.id()))
     }
 
-    /// Adds the slot's route for all of `families`, or for none and says which was refused.
+    /// Adds the slot's route for all of `families`. On failure, adds none and returns the rejected
+    /// family.
     fn add_routes(
         &mut self,
         slot: OwnerSlot,
@@ -146,7 +146,7 @@ impl<'a> Session<'a> {
         for family in families.iter() {
             if let Err(error) = slot::add_route(self.netlink, slot, family) {
                 for added in families.iter().take_while(|added| *added != family) {
-                    // Fails only as the next attempt to clean up will.
+                    // A failure here recurs in the next cleanup, which reports it.
                     let _ = slot::delete_route(self.netlink, slot, added);
                 }
                 return Err((family, error));
@@ -155,28 +155,25 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Step 3.
-    pub(super) fn make(&self, changes: &[Change]) -> Result<(), PolicyRouteError> {
+    /// Step 3: applies `changes`.
+    pub(super) fn apply(&self, changes: &[Change]) -> Result<(), PolicyRouteError> {
         changes.iter().try_for_each(|change| {
             let Saved { name, ours, .. } = &change.saved;
             change
-                .make()
-                .map_err(|source| self.refused(format_args!("sysctl {name} = {ours}"), source))
+                .apply()
+                .map_err(|source| self.rejected(format_args!("sysctl {name} = {ours}"), source))
         })
     }
 
-    /// Undoes all steps of the owner of `slot`, and goes on where one fails.
-    pub(super) fn leave(&mut self, slot: OwnerSlot) -> Vec<PolicyRouteError> {
+    /// Reverts all steps of the owner of `slot`. Continues after failures and returns them.
+    pub(super) fn revert(&mut self, slot: OwnerSlot) -> Vec<PolicyRouteError> {
         if !self.record.owns(slot) {
-            tracing::warn!(
-                slot = slot.0,
-                "not in the journal any more; sysctls are left as they are"
-            );
+            tracing::warn!(slot = slot.0, "slot missing from journal; sysctls not restored");
         }
         let mut errors = Vec::new();
         let rules = format!("rules of priority {}", rule_priority(slot));
         errors.extend(
-            slot::delete_rules(self.netlink, slot).err().map(|source| self.refused(rules, source)),
+            slot::delete_rules(self.netlink, slot).err().map(|source| self.rejected(rules, source)),
         );
         if self.record.is_last(slot) {
             errors.extend(self.restore_sysctls());
@@ -185,7 +182,7 @@ impl<'a> Session<'a> {
         errors.extend(
             slot::delete_routes(self.netlink, slot)
                 .err()
-                .map(|source| self.refused(routes, source)),
+                .map(|source| self.rejected(routes, source)),
         );
         if errors.is_empty() {
             self.record.remove(slot);
@@ -194,10 +191,11 @@ impl<'a> Session<'a> {
         errors
     }
 
-    /// Undoes what was begun, when going on has failed; the caller already has an error to report.
-    pub(super) fn give_up(&mut self, slot: OwnerSlot) {
-        for error in self.leave(slot) {
-            tracing::warn!(%error, "cannot take back what was begun");
+    /// Reverts a partial installation after a failure. Further errors are only logged, because the
+    /// caller already has one to report.
+    pub(super) fn abort(&mut self, slot: OwnerSlot) {
+        for error in self.revert(slot) {
+            tracing::warn!(%error, "rollback incomplete");
         }
     }
 
@@ -217,7 +215,7 @@ impl<'a> Session<'a> {
         })
     }
 
-    fn refused(&self, object: impl fmt::Display, source: io::Error) -> PolicyRouteError {
+    fn rejected(&self, object: impl fmt::Display, source: io::Error) -> PolicyRouteError {
         kernel_error(self.namespace, object, source)
     }
 }
@@ -230,12 +228,13 @@ pub(super) fn kernel_error(
     PolicyRouteError::Kernel { namespace: namespace.id(), object: object.to_string(), source }
 }
 
-/// Whether `record` tells of the namespace before us, and not of an earlier one with the same inode
+/// Returns whether `record` describes this namespace, not an earlier one with the same inode
 /// number.
 ///
-/// A kernel that gives out no cookies leaves evidence: as long as anything else is changed, an
-/// owner's route is there (steps 2 and 3 above), and it is in no other namespace.
-fn is_about(record: &Record, identity: &Identity, netlink: &mut Netlink) -> bool {
+/// On a kernel without cookies, the routes of owners identify the namespace: they are added before
+/// the sysctls change and deleted after these are restored (steps 2 and 3 above), and they exist
+/// only in that namespace.
+fn describes(record: &Record, identity: &Identity, netlink: &mut Netlink) -> bool {
     record.identity.same(identity).unwrap_or_else(|| {
         let mut slots = record.owners.iter().map(|owner| OwnerSlot(owner.slot));
         slots.any(|slot| matches!(slot::table(netlink, slot), Ok(Table::Ours)))

@@ -1,13 +1,13 @@
-//! The rules and routes of one owner slot, in the kernel.
+//! Rules and routes of one owner slot in the kernel.
 //!
-//! What is ours carries three things: the slot's priority or table, and [`ROUTE_PROTOCOL`]. Every
-//! request below names them, whether it adds or deletes, so that nothing of another slot or of
-//! another program can be meant.
+//! Rules and routes of tidegate are identified by the priority and table of their slot and by
+//! [`ROUTE_PROTOCOL`]. Every request to add or delete specifies these attributes, so it cannot
+//! affect other slots or other programs.
 
 use super::Selector;
 use crate::Family;
 use crate::addresses::LOOPBACK;
-use crate::netlink::{Netlink, Order};
+use crate::netlink::{Netlink, Operation};
 use netlink_packet_route::route::{
     RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
@@ -20,7 +20,7 @@ use std::net::IpAddr;
 use tidegate_model::Protocol;
 use tidegate_model::registry::{MARK_MASK, OwnerSlot, ROUTE_PROTOCOL, rule_priority, table_id};
 
-/// More rules than any owner can have: the end of a loop that should end by itself.
+/// Upper bound of the deletion loop, above the number of rules that an owner can have.
 const DELETIONS: usize = 4 * super::MAX_SELECTORS;
 
 /// Adds the rule `SELECTOR lookup TABLE`.
@@ -29,68 +29,67 @@ pub(super) fn add_rule(
     slot: OwnerSlot,
     selector: &Selector,
 ) -> io::Result<()> {
-    netlink.execute(RouteNetlinkMessage::NewRule(selected(slot, selector)), Order::Create)
+    netlink.execute(RouteNetlinkMessage::NewRule(rule_for(slot, selector)), Operation::Create)
 }
 
-/// Adds the same rule once more, behind all others of the slot.
-pub(super) fn add_rule_again(
+/// Adds a duplicate of the rule after all other rules of the slot.
+pub(super) fn add_duplicate_rule(
     netlink: &mut Netlink,
     slot: OwnerSlot,
     selector: &Selector,
 ) -> io::Result<()> {
-    netlink.execute(RouteNetlinkMessage::NewRule(selected(slot, selector)), Order::CreateAgain)
+    netlink
+        .execute(RouteNetlinkMessage::NewRule(rule_for(slot, selector)), Operation::CreateDuplicate)
 }
 
-/// Deletes the first rule of the slot that meets the conditions of `selector`; it may have further
-/// ones.
+/// Deletes the first rule of the slot that has at least the conditions of `selector`.
 pub(super) fn delete_rule(
     netlink: &mut Netlink,
     slot: OwnerSlot,
     selector: &Selector,
 ) -> io::Result<()> {
-    netlink.execute(RouteNetlinkMessage::DelRule(selected(slot, selector)), Order::Delete)
+    netlink.execute(RouteNetlinkMessage::DelRule(rule_for(slot, selector)), Operation::Delete)
 }
 
-/// Deletes every rule of the slot, of both families.
+/// Deletes all rules of the slot in both families.
 pub(super) fn delete_rules(netlink: &mut Netlink, slot: OwnerSlot) -> io::Result<()> {
     Family::ALL.into_iter().try_for_each(|family| {
-        until_none_is_left(|| {
-            netlink.execute(RouteNetlinkMessage::DelRule(rule(slot, family)), Order::Delete)
+        repeat_until_absent(|| {
+            netlink.execute(RouteNetlinkMessage::DelRule(rule(slot, family)), Operation::Delete)
         })
     })
 }
 
-/// Adds `local default dev lo`, by which whatever is looked up in the slot's table is delivered
-/// locally.
+/// Adds `local default dev lo`, which delivers all packets routed by the slot's table locally.
 pub(super) fn add_route(netlink: &mut Netlink, slot: OwnerSlot, family: Family) -> io::Result<()> {
-    netlink.execute(RouteNetlinkMessage::NewRoute(route(slot, family)), Order::Create)
+    netlink.execute(RouteNetlinkMessage::NewRoute(route(slot, family)), Operation::Create)
 }
 
-/// Gives it `source` as the address that local sockets send from when they have not chosen one.
+/// Sets `source` as the preferred source address of the slot's route, for unbound sockets.
 pub(super) fn set_source(netlink: &mut Netlink, slot: OwnerSlot, source: IpAddr) -> io::Result<()> {
     let mut route = route(slot, Family::of(source));
     route.attributes.push(RouteAttribute::PrefSource(source.into()));
-    netlink.execute(RouteNetlinkMessage::NewRoute(route), Order::Replace)
+    netlink.execute(RouteNetlinkMessage::NewRoute(route), Operation::Replace)
 }
 
-/// Deletes it again.
+/// Deletes the route of the slot in `family`.
 pub(super) fn delete_route(
     netlink: &mut Netlink,
     slot: OwnerSlot,
     family: Family,
 ) -> io::Result<()> {
-    until_none_is_left(|| {
-        netlink.execute(RouteNetlinkMessage::DelRoute(route(slot, family)), Order::Delete)
+    repeat_until_absent(|| {
+        netlink.execute(RouteNetlinkMessage::DelRoute(route(slot, family)), Operation::Delete)
     })
 }
 
-/// Deletes it again, in both families.
+/// Deletes the routes of the slot in both families.
 pub(super) fn delete_routes(netlink: &mut Netlink, slot: OwnerSlot) -> io::Result<()> {
     Family::ALL.into_iter().try_for_each(|family| delete_route(netlink, slot, family))
 }
 
-/// The slots at whose priority there is a rule, whoever put it there.
-pub(super) fn with_rules(netlink: &mut Netlink) -> io::Result<BTreeSet<OwnerSlot>> {
+/// Returns the slots whose priority is used by a rule of any program.
+pub(super) fn used_priorities(netlink: &mut Netlink) -> io::Result<BTreeSet<OwnerSlot>> {
     let rules = netlink.dump(&RouteNetlinkMessage::GetRule(RuleMessage::default()))?;
     let attributes = rules.iter().flat_map(|message| match message {
         RouteNetlinkMessage::NewRule(rule) => rule.attributes.as_slice(),
@@ -104,21 +103,21 @@ pub(super) fn with_rules(netlink: &mut Netlink) -> io::Result<BTreeSet<OwnerSlot
         .collect())
 }
 
-/// Whose the routes in a slot's table are.
+/// The contents of a slot's table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Table {
     Empty,
-    /// The route that [`add_route`] adds.
+    /// Contains the route of [`add_route`].
     Ours,
     Foreign,
 }
 
-/// Looks into the slot's table.
+/// Inspects the slot's table.
 pub(super) fn table(netlink: &mut Netlink, slot: OwnerSlot) -> io::Result<Table> {
     let mut filter = RouteMessage::default();
     filter.attributes.push(RouteAttribute::Table(table_id(slot)));
     let routes = match netlink.dump(&RouteNetlinkMessage::GetRoute(filter)) {
-        // There is no such table yet.
+        // The table does not exist yet.
         Err(error) if Errno::from_io_error(&error) == Some(Errno::NOENT) => Vec::new(),
         routes => routes?,
     };
@@ -134,7 +133,7 @@ pub(super) fn table(netlink: &mut Netlink, slot: OwnerSlot) -> io::Result<Table>
     })
 }
 
-/// A rule without conditions; in a request to delete, any rule of the slot.
+/// Builds a rule without conditions. In a deletion request, it matches any rule of the slot.
 fn rule(slot: OwnerSlot, family: Family) -> RuleMessage {
     let mut rule = RuleMessage::default();
     rule.header.family = family.into();
@@ -147,7 +146,7 @@ fn rule(slot: OwnerSlot, family: Family) -> RuleMessage {
     rule
 }
 
-fn selected(slot: OwnerSlot, selector: &Selector) -> RuleMessage {
+fn rule_for(slot: OwnerSlot, selector: &Selector) -> RuleMessage {
     let mut rule = rule(slot, selector.family);
     let host_prefix = match selector.family {
         Family::V4 => 32,
@@ -186,14 +185,14 @@ fn route(slot: OwnerSlot, family: Family) -> RouteMessage {
     route.header.address_family = family.into();
     route.header.protocol = RouteProtocol::from(ROUTE_PROTOCOL);
     route.header.kind = RouteType::Local;
-    // IPv4 demands it of a local route; IPv6 knows no scopes of routes.
+    // IPv4 requires this scope for local routes; IPv6 routes have no scope.
     route.header.scope = RouteScope::Host;
     route.attributes = vec![RouteAttribute::Table(table_id(slot)), RouteAttribute::Oif(LOOPBACK)];
     route
 }
 
-/// Repeats a deletion until the kernel finds nothing more.
-fn until_none_is_left(mut delete: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+/// Repeats a deletion until the kernel reports that the object does not exist.
+fn repeat_until_absent(mut delete: impl FnMut() -> io::Result<()>) -> io::Result<()> {
     for _ in 0..DELETIONS {
         match delete() {
             Ok(()) => {}
@@ -201,11 +200,11 @@ fn until_none_is_left(mut delete: impl FnMut() -> io::Result<()>) -> io::Result<
             Err(error) => return Err(error),
         }
     }
-    Err(io::Error::other("there is no end to them"))
+    Err(io::Error::other("too many objects to delete"))
 }
 
-/// Whether the kernel says that what was to be deleted is not there: a rule (`ENOENT`), a route
-/// (`ESRCH`), or the whole family (`EAFNOSUPPORT`, `EOPNOTSUPP`).
+/// Returns whether the error means that the object to delete does not exist: a rule (`ENOENT`), a
+/// route (`ESRCH`), or the address family (`EAFNOSUPPORT`, `EOPNOTSUPP`).
 pub(super) fn is_absence(error: &io::Error) -> bool {
     let absent = [Errno::NOENT, Errno::SRCH, Errno::AFNOSUPPORT, Errno::OPNOTSUPP];
     Errno::from_io_error(error).is_some_and(|errno| absent.contains(&errno))

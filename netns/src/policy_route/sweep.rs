@@ -1,4 +1,4 @@
-//! Cleaning up after processes that were killed, in every namespace that a journal tells of.
+//! Cleanup after killed processes, in every namespace recorded in the journal.
 
 use super::journal::{self, Journal, Record};
 use super::session::Session;
@@ -9,13 +9,13 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// Undoes what policy routes of processes that have ended left behind, in every namespace that can
-/// still be found and entered: by the path it was opened by, or through a process that is in it.
-/// The journal of one that cannot is deleted when all its owners have ended. Counts the owners
-/// cleaned up after; what fails is logged.
+/// Reverts the policy routes of exited processes in every namespace that can still be found and
+/// entered, by its recorded path or through a process inside. If a namespace cannot be found, its
+/// record is deleted once all owners have exited. Returns the number of owners cleaned up. Failures
+/// are logged.
 ///
-/// For the start of a program. Takes some milliseconds if there is a namespace that has to be
-/// looked for among the processes, and well under one otherwise.
+/// Intended for program start. Takes a few milliseconds if a namespace must be searched among the
+/// processes, and well under one millisecond otherwise.
 ///
 /// # Errors
 /// The journal cannot be read.
@@ -26,7 +26,7 @@ pub fn sweep() -> Result<usize, PolicyRouteError> {
 /// [`sweep`] with the journal in `directory`.
 ///
 /// # Errors
-/// As for [`sweep`].
+/// Same as [`sweep`].
 pub fn sweep_in(directory: &Path) -> Result<usize, PolicyRouteError> {
     if !directory.exists() {
         return Ok(0);
@@ -37,7 +37,7 @@ pub fn sweep_in(directory: &Path) -> Result<usize, PolicyRouteError> {
     let mut finder = Finder::default();
     let mut swept = 0;
     for id in namespaces {
-        // Locked anew for each: others need not wait for all of them.
+        // Lock the journal per namespace, so that other processes do not wait for the whole sweep.
         let record =
             Journal::lock(directory).and_then(|journal| journal.load(id)).map_err(failed)?;
         let Some(record) = record.filter(|record| !record.orphans().is_empty()) else { continue };
@@ -49,19 +49,18 @@ pub fn sweep_in(directory: &Path) -> Result<usize, PolicyRouteError> {
                 match cleaned {
                     Ok(count) => swept += count,
                     Err(error) => {
-                        tracing::warn!(%error, "cannot clean up after processes that have ended");
+                        tracing::warn!(%error, "policy routes of exited processes not reverted");
                     }
                 }
             }
-            None => forget(directory, id).map_err(failed)?,
+            None => delete_record(directory, id).map_err(failed)?,
         }
     }
     Ok(swept)
 }
 
-/// Deletes what is written about a namespace that nobody can be found in, if none of its owners is
-/// left to use it.
-fn forget(directory: &Path, id: NamespaceId) -> std::io::Result<()> {
+/// Deletes the record of a namespace that cannot be found, if all its owners have exited.
+fn delete_record(directory: &Path, id: NamespaceId) -> std::io::Result<()> {
     let journal = Journal::lock(directory)?;
     match journal.load(id)? {
         Some(record) if record.orphans().len() == record.owners.len() => {
@@ -71,11 +70,11 @@ fn forget(directory: &Path, id: NamespaceId) -> std::io::Result<()> {
     }
 }
 
-/// Finds namespaces by their ids.
+/// Finds namespaces by ID.
 #[derive(Default)]
 struct Finder {
-    /// The namespaces that processes are in, and one such process's link for each; looked for once,
-    /// if at all.
+    /// Network namespaces of all processes, with the link of one process each. Computed on first
+    /// use.
     processes: Option<BTreeMap<NamespaceId, PathBuf>>,
 }
 
@@ -102,7 +101,7 @@ fn namespaces_of_processes() -> BTreeMap<NamespaceId, PathBuf> {
             entry.file_name().as_encoded_bytes().first().is_some_and(u8::is_ascii_digit)
         })
         .map(|entry| entry.path().join("ns/net"));
-    // Processes end while we look, and others are none of ours to look at.
+    // Skip processes that exit during the scan, and processes that may not be inspected.
     links
         .filter_map(|link| {
             let metadata = fs::metadata(&link).ok()?;

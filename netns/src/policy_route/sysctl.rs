@@ -1,4 +1,4 @@
-//! Sysctls that are changed for a while.
+//! Temporary changes of sysctls.
 
 use crate::Namespace;
 use serde::{Deserialize, Serialize};
@@ -7,17 +7,17 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 
-/// A sysctl of a namespace and the value it is to have.
+/// A sysctl of a namespace and its required value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sysctl {
-    /// As sysctl(8) writes it: `net.ipv4.fwmark_reflect`.
+    /// Name in the syntax of sysctl(8): `net.ipv4.fwmark_reflect`.
     pub name: String,
-    /// One word, a number as a rule.
+    /// Value, usually a number.
     pub value: String,
 }
 
 impl Sysctl {
-    /// `name = value`.
+    /// Creates `name = value`.
     pub fn new(name: impl Into<String>, value: impl Into<String>) -> Self {
         Self { name: name.into(), value: value.into() }
     }
@@ -29,7 +29,7 @@ impl fmt::Display for Sysctl {
     }
 }
 
-/// What a sysctl was, and what we made of it.
+/// The original value of a sysctl and the value set by tidegate.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Saved {
     pub(super) name: String,
@@ -38,31 +38,31 @@ pub(super) struct Saved {
 }
 
 impl Saved {
-    /// Puts the original value back, unless someone else has set another since: then it is theirs.
+    /// Restores the original value, unless the sysctl has been changed externally since.
     pub(super) fn restore(&self, namespace: &Namespace) -> io::Result<()> {
         let mut file = namespace.open_sysctl(&self.name)?;
         if read(&mut file)? != self.ours {
-            tracing::debug!(sysctl = self.name, "set by someone else meanwhile; left as it is");
+            tracing::debug!(sysctl = self.name, "sysctl changed externally; not restored");
             return Ok(());
         }
         write(&file, &self.original)
     }
 }
 
-/// A sysctl that has another value than it is to have, open.
+/// A pending change of a sysctl, with its open file.
 pub(super) struct Change {
     pub(super) saved: Saved,
     file: File,
 }
 
 impl Change {
-    /// Looks what has to be done; `None` if nothing.
+    /// Compares the current value with `sysctl`. Returns `None` if they are equal.
     pub(super) fn needed(namespace: &Namespace, sysctl: &Sysctl) -> io::Result<Option<Self>> {
         let opened =
             namespace.open_sysctl(&sysctl.name).and_then(|mut file| Ok((read(&mut file)?, file)));
         let (now, file) = match opened {
             Ok(opened) => opened,
-            // What cannot be written may have the value all the same.
+            // A read-only sysctl may already have the required value.
             Err(error) => match namespace.sysctl(&sysctl.name) {
                 Ok(now) if now == sysctl.value => return Ok(None),
                 _ => return Err(error),
@@ -75,8 +75,8 @@ impl Change {
         Ok(Some(Self { saved, file }))
     }
 
-    /// Does it.
-    pub(super) fn make(&self) -> io::Result<()> {
+    /// Applies the change.
+    pub(super) fn apply(&self) -> io::Result<()> {
         write(&self.file, &self.saved.ours)
     }
 }
@@ -87,7 +87,7 @@ fn read(file: &mut File) -> io::Result<String> {
     Ok(text.trim_end().to_owned())
 }
 
-/// At the beginning of the file: anywhere else is not heeded (`kernel.sysctl_writes_strict`).
+/// Writes at offset 0; writes at other offsets are ignored (`kernel.sysctl_writes_strict`).
 fn write(file: &File, value: &str) -> io::Result<()> {
     file.write_all_at(value.as_bytes(), 0)
 }
