@@ -263,7 +263,7 @@ fn what_cannot_be_is_one_line_and_changes_nothing() {
         ),
         (
             service("") + subnet,
-            "network \"default\": subnet 10.66.3.0/24 overlaps 10.66.3.128/25, which the host reaches by \"eth0\"; give it another one",
+            "network \"default\": subnet 10.66.3.0/24 overlaps 10.66.3.128/25, which the host reaches through \"eth0\"; choose another subnet",
         ),
         (
             service(", x-netns: /nowhere").replace("command: 'true', ", ""),
@@ -271,7 +271,7 @@ fn what_cannot_be_is_one_line_and_changes_nothing() {
         ),
         (
             service(", x-netns: /proc/self/ns/net").replace("command: 'true', ", ""),
-            "endpoint \"web\": its network namespace is the host's own; give it a container's",
+            "endpoint \"web\": its network namespace is the host's own; use the namespace of a container",
         ),
         (
             format!(

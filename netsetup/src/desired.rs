@@ -1,88 +1,89 @@
-//! What networks and endpoints there shall be, and which facts make them.
+//! Desired networks and endpoints, and the facts that implement them.
 
 use crate::{Fact, Interface, Isolation, Place};
 use ipnet::IpNet;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-/// Everything that one owner wants.
+/// The desired state of one owner.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Desired {
-    /// The networks; names and bridges differ.
+    /// The networks, with unique names and bridges.
     pub networks: Vec<Network>,
-    /// What is attached to them; names differ.
+    /// The endpoints, with unique names.
     pub endpoints: Vec<Endpoint>,
-    /// Links of the host that forward for the networks alone, where their egress is the kernel's
-    /// and the host forwards for nobody.
+    /// Links of the host that forward for the networks only. Used with egress through the kernel,
+    /// on a host that does not forward.
     pub uplinks: Vec<Uplink>,
-    /// How answers of ports that the kernel translates leave by the uplink that was asked; empty
-    /// where there is one default route.
+    /// Reply paths of kernel-published ports, for replies through the uplink of the request. Empty
+    /// with a single default route.
     pub reply_paths: Vec<ReplyPath>,
-    /// How far ahead of their usual priorities our policy rules are, so that they precede those of
+    /// Amount by which the priorities of tidegate's policy rules are lowered, to precede those of
     /// other software.
     pub rules_ahead: u32,
-    /// How what endpoints send is checked.
+    /// Port guards of the endpoints.
     pub guards: Guards,
 }
 
-/// How [port guards](Fact::PortGuard) are attached.
+/// The attachment of [port guards](Fact::PortGuard).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Guards {
-    /// There are none.
+    /// No port guards.
     #[default]
     None,
-    /// To links, with which they go.
+    /// Attached to links, and removed with them.
     AtLinks,
-    /// In a table of nftables of this owner.
+    /// In the nftables table of this owner.
     InTable(String),
 }
 
-/// A default route of the host by which answers of containers leave that are not to take the best
-/// one of the `main` table: the host was asked at an address of this uplink.
+/// A default route for replies of containers to requests that arrived at an address of this uplink.
+/// It replaces the best default route of the `main` table for these replies.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ReplyPath {
-    /// Its number in the mark of packets, from 1 to [`UPLINKS`](tidegate_model::registry::UPLINKS).
+    /// Number in the packet mark, from 1 to [`UPLINKS`](tidegate_model::registry::UPLINKS).
     pub number: u8,
     /// The uplink.
     pub link: String,
     /// IPv6.
     pub v6: bool,
-    /// The table that has the route.
+    /// The routing table with the route.
     pub table: u32,
-    /// The route is made in that table, by this gateway; otherwise others have it there.
+    /// Gateway of the route that tidegate adds to the table; `None` if the route already exists
+    /// there.
     pub made: Option<IpAddr>,
-    /// The networks of the uplink's own addresses.
+    /// Prefixes of the uplink's addresses.
     pub nets: Vec<IpNet>,
 }
 
-/// A link of a host that forwards for nobody.
+/// A link that receives replies to containers, on a host that does not forward.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Uplink {
-    /// Its name.
+    /// Name of the link.
     pub link: String,
-    /// Answers over IPv4 come by it.
+    /// The link receives IPv4 replies.
     pub v4: bool,
-    /// Answers over IPv6.
+    /// The link receives IPv6 replies.
     pub v6: bool,
-    /// It forwards, for those families, because of this owner. Otherwise others see to that:
-    /// another owner, which lets nothing but its own networks be reached by it, or a router.
+    /// This owner enabled forwarding on the link for these families. Otherwise another owner did
+    /// so, for its own networks only, or the host is a router.
     pub ours: bool,
 }
 
-/// A network: a bridge of the host and the subnets on it.
+/// A network: a bridge of the host and its subnets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Network {
-    /// What its owner calls it.
+    /// Name given by the owner.
     pub name: String,
     /// The bridge.
     pub bridge: Interface,
-    /// At most one of each family.
+    /// At most one subnet per family.
     pub subnets: Vec<Subnet>,
-    /// It has no egress: its endpoints get no default route.
+    /// The network has no egress: its endpoints have no default route.
     pub internal: bool,
-    /// Its endpoints reach one another.
+    /// Endpoints of the network can communicate with each other.
     pub inter_container: bool,
-    /// Bytes that fit into one packet.
+    /// MTU in bytes.
     pub mtu: u32,
 }
 
@@ -91,45 +92,45 @@ pub struct Network {
 pub struct Subnet {
     /// The subnet.
     pub subnet: IpNet,
-    /// The bridge's address, which endpoints send by.
+    /// Address of the bridge, the gateway of the endpoints.
     pub gateway: IpAddr,
 }
 
-/// A namespace that is attached to networks.
+/// A network namespace that is attached to networks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
-    /// What its owner calls it.
+    /// Name given by the owner.
     pub name: String,
-    /// Where it is attached; networks and interfaces differ.
+    /// Attachments, with unique networks and interfaces.
     pub attachments: Vec<Attachment>,
 }
 
-/// One end of a veth pair in an endpoint, the other on a network's bridge.
+/// A veth pair between an endpoint and the bridge of a network.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attachment {
-    /// The network's name.
+    /// Name of the network.
     pub network: String,
-    /// The end on the host.
+    /// The host's end.
     pub host_end: Interface,
-    /// The end in the namespace.
+    /// The endpoint's end.
     pub inside: Interface,
-    /// Its addresses, each with its subnet's prefix length.
+    /// Addresses, each with the prefix length of its subnet.
     pub addresses: Vec<IpNet>,
-    /// The endpoint's default route leads by this network, unless it is internal.
+    /// The endpoint's default route uses this network, unless it is internal.
     pub default_route: bool,
-    /// The endpoint may send from other addresses too: a router, VRRP.
+    /// The endpoint may also send from other addresses (routers, VRRP).
     pub any_address: bool,
 }
 
 impl Network {
-    /// Whether it has a subnet of that family.
+    /// Returns whether the network has a subnet of the family.
     #[must_use]
     pub fn has(&self, v6: bool) -> bool {
         self.subnets.iter().any(|subnet| subnet.gateway.is_ipv6() == v6)
     }
 
-    /// The facts of the network itself, in the order to make them. What closes it comes before it
-    /// is up.
+    /// Returns the facts of the network in order of creation. The network is isolated before it is
+    /// up.
     pub(crate) fn facts(&self, isolation: &dyn Isolation) -> Vec<Fact> {
         let link = self.bridge.name.clone();
         let mut facts = vec![Fact::Bridge {
@@ -137,10 +138,10 @@ impl Network {
             mtu: self.mtu,
             internal: self.internal,
         }];
-        // Members learn no other address of the host (arp_ignore: the higher value of `all` and the
-        // link applies), choose no route through it (accept_source_route, which both must allow),
-        // and change none of its routes (accept_redirects, which both must allow on a link that
-        // forwards; port guards drop redirects everywhere).
+        // Prevents members from resolving other addresses of the host, from source routing through
+        // it, and from changing its routes. For arp_ignore, the higher value of `all` and the link
+        // applies. accept_source_route is effective only if both permit it, as is accept_redirects
+        // on a link that forwards. Port guards drop redirects in any case.
         for (name, value) in
             [("arp_ignore", "1"), ("accept_source_route", "0"), ("accept_redirects", "0")]
         {
@@ -157,22 +158,22 @@ impl Network {
 }
 
 impl Desired {
-    /// Whether a source address on `network` means an endpoint: port guards check all of its
-    /// members.
+    /// Returns whether source addresses on `network` identify endpoints, because port guards verify
+    /// all of its members.
     #[must_use]
     pub fn verifies_sources(&self, network: &str) -> bool {
         let attachments = self.endpoints.iter().flat_map(|endpoint| &endpoint.attachments);
-        let mut there = attachments.filter(|attachment| attachment.network == network);
-        self.guards != Guards::None && !there.any(|attachment| attachment.any_address)
+        let mut on_network = attachments.filter(|attachment| attachment.network == network);
+        self.guards != Guards::None && !on_network.any(|attachment| attachment.any_address)
     }
 
-    /// The networks, and of the endpoints those of these `names`.
+    /// Returns the desired state reduced to the endpoints in `names`.
     pub(crate) fn with_endpoints(&self, names: &BTreeSet<String>) -> Self {
         let endpoints = self.endpoints.iter().filter(|endpoint| names.contains(&endpoint.name));
         Self { endpoints: endpoints.cloned().collect(), ..self.without_endpoints() }
     }
 
-    /// The same without any endpoint.
+    /// Returns the desired state without endpoints.
     pub(crate) fn without_endpoints(&self) -> Self {
         Self {
             networks: self.networks.clone(),
@@ -184,14 +185,14 @@ impl Desired {
         }
     }
 
-    /// All facts, in the order to make them.
+    /// Returns all facts in order of creation.
     #[must_use]
     pub fn facts(&self, isolation: &dyn Isolation) -> Vec<Fact> {
         let table = match &self.guards {
             Guards::InTable(owner) => Some(Fact::GuardTable { owner: owner.clone() }),
             Guards::None | Guards::AtLinks => None,
         };
-        let mut facts: Vec<Fact> = table.into_iter().chain(isolation.groundwork(self)).collect();
+        let mut facts: Vec<Fact> = table.into_iter().chain(isolation.shared_facts(self)).collect();
         facts.extend(self.networks.iter().flat_map(|network| network.facts(isolation)));
         for endpoint in &self.endpoints {
             let place = Place::Endpoint(endpoint.name.clone());
@@ -212,14 +213,15 @@ impl Desired {
         facts
     }
 
-    /// Whether `link` is the bridge of one of the networks.
+    /// Returns whether `link` is the bridge of a network.
     pub(crate) fn has_bridge(&self, link: &str) -> bool {
         self.networks.iter().any(|network| network.bridge.name == link)
     }
 }
 
 impl Attachment {
-    /// What makes the host's end a port: guarded first, so that no frame precedes the guard.
+    /// Facts that add the host's end to the bridge. The guard comes first, so that no frame
+    /// bypasses it.
     fn port_facts(&self, network: &Network, guards: &Guards) -> Vec<Fact> {
         let (link, station) = (self.host_end.name.clone(), self.inside.mac);
         let guard = (*guards != Guards::None).then(|| Fact::PortGuard {
@@ -252,26 +254,27 @@ impl Attachment {
                 inside: self.inside.clone(),
                 mtu: network.mtu,
             },
-            // A port of a bridge needs no address of its own, and one would be a way around the
-            // bridge's rules.
+            // A bridge port needs no address, and its own address would bypass the rules for the
+            // bridge.
             setting(Place::Host, format!("net.ipv6.conf.{host_end}.disable_ipv6"), "1"),
-            // Nor does it take packets for the host, which are the bridge's to take. It gets those
-            // that a bridge leaves to its port, and all of them while others have taken it from its
-            // bridge. No route leads back by a port, so that it has no valid source address
+            // A bridge port must not accept packets for the host, which the bridge receives. It
+            // would receive frames that a bridge passes up on the port, and all frames while
+            // another program has removed it from its bridge. With rp_filter all of them are
+            // dropped: no route uses the bridge port, so no source address is valid there
             // (`__fib_validate_source`, net/ipv4/fib_frontend.c).
             setting(Place::Host, format!("net.ipv4.conf.{host_end}.rp_filter"), "1"),
             setting(Place::Host, format!("net.ipv4.conf.{host_end}.arp_ignore"), "8"),
         ];
         facts.extend(self.port_facts(network, guards));
         if network.has(true) {
-            // Link-local addresses are those of hardware addresses (`IN6_ADDR_GEN_MODE_EUI64`),
-            // which the guard knows.
+            // Derive link-local addresses from MAC addresses (`IN6_ADDR_GEN_MODE_EUI64`), as the
+            // guard expects.
             facts.push(setting(
                 place.clone(),
                 format!("net.ipv6.conf.{inside}.addr_gen_mode"),
                 "0",
             ));
-            // Its neighbours are no routers.
+            // Neighbours of the endpoint are not routers.
             for name in ["accept_ra", "accept_redirects"] {
                 facts.push(setting(place.clone(), format!("net.ipv6.conf.{inside}.{name}"), "0"));
             }
@@ -298,7 +301,7 @@ impl Attachment {
     }
 }
 
-/// A setting of one of our own links.
+/// A sysctl of a link of tidegate.
 pub(crate) fn setting(place: Place, name: String, value: &str) -> Fact {
     Fact::Setting { place, name, value: value.to_owned() }
 }

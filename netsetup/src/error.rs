@@ -1,4 +1,4 @@
-//! What can go wrong, with the object it went wrong with.
+//! Errors, each with the affected object.
 
 use crate::{Op, Place};
 use ipnet::IpNet;
@@ -6,116 +6,116 @@ use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-/// What is desired cannot be: it contradicts itself, or what others have.
+/// The desired state is inconsistent, or conflicts with existing objects.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConflictError {
-    /// Two of the desired subnets.
+    /// Two desired subnets overlap.
     #[error(
-        "network {network:?}: subnet {subnet} overlaps {other} of network {other_network:?}; give it another one"
+        "network {network:?}: subnet {subnet} overlaps {other} of network {other_network:?}; choose another subnet"
     )]
     SubnetsOverlap {
-        /// Whose subnet.
+        /// The network.
         network: String,
-        /// Which.
+        /// The subnet.
         subnet: IpNet,
-        /// The other's name.
+        /// Name of the other network.
         other_network: String,
-        /// Its subnet.
+        /// Subnet of the other network.
         other: IpNet,
     },
-    /// The host reaches something else there.
+    /// The host has a route or address in the subnet.
     #[error(
-        "network {network:?}: subnet {subnet} overlaps {route}, which the host reaches by {link:?}; give it another one"
+        "network {network:?}: subnet {subnet} overlaps {route}, which the host reaches through {link:?}; choose another subnet"
     )]
     RouteOverlaps {
-        /// Whose subnet.
+        /// The network.
         network: String,
-        /// Which.
+        /// The subnet.
         subnet: IpNet,
-        /// The host's route or address.
+        /// Prefix of the route or address.
         route: IpNet,
-        /// By which link.
+        /// Link of the route or address.
         link: String,
     },
-    /// A gateway must be on its network.
+    /// The gateway is outside the subnet.
     #[error("network {network:?}: gateway {gateway} is not in subnet {subnet}")]
     GatewayOutside {
-        /// Whose.
+        /// The network.
         network: String,
-        /// Which.
+        /// The gateway.
         gateway: IpAddr,
-        /// Where it should be.
+        /// The subnet.
         subnet: IpNet,
     },
-    /// An endpoint would be attached to the namespace that its bridge is in.
+    /// The endpoint's namespace is the namespace of the bridges.
     #[error(
-        "endpoint {endpoint:?}: its network namespace is the host's own; give it a container's"
+        "endpoint {endpoint:?}: its network namespace is the host's own; use the namespace of a container"
     )]
     OnTheHost {
-        /// Which.
+        /// The endpoint.
         endpoint: String,
     },
-    /// An endpoint names a network that is not there.
-    #[error("endpoint {endpoint:?}: there is no network {network:?}")]
+    /// The endpoint refers to an unknown network.
+    #[error("endpoint {endpoint:?}: no such network {network:?}")]
     NoSuchNetwork {
-        /// Whose.
+        /// The endpoint.
         endpoint: String,
-        /// Which.
+        /// The network.
         network: String,
     },
-    /// An endpoint's address is on none of the network's subnets.
+    /// The endpoint's address is outside the subnets of the network.
     #[error("endpoint {endpoint:?}: address {address} is in no subnet of network {network:?}")]
     AddressOutside {
-        /// Whose.
+        /// The endpoint.
         endpoint: String,
-        /// Which.
+        /// The address.
         address: IpAddr,
-        /// Of this network.
+        /// The network.
         network: String,
     },
-    /// Two want the same address.
-    #[error("endpoint {endpoint:?}: address {address} is {holder}'s already")]
+    /// Two endpoints have the same address, or an endpoint has a gateway address.
+    #[error("endpoint {endpoint:?}: address {address} already belongs to {holder}")]
     AddressInUse {
-        /// Who wants it.
+        /// The second endpoint.
         endpoint: String,
-        /// Which.
+        /// The address.
         address: IpAddr,
-        /// Who has it.
+        /// The holder of the address.
         holder: String,
     },
-    /// Two interfaces of the host by the same name.
-    #[error("interface {0:?} is wanted twice")]
+    /// Two interfaces of the host have the same name.
+    #[error("duplicate interface name {0:?}")]
     NameTwice(String),
-    /// Someone else's interface has the name.
+    /// A foreign interface has the name.
     #[error(
-        "interface {name:?} on {place} exists already and is not ours; choose another name or remove it"
+        "interface {name:?} on {place} already exists and is not owned by tidegate; choose another name or remove it"
     )]
     NameTaken {
-        /// Where.
+        /// The namespace.
         place: Place,
-        /// Which.
+        /// The interface name.
         name: String,
     },
-    /// The kernel takes no such long name.
-    #[error("interface name {name:?} is too long: {longest} bytes at most")]
+    /// The interface name is too long.
+    #[error("interface name {name:?} exceeds {longest} bytes")]
     NameTooLong {
-        /// Which.
+        /// The interface name.
         name: String,
-        /// Its limit, in bytes.
+        /// Maximum length in bytes.
         longest: usize,
     },
-    /// The kernel takes no such name.
-    #[error("{0:?} is no name for an interface")]
+    /// The interface name is invalid.
+    #[error("invalid interface name {0:?}")]
     BadName(String),
 }
 
-/// The kernel refused something.
+/// The kernel rejected an operation.
 #[derive(Debug, thiserror::Error)]
 #[error("{what}: {source}{}", hint(.source))]
 pub struct KernelError {
-    /// What was tried.
+    /// The operation.
     pub what: String,
-    /// What it said.
+    /// Error code of the kernel.
     pub source: io::Error,
 }
 
@@ -126,49 +126,49 @@ fn hint(source: &io::Error) -> &'static str {
     }
 }
 
-/// A plan was not carried out.
+/// A failed plan.
 #[derive(Debug, thiserror::Error)]
-#[error("{source}{}", not_undone(.left))]
+#[error("{source}{}", rollback_failures(.left))]
 pub struct ApplyError {
-    /// The step that failed; those before it were undone.
+    /// The failed operation. The previous ones were rolled back.
     pub op: Box<Op>,
-    /// Why; it names the step.
+    /// Cause, which includes the operation.
     pub source: KernelError,
-    /// What could not be undone. It is in the journal.
+    /// Failures during the rollback. The affected facts stay in the journal.
     pub left: Vec<KernelError>,
 }
 
-fn not_undone(left: &[KernelError]) -> String {
-    left.iter().map(|error| format!("; and could not be undone: {error}")).collect()
+fn rollback_failures(left: &[KernelError]) -> String {
+    left.iter().map(|error| format!("; rollback incomplete: {error}")).collect()
 }
 
-/// The journal cannot be used.
+/// A failure of the journal.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
-    /// Another process works with it.
-    #[error("{} is in use by process {holder}: one instance at a time", .path.display())]
+    /// Another process holds the lock.
+    #[error("{} is in use by process {holder}; stop that process first", .path.display())]
     InUse {
-        /// The journal.
+        /// Path of the journal.
         path: PathBuf,
-        /// The process, as it wrote itself down; 0 if it has not got that far.
+        /// PID recorded by the holder; 0 if it has not recorded it yet.
         holder: u32,
     },
-    /// Reading or writing failed.
+    /// A read or write failed.
     #[error("journal {}: {source}", .path.display())]
     Io {
-        /// The journal.
+        /// Path of the journal.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         source: io::Error,
     },
-    /// A line in it makes no sense.
-    #[error("journal {}, line {line}: {source}; if no network of ours is left, delete the file", .path.display())]
+    /// A line is invalid.
+    #[error("journal {}, line {line}: {source}; delete the file if no network of its owner exists", .path.display())]
     Damaged {
-        /// The journal.
+        /// Path of the journal.
         path: PathBuf,
-        /// Counted from 1.
+        /// Line number, from 1.
         line: usize,
-        /// Why.
+        /// Cause.
         source: serde_json::Error,
     },
 }

@@ -1,4 +1,4 @@
-//! What can be true in a kernel, and how it becomes so.
+//! Facts about kernel state, and operations that add or remove them.
 
 use crate::{FirewallKind, Mac};
 use ipnet::IpNet;
@@ -7,12 +7,12 @@ use std::fmt;
 use std::net::IpAddr;
 use tidegate_model::registry;
 
-/// Which network namespace.
+/// A network namespace.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Place {
-    /// The one that the bridges are in.
+    /// The namespace of the bridges.
     Host,
-    /// The one of the endpoint of this name.
+    /// The namespace of the named endpoint.
     Endpoint(String),
 }
 
@@ -34,13 +34,12 @@ impl fmt::Display for Place {
     }
 }
 
-/// An interface that is ours: by its name and its hardware address, which together nobody else's
-/// has.
+/// An interface of tidegate, identified by name and MAC address.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Interface {
-    /// At most 15 bytes (`IFNAMSIZ`).
+    /// Name, at most 15 bytes (`IFNAMSIZ`).
     pub name: String,
-    /// Chosen by us, and in force from the moment the interface is there.
+    /// MAC address, chosen by tidegate and assigned when the interface is created.
     pub mac: Mac,
 }
 
@@ -53,168 +52,164 @@ impl fmt::Display for Interface {
 /// A policy rule (ip-rule(8)).
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Rule {
-    /// Where among the others; lower ones are asked first.
+    /// Priority; rules with lower values are evaluated first.
     pub priority: u32,
-    /// Of the IPv6 rules, not the IPv4 ones.
+    /// An IPv6 rule instead of an IPv4 rule.
     pub v6: bool,
-    /// Packets that came in here (`iif`); `lo` means those that the host itself sends.
+    /// Input interface (`iif`); `lo` matches packets sent by the host.
     pub from_interface: Option<String>,
-    /// Packets from here.
+    /// Source prefix.
     #[serde(default)]
     pub from: Option<IpNet>,
-    /// Packets to here.
+    /// Destination prefix.
     pub to: Option<IpNet>,
-    /// Packets that our firewall rules have marked (`fwmark`
+    /// Match packets marked by tidegate's firewall rules (`fwmark`
     /// [`FORWARD_MARK`](tidegate_model::registry::FORWARD_MARK)).
     #[serde(default)]
     pub marked: bool,
-    /// Answers that leave by the [reply path](crate::ReplyPath) of this number; 0 for no such
+    /// Match replies that use the [reply path](crate::ReplyPath) with this number; 0 disables the
     /// condition.
     #[serde(default)]
     pub uplink: u8,
-    /// What becomes of them.
+    /// Action for matching packets.
     pub reach: Reach,
 }
 
-/// What a [`Rule`] does with the packets it matches.
+/// The action of a [`Rule`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Reach {
-    /// They are routed by the `main` table.
+    /// Look up the `main` table.
     Main,
-    /// They are routed by the `main` table, if it has more than a default route for them.
+    /// Look up the `main` table, ignoring its default routes.
     MainButDefault,
-    /// They are routed by this table, and if it knows no way by what comes behind.
+    /// Look up this table, and continue with the next rule if it has no route.
     Table(u32),
-    /// They go nowhere, and who sent them is told.
+    /// `unreachable`: drop with an ICMP error to the sender.
     Nothing,
-    /// They go nowhere, and nobody is told: as on a host that does not forward.
+    /// `blackhole`: drop silently, like a host that does not forward.
     Silence,
 }
 
-/// Something that is true in a kernel, or is to become so.
+/// A piece of kernel state, existing or desired.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Fact {
-    /// There is a bridge on the host.
+    /// A bridge on the host.
     Bridge {
-        /// Its own end.
+        /// The bridge interface.
         interface: Interface,
-        /// Bytes that fit into one packet.
+        /// MTU in bytes.
         mtu: u32,
-        /// It is that of an internal network. Its alias says so
+        /// The bridge belongs to an internal network, which its alias records
         /// ([`INTERNAL_ALIAS`](tidegate_model::registry::INTERNAL_ALIAS)).
         #[serde(default)]
         internal: bool,
     },
-    /// There is a veth pair: one end on the host, the other with the endpoint.
+    /// A veth pair between the host and an endpoint.
     Veth {
         /// The host's end.
         interface: Interface,
-        /// Whose the other end is.
+        /// The endpoint.
         endpoint: String,
-        /// The other end.
+        /// The endpoint's end.
         inside: Interface,
-        /// Bytes that fit into one packet, at both ends.
+        /// MTU of both ends, in bytes.
         mtu: u32,
     },
-    /// A link of the host is a port of a bridge.
+    /// A link of the host is a bridge port.
     ///
-    /// It learns no addresses: the one station behind it is a static entry of the bridge's
-    /// forwarding database ([`Station`](Self::Station)), and frames to unknown addresses are not
-    /// flooded to it.
+    /// Learning and flooding of unknown unicast are off. The single station behind the bridge port
+    /// is a static entry in the forwarding database ([`Station`](Self::Station)).
     Port {
         /// The link.
         link: String,
         /// The bridge.
         bridge: String,
-        /// It reaches the bridge itself, and none of the other ports that are isolated too.
+        /// The bridge port is isolated: it communicates with the bridge, but not with other
+        /// isolated bridge ports.
         isolated: bool,
     },
-    /// The forwarding database of a bridge has a static entry for the station behind one of its
-    /// ports.
+    /// A static entry in the forwarding database of a bridge, for the station behind a bridge port.
     Station {
-        /// The port.
+        /// The bridge port.
         link: String,
-        /// The hardware address of the station.
+        /// MAC address of the station.
         station: Mac,
     },
-    /// What a link of the host receives comes from the endpoint behind it, or is dropped: a [port
-    /// guard](tidegate_netfilter::PortGuards). It is in force before the link is a port of a
-    /// bridge.
+    /// A [port guard](tidegate_netfilter::PortGuards) at a link of the host. It drops received
+    /// frames that do not come from the endpoint behind the link. It is attached before the link
+    /// joins a bridge.
     PortGuard {
         /// The link.
         link: String,
-        /// The endpoint's hardware address.
+        /// MAC address of the endpoint.
         station: Mac,
-        /// The hardware address of the bridge.
+        /// MAC address of the bridge.
         bridge: Mac,
         /// The endpoint's addresses on this network.
         addresses: Vec<IpAddr>,
-        /// The endpoint may use other addresses too: source addresses other than `station` are not
-        /// checked.
+        /// The endpoint may use additional addresses: only `station` is checked.
         any_address: bool,
     },
-    /// A program at the ingress of this bridge of an internal network takes what is for its gateway
-    /// addresses alone.
+    /// A program at the ingress of an internal network's bridge, which accepts packets to the
+    /// gateway addresses only.
     InternalGuard {
         /// The bridge.
         link: String,
-        /// Those, with their networks.
+        /// Gateway addresses with their prefix lengths.
         gateways: Vec<IpNet>,
     },
-    /// There is a table of nftables for the port guards of this owner.
+    /// The nftables table for the port guards of an owner.
     GuardTable {
-        /// Whose.
+        /// The owner.
         owner: String,
     },
-    /// A setting of one of our links (sysctl(8), a dot in an interface's name written `/`). It goes
-    /// with the link.
+    /// A sysctl of a link of tidegate (sysctl(8) syntax, with `/` for a dot in an interface name).
+    /// It is removed with the link.
     Setting {
-        /// Where.
+        /// The namespace.
         place: Place,
-        /// Its name.
+        /// Name of the sysctl.
         name: String,
-        /// Its value.
+        /// Value of the sysctl.
         value: String,
     },
-    /// A link has an address.
+    /// An address of a link.
     Address {
-        /// Where.
+        /// The namespace.
         place: Place,
         /// The link.
         link: String,
-        /// The address, and the network that is on the link with it.
+        /// The address with its on-link prefix length.
         address: IpNet,
     },
     /// A link is up.
     Up {
-        /// Where.
+        /// The namespace.
         place: Place,
         /// The link.
         link: String,
     },
-    /// The subnet of an address of a link is on that link: the route that the kernel adds to `main`
-    /// with the address.
+    /// The on-link route that the kernel adds to `main` with an address.
     SubnetRoute {
-        /// Where.
+        /// The namespace.
         place: Place,
         /// The link.
         link: String,
-        /// The address, and the network that is on the link.
+        /// The address with its on-link prefix length.
         address: IpNet,
     },
-    /// All that is not on a link goes this way.
+    /// A default route.
     DefaultRoute {
-        /// Where.
+        /// The namespace.
         place: Place,
-        /// By this link.
+        /// The output link.
         link: String,
-        /// To this address.
+        /// The next hop.
         gateway: IpAddr,
     },
     /// A policy rule of the host.
     Rule(Rule),
-    /// There is a default route by a link of the host, which is somebody else's, in a table of
-    /// ours.
+    /// A default route through a foreign link of the host, in a routing table of tidegate.
     ReplyRoute {
         /// The link.
         link: String,
@@ -223,72 +218,72 @@ pub enum Fact {
         /// The next hop.
         gateway: IpAddr,
     },
-    /// There is the TUN device of the NAT engine, which [`EngineDevice`](crate::EngineDevice)
-    /// makes. It goes with the engine.
+    /// The TUN device of the NAT engine, created by [`EngineDevice`](crate::EngineDevice). It is
+    /// removed with the engine.
     EngineDevice {
-        /// Its link.
+        /// Link of the device.
         link: String,
     },
-    /// All that is not on a link is led into the engine's device by a table of ours.
+    /// A default route to the engine's device, in a routing table of tidegate.
     EngineRoute {
-        /// The device's link.
+        /// Link of the device.
         link: String,
         /// The table.
         table: u32,
         /// IPv6.
         v6: bool,
     },
-    /// What comes in by this link of the host, which is somebody else's, may be forwarded, although
-    /// the host forwards for nobody.
+    /// Forwarding is enabled for packets received on this foreign link, on a host that does not
+    /// forward in general.
     Forwarding {
         /// The link.
         link: String,
-        /// IPv6, by `force_forwarding` (Linux 6.17).
+        /// IPv6, through `force_forwarding` (Linux 6.17).
         v6: bool,
     },
-    /// A link of the host is in this group of links (ip-link(8), `group`).
+    /// A link of the host is in an interface group (ip-link(8), `group`).
     Group {
         /// The link.
         link: String,
         /// The group.
         group: u32,
     },
-    /// A program at the egress of this bridge lets pass what the host itself sends, and what
-    /// `passes` says.
+    /// A program at the egress of a bridge. It passes packets sent by the host and packets that
+    /// match `passes`.
     Gate {
         /// The bridge.
         link: String,
-        /// What else leaves by it.
+        /// Condition for forwarded packets.
         #[serde(default)]
         passes: Passes,
     },
-    /// The host's firewall has our rules.
+    /// The rules of an owner are in force in the host's firewall.
     Ruleset {
-        /// Which one.
+        /// The firewall.
         firewall: FirewallKind,
-        /// Whose rules, if there are several of us.
+        /// Owner of the rules.
         owner: String,
     },
 }
 
-/// What a [gate](Fact::Gate) lets pass besides what the host itself sends.
+/// Condition under which a [gate](Fact::Gate) passes a forwarded packet.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Passes {
-    /// What our firewall rules have marked
+    /// The packet is marked by tidegate's firewall rules
     /// ([`FORWARD_MARK`](tidegate_model::registry::FORWARD_MARK)).
     #[default]
     Marked,
-    /// What came in by this link.
+    /// The packet was received on this link.
     From(String),
-    /// Nothing.
+    /// No forwarded packet passes.
     Nothing,
 }
 
-/// A link: the endpoint that it is with, none for the host, and its name.
+/// A link: its endpoint (`None` for the host) and name.
 type Link<'a> = (Option<&'a str>, &'a str);
 
 impl Fact {
-    /// The endpoint that it is about: in its namespace, or the link to it.
+    /// Returns the endpoint of the fact: of its namespace, or of the link to it.
     #[must_use]
     pub fn endpoint(&self) -> Option<&str> {
         match self {
@@ -302,12 +297,12 @@ impl Fact {
         }
     }
 
-    /// Whether it is about the endpoint `name`: in its namespace, or the link to it.
+    /// Returns whether [`endpoint`](Self::endpoint) is `name`.
     pub(crate) fn is_of_endpoint(&self, name: &str) -> bool {
         self.endpoint() == Some(name)
     }
 
-    /// Whether it is decided on the host.
+    /// Returns whether the fact is state of the host's namespace.
     pub(crate) fn is_of_the_host(&self) -> bool {
         match self {
             Self::Setting { place, .. }
@@ -319,7 +314,7 @@ impl Fact {
         }
     }
 
-    /// Whether the kernel makes it true by itself, with something else, and unmakes it.
+    /// Returns whether the kernel adds and removes the fact implicitly with another one.
     pub(crate) fn is_derived(&self) -> bool {
         match self {
             Self::SubnetRoute { .. } => true,
@@ -328,18 +323,17 @@ impl Fact {
         }
     }
 
-    /// Whether it is no failure to restore it where it, or something in its place, is there
-    /// already.
+    /// Returns whether `EEXIST` while restoring the fact is not a failure.
     pub(crate) fn may_exist(&self) -> bool {
         matches!(self, Self::Address { .. } | Self::SubnetRoute { .. } | Self::DefaultRoute { .. })
     }
 
-    /// Whether it is a link of the host, perhaps with another end elsewhere.
+    /// Returns whether the fact is a link of the host, possibly with a peer in another namespace.
     pub(crate) fn is_link(&self) -> bool {
         matches!(self, Self::Bridge { .. } | Self::Veth { .. })
     }
 
-    /// The links that are there because of it.
+    /// Returns the links that the fact creates.
     pub(crate) fn links(&self) -> impl Iterator<Item = Link<'_>> {
         let (host, other) = match self {
             Self::Bridge { interface, .. } => (Some((None, interface.name.as_str())), None),
@@ -353,7 +347,7 @@ impl Fact {
         host.into_iter().chain(other)
     }
 
-    /// The links without any one of which it would not be.
+    /// Returns the links on which the fact depends. It ceases to hold if any of them is removed.
     pub(crate) fn on(&self) -> impl Iterator<Item = Link<'_>> {
         let (link, other) = match self {
             Self::Port { link, bridge, .. } => {
@@ -374,8 +368,8 @@ impl Fact {
             | Self::Gate { link, .. }
             | Self::InternalGuard { link, .. }
             | Self::PortGuard { link, .. } => (Some((None, link.as_str())), None),
-            // Forwarding does end with its link. But it has to be over before the rules are gone
-            // that bound it.
+            // Forwarding also ends with its link. However, it must be disabled before the rules
+            // that restrict it are removed.
             Self::Bridge { .. }
             | Self::Veth { .. }
             | Self::EngineDevice { .. }
@@ -388,8 +382,8 @@ impl Fact {
         link.into_iter().chain(other)
     }
 
-    /// Whether it ends by itself with the link that it is about.
-    pub(crate) fn goes_with_its_link(&self) -> bool {
+    /// Returns whether the kernel removes the fact with a link.
+    pub(crate) fn is_removed_with_link(&self) -> bool {
         self.on().next().is_some()
     }
 }
@@ -418,11 +412,11 @@ impl fmt::Display for Fact {
                 write!(f, "route to {} on {link:?} of {place}", address.trunc())
             }
             Self::DefaultRoute { place, link, gateway } => {
-                write!(f, "default route by {gateway} on {link:?} of {place}")
+                write!(f, "default route via {gateway} on {link:?} of {place}")
             }
             Self::Rule(rule) => write!(f, "{rule}"),
             Self::ReplyRoute { link, table, gateway } => {
-                write!(f, "default route by {gateway} on {link:?} in table {table}")
+                write!(f, "default route via {gateway} on {link:?} in table {table}")
             }
             Self::Forwarding { link, v6 } => {
                 write!(f, "forwarding of IPv{} from {link:?}", if *v6 { '6' } else { '4' })
@@ -437,7 +431,7 @@ impl fmt::Display for Fact {
             Self::InternalGuard { link, .. } => write!(f, "guard at the ingress of {link:?}"),
             Self::PortGuard { link, .. } => write!(f, "port guard at {link:?}"),
             Self::GuardTable { owner } => {
-                write!(f, "table of nftables for the port guards of {owner:?}")
+                write!(f, "nftables table for the port guards of {owner:?}")
             }
             Self::Ruleset { firewall, owner } => write!(f, "rules of {owner:?} in {firewall}"),
         }
@@ -473,17 +467,17 @@ impl fmt::Display for Rule {
     }
 }
 
-/// One step: a fact becomes true, or ceases to be.
+/// An operation on one fact.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Op {
-    /// Makes it so.
+    /// Adds the fact.
     Add(Fact),
-    /// Unmakes it.
+    /// Removes the fact.
     Remove(Fact),
 }
 
 impl Op {
-    /// What takes it back.
+    /// Returns the inverse operation.
     #[must_use]
     pub fn inverse(&self) -> Self {
         match self {
@@ -492,7 +486,7 @@ impl Op {
         }
     }
 
-    /// What it makes true, if it does not end something.
+    /// Returns the fact if the operation adds it.
     pub(crate) fn added(&self) -> Option<&Fact> {
         match self {
             Self::Add(fact) => Some(fact),
@@ -500,7 +494,7 @@ impl Op {
         }
     }
 
-    /// What it is about.
+    /// Returns the fact.
     #[must_use]
     pub fn fact(&self) -> &Fact {
         match self {

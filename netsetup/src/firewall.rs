@@ -1,13 +1,13 @@
-//! Networks kept closed by the host's firewall.
+//! Isolation by the host's firewall.
 //!
 //! ```text
-//! Ruleset ──► nftables: a table of our own     ──► one netlink transaction
-//!        └──► iptables: chains of our own      ──► iptables-restore --noflush, one for each family
+//! Ruleset ──► nftables: own table     ──► one netlink transaction
+//!        └──► iptables: own chains      ──► iptables-restore --noflush, one run per family
 //! ```
 //!
-//! [`Ruleset`] says what shall be let through, and is pure; a back-end renders it as a whole and
-//! puts it in the place of what it rendered before. [`Firewall`] is what others hold: it knows the
-//! ruleset that is in force, opens ports in it and closes them.
+//! [`Ruleset`] defines the permitted traffic and is pure. A back end renders it as a whole and
+//! replaces the previously installed rules. [`Firewall`] is the public interface: it holds the
+//! current ruleset and opens and closes ports in it.
 
 #[cfg(test)]
 mod golden;
@@ -33,17 +33,17 @@ use tidegate_model::{Histogram, HistogramReading, Protocol, registry};
 use tidegate_netfilter::{Conntrack, Flow, Gate, GatePolicy, TableFamily, Transport};
 use tidegate_netns::{ChangeListener, Namespace};
 
-/// Which firewall.
+/// A firewall of the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum FirewallKind {
     /// nf_tables, over netlink.
     Nftables,
-    /// iptables and ip6tables, of either variant.
+    /// iptables and ip6tables, nf_tables or legacy variant.
     Iptables,
 }
 
 impl FirewallKind {
-    /// What it is called: a word.
+    /// Name of the firewall, one word.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -59,43 +59,44 @@ impl fmt::Display for FirewallKind {
     }
 }
 
-/// A way to put a ruleset into force. Called in the namespace of the host.
+/// A back end that installs rulesets. Its methods are called in the host namespace.
 trait Backend: fmt::Debug + Send + Sync {
-    /// Puts `ruleset` in the place of what its owner had: all of it, or nothing changes.
+    /// Atomically replaces the rules of the owner by `ruleset`.
     fn apply(&mut self, ruleset: &Ruleset) -> io::Result<()>;
 
-    /// The same, where only its ports differ from what was applied last, by `change`.
-    fn change_ports(&mut self, ruleset: &Ruleset, _change: &Ports) -> io::Result<()> {
+    /// Installs `ruleset`, which differs from the last installed one only by the ports in `change`.
+    fn change_ports(&mut self, ruleset: &Ruleset, _change: &PortChange) -> io::Result<()> {
         self.apply(ruleset)
     }
 
-    /// Whether all of `ruleset` is in force, and nothing of others among it.
+    /// Returns whether exactly the rules of `ruleset` are in force.
     fn holds(&mut self, ruleset: &Ruleset) -> io::Result<bool>;
 
-    /// Removes what `owner` has, whoever made it.
+    /// Removes all rules of `owner`, including those of a previous process.
     fn remove(&mut self, owner: &str) -> io::Result<()>;
 
-    /// Takes note of how the rules of `owner` look when they are as they were put, to know them
-    /// again. Now and then, while nobody waits.
-    fn settle(&mut self, _owner: &str) -> io::Result<()> {
+    /// Records a fingerprint of the unmodified rules of `owner`, for later comparison. Called
+    /// periodically, off the critical path.
+    fn record_fingerprint(&mut self, _owner: &str) -> io::Result<()> {
         Ok(())
     }
 
-    /// Leaves its rules open to changes by others, as kernels do that know no better.
-    fn share(&mut self) {}
+    /// Disables owned tables, as on kernels without support for them.
+    fn disable_ownership(&mut self) {}
 
-    /// Word of changes; `None` if the kernel sends none, and one has to look.
+    /// Subscribes to changes of rules. Returns `None` if the kernel sends no notifications, so the
+    /// caller must poll.
     fn changes(&self) -> io::Result<Option<ChangeListener>>;
 }
 
-/// Ports that come and go.
+/// A change of the published ports.
 #[derive(Debug)]
-struct Ports {
+struct PortChange {
     added: BTreeSet<Opening>,
     removed: BTreeSet<Opening>,
 }
 
-/// The host's firewall, with the rules of one owner.
+/// The rules of one owner in the host's firewall.
 #[derive(Debug)]
 pub struct Firewall {
     kind: FirewallKind,
@@ -106,20 +107,20 @@ pub struct Firewall {
     updates: [Updates; Change::ALL.len()],
 }
 
-/// What is changed of the rules at once.
+/// A type of rule update.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// All of them are put in the place of what was there: at the start, and to repair them.
+    /// Installation of the whole ruleset, at start and for repairs.
     All,
-    /// Ports that come and go.
+    /// A change of the published ports.
     Ports,
 }
 
 impl Change {
-    /// Both.
+    /// All types.
     pub const ALL: [Self; 2] = [Self::All, Self::Ports];
 
-    /// A word.
+    /// Value of the metric label.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -129,11 +130,11 @@ impl Change {
     }
 }
 
-/// Bounds of the time that a change of rules takes, in seconds: from one port in nftables to
-/// `iptables-restore`, which is given ten.
+/// Histogram bounds of the duration of an update in seconds: from one port in nftables to the 10 s
+/// timeout of `iptables-restore`.
 pub const UPDATE_BOUNDS: [f64; 8] = [0.000_5, 0.001, 0.005, 0.01, 0.05, 0.1, 1.0, 10.0];
 
-/// Changes of one kind.
+/// Statistics of the updates of one type.
 #[derive(Debug)]
 pub struct Updates {
     took: Histogram<{ UPDATE_BOUNDS.len() }>,
@@ -147,19 +148,19 @@ impl Default for Updates {
 }
 
 impl Updates {
-    /// How long those took that succeeded.
+    /// Returns the durations of successful updates.
     #[must_use]
     pub fn took(&self) -> HistogramReading<{ UPDATE_BOUNDS.len() }> {
         self.took.read()
     }
 
-    /// How many have failed.
+    /// Returns the number of failed updates.
     #[must_use]
     pub fn failed(&self) -> u64 {
         self.failed.load(Ordering::Relaxed)
     }
 
-    /// Does `update`, and counts it.
+    /// Runs `update` and records the result.
     fn count<T>(&self, update: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         let begun = Instant::now();
         let result = update();
@@ -176,15 +177,15 @@ struct State {
     backend: Box<dyn Backend>,
     ruleset: Ruleset,
     in_force: bool,
-    /// The ruleset was changed since.
+    /// The ruleset has changed since it was applied.
     stale: bool,
 }
 
 impl Firewall {
-    /// The firewall of `host`, with no rules of `owner` as yet.
+    /// Opens the firewall of `host` without installing rules of `owner`.
     ///
     /// # Errors
-    /// It cannot be used here: one line that says what is missing.
+    /// The firewall is unavailable; the error is one line that names the missing prerequisite.
     pub fn new(kind: FirewallKind, host: &Namespace, owner: &str) -> io::Result<Self> {
         let backend: Box<dyn Backend> = match kind {
             FirewallKind::Nftables => Box::new(host.with(nftables::Nftables::open)??),
@@ -195,7 +196,7 @@ impl Firewall {
         let gate = host.with(|| Gate::new(&marked))?;
         let gate = gate
             .inspect_err(
-                |error| tracing::debug!(%error, "no gates: policy rules stand behind the firewall"),
+                |error| tracing::debug!(%error, "gates unavailable; using policy rules as guards"),
             )
             .ok();
         let ruleset =
@@ -205,8 +206,8 @@ impl Firewall {
         Ok(Self { kind, owner: owner.to_owned(), host: host.clone(), gate, state, updates })
     }
 
-    /// Does without gates, whatever the kernel can do: policy rules stand behind its rules. Before
-    /// those are in force.
+    /// Disables gates even if the kernel supports them, so policy rules are the guards. Must be
+    /// called before the rules are in force.
     #[must_use]
     pub fn ungated(mut self) -> Self {
         self.gate = None;
@@ -214,51 +215,51 @@ impl Firewall {
         self
     }
 
-    /// What stands at the exits of bridges behind its rules, if the kernel has that.
+    /// Returns the egress gate for bridges, if the kernel supports it.
     pub fn gate(&self) -> Option<&Gate> {
         self.gate.as_ref()
     }
 
-    /// Does without tables that are out of reach for others, whatever the kernel can do. Before the
-    /// rules are in force.
+    /// Disables owned tables even if the kernel supports them. Must be called before the rules are
+    /// in force.
     #[must_use]
     pub fn shared(self) -> Self {
-        self.state().backend.share();
+        self.state().backend.disable_ownership();
         self
     }
 
-    /// Which one it is.
+    /// Returns the type of the firewall.
     pub fn kind(&self) -> FirewallKind {
         self.kind
     }
 
-    /// Whose rules it has.
+    /// Returns the owner of the rules.
     pub fn owner(&self) -> &str {
         &self.owner
     }
 
-    /// The changes of its rules of that kind.
+    /// Returns the statistics of the updates of type `change`.
     pub fn updates(&self, change: Change) -> &Updates {
         &self.updates[change as usize]
     }
 
-    /// The fact that its rules are in force.
+    /// Returns the fact that the rules are in force.
     pub(crate) fn fact(&self) -> Fact {
         Fact::Ruleset { firewall: self.kind, owner: self.owner.clone() }
     }
 
-    /// Whether rules of the legacy variant of iptables are in use on its host: the kernel sends no
-    /// word of changes of those.
+    /// Returns whether legacy iptables is in use on `host`. The kernel sends no notifications about
+    /// its changes.
     #[must_use]
     pub fn legacy_is_in_use(host: &Namespace) -> bool {
         iptables::legacy_is_in_use(host)
     }
 
-    /// Chains of nftables that may change the mark of the gates behind the rules that set it, as
-    /// `ip nat POSTROUTING`: only with iptables, since nftables sets it in the last hook.
+    /// Lists nftables chains that may change the gate mark after tidegate's rules have set it, as
+    /// `ip nat POSTROUTING`. Always empty with nftables, which sets the mark in the last hook.
     ///
     /// # Errors
-    /// The kernel's.
+    /// Errors of the kernel.
     pub fn mark_setters_behind(&self) -> io::Result<Vec<String>> {
         match self.kind {
             FirewallKind::Iptables if self.gate.is_some() => {
@@ -268,27 +269,27 @@ impl Firewall {
         }
     }
 
-    /// Where word of changes of rules arrives; `None` if the kernel sends none, and one has to
-    /// look.
+    /// Subscribes to changes of rules. Returns `None` if the kernel sends no notifications, so the
+    /// caller must poll.
     ///
     /// # Errors
-    /// No descriptor is left.
+    /// The process is out of file descriptors.
     pub fn changes(&self) -> io::Result<Option<ChangeListener>> {
         let state = self.state();
         let backend = &state.backend;
         self.host.with(|| backend.changes())?
     }
 
-    /// What there shall be, before it is in force.
+    /// Sets the ruleset before it is applied.
     pub fn prepare(&self, zones: Vec<Zone>, ports: BTreeSet<Opening>) {
         let mut state = self.state();
         state.ruleset.zones = zones;
         state.ruleset.ports = ports;
     }
 
-    /// Which links of the host forward for the networks alone, and which bridges other projects
-    /// have, from the next time that the rules
-    /// are put in place: they do not hold until then.
+    /// Sets the links of the host that forward for the networks only, and the bridges of other
+    /// projects, to which these links forward too. Takes effect when the rules are applied again;
+    /// until then, [`holds`](Self::holds) is false. Returns whether the rules change.
     pub fn set_uplinks(&self, uplinks: &[Uplink], bridges: BTreeSet<String>) -> bool {
         let of = |uplink: &Uplink| {
             let Uplink { link, v4, v6, .. } = uplink.clone();
@@ -297,7 +298,7 @@ impl Firewall {
         let ours = uplinks.iter().filter(|uplink| uplink.ours).flat_map(of);
         let uplinks: Vec<_> = ours.filter(|(is, _)| *is).map(|(_, uplink)| uplink).collect();
         let mut state = self.state();
-        // Without such links it does not matter which bridges there are.
+        // Without such links, no rule depends on the bridges.
         let bridges = if uplinks.is_empty() { BTreeSet::new() } else { bridges };
         let changes = (&state.ruleset.uplinks, &state.ruleset.bridges) != (&uplinks, &bridges);
         if changes {
@@ -307,8 +308,8 @@ impl Firewall {
         changes
     }
 
-    /// Which answers leave by which reply path, from the next time that the rules are put in place:
-    /// they do not hold until then.
+    /// Sets the reply paths. Takes effect when the rules are applied again; until then,
+    /// [`holds`](Self::holds) is false.
     pub fn set_reply_paths(&self, paths: &[ReplyPath]) {
         let of = |path: &ReplyPath| {
             let number = path.number;
@@ -323,29 +324,30 @@ impl Firewall {
         }
     }
 
-    /// Opens `added` and closes `removed`.
+    /// Opens the ports `added` and closes the ports `removed`.
     ///
     /// # Errors
-    /// The firewall's; nothing has changed then.
+    /// Errors of the firewall; nothing was changed.
     pub fn change_ports(&self, added: &[Opening], removed: &[Opening]) -> io::Result<()> {
         self.change(added, removed, |_| true)
     }
 
-    /// Replaces `before` by `after`: the same ports, carried otherwise. Connections of TCP go on as
-    /// they are; flows of UDP, which have no end, follow.
+    /// Replaces `before` by `after`: the same ports, published by another mechanism. TCP
+    /// connections continue unchanged; UDP flows, which have no end, move to the new mechanism.
     ///
     /// # Errors
-    /// The firewall's; nothing has changed then.
+    /// Errors of the firewall; nothing was changed.
     pub fn redirect_ports(&self, before: &[Opening], after: &[Opening]) -> io::Result<()> {
         self.change(after, before, |port| port.protocol == Protocol::Udp)
     }
 
-    /// `forgets` tells of which ports the flows are deleted.
+    /// Changes the ports. The conntrack entries of the ports that satisfy `delete_flows_of` are
+    /// deleted.
     fn change(
         &self,
         added: &[Opening],
         removed: &[Opening],
-        forgets: impl Fn(&Opening) -> bool,
+        delete_flows_of: impl Fn(&Opening) -> bool,
     ) -> io::Result<()> {
         let mut state = self.state();
         let mut ruleset = state.ruleset.clone();
@@ -355,48 +357,53 @@ impl Firewall {
             removed.iter().copied().filter(|one| ruleset.ports.remove(one)).collect();
         if state.in_force && !(added.is_empty() && removed.is_empty()) {
             let backend = &mut state.backend;
-            let ports = Ports { added, removed };
+            let ports = PortChange { added, removed };
             let update = || self.host.with(|| backend.change_ports(&ruleset, &ports))?;
             self.updates(Change::Ports).count(update)?;
-            let changed = ports.added.union(&ports.removed).copied().filter(forgets).collect();
-            // Containers may have sent from such a port while nothing was published there.
+            let changed =
+                ports.added.union(&ports.removed).copied().filter(delete_flows_of).collect();
+            // Containers may have used such a source port while it was not published.
             let from = ports.added.iter().filter(|port| ruleset::is_source_port(&port.port));
             let from = from.map(|port| (port.protocol, port.port)).collect();
             let subnets: Vec<_> = subnets_of(&ruleset).collect();
-            let forget = || {
-                forget(&[], &changed)?;
-                forget_shadows(&subnets, &from)
+            let delete_stale = || {
+                delete_flows(&[], &changed)?;
+                delete_shadowing_flows(&subnets, &from)
             };
-            if let Err(error) = self.host.with(forget).flatten() {
-                tracing::warn!(%error, "flows of ports that have changed may go on as before");
+            if let Err(error) = self.host.with(delete_stale).flatten() {
+                tracing::warn!(%error, "conntrack entries of changed ports not deleted; their flows may continue as before");
             }
         }
         state.ruleset = ruleset;
         Ok(())
     }
 
-    /// Takes note of how its rules look, so that what others change elsewhere is told from what
-    /// they change here. To be called now and then; a port that comes or goes does not wait for it.
+    /// Records a fingerprint of the rules, to distinguish external changes of these rules from
+    /// changes elsewhere. Should be called periodically; updates of ports do not wait for it.
     ///
     /// # Errors
-    /// The firewall's.
-    pub fn settle(&self) -> io::Result<()> {
+    /// Errors of the firewall.
+    pub fn record_fingerprint(&self) -> io::Result<()> {
         let mut state = self.state();
         if !state.in_force {
             return Ok(());
         }
         let backend = &mut state.backend;
-        self.host.with(|| backend.settle(&self.owner))?
+        self.host.with(|| backend.record_fingerprint(&self.owner))?
     }
 
     pub(crate) fn apply(&self) -> io::Result<()> {
         let mut state = self.state();
         let State { backend, ruleset, in_force, stale } = &mut *state;
-        let begins = !*in_force;
+        let is_first = !*in_force;
         self.updates(Change::All).count(|| self.host.with(|| backend.apply(ruleset))?)?;
         self.host.with(|| {
             let subnets = subnets_of(ruleset);
-            if begins { forget(&subnets.collect::<Vec<_>>(), &ruleset.ports) } else { Ok(()) }
+            if is_first {
+                delete_flows(&subnets.collect::<Vec<_>>(), &ruleset.ports)
+            } else {
+                Ok(())
+            }
         })??;
         (*in_force, *stale) = (true, false);
         Ok(())
@@ -420,8 +427,8 @@ impl Firewall {
     }
 }
 
-/// Addresses of one family that are meant for the link, whoever is on it: IPv6 cannot do without.
-fn on_link(v6: bool) -> Vec<IpNet> {
+/// Link-local and multicast prefixes of IPv6, which it cannot work without.
+fn link_scoped_prefixes(v6: bool) -> Vec<IpNet> {
     let nets: &[Ipv6Net] = &[
         Ipv6Net::new_assert(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 10),
         Ipv6Net::new_assert(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0), 8),
@@ -440,9 +447,9 @@ fn protocol_of(flow: &Flow) -> Protocol {
     }
 }
 
-/// Forgets what containers in `subnets` have sent from these ports of the host, at which services
-/// are published now: what clients send to those would be taken for an answer to a container.
-fn forget_shadows(subnets: &[IpNet], ports: &BTreeSet<(Protocol, u16)>) -> io::Result<()> {
+/// Deletes flows of containers in `subnets` whose masqueraded source port is now published. Packets
+/// of clients to such a port would otherwise match as replies to a container.
+fn delete_shadowing_flows(subnets: &[IpNet], ports: &BTreeSet<(Protocol, u16)>) -> io::Result<()> {
     if ports.is_empty() {
         return Ok(());
     }
@@ -453,14 +460,14 @@ fn forget_shadows(subnets: &[IpNet], ports: &BTreeSet<(Protocol, u16)>) -> io::R
             && ports.contains(&(protocol_of(flow), flow.reply_destination.port()))
     };
     let deleted = Conntrack::open()?.delete(&[TableFamily::Ipv4, TableFamily::Ipv6], is_one)?;
-    tracing::debug!(flows = deleted, "deleted: from ports that are published now");
+    tracing::debug!(flows = deleted, "shadowing conntrack entries deleted");
     Ok(())
 }
 
-/// Forgets what is known of flows from and to `subnets`, where others may have been let through
-/// before there were rules, and of those of `ports` that the kernel translates: they would go on
-/// going where they went before, however long that is no longer right.
-fn forget(subnets: &[IpNet], ports: &BTreeSet<Opening>) -> io::Result<()> {
+/// Deletes flows from and to `subnets`, which may have been permitted before the rules existed, and
+/// flows of kernel-published `ports`, which would otherwise keep their old destination
+/// indefinitely.
+fn delete_flows(subnets: &[IpNet], ports: &BTreeSet<Opening>) -> io::Result<()> {
     let concerns = |v6: bool| {
         subnets.iter().any(|net| net.addr().is_ipv6() == v6)
             || ports.iter().any(|port| port.to.is_some() && port.address.is_ipv6() == v6)
@@ -475,7 +482,7 @@ fn forget(subnets: &[IpNet], ports: &BTreeSet<Opening>) -> io::Result<()> {
     let is_one = |flow: &Flow| {
         let protocol = protocol_of(flow);
         let at = |address: IpAddr| {
-            // In the order of a set: all ports that differ in where they lead.
+            // The set is ordered, so the ports that differ only in their target are adjacent.
             let port = |to| Opening { protocol, address, port: flow.destination.port(), to };
             ports
                 .range(port(None)..)
@@ -495,9 +502,6 @@ fn forget(subnets: &[IpNet], ports: &BTreeSet<Opening>) -> io::Result<()> {
             || [flow.client, flow.destination, flow.server].into_iter().any(inside)
     };
     let deleted = Conntrack::open()?.delete(&families, is_one)?;
-    tracing::debug!(
-        flows = deleted,
-        "deleted: older than the rules, or of ports that have changed"
-    );
+    tracing::debug!(flows = deleted, "stale conntrack entries deleted");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Which address goes to whom: pure, the caller brings the time.
+//! IP address management. Pure: the caller supplies the time.
 
 use crate::plan::overlap;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -6,8 +6,8 @@ use std::collections::{BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
-/// How long an address rests after it was given back: neighbours have forgotten its old hardware
-/// address by then (`gc_stale_time`, 60 s), and so have most of those who knew it by number.
+/// Time before a released address is assigned again. By then, the neighbour caches have expired its
+/// old MAC address (`gc_stale_time`, 60 s), and most peers no longer use the address.
 pub const QUARANTINE: Duration = Duration::from_secs(60);
 
 /// The addresses of one subnet.
@@ -15,57 +15,58 @@ pub const QUARANTINE: Duration = Duration::from_secs(60);
 pub struct Ipam {
     subnet: IpNet,
     taken: BTreeSet<IpAddr>,
-    /// Given back, the longest resting first.
-    resting: VecDeque<(Instant, IpAddr)>,
-    /// Where to go on looking: an address just left is the last to be given out again.
+    /// Released addresses in quarantine with their end times, earliest first.
+    quarantined: VecDeque<(Instant, IpAddr)>,
+    /// Offset at which the next search starts, so that a released address is reused as late as
+    /// possible.
     next: u128,
 }
 
-/// An address that cannot be had.
+/// An address that cannot be assigned.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum IpamError {
-    /// All are taken, or rest.
-    #[error("no address is left in {0}")]
+    /// All addresses are assigned or in quarantine.
+    #[error("no free address in {0}")]
     Full(IpNet),
-    /// Somebody has it.
+    /// The address is already assigned.
     #[error("address {0} is in use")]
     Taken(IpAddr),
-    /// It is none of this subnet's, or has another meaning there.
-    #[error("address {0} cannot be given out in {1}")]
+    /// The address is outside the subnet or reserved.
+    #[error("address {0} is not assignable in {1}")]
     Outside(IpAddr, IpNet),
 }
 
 impl Ipam {
-    /// The addresses of `subnet`, of which `gateway` is taken.
+    /// Creates the pool of `subnet`, with `gateway` assigned.
     #[must_use]
     pub fn new(subnet: IpNet, gateway: IpAddr) -> Self {
         Self {
             subnet: subnet.trunc(),
             taken: BTreeSet::from([gateway]),
-            resting: VecDeque::new(),
+            quarantined: VecDeque::new(),
             next: 0,
         }
     }
 
-    /// The subnet.
+    /// Returns the subnet.
     #[must_use]
     pub fn subnet(&self) -> IpNet {
         self.subnet
     }
 
-    /// The next free address.
+    /// Assigns the next free address.
     ///
     /// # Errors
     /// [`IpamError::Full`].
     pub fn obtain(&mut self, now: Instant) -> Result<IpAddr, IpamError> {
-        self.wake(now);
+        self.expire_quarantine(now);
         let (first, count) = usable(self.subnet);
-        // Of all addresses, at most those that are taken or rest have to be passed over.
-        let attempts = count.min(self.taken.len() as u128 + self.resting.len() as u128 + 1);
+        // The search skips at most the assigned and quarantined addresses.
+        let attempts = count.min(self.taken.len() as u128 + self.quarantined.len() as u128 + 1);
         for step in 0..attempts {
             let offset = (self.next + step) % count;
             let address = nth(self.subnet, first + offset);
-            if !self.taken.contains(&address) && !self.rests(address) {
+            if !self.taken.contains(&address) && !self.is_quarantined(address) {
                 self.next = (offset + 1) % count;
                 self.taken.insert(address);
                 return Ok(address);
@@ -74,7 +75,7 @@ impl Ipam {
         Err(IpamError::Full(self.subnet))
     }
 
-    /// This address and no other. One that rests may be asked for by name.
+    /// Assigns the given address, even if it is in quarantine.
     ///
     /// # Errors
     /// [`IpamError::Taken`], [`IpamError::Outside`].
@@ -88,31 +89,31 @@ impl Ipam {
         if !self.taken.insert(address) {
             return Err(IpamError::Taken(address));
         }
-        self.resting.retain(|(_, resting)| *resting != address);
+        self.quarantined.retain(|(_, quarantined)| *quarantined != address);
         Ok(())
     }
 
-    /// Gives `address` back; it rests for [`QUARANTINE`].
+    /// Releases `address` into quarantine for [`QUARANTINE`].
     pub fn release(&mut self, address: IpAddr, now: Instant) {
         if self.taken.remove(&address) {
-            self.resting.push_back((now + QUARANTINE, address));
+            self.quarantined.push_back((now + QUARANTINE, address));
         }
     }
 
-    fn wake(&mut self, now: Instant) {
-        while self.resting.front().is_some_and(|(until, _)| *until <= now) {
-            self.resting.pop_front();
+    fn expire_quarantine(&mut self, now: Instant) {
+        while self.quarantined.front().is_some_and(|(until, _)| *until <= now) {
+            self.quarantined.pop_front();
         }
     }
 
-    fn rests(&self, address: IpAddr) -> bool {
-        self.resting.iter().any(|(_, resting)| *resting == address)
+    fn is_quarantined(&self, address: IpAddr) -> bool {
+        self.quarantined.iter().any(|(_, quarantined)| *quarantined == address)
     }
 }
 
-/// The first offset that may be given out, and how many. IPv4 keeps the network's own address and
-/// the broadcast address for itself, except in /31 (RFC 3021) and /32; in IPv6 the first one is the
-/// routers' anycast address (RFC 4291, 2.6.1).
+/// Returns the first assignable offset and the number of assignable addresses. IPv4 reserves the
+/// network and broadcast addresses, except in /31 (RFC 3021) and /32. IPv6 reserves the first
+/// address as the subnet-router anycast address (RFC 4291, 2.6.1).
 fn usable(subnet: IpNet) -> (u128, u128) {
     match subnet {
         IpNet::V4(subnet) => match 32 - subnet.prefix_len() {
@@ -121,7 +122,7 @@ fn usable(subnet: IpNet) -> (u128, u128) {
         },
         IpNet::V6(subnet) => match 128 - subnet.prefix_len() {
             bits @ 0..=1 => (0, 1 << bits),
-            // More can never be asked for, and 2^128 does not fit.
+            // Limited to 2^64: more are never needed, and 2^128 would overflow.
             bits => (1, (1 << bits.min(64)) - 1),
         },
     }
@@ -144,24 +145,24 @@ fn offset(subnet: IpNet, address: IpAddr) -> u128 {
     }
 }
 
-/// Where subnets come from for networks that name none.
+/// Subnet pools for networks without a configured subnet.
 #[derive(Clone, Debug)]
 pub struct Pools {
     v4: Vec<(Ipv4Net, u8)>,
     v6: Ipv6Net,
 }
 
-/// No subnet is left.
+/// No free subnet is left.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no {} subnet is free: the host reaches something everywhere in the pools; give the network one", if *.v6 { "IPv6" } else { "IPv4" })]
+#[error("no free {} subnet: the pools overlap routes of the host; configure a subnet for the network", if *.v6 { "IPv6" } else { "IPv4" })]
 pub struct Exhausted {
     v6: bool,
 }
 
 impl Pools {
-    /// The usual ones: 172.28.0.0/14 and 10.201.0.0/16 in parts of /24, which is neither what
-    /// dockerd begins with nor what most offices use, and a unique local prefix of /48 for IPv6
-    /// (RFC 4193) made of `host_id`, in parts of /64.
+    /// The default pools. For IPv4, /24 subnets of 172.28.0.0/14 and 10.201.0.0/16, which are
+    /// neither the first choices of dockerd nor common in offices. For IPv6, /64 subnets of a
+    /// unique local /48 prefix (RFC 4193) derived from `host_id`.
     #[must_use]
     pub fn usual(host_id: [u8; 5]) -> Self {
         let [a, b, c, d, e] = host_id;
@@ -173,21 +174,21 @@ impl Pools {
         }
     }
 
-    /// Whether some of `net` is in the pools.
+    /// Returns whether `net` overlaps the pools.
     #[must_use]
     pub fn overlap(&self, net: &IpNet) -> bool {
         let v4 = self.v4.iter().map(|(pool, _)| IpNet::V4(*pool));
         v4.chain([IpNet::V6(self.v6)]).any(|pool| overlap(&pool, net))
     }
 
-    /// The first subnet that overlaps none of `in_use`.
+    /// Returns the first subnet that overlaps none of `in_use`.
     ///
     /// # Errors
     /// [`Exhausted`].
     pub fn obtain(&self, v6: bool, in_use: &[IpNet]) -> Result<IpNet, Exhausted> {
         let free = |subnet: &IpNet| !in_use.iter().any(|used| overlap(used, subnet));
         let found = if v6 {
-            // As many as can be in use, and one more.
+            // One more than can be in use.
             let mut parts = self.v6.subnets(64).into_iter().flatten().take(in_use.len() + 1);
             parts.find_map(|part| Some(IpNet::V6(part)).filter(free))
         } else {
@@ -201,14 +202,13 @@ impl Pools {
     }
 }
 
-/// How many addresses there are to give out in `subnet`, the gateway's included. More than 2^64 are
-/// not counted.
+/// Returns the number of assignable addresses in `subnet`, including the gateway, at most 2^64.
 #[must_use]
 pub fn capacity(subnet: IpNet) -> u128 {
     usable(subnet).1
 }
 
-/// The address that a bridge takes when none is given: the first usable one.
+/// Returns the default gateway address: the first assignable address.
 #[must_use]
 pub fn gateway(subnet: IpNet) -> IpAddr {
     nth(subnet, usable(subnet).0)
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_are_given_out_in_turn_and_rest_after_use() {
+    fn addresses_are_assigned_in_order_and_quarantined_after_release() {
         let start = Instant::now();
         let mut ipam = Ipam::new(net("10.9.0.0/29"), ip("10.9.0.1"));
         let given: Vec<_> = (0..5).map(|_| ipam.obtain(start).unwrap()).collect();
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_named_address_is_had_unless_it_is_taken_or_none() {
+    fn requested_address_must_be_free_and_assignable() {
         let mut ipam = Ipam::new(net("10.9.0.0/24"), ip("10.9.0.1"));
         ipam.claim(ip("10.9.0.77")).unwrap();
         assert_eq!(ipam.claim(ip("10.9.0.77")), Err(IpamError::Taken(ip("10.9.0.77"))));
@@ -249,11 +249,11 @@ mod tests {
             assert_eq!(ipam.claim(ip(none)), Err(IpamError::Outside(ip(none), net("10.9.0.0/24"))));
         }
         ipam.release(ip("10.9.0.77"), Instant::now());
-        assert_eq!(ipam.claim(ip("10.9.0.77")), Ok(()), "by name it need not rest");
+        assert_eq!(ipam.claim(ip("10.9.0.77")), Ok(()), "a requested address may be in quarantine");
     }
 
     #[test]
-    fn a_subnet_that_something_is_in_is_passed_over() {
+    fn overlapping_subnets_are_skipped() {
         let pools = Pools::usual([1, 2, 3, 4, 5]);
         assert_eq!(pools.obtain(false, &[]), Ok(net("172.28.0.0/24")));
         assert_eq!(
@@ -273,9 +273,9 @@ mod tests {
     }
 
     proptest! {
-        /// Against a plain list of who has what since when.
+        /// Compared with a plain list of assigned and released addresses.
         #[test]
-        fn nobody_gets_what_another_has_or_has_just_left(
+        fn assigned_and_quarantined_addresses_are_not_assigned(
             prefix in 24_u8..=30,
             steps in prop::collection::vec((any::<bool>(), 0_usize..300, 0_u64..40), 1..200),
         ) {

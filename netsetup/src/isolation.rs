@@ -1,4 +1,4 @@
-//! What keeps a network closed: to the outside, and to the other networks.
+//! Isolation of networks from the outside and from each other.
 
 use crate::desired::setting;
 use crate::{Desired, Fact, FirewallKind, Network, Passes, Place, Reach, Rule, Uplink};
@@ -6,38 +6,40 @@ use ipnet::IpNet;
 use std::fmt;
 use tidegate_model::registry;
 
-/// A way to keep networks closed.
+/// An isolation mechanism.
 pub trait Isolation: fmt::Debug + Send + Sync {
-    /// What it is called where one is told: a word.
+    /// Name in logs and reports, one word.
     fn name(&self) -> &'static str;
 
-    /// What all networks need together, before the first of them.
-    fn groundwork(&self, _desired: &Desired) -> Vec<Fact> {
+    /// Returns the facts shared by all networks, to be created before the first network.
+    fn shared_facts(&self, _desired: &Desired) -> Vec<Fact> {
         Vec::new()
     }
 
-    /// What `network` needs, in the order to make it, behind its bridge and before its addresses.
+    /// Returns the facts of `network` in order of creation. They are created after its bridge and
+    /// before its addresses.
     fn facts(&self, network: &Network) -> Vec<Fact>;
 }
 
-/// Without a firewall: by forwarding switched off on the bridge, and by policy rules.
+/// Isolation without a firewall, by disabled forwarding on the bridge and by policy rules.
 ///
-/// Either would do on a host that forwards for nobody. Both are there on every host, because a host
-/// that does not forward now may begin to at any time: a Docker daemon that starts switches
-/// forwarding on for all interfaces, ours included.
+/// On a host that does not forward, either measure would be sufficient. Both are used on every
+/// host, because forwarding may be enabled at any time: a starting Docker daemon enables it for all
+/// interfaces, including tidegate's.
 ///
-/// - Nothing that comes in by the bridge is forwarded: `forwarding` is off there (IPv4 judges by
-///   the interface a packet came in by; IPv6 before Linux 6.17 by `all` alone,
-///   net/ipv6/ip6_output.c), and a rule makes every destination unreachable for it. The host's own
-///   addresses are not concerned: the `local` table is asked before any rule of ours.
-/// - Nothing that comes in elsewhere is forwarded to the subnet: a rule makes it unreachable,
-///   behind one that exempts what the host itself sends. It takes two: a single
-///   `not iif lo to SUBNET` would negate both halves.
-/// - A network without IPv6 subnet has no IPv6 at all, or link-local addresses would be a way in.
+/// - Packets from the bridge are not forwarded: `forwarding` is off for the bridge, and a rule
+///   makes every destination unreachable. IPv4 evaluates the setting of the input interface; IPv6
+///   before Linux 6.17 evaluates `all` only (net/ipv6/ip6_output.c). The host's own addresses stay
+///   reachable, because the `local` table precedes all rules of tidegate.
+/// - Packets from other interfaces are not forwarded to the subnet: a rule makes it unreachable,
+///   after a rule that exempts packets sent by the host. Two rules are necessary, because `not iif
+///   lo to SUBNET` would negate both conditions.
+/// - A network without an IPv6 subnet has IPv6 disabled, because link-local addresses would
+///   otherwise bypass the isolation.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RuleIsolation {
-    /// BPF programs are available: a [gate](Fact::Gate) at the egress of each bridge closes it
-    /// whatever policy rules others insert before ours.
+    /// BPF programs are available. A [gate](Fact::Gate) at the egress of each bridge closes it
+    /// regardless of foreign policy rules that precede tidegate's.
     pub gated: bool,
 }
 
@@ -47,25 +49,25 @@ impl Isolation for RuleIsolation {
     }
 
     fn facts(&self, network: &Network) -> Vec<Fact> {
-        let programs = self.gated.then(|| closed_by_programs(network));
+        let programs = self.gated.then(|| closing_programs(network));
         programs.into_iter().flatten().chain(closed(network)).collect()
     }
 }
 
-/// Without a firewall, and with egress by the NAT engine: as [`RuleIsolation`], but what comes
-/// from a network that is not internal is led into the engine's device, and what comes out of that
-/// is let into the networks.
+/// Isolation without a firewall, with egress through the NAT engine. Extends [`RuleIsolation`]:
+/// packets from networks that are not internal are routed to the engine's device, and packets from
+/// that device may enter the networks.
 ///
-/// The guards come first, so that what goes from one network to another gets nowhere. Behind the
-/// egress is another one: when the engine has ended, and its device and routes with it, nothing
-/// that comes from a network is forwarded.
+/// The guard rules come first and block traffic between networks. Another guard rule follows the
+/// egress rule: after the engine has exited, together with its device and routes, packets from a
+/// network are not forwarded.
 #[derive(Clone, Debug)]
 pub struct NatIsolation {
-    /// The engine's device, which is there before the networks.
+    /// The engine's device, which exists before the networks.
     pub device: String,
-    /// The table that has its routes.
+    /// The routing table with its routes.
     pub table: u32,
-    /// As of [`RuleIsolation`].
+    /// Same as in [`RuleIsolation`].
     pub gated: bool,
 }
 
@@ -74,7 +76,7 @@ impl Isolation for NatIsolation {
         RuleIsolation::default().name()
     }
 
-    fn groundwork(&self, desired: &Desired) -> Vec<Fact> {
+    fn shared_facts(&self, desired: &Desired) -> Vec<Fact> {
         let has =
             |v6: bool| desired.networks.iter().any(|network| !network.internal && network.has(v6));
         let link = || self.device.clone();
@@ -102,7 +104,7 @@ impl Isolation for NatIsolation {
         let mut facts: Vec<Fact> = gate.into_iter().chain(open(network)).collect();
         for to in network.subnets.iter().map(|subnet| subnet.subnet.trunc()) {
             let v6 = is_v6(to);
-            facts.extend(shut(to));
+            facts.extend(guard_subnet(to));
             let from_engine = Rule { from_interface: Some(self.device.clone()), ..exemption(v6) };
             facts.push(Fact::Rule(Rule { to: Some(to), ..from_engine }));
             let from_network = |priority, reach, from| {
@@ -110,8 +112,8 @@ impl Isolation for NatIsolation {
                 Fact::Rule(Rule { priority, reach, from_interface, from, ..guard(v6) })
             };
             facts.push(from_network(registry::NO_EGRESS_PRIORITY, Reach::Nothing, None));
-            // The engine takes a source address for the endpoint that has it. Port guards verify
-            // it, except where an endpoint may send from any address.
+            // The engine identifies an endpoint by its source address. Port guards verify this
+            // address, except for endpoints with `any_address`.
             let engine = Reach::Table(self.table);
             facts.push(from_network(registry::EGRESS_PRIORITY, engine, Some(to)));
         }
@@ -119,25 +121,26 @@ impl Isolation for NatIsolation {
     }
 }
 
-/// With a firewall: by its rules, and behind them by the policy rules of [`RuleIsolation`], with
-/// an exemption for what the firewall has marked.
+/// Isolation by firewall rules, backed by the policy rules of [`RuleIsolation`] with an exemption
+/// for packets that the firewall has marked.
 ///
-/// Rules of a firewall can be flushed by whoever likes to. The policy rules are then what keeps the
-/// networks closed: without its rules the firewall marks nothing, and nothing but the host itself
-/// reaches a container. Where the kernel has them, [gates](Fact::Gate) at the exits of the bridges
-/// do the same for networks that are not internal, and cost a packet less than the mere presence of
-/// a policy rule does. What containers send is not concerned: from a network that is not internal
-/// it goes the way that the host's own routes and rules say.
+/// Other programs can flush firewall rules. The policy rules then keep the networks closed: without
+/// firewall rules no packet is marked, and only the host itself reaches containers. Where
+/// available, [gates](Fact::Gate) at the egress of the bridges replace them for networks that are
+/// not internal. A gate costs a packet less than the mere presence of a policy rule. Packets from
+/// containers are unaffected: from a network that is not internal, they follow the host's own
+/// routes and rules.
 ///
-/// A host that forwards for nobody is not made a router. The links by which answers to containers
-/// come ([`Uplink`]) forward, and what else comes in there goes nowhere, as before.
+/// A host that does not forward is not turned into a router. Forwarding is enabled on the links
+/// that receive replies to containers ([`Uplink`]), and all other packets received there are still
+/// dropped.
 #[derive(Clone, Debug)]
 pub struct FirewallIsolation {
-    /// Which one.
+    /// The firewall.
     pub firewall: FirewallKind,
-    /// Whose rules.
+    /// Owner of the rules.
     pub owner: String,
-    /// It has gates ([`Firewall::gate`](crate::Firewall)).
+    /// Gates are available ([`Firewall::gate`](crate::Firewall)).
     pub gated: bool,
 }
 
@@ -146,7 +149,7 @@ impl Isolation for FirewallIsolation {
         self.firewall.name()
     }
 
-    fn groundwork(&self, desired: &Desired) -> Vec<Fact> {
+    fn shared_facts(&self, desired: &Desired) -> Vec<Fact> {
         if desired.networks.is_empty() {
             return Vec::new();
         }
@@ -162,7 +165,7 @@ impl Isolation for FirewallIsolation {
             }
         }
         if self.gated {
-            facts.extend(past_uplinks(desired));
+            facts.extend(uplink_exemptions(desired));
         }
         facts.extend(reply_paths(desired));
         facts
@@ -172,14 +175,14 @@ impl Isolation for FirewallIsolation {
         let link = &network.bridge.name;
         let mut facts = Vec::new();
         if self.firewall == FirewallKind::Nftables {
-            // Its rules know bridges by that.
+            // The nftables rules match bridges by this group.
             facts.push(Fact::Group {
                 link: link.clone(),
                 group: registry::bridge_group(&self.owner),
             });
         }
         if network.internal {
-            facts.extend(self.gated.then(|| closed_by_programs(network)).into_iter().flatten());
+            facts.extend(self.gated.then(|| closing_programs(network)).into_iter().flatten());
             facts.extend(closed(network));
         } else if self.gated {
             facts.push(gate(network, Passes::Marked));
@@ -187,7 +190,7 @@ impl Isolation for FirewallIsolation {
         } else {
             facts.extend(open(network));
             for to in network.subnets.iter().map(|subnet| subnet.subnet.trunc()) {
-                facts.extend(shut(to));
+                facts.extend(guard_subnet(to));
                 facts.push(Fact::Rule(Rule { to: Some(to), marked: true, ..exemption(is_v6(to)) }));
             }
         }
@@ -195,7 +198,7 @@ impl Isolation for FirewallIsolation {
     }
 }
 
-/// What leads answers of ports that the kernel translates to the uplink that was asked.
+/// Routes and rules that send replies of kernel-published ports through the uplink of the request.
 fn reply_paths(desired: &Desired) -> impl Iterator<Item = Fact> + '_ {
     desired.reply_paths.iter().flat_map(|path| {
         let made = path.made.map(|gateway| Fact::ReplyRoute {
@@ -225,9 +228,9 @@ fn reply_paths(desired: &Desired) -> impl Iterator<Item = Fact> + '_ {
     })
 }
 
-/// What comes in by an uplink of `desired` goes nowhere else than to networks that have egress.
-/// Which of it may is told at their gates.
-fn past_uplinks(desired: &Desired) -> impl Iterator<Item = Fact> + '_ {
+/// Exemptions for packets from uplinks to the networks with egress. The gates decide which of these
+/// packets pass.
+fn uplink_exemptions(desired: &Desired) -> impl Iterator<Item = Fact> + '_ {
     let has_uplink =
         |v6: bool| desired.uplinks.iter().any(|uplink| if v6 { uplink.v6 } else { uplink.v4 });
     let subnets =
@@ -237,9 +240,9 @@ fn past_uplinks(desired: &Desired) -> impl Iterator<Item = Fact> + '_ {
     subnets.map(|to| Fact::Rule(Rule { to: Some(to), ..exemption(is_v6(to)) }))
 }
 
-/// What closes a network whatever rules there are. One that is not internal is closed to the engine
-/// as well, where there is none.
-fn closed_by_programs(network: &Network) -> Vec<Fact> {
+/// BPF programs that close a network independently of rules. Used for internal networks, and for
+/// all networks without egress.
+fn closing_programs(network: &Network) -> Vec<Fact> {
     let link = network.bridge.name.clone();
     let gateways = network.subnets.iter();
     let gateways =
@@ -252,7 +255,7 @@ fn gate(network: &Network, passes: Passes) -> Fact {
     Fact::Gate { link: network.bridge.name.clone(), passes }
 }
 
-/// What comes from the network may be forwarded.
+/// Facts that permit forwarding of packets from the network.
 fn open(network: &Network) -> Vec<Fact> {
     let bridge = &network.bridge.name;
     let mut facts = vec![setting(Place::Host, format!("net.ipv4.conf.{bridge}.forwarding"), "1")];
@@ -263,7 +266,7 @@ fn open(network: &Network) -> Vec<Fact> {
     facts
 }
 
-/// No way in, and none out.
+/// Facts that block forwarding to and from the network.
 fn closed(network: &Network) -> Vec<Fact> {
     let bridge = &network.bridge.name;
     let mut facts = vec![setting(Place::Host, format!("net.ipv4.conf.{bridge}.forwarding"), "0")];
@@ -272,21 +275,21 @@ fn closed(network: &Network) -> Vec<Fact> {
         facts.push(setting(Place::Host, format!("net.ipv6.conf.{bridge}.forwarding"), "0"));
     }
     for to in network.subnets.iter().map(|subnet| subnet.subnet.trunc()) {
-        facts.extend(shut(to));
+        facts.extend(guard_subnet(to));
         facts.push(Fact::Rule(Rule { from_interface: Some(bridge.clone()), ..guard(is_v6(to)) }));
     }
     facts
 }
 
-/// IPv6 on the bridge, or none.
+/// The IPv6 setting of the bridge.
 fn ipv6(network: &Network) -> Fact {
     let bridge = &network.bridge.name;
     let (name, value) = if network.has(true) { ("accept_ra", "0") } else { ("disable_ipv6", "1") };
     setting(Place::Host, format!("net.ipv6.conf.{bridge}.{name}"), value)
 }
 
-/// Nothing but the host itself reaches the subnet `to`.
-fn shut(to: IpNet) -> [Fact; 2] {
+/// Rules that restrict access to the subnet `to` to the host itself.
+fn guard_subnet(to: IpNet) -> [Fact; 2] {
     let (own, all) = (exemption(is_v6(to)), guard(is_v6(to)));
     [
         Fact::Rule(Rule { from_interface: Some("lo".into()), to: Some(to), ..own }),

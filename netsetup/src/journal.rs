@@ -1,16 +1,17 @@
-//! What was made, written down before it is made.
+//! A write-ahead journal of created kernel objects.
 //!
-//! One file for each owner, a JSON value on each line: who writes, then each operation. "add" is
-//! written before the kernel is asked, for all operations of a plan at once, "remove" after it has
-//! done it: so a fact that may be true is always in the file, whenever the process ends. What the
-//! file says twice, or says although it never came to be, does no harm: removing what is not there
-//! is no error. With the removal of a link goes what was on it, without a line of its own.
+//! Each owner has one file with a JSON value per line: the owning process, then the operations. An
+//! "add" line is written before the operation, for all operations of a plan at once; a "remove"
+//! line is written after the operation. Every fact that may hold is therefore in the file, whenever
+//! the process ends. Duplicate lines and facts that never held are harmless, because removing a
+//! missing object is not an error. Removing a link implies the removal of the facts on it, without
+//! separate lines.
 //!
-//! The file lives in a directory that does not survive a reboot, as the things it tells of do not.
-//! It is locked (flock(2)) for as long as its owner lives; the lock goes with the process, however
-//! that ends.
+//! The file is in a directory that is emptied by a reboot, like the kernel state it describes. It
+//! is locked with flock(2) while its owner lives; the kernel releases the lock when the process
+//! ends for any reason.
 
-use crate::world::outlasts;
+use crate::kernel_model::outlasts;
 use crate::{Fact, JournalError, Op};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
@@ -22,10 +23,10 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use tidegate_netns::{Lock, lock_file};
 
-/// Lines after which the file is written anew, if they tell of less than half as many facts.
-const COMPACT_FROM: usize = 4096;
+/// Number of lines after which the file is rewritten, if it has fewer than half as many facts.
+const COMPACTION_THRESHOLD: usize = 4096;
 
-/// One line.
+/// A line of the file.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Line<'a> {
@@ -40,7 +41,7 @@ impl Line<'_> {
     }
 }
 
-/// `lines` as they stand in the file, and how many.
+/// Encodes `lines` and counts them.
 fn text<'a>(lines: impl IntoIterator<Item = Line<'a>>) -> io::Result<(Vec<u8>, usize)> {
     let (mut text, mut count) = (Vec::new(), 0);
     for line in lines {
@@ -51,7 +52,7 @@ fn text<'a>(lines: impl IntoIterator<Item = Line<'a>>) -> io::Result<(Vec<u8>, u
     Ok((text, count))
 }
 
-/// The journal of one owner, locked.
+/// The locked journal of one owner.
 #[derive(Debug)]
 pub struct Journal {
     path: PathBuf,
@@ -61,11 +62,11 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Opens the journal at `path`, making it and its directory if need be, and reads what it
-    /// tells.
+    /// Opens and reads the journal at `path`. Creates the file and its directory if they are
+    /// missing.
     ///
     /// # Errors
-    /// [`JournalError::InUse`] if another process has it; [`JournalError`] otherwise.
+    /// [`JournalError::InUse`] if another process holds the lock, or another [`JournalError`].
     pub fn open(path: &Path) -> Result<Self, JournalError> {
         let failed = |source| JournalError::Io { path: path.to_owned(), source };
         if let Some(directory) = path.parent() {
@@ -78,13 +79,13 @@ impl Journal {
         Ok(journal)
     }
 
-    /// What may be true because of its owner, in the order in which it was made.
+    /// Returns the facts of the owner that may hold, in order of creation.
     #[must_use]
     pub fn facts(&self) -> &[Fact] {
         &self.facts
     }
 
-    /// To be called before the first of `ops` is carried out.
+    /// Must be called before the first of `ops` is performed.
     pub(crate) fn before(&mut self, ops: &[Op]) -> Result<(), JournalError> {
         let added: Vec<&Fact> = ops.iter().filter_map(Op::added).collect();
         self.write(added.iter().map(|fact| Line::Add(Cow::Borrowed(fact))))?;
@@ -92,7 +93,7 @@ impl Journal {
         Ok(())
     }
 
-    /// To be called after the last of `ops` was carried out.
+    /// Must be called after the last of `ops` was performed.
     pub(crate) fn after(&mut self, ops: &[Op]) -> Result<(), JournalError> {
         let removed: BTreeSet<&Fact> =
             ops.iter().filter(|op| op.added().is_none()).map(Op::fact).collect();
@@ -101,14 +102,14 @@ impl Journal {
         }
         self.write(removed.iter().map(|fact| Line::Remove(Cow::Borrowed(fact))))?;
         self.facts.retain(outlasts(&removed));
-        if self.lines > COMPACT_FROM && self.facts.len() < self.lines / 2 {
+        if self.lines > COMPACTION_THRESHOLD && self.facts.len() < self.lines / 2 {
             self.compact()?;
         }
         Ok(())
     }
 
-    /// To be called when none of its facts is true any more.
-    pub(crate) fn forget_all(&mut self) -> Result<(), JournalError> {
+    /// Clears the journal. Must be called when none of its facts holds any more.
+    pub(crate) fn clear(&mut self) -> Result<(), JournalError> {
         if self.facts.is_empty() {
             return Ok(());
         }
@@ -116,16 +117,16 @@ impl Journal {
         self.compact()
     }
 
-    /// Deletes the file: nothing of its owner's is left.
+    /// Deletes the file after all facts of the owner were removed.
     ///
     /// # Errors
-    /// What unlink(2) says.
+    /// Errors of unlink(2).
     pub fn finish(self) -> Result<(), JournalError> {
         fs::remove_file(&self.path)
             .map_err(|source| JournalError::Io { path: self.path.clone(), source })
     }
 
-    /// Appends `lines`, in one write(2).
+    /// Appends `lines` in one write(2).
     fn write<'a>(&mut self, lines: impl IntoIterator<Item = Line<'a>>) -> Result<(), JournalError> {
         let failed = |source| JournalError::Io { path: self.path.clone(), source };
         let (text, count) = text(lines).map_err(failed)?;
@@ -134,7 +135,7 @@ impl Journal {
         Ok(())
     }
 
-    /// Writes down what is true, and nothing of what was.
+    /// Rewrites the file with the current facts only.
     fn compact(&mut self) -> Result<(), JournalError> {
         let failed = |source| JournalError::Io { path: self.path.clone(), source };
         let facts = self.facts.iter().map(|fact| Line::Add(Cow::Borrowed(fact)));
@@ -143,7 +144,7 @@ impl Journal {
         let new = self.path.with_extension("new");
         let _ = fs::remove_file(&new);
         let mut file = create(&new).map_err(failed)?;
-        // Locked before it takes the name: whoever opens it from then on has to wait.
+        // Locked before the rename, so that the file is never unlocked under its final name.
         flock(&file, FlockOperation::NonBlockingLockExclusive)
             .map_err(|errno| failed(errno.into()))?;
         file.write_all(&text).and_then(|()| fs::rename(&new, &self.path)).map_err(failed)?;
@@ -157,7 +158,7 @@ fn create(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path)
 }
 
-/// Opens and locks the file that is at `path`.
+/// Opens and locks the file at `path`.
 fn lock(path: &Path) -> Result<File, JournalError> {
     match lock_file(path).map_err(|source| JournalError::Io { path: path.to_owned(), source })? {
         Lock::Acquired(file) => Ok(file),
@@ -167,7 +168,7 @@ fn lock(path: &Path) -> Result<File, JournalError> {
     }
 }
 
-/// Who wrote last that it owns the file.
+/// Returns the PID of the last recorded owner, or 0.
 fn holder(file: &File) -> u32 {
     let lines = BufReader::new(file).lines().map_while(Result::ok);
     let owners = lines.filter_map(|line| match serde_json::from_str(&line) {
@@ -177,21 +178,21 @@ fn holder(file: &File) -> u32 {
     owners.last().unwrap_or(0)
 }
 
-/// The facts that the file leaves, and how many lines it has.
+/// Reads the remaining facts and the number of lines.
 ///
-/// A last line without an end was being written when its owner was killed: nothing of what it tells
-/// was done yet, and it is cut off.
+/// A last line without a newline was incomplete when its owner was killed. Its operation had not
+/// started, so it is truncated.
 fn read(path: &Path, file: &mut File) -> Result<(Vec<Fact>, usize), JournalError> {
     let failed = |source| JournalError::Io { path: path.to_owned(), source };
     let mut text = Vec::new();
     file.read_to_end(&mut text).map_err(failed)?;
-    let whole = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
-    if whole < text.len() {
-        file.set_len(whole as u64).map_err(failed)?;
+    let complete = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
+    if complete < text.len() {
+        file.set_len(complete as u64).map_err(failed)?;
     }
     let mut facts: Vec<Fact> = Vec::new();
     let mut lines = 0;
-    for line in text[..whole].split_inclusive(|byte| *byte == b'\n') {
+    for line in text[..complete].split_inclusive(|byte| *byte == b'\n') {
         lines += 1;
         match serde_json::from_slice(line) {
             Ok(Line::Owner { .. }) => {}
@@ -215,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_added_and_not_removed_is_there_the_next_time() {
+    fn added_facts_are_restored_unless_removed() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("new/demo.journal");
         let mut journal = Journal::open(&path).unwrap();
@@ -231,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn a_second_owner_is_told_who_the_first_is() {
+    fn error_names_the_current_owner() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("demo.journal");
         let _journal = Journal::open(&path).unwrap();
@@ -242,17 +243,17 @@ mod tests {
     }
 
     #[test]
-    fn it_does_not_grow_with_what_has_come_and_gone() {
+    fn removed_facts_are_compacted() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("demo.journal");
         let mut journal = Journal::open(&path).unwrap();
         journal.before(&[Op::Add(up("stays"))]).unwrap();
-        for number in 0..3 * COMPACT_FROM {
+        for number in 0..3 * COMPACTION_THRESHOLD {
             let fact = up(&number.to_string());
             journal.before(&[Op::Add(fact.clone())]).unwrap();
             journal.after(&[Op::Remove(fact)]).unwrap();
         }
-        assert!(journal.lines <= COMPACT_FROM + 2);
+        assert!(journal.lines <= COMPACTION_THRESHOLD + 2);
         assert!(
             matches!(Journal::open(&path), Err(JournalError::InUse { .. })),
             "the new file is locked as well"
@@ -262,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn with_a_link_goes_what_was_on_it() {
+    fn removing_a_link_removes_the_facts_on_it() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("demo.journal");
         let mut journal = Journal::open(&path).unwrap();
@@ -280,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_was_being_written_counts_for_nothing() {
+    fn incomplete_line_is_ignored() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("demo.journal");
         let mut journal = Journal::open(&path).unwrap();
@@ -296,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_line_is_named() {
+    fn error_names_the_invalid_line() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("demo.journal");
         fs::write(&path, "{\"owner\":{\"pid\":1}}\nnonsense\n").unwrap();

@@ -1,5 +1,4 @@
-//! The real kernel: observes and carries out, by rtnetlink, with sockets made in the namespaces
-//! concerned.
+//! Observation and modification of the kernel over rtnetlink, with one socket per namespace.
 
 mod messages;
 mod observe;
@@ -29,53 +28,53 @@ use messages::{
 };
 use observe::{Depth, Link, Snapshot};
 
-/// The kernel's own number of the `main` table (`RT_TABLE_MAIN`).
+/// Number of the `main` table (`RT_TABLE_MAIN`).
 const MAIN: u32 = 254;
 
-/// The TUN device of the NAT engine, which this crate can observe but not make.
+/// The TUN device of the NAT engine, which this crate can observe but not create.
 pub trait EngineDevice: fmt::Debug + Send + Sync {
-    /// The number of its link.
+    /// Returns the interface index of the device.
     fn index(&self) -> u32;
 
-    /// Makes a link of the same name and number in the place of the one that has gone, and has the
-    /// engine use it.
+    /// Creates the deleted link again with the same name and interface index, and attaches the
+    /// engine to it.
     ///
     /// # Errors
-    /// Something else has the name, or the kernel refuses it.
+    /// Another link has the name, or the kernel rejects it.
     fn reopen(&self) -> io::Result<()>;
 }
 
-/// The kernel of one host namespace and of the endpoints' namespaces.
+/// The kernel state of a host namespace and of endpoint namespaces.
 #[derive(Debug)]
 pub struct Kernel {
     host: Namespace,
-    /// Nobody but us is there.
-    alone: bool,
+    /// The host namespace is used by tidegate only.
+    exclusive: bool,
     firewall: Option<Arc<Firewall>>,
     guards: Option<Arc<PortGuards>>,
     engine: Option<Arc<dyn EngineDevice>>,
-    /// Those that do not belong to a firewall, as they are needed.
+    /// Gates that do not belong to the firewall, loaded on demand.
     gates: BTreeMap<Passes, Gate>,
-    /// By the addresses of the bridge.
+    /// Key: addresses of the bridge.
     internal: BTreeMap<Vec<IpNet>, InternalGuard>,
     endpoints: BTreeMap<String, Namespace>,
     connections: BTreeMap<Place, Connection>,
 }
 
-/// Where the endpoint's end of a veth pair is.
+/// The location of an endpoint's end of a veth pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
-    /// Where it belongs, under its name.
+    /// In its namespace, under its name.
     InPlace,
-    /// Nowhere, or under another name, which is free.
+    /// Missing, or renamed; its name is free.
     Missing,
-    /// Where it belongs, under this number, but the host's end is not.
+    /// In its namespace with this interface index, but the host's end is missing.
     Stray(u32),
-    /// Another link has its name.
+    /// Replaced by another link with its name.
     Replaced,
 }
 
-/// A routing socket in one namespace, and what is known of its links.
+/// An rtnetlink connection in one namespace, and its cached interface indexes.
 #[derive(Debug)]
 struct Connection {
     handle: Handle,
@@ -90,12 +89,12 @@ impl Drop for Connection {
 }
 
 impl Kernel {
-    /// The kernel as `host` sees it. To be used within a tokio runtime.
+    /// Creates an instance for the namespace `host`. Must be used within a tokio runtime.
     #[must_use]
     pub fn new(host: Namespace) -> Self {
         Self {
             host,
-            alone: false,
+            exclusive: false,
             firewall: None,
             guards: None,
             engine: None,
@@ -106,39 +105,40 @@ impl Kernel {
         }
     }
 
-    /// `host` is a namespace of our own: what has to be set for all its links may be.
+    /// Declares that only tidegate uses the host namespace, so settings for all links may be
+    /// changed.
     #[must_use]
-    pub fn alone(self) -> Self {
-        Self { alone: true, ..self }
+    pub fn exclusive(self) -> Self {
+        Self { exclusive: true, ..self }
     }
 
-    /// Closes networks with `firewall`, which is the host's.
+    /// Sets the firewall of the host.
     pub fn use_firewall(&mut self, firewall: Arc<Firewall>) {
         self.firewall = Some(firewall);
     }
 
-    /// Checks with `guards` what endpoints send.
+    /// Sets the port guards for endpoints.
     pub fn use_guards(&mut self, guards: Arc<PortGuards>) {
         self.guards = Some(guards);
     }
 
-    /// Restores `device` where its link has gone.
+    /// Sets the device that is reopened if its link is deleted.
     pub fn use_engine(&mut self, device: Arc<dyn EngineDevice>) {
         self.engine = Some(device);
     }
 
-    /// Whether the link numbered `index` is the engine's device.
+    /// Returns whether the link with interface index `index` is the engine's device.
     fn is_engine_device(&self, index: u32) -> bool {
         self.engine.as_ref().is_none_or(|device| device.index() == index)
     }
 
-    /// Tells where the endpoint `name` is, and returns where it was.
+    /// Registers the namespace of the endpoint `name` and returns the previous one.
     pub fn add_endpoint(&mut self, name: &str, namespace: Namespace) -> Option<Namespace> {
         self.connections.remove(&Place::Endpoint(name.to_owned()));
         self.endpoints.insert(name.to_owned(), namespace)
     }
 
-    /// Whether the endpoint `name` is in the host's own namespace.
+    /// Returns whether the endpoint `name` is in the host namespace.
     pub(crate) fn is_on_the_host(&self, name: &str) -> bool {
         self.endpoints.get(name).is_some_and(|namespace| namespace.id() == self.host.id())
     }
@@ -148,18 +148,18 @@ impl Kernel {
             Place::Host => Ok(&self.host),
             Place::Endpoint(name) => self.endpoints.get(name).ok_or_else(|| KernelError {
                 what: format!("enter the namespace of {place}"),
-                source: io::Error::new(io::ErrorKind::NotFound, "it is not known"),
+                source: io::Error::new(io::ErrorKind::NotFound, "unknown endpoint"),
             }),
         }
     }
 
-    /// The connection to `place`, made when it is first asked for. Of endpoints only the last one's
-    /// is kept: there may be thousands, and each is dealt with once.
+    /// Returns the connection to `place`, opened on demand. Only the most recent endpoint
+    /// connection is kept, because there may be thousands of endpoints, each used once.
     fn connection(&mut self, place: &Place) -> Result<&mut Connection, KernelError> {
         if !self.connections.contains_key(place) {
             let open = || -> io::Result<Connection> {
                 let namespace = self.namespace(place).map_err(|error| error.source)?;
-                // It registers its socket with the runtime, and may do so on another thread.
+                // The socket is registered with the runtime, possibly from another thread.
                 let runtime = Runtime::current();
                 let connect = || {
                     let _runtime = runtime.enter();
@@ -170,7 +170,7 @@ impl Kernel {
                 Ok(Connection { handle, task, indexes: BTreeMap::new() })
             };
             let connection = open().map_err(|source| KernelError {
-                what: format!("routing socket on {place}"),
+                what: format!("rtnetlink socket on {place}"),
                 source,
             })?;
             if *place != Place::Host {
@@ -179,73 +179,71 @@ impl Kernel {
             self.connections.insert(place.clone(), connection);
         }
         self.connections.get_mut(place).ok_or_else(|| KernelError {
-            what: format!("routing socket on {place}"),
+            what: format!("rtnetlink socket on {place}"),
             source: io::ErrorKind::NotConnected.into(),
         })
     }
 
-    /// Looks which of `asked` are true, and what there is besides.
+    /// Observes which of `facts` hold, and the surrounding state of the host.
     ///
     /// # Errors
-    /// The first question that the kernel did not answer. An endpoint that is not known has
-    /// nothing.
-    pub async fn observe(&mut self, asked: &[Fact]) -> Result<Observed, KernelError> {
-        self.observe_at(&Place::Host, asked, Depth::All).await
+    /// The first failed request. No facts hold for an unknown endpoint.
+    pub async fn observe(&mut self, facts: &[Fact]) -> Result<Observed, KernelError> {
+        self.observe_at(&Place::Host, facts, Depth::All).await
     }
 
-    /// The same of `place` and of the places that `asked` is about, without the addresses and
-    /// routes of endpoints, none of which is found: the time that it takes does not depend on how
-    /// many there are.
+    /// Observes `place` and the namespaces of `facts`, but not the addresses and routes of
+    /// endpoints, which count as missing. The time does not depend on their number.
     pub(crate) async fn observe_links(
         &mut self,
         place: &Place,
-        asked: &[Fact],
+        facts: &[Fact],
     ) -> Result<Observed, KernelError> {
-        self.observe_at(place, asked, Depth::Links).await
+        self.observe_at(place, facts, Depth::Links).await
     }
 
     async fn observe_at(
         &mut self,
         place: &Place,
-        asked: &[Fact],
+        facts: &[Fact],
         depth: Depth,
     ) -> Result<Observed, KernelError> {
         let mut observed = Observed::default();
         let mut by_place: BTreeMap<&Place, Vec<&Fact>> = BTreeMap::from([(place, Vec::new())]);
-        for fact in asked {
+        for fact in facts {
             by_place.entry(place_of(fact).unwrap_or(&Place::Host)).or_default().push(fact);
         }
         by_place.retain(|place, _| self.namespace(place).is_ok());
-        for (place, asked) in by_place {
-            let here = Snapshot::observe(self, place, &asked, depth).await?;
-            let links = here.links.values().map(|link| (link.name.clone(), link.mac)).collect();
+        for (place, facts) in by_place {
+            let snapshot = Snapshot::observe(self, place, &facts, depth).await?;
+            let links = snapshot.links.values().map(|link| (link.name.clone(), link.mac)).collect();
             observed.links.insert(place.clone(), links);
             if *place == Place::Host {
-                observed.routes = here.reached();
-                observed.default_mtu = here.default_mtu();
-                observed.first_rule_of_others = here.first_rule_of_others();
-                observed.bridges = here.bridges();
-                observed.default_routes = here.default_routes();
-                observed.uplinks = self.uplinks(&here);
+                observed.routes = snapshot.reached();
+                observed.default_mtu = snapshot.default_mtu();
+                observed.first_rule_of_others = snapshot.first_rule_of_others();
+                observed.bridges = snapshot.bridges();
+                observed.default_routes = snapshot.default_routes();
+                observed.uplinks = self.uplinks(&snapshot);
                 observed.forwarding = self.forwarding(&observed.uplinks);
             }
-            for fact in asked {
+            for fact in facts {
                 let holds = match fact {
                     Fact::Ruleset { .. } => self.ruleset_holds(fact).await?,
-                    Fact::Gate { link, passes } => match here.index(link) {
+                    Fact::Gate { link, passes } => match snapshot.index(link) {
                         Some(index) => self.has_gate(index, passes)?,
                         None => false,
                     },
-                    Fact::InternalGuard { link, gateways } => match here.index(link) {
+                    Fact::InternalGuard { link, gateways } => match snapshot.index(link) {
                         Some(index) => self.has_internal_guard(index, gateways)?,
                         None => false,
                     },
-                    Fact::PortGuard { link, .. } => match here.index(link) {
+                    Fact::PortGuard { link, .. } => match snapshot.index(link) {
                         Some(index) => self.has_guard(index, fact)?,
                         None => false,
                     },
                     Fact::GuardTable { owner } => self.has_guard_table(owner)?,
-                    _ => here.holds(self, fact)?,
+                    _ => snapshot.holds(self, fact)?,
                 };
                 if holds {
                     observed.facts.insert(fact.clone());
@@ -255,19 +253,19 @@ impl Kernel {
         Ok(observed)
     }
 
-    /// Where the other end of the veth pair `fact` is.
+    /// Locates the endpoint's end of the veth pair `fact`.
     ///
-    /// An endpoint's root can give its links any name and hardware address. So the end is the link
-    /// that the host's end says is its peer, and that says so of the host's end.
+    /// Root in an endpoint can give its links any name and MAC address. The end is therefore
+    /// identified by the peer indexes of both ends, which must refer to each other.
     pub(crate) async fn find_end(&mut self, fact: &Fact) -> Result<End, KernelError> {
         let Fact::Veth { interface, endpoint, inside, .. } = fact else { return Ok(End::Missing) };
         let place = Place::Endpoint(endpoint.clone());
-        let failed = |source| KernelError { what: format!("look for {fact}"), source };
+        let failed = |source| KernelError { what: format!("query {fact}"), source };
         let host = self.host().map_err(failed)?;
         let Some(host) = link_named(&host, &interface.name).await.map_err(failed)? else {
             let handle = self.handle(&place).map_err(failed)?;
             let link = link_named(&handle, &inside.name).await.map_err(failed)?;
-            // Its host's end was renamed or moved elsewhere.
+            // The host's end was renamed or moved.
             return Ok(match link {
                 None => End::Missing,
                 Some(link) if link.peer.is_some() && link.mac == Some(inside.mac) => {
@@ -287,9 +285,9 @@ impl Kernel {
         })
     }
 
-    /// Deletes the link numbered `index` in the namespace of the endpoint `name`.
+    /// Deletes the link with interface index `index` in the namespace of the endpoint `name`.
     pub(crate) async fn delete_end(&mut self, name: &str, index: u32) -> Result<(), KernelError> {
-        let what = || format!("remove the stray end of a veth pair in endpoint {name:?}");
+        let what = || format!("remove stray veth end in endpoint {name:?}");
         let handle = self.handle(&Place::Endpoint(name.to_owned()));
         let handle = handle.map_err(|source| KernelError { what: what(), source })?;
         match handle.link().del(index).execute().await.map_err(error) {
@@ -298,14 +296,15 @@ impl Kernel {
         }
     }
 
-    /// The links of a host that forwards for nobody by which answers to containers may come.
-    fn uplinks(&self, here: &Snapshot) -> Vec<Uplink> {
-        // What cannot be read here cannot be changed either.
+    /// Returns the links on which replies to containers may arrive, on a host that does not
+    /// forward.
+    fn uplinks(&self, snapshot: &Snapshot) -> Vec<Uplink> {
+        // A setting that cannot be read cannot be changed either.
         let forwards = |v6| self.forwards(v6).unwrap_or(true);
-        here.uplinks(!forwards(false), !forwards(true) && self.singles_links_out())
+        snapshot.uplinks(!forwards(false), !forwards(true) && self.has_per_link_v6_forwarding())
     }
 
-    /// Which of `uplinks` forward although the host as a whole does not.
+    /// Returns the `uplinks` for which forwarding is enabled individually.
     fn forwarding(&self, uplinks: &[Uplink]) -> BTreeSet<(String, bool)> {
         let each = uplinks.iter().flat_map(|Uplink { link, v4, v6, .. }| {
             [(v4, false), (v6, true)]
@@ -319,13 +318,13 @@ impl Kernel {
         each.filter(forwards).collect()
     }
 
-    /// Whether the gate that lets `passes` pass is at the egress of the link numbered `index`.
+    /// Returns whether the gate for `passes` is attached to the link with interface index `index`.
     fn has_gate(&mut self, index: u32, passes: &Passes) -> Result<bool, KernelError> {
-        let asked = self.with_gate(passes, |gate| gate.is_attached(index));
-        found(asked, "gate of a bridge")
+        let attached = self.with_gate(passes, |gate| gate.is_attached(index));
+        found(attached, "gate of a bridge")
     }
 
-    /// Calls `f` on the host with the gate that lets `passes` pass.
+    /// Calls `f` in the host namespace with the gate for `passes`.
     fn with_gate<T: Send>(
         &mut self,
         passes: &Passes,
@@ -351,11 +350,11 @@ impl Kernel {
     }
 
     fn has_internal_guard(&mut self, index: u32, gateways: &[IpNet]) -> Result<bool, KernelError> {
-        let asked = self.with_internal_guard(gateways, |guard| guard.is_attached(index));
-        found(asked, "guard of an internal network")
+        let attached = self.with_internal_guard(gateways, |guard| guard.is_attached(index));
+        found(attached, "guard of an internal network")
     }
 
-    /// Calls `f` on the host with the guard of a bridge that has these addresses.
+    /// Calls `f` in the host namespace with the internal guard for `gateways`.
     fn with_internal_guard<T: Send>(
         &mut self,
         gateways: &[IpNet],
@@ -370,24 +369,26 @@ impl Kernel {
         host.with(|| f(guard)).flatten()
     }
 
-    /// Whether the guard of `fact` is at the link numbered `index`.
+    /// Returns whether the port guard of `fact` is attached to the link with interface index
+    /// `index`.
     fn has_guard(&self, index: u32, fact: &Fact) -> Result<bool, KernelError> {
         let (Some(guards), Some((link, policy))) = (&self.guards, guard_of(fact)) else {
             return Ok(false);
         };
-        let asked = self.host.with(|| guards.is_attached(index, link, &policy)).flatten();
-        found(asked, "port guard")
+        let attached = self.host.with(|| guards.is_attached(index, link, &policy)).flatten();
+        found(attached, "port guard")
     }
 
     fn has_guard_table(&self, owner: &str) -> Result<bool, KernelError> {
-        let asked = self.host.with(|| PortGuards::has_table(owner)).flatten();
-        found(asked, "table of nftables for port guards")
+        let attached = self.host.with(|| PortGuards::has_table(owner)).flatten();
+        found(attached, "nftables table for port guards")
     }
 
-    /// Whether all gates and guards are still attached. Nothing announces that one was detached.
+    /// Returns whether all gates and guards are still attached. The kernel sends no notification
+    /// when a program is detached.
     ///
     /// # Errors
-    /// The kernel's.
+    /// Errors of the kernel.
     pub async fn programs_hold(&mut self, facts: &[Fact]) -> Result<bool, KernelError> {
         for fact in facts {
             let (Fact::Gate { link, .. }
@@ -398,8 +399,9 @@ impl Kernel {
             };
             let index = match self.index(&Place::Host, link).await {
                 Err(error) if is_absent(&error) => return Ok(false),
-                index => index
-                    .map_err(|source| KernelError { what: format!("look for {fact}"), source })?,
+                index => {
+                    index.map_err(|source| KernelError { what: format!("query {fact}"), source })?
+                }
             };
             let holds = match fact {
                 Fact::Gate { passes, .. } => self.has_gate(index, passes)?,
@@ -407,22 +409,22 @@ impl Kernel {
                 _ => self.has_guard(index, fact)?,
             };
             if !holds {
-                self.forget(&Place::Host, link);
+                self.discard_index(&Place::Host, link);
                 return Ok(false);
             }
         }
         Ok(true)
     }
 
-    /// The places in which sysctls of `facts` have other values. One that cannot be read, because
-    /// its link has gone for instance, is none of those.
-    pub(crate) fn places_with_other_settings(&self, facts: &[Fact]) -> BTreeSet<Place> {
+    /// Returns the namespaces in which sysctls of `facts` have different values. Unreadable
+    /// sysctls, for example of deleted links, are ignored.
+    pub(crate) fn places_with_changed_sysctls(&self, facts: &[Fact]) -> BTreeSet<Place> {
         let differs = |fact: &Fact| match fact {
             Fact::Setting { place, name, value } => {
                 let found = self.namespace(place).ok()?.sysctl(name).ok()?;
                 (found != *value).then(|| place.clone())
             }
-            // With all links that forward IPv6 this one does, whatever its own setting.
+            // If all links forward IPv6, the setting of this link is irrelevant.
             Fact::Forwarding { link, v6 } => {
                 let found = self.forwarding_at(link, *v6).ok()?;
                 let differs = found != "1" && !(*v6 && self.forwards(true).unwrap_or(true));
@@ -433,20 +435,21 @@ impl Kernel {
         facts.iter().filter_map(differs).collect()
     }
 
-    /// Whether the rules are in force; not on this thread, for it may take programs that take their
-    /// time.
+    /// Returns whether the rules are in force. Runs on a blocking thread, because it may run slow
+    /// external programs.
     async fn ruleset_holds(&self, fact: &Fact) -> Result<bool, KernelError> {
-        // Of one that was killed: removing what is not there costs nothing.
+        // The fact belongs to a killed process. Assume that it holds, because removing missing
+        // rules is cheap.
         let Ok(firewall) = self.firewall(fact) else { return Ok(true) };
-        let failed = |source| KernelError { what: format!("look for {fact}"), source };
+        let failed = |source| KernelError { what: format!("query {fact}"), source };
         blocking(move || firewall.holds()).await.map_err(failed)
     }
 
-    /// Carries `op` out.
+    /// Performs `op`.
     ///
     /// # Errors
-    /// What the kernel said. That what is to be removed is not there is none, nor that in its place
-    /// is something else, which is left alone.
+    /// Errors of the kernel. Removing a missing object is not an error. A foreign object in its
+    /// place is left alone.
     pub async fn execute(&mut self, op: &Op) -> Result<(), KernelError> {
         let result = match op {
             Op::Add(fact) => self.add(fact).await,
@@ -458,12 +461,12 @@ impl Kernel {
         result.map_err(|source| KernelError { what: op.to_string(), source })
     }
 
-    /// Removes links of the host all at once. One by one each would cost the kernel a grace period,
-    /// which makes 20 s of a thousand of them: so they are put into a group of their own
-    /// (ip-link(8), `group`), and the group is deleted.
+    /// Removes links of the host in one operation. Individual removal takes one RCU grace period
+    /// per link, 20 s for a thousand links. The links are therefore moved to an unused interface
+    /// group (ip-link(8), `group`), and the group is deleted.
     ///
     /// # Errors
-    /// As of [`execute`](Self::execute).
+    /// Same as [`execute`](Self::execute).
     pub async fn remove_links(&mut self, interfaces: &[&Interface]) -> Result<(), KernelError> {
         self.delete_together(interfaces).await.map_err(|source| KernelError {
             what: format!("remove {} links", interfaces.len()),
@@ -480,7 +483,7 @@ impl Kernel {
             handle.link().get().execute().try_collect().await.map_err(error)?;
         let groups: BTreeSet<u32> =
             links.iter().flat_map(|link| &link.attributes).filter_map(group).collect();
-        // Nobody is in it, so nobody else's link goes with ours.
+        // The group is empty, so no foreign link is deleted.
         let free =
             (registry::DELETION_GROUP..).find(|group| !groups.contains(group)).unwrap_or(u32::MAX);
         let wanted: BTreeMap<&str, Mac> =
@@ -488,7 +491,7 @@ impl Kernel {
         let mut any = false;
         for link in links.iter().map(link_of) {
             if link.mac.is_some() && wanted.get(link.name.as_str()).copied() == link.mac {
-                self.forget(&Place::Host, &link.name);
+                self.discard_index(&Place::Host, &link.name);
                 let message = LinkUnspec::new_with_index(link.index).link_group(free).build();
                 match handle.link().set(message).execute().await.map_err(error) {
                     Err(error) if is_absent(&error) => {}
@@ -510,13 +513,14 @@ impl Kernel {
     async fn add(&mut self, fact: &Fact) -> io::Result<()> {
         match fact {
             Fact::Bridge { interface, mtu, internal } => {
-                // Somebody may have deleted the one that had the name.
-                self.forget(&Place::Host, &interface.name);
+                // Another program may have deleted the previous bridge.
+                self.discard_index(&Place::Host, &interface.name);
                 let bridge =
                     LinkBridge::new(&interface.name).address(interface.mac.0.to_vec()).mtu(*mtu);
                 let added = self.host()?.link().add(bridge.build()).execute().await.map_err(error);
                 self.or_set_mtu(added, interface, *mtu).await?;
-                // Not with the link: `rtnl_create_link` (net/core/rtnetlink.c) knows no alias.
+                // Set after creation, because `rtnl_create_link` (net/core/rtnetlink.c) ignores the
+                // alias.
                 let index = self.index(&Place::Host, &interface.name).await?;
                 let alias =
                     if *internal { registry::INTERNAL_ALIAS } else { registry::NETWORK_ALIAS };
@@ -526,8 +530,8 @@ impl Kernel {
                 self.host()?.link().set(message).execute().await.map_err(error)
             }
             Fact::Veth { interface, endpoint, inside, mtu } => {
-                self.forget(&Place::Host, &interface.name);
-                self.forget(&Place::Endpoint(endpoint.clone()), &inside.name);
+                self.discard_index(&Place::Host, &interface.name);
+                self.discard_index(&Place::Endpoint(endpoint.clone()), &inside.name);
                 let namespace = self
                     .namespace(&Place::Endpoint(endpoint.clone()))
                     .map_err(|error| error.source)?;
@@ -561,7 +565,7 @@ impl Kernel {
             }
             Fact::Station { link, station } => {
                 let link = self.index(&Place::Host, link).await?;
-                // As `bridge fdb replace STATION dev LINK master static`.
+                // Equivalent to `bridge fdb replace STATION dev LINK master static`.
                 let entry = self.host()?.neighbours().add_bridge(link, &station.0).replace();
                 let entry = entry.state(NeighbourState::Noarp).flags(NeighbourFlags::Controller);
                 entry.execute().await.map_err(error)
@@ -580,8 +584,8 @@ impl Kernel {
                     request.message_mut().header.scope = AddressScope::Host;
                 }
                 if address.addr().is_ipv6() {
-                    // Nobody else can have it: it is we who give addresses out, and waiting for
-                    // that would take a second.
+                    // Duplicate address detection takes a second and is unnecessary, because
+                    // tidegate assigns all addresses.
                     request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
                 }
                 request.execute().await.map_err(error)
@@ -604,12 +608,12 @@ impl Kernel {
                 self.host()?.route().add(route).execute().await.map_err(error)
             }
             Fact::EngineDevice { link } => {
-                self.forget(&Place::Host, link);
+                self.discard_index(&Place::Host, link);
                 self.engine.as_ref().ok_or(io::ErrorKind::NotFound)?.reopen()
             }
             Fact::EngineRoute { link, table, v6 } => {
                 let route = engine_route(self.index(&Place::Host, link).await?, *v6, *table);
-                // The table is ours: what others have put there does not stay.
+                // The table belongs to tidegate, so foreign routes in it are replaced.
                 self.host()?.route().add(route).replace().execute().await.map_err(error)
             }
             Fact::Rule(rule) => {
@@ -617,7 +621,7 @@ impl Kernel {
                 *request.message_mut() = message_of(rule);
                 request.execute().await.map_err(error)
             }
-            Fact::Forwarding { v6: true, .. } if !self.singles_links_out() => {
+            Fact::Forwarding { v6: true, .. } if !self.has_per_link_v6_forwarding() => {
                 self.forward_everything()
             }
             Fact::Forwarding { link, v6 } => self.host.set_sysctl(&forwarding_of(link, *v6), "1"),
@@ -651,8 +655,8 @@ impl Kernel {
         }
     }
 
-    /// Where `added` says that the link is there already, which is known to be ours: somebody has
-    /// changed its MTU.
+    /// Sets the MTU if `added` reports `EEXIST`: the link exists, is known to belong to tidegate,
+    /// and only its MTU was changed.
     async fn or_set_mtu(
         &mut self,
         added: io::Result<()>,
@@ -678,7 +682,7 @@ impl Kernel {
                 let free = LinkUnspec::new_with_index(index).nocontroller().build();
                 self.host()?.link().set(free).execute().await.map_err(error)
             }
-            // They go with their links, and the device with the engine.
+            // Removed with their links, and the device with the engine.
             Fact::Station { .. } | Fact::SubnetRoute { .. } => Ok(()),
             Fact::EngineDevice { .. } | Fact::EngineRoute { .. } => Ok(()),
             Fact::Setting { .. }
@@ -721,58 +725,59 @@ impl Kernel {
                 self.host()?.rule().del(message_of(rule)).execute().await.map_err(error)
             }
             Fact::Forwarding { link, v6 } => {
-                // Has someone switched it on for all links meanwhile, it is no longer ours to
-                // switch off.
-                if self.forwards(*v6)? || *v6 && !self.singles_links_out() {
+                // If forwarding has been enabled for all links since, leave it enabled.
+                if self.forwards(*v6)? || *v6 && !self.has_per_link_v6_forwarding() {
                     return Ok(());
                 }
                 self.host.set_sysctl(&forwarding_of(link, *v6), "0")
             }
             Fact::Ruleset { firewall, owner } => match self.firewall(fact) {
                 Ok(firewall) => firewall.remove(),
-                // Of one that was killed, which had chosen another.
+                // A killed process had chosen another firewall.
                 Err(_) => Firewall::new(*firewall, &self.host, owner)?.remove(),
             },
         }
     }
 
-    /// The firewall that `fact` is about, if it is the one in use.
+    /// Returns the firewall of `fact`, if it is in use.
     fn firewall(&self, fact: &Fact) -> io::Result<Arc<Firewall>> {
         let named = |firewall: &&Arc<Firewall>| firewall.fact() == *fact;
         let firewall = self.firewall.as_ref().filter(named);
-        firewall.cloned().ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "it is not in use"))
+        firewall
+            .cloned()
+            .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "firewall not in use"))
     }
 
-    /// Whether the kernel can let single links forward IPv6.
-    fn singles_links_out(&self) -> bool {
+    /// Returns whether the kernel supports IPv6 forwarding per link.
+    fn has_per_link_v6_forwarding(&self) -> bool {
         !Feature::ForceForwarding.is_forced_off() && self.host.sysctl(FORCE_FORWARDING).is_ok()
     }
 
-    /// What is set for a link that is to forward.
+    /// Reads the forwarding setting of a link.
     fn forwarding_at(&self, link: &str, v6: bool) -> io::Result<String> {
-        if v6 && !self.singles_links_out() {
+        if v6 && !self.has_per_link_v6_forwarding() {
             return Err(io::ErrorKind::NotFound.into());
         }
         self.host.sysctl(&forwarding_of(link, v6))
     }
 
-    /// Has all links forward IPv6, where they are all ours; policy rules keep closed what is not to
-    /// be open. A host is not made a router.
+    /// Enables IPv6 forwarding for all links if the host namespace is exclusive; policy rules
+    /// isolate the networks. A shared host is not turned into a router.
     fn forward_everything(&self) -> io::Result<()> {
         const ALL: &str = "net.ipv6.conf.all.forwarding";
         if self.forwards(true)? {
             return Ok(());
         }
-        if self.alone {
+        if self.exclusive {
             return self.host.set_sysctl(ALL, "1");
         }
         tracing::warn!(
-            "containers have no egress over IPv6: before Linux 6.17 it is all links that forward or none; set {ALL}=1 if this host may be a router"
+            "containers have no egress over IPv6: before Linux 6.17, forwarding cannot be enabled per link; set {ALL}=1 if this host may act as a router"
         );
         Ok(())
     }
 
-    /// Whether the host forwards, from all its links.
+    /// Returns whether the host forwards on all links.
     fn forwards(&self, v6: bool) -> io::Result<bool> {
         let name = if v6 { "net.ipv6.conf.all.forwarding" } else { "net.ipv4.ip_forward" };
         match self.host.sysctl(name) {
@@ -781,15 +786,15 @@ impl Kernel {
         }
     }
 
-    /// Deletes a link of the host, if it is the one that is meant.
+    /// Deletes a link of the host if it has the expected MAC address.
     async fn delete_link(&mut self, interface: &Interface) -> io::Result<()> {
         let handle = self.host()?;
         let mut found = handle.link().get().match_name(interface.name.clone()).execute();
         let Some(message) = found.try_next().await.map_err(error)? else { return Ok(()) };
         let link = link_of(&message);
-        self.forget(&Place::Host, &interface.name);
+        self.discard_index(&Place::Host, &interface.name);
         if link.mac != Some(interface.mac) {
-            tracing::warn!(interface = %interface.name, "an interface that is not ours any more is left alone");
+            tracing::warn!(interface = %interface.name, "interface replaced externally; not deleted");
             return Ok(());
         }
         handle.link().del(link.index).execute().await.map_err(error)
@@ -803,18 +808,18 @@ impl Kernel {
         Ok(self.connection(place).map_err(|error| error.source)?.handle.clone())
     }
 
-    /// Forgets the numbers of links of endpoints.
-    pub(crate) fn forget_endpoints(&mut self) {
+    /// Discards cached interface indexes of endpoints.
+    pub(crate) fn discard_endpoint_indexes(&mut self) {
         self.connections.retain(|place, _| *place == Place::Host);
     }
 
-    fn forget(&mut self, place: &Place, link: &str) {
+    fn discard_index(&mut self, place: &Place, link: &str) {
         if let Some(connection) = self.connections.get_mut(place) {
             connection.indexes.remove(link);
         }
     }
 
-    /// The number of a link.
+    /// Returns the interface index of a link.
     async fn index(&mut self, place: &Place, link: &str) -> io::Result<u32> {
         let connection = self.connection(place).map_err(|error| error.source)?;
         if let Some(index) = connection.indexes.get(link) {
@@ -828,7 +833,7 @@ impl Kernel {
     }
 }
 
-/// The link that has the name `name`, or the alternative name.
+/// Returns the link with the name or alternative name `name`.
 async fn link_named(handle: &Handle, name: &str) -> io::Result<Option<Link>> {
     let found = handle.link().get().match_name(name.to_owned()).execute().try_next().await;
     match found.map_err(error) {
@@ -837,14 +842,14 @@ async fn link_named(handle: &Handle, name: &str) -> io::Result<Option<Link>> {
     }
 }
 
-/// Has `f` done on a thread of its own.
+/// Runs `f` on a blocking thread.
 async fn blocking<T: Send + 'static>(
     f: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
     tokio::task::spawn_blocking(f).await.map_err(io::Error::other)?
 }
 
-/// The setting of a link of somebody else's that lets what comes in there be forwarded.
+/// Returns the sysctl that enables forwarding of packets received on a foreign link.
 fn forwarding_of(link: &str, v6: bool) -> String {
     if v6 {
         format!("net.ipv6.conf.{link}.force_forwarding")
@@ -853,21 +858,21 @@ fn forwarding_of(link: &str, v6: bool) -> String {
     }
 }
 
-/// Whether a setting is not there because the kernel has no IPv6: then it is switched off as far as
-/// can be.
+/// Returns whether a sysctl is missing because the kernel lacks IPv6. IPv6 is then as disabled as
+/// required.
 fn is_without_ipv6(error: &io::Error, setting: &str) -> bool {
     error.kind() == io::ErrorKind::NotFound
         && setting.starts_with("net.ipv6.")
         && !std::path::Path::new("/proc/sys/net/ipv6").exists()
 }
 
-/// What lets single links forward IPv6, if the kernel has it.
+/// Exists if the kernel supports IPv6 forwarding per link.
 const FORCE_FORWARDING: &str = "net.ipv6.conf.all.force_forwarding";
 
 /// `ENODEV`.
 const NO_DEVICE: i32 = rustix::io::Errno::NODEV.raw_os_error();
 
-/// Whether the kernel says that there is no such thing.
+/// Returns whether the error means that the object does not exist.
 fn is_absent(error: &io::Error) -> bool {
     use rustix::io::Errno;
     let absent = [Errno::NODEV, Errno::NOENT, Errno::SRCH, Errno::ADDRNOTAVAIL, Errno::NXIO];
@@ -884,7 +889,7 @@ fn error(error: rtnetlink::Error) -> io::Error {
     }
 }
 
-/// The namespace that decides whether `fact` is true; `None` for the host.
+/// Returns the namespace of `fact`; `None` for the host.
 fn place_of(fact: &Fact) -> Option<&Place> {
     match fact {
         Fact::Setting { place, .. }
@@ -910,7 +915,7 @@ fn place_of(fact: &Fact) -> Option<&Place> {
     }
 }
 
-/// The link that the guard of `fact` is at, and what it enforces.
+/// Returns link and policy of the port guard `fact`.
 fn guard_of(fact: &Fact) -> Option<(&str, PortPolicy)> {
     let Fact::PortGuard { link, station, bridge, addresses, any_address } = fact else {
         return None;
@@ -933,12 +938,11 @@ fn guard_of(fact: &Fact) -> Option<(&str, PortPolicy)> {
     Some((link, policy))
 }
 
-/// What was asked of the kernel about `what`, which is not there if its link has gone meanwhile.
-fn found(asked: io::Result<bool>, what: &str) -> Result<bool, KernelError> {
-    match asked {
+/// Converts the result of a query about `what`. An object whose link has been deleted counts as
+/// missing.
+fn found(result: io::Result<bool>, what: &str) -> Result<bool, KernelError> {
+    match result {
         Err(error) if is_absent(&error) => Ok(false),
-        asked => {
-            asked.map_err(|source| KernelError { what: format!("look for the {what}"), source })
-        }
+        result => result.map_err(|source| KernelError { what: format!("query {what}"), source }),
     }
 }

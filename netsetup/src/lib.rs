@@ -1,26 +1,27 @@
-//! Container networks: bridges, endpoints, isolation.
+//! Container networks: bridges, endpoints and isolation.
 //!
 //! # Theory of operation
 //!
 //! ```text
 //! Desired ──facts──►┐
-//!                   ├─► plan ──► [Op, Op, …] ──► apply ──► observe again: an empty plan
+//!                   ├─► plan ──► [Op, Op, …] ──► apply ──► observe again: empty plan
 //! Observed ────────►┘                              │
 //!                                               journal
 //! ```
 //!
-//! What a network needs of the kernel is a list of [`Fact`]s: there is a bridge of this name, that
-//! address is on it, this rule is in force. [`Desired`] renders into facts in the order in which
-//! they can be made; [`Observed`] is what the kernel has. Planning is the difference of the two,
-//! and an [`Op`] adds a fact or removes one, so that each has its inverse. All of that is pure.
+//! The kernel state of a network is a list of [`Fact`]s: a bridge exists, an address is assigned, a
+//! rule is in force. [`Desired`] produces facts in the order in which they can be created;
+//! [`Observed`] holds the state of the kernel. A plan is the difference between the two. Each
+//! [`Op`] adds or removes one fact and therefore has an inverse. All of this is pure.
 //!
-//! Applying writes every operation into the [`Journal`] before it does it. Fails one, those before
-//! it are undone in reverse; is the process killed, the next one finds the journal and does the
-//! same. What is removed is recognised by its name *and* its hardware address, both of which are in
-//! the journal before the interface is there: an interface that someone else has made under our
-//! name is never touched.
+//! Every operation is recorded in the [`Journal`] before it is performed. If an operation fails,
+//! the previous ones are rolled back in reverse order. If the process is killed, the next process
+//! finds the journal and does the same. Interfaces are identified by name *and* MAC address, which
+//! are in the journal before the interface exists. An interface of another program with the same
+//! name is therefore never touched.
 //!
-//! This crate knows no published ports and no container processes: those are the binary's.
+//! This crate does not handle published ports served in userspace, nor container processes: the
+//! binary does.
 
 mod desired;
 mod error;
@@ -30,12 +31,12 @@ mod ipam;
 mod isolation;
 mod journal;
 mod kernel;
+mod kernel_model;
 mod mac;
 mod observed;
 mod plan;
 mod repair;
 mod setup;
-mod world;
 
 pub use desired::{Attachment, Desired, Endpoint, Guards, Network, ReplyPath, Subnet, Uplink};
 pub use error::{ApplyError, ConflictError, JournalError, KernelError};
@@ -48,9 +49,9 @@ pub use ipam::{Exhausted, Ipam, IpamError, Pools, QUARANTINE, capacity, gateway}
 pub use isolation::{FirewallIsolation, Isolation, NatIsolation, RuleIsolation};
 pub use journal::Journal;
 pub use kernel::{EngineDevice, Kernel};
+pub use kernel_model::KernelModel;
 pub use mac::Mac;
 pub use observed::{DefaultRoute, Observed, ObservedBridge};
 pub use plan::{Plan, plan};
 pub use repair::{RepairKind, Repaired};
 pub use setup::{Setup, SetupError};
-pub use world::World;

@@ -1,9 +1,9 @@
-//! Hardware addresses.
+//! MAC addresses.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// An Ethernet address.
+/// A MAC address.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
 )]
@@ -11,8 +11,8 @@ use std::str::FromStr;
 pub struct Mac(pub [u8; 6]);
 
 impl Mac {
-    /// A unicast address that no manufacturer has given out, made of `random`: the second-lowest
-    /// bit of the first byte says "locally administered" (IEEE 802, 8.4).
+    /// Creates a locally administered unicast address from `random`: the second-lowest bit of the
+    /// first byte is set (IEEE 802, 8.4).
     #[must_use]
     pub const fn local(random: [u8; 6]) -> Self {
         let [first, rest @ ..] = random;
@@ -28,15 +28,15 @@ impl fmt::Display for Mac {
     }
 }
 
-/// A text that is no Ethernet address.
+/// A failure to parse a MAC address.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no hardware address (six bytes as in 02:42:ac:1e:00:02)")]
-pub struct NotAMac(String);
+#[error("{0:?} is not a MAC address (six bytes, as in 02:42:ac:1e:00:02)")]
+pub struct ParseMacError(String);
 
 impl FromStr for Mac {
-    type Err = NotAMac;
+    type Err = ParseMacError;
 
-    fn from_str(text: &str) -> Result<Self, NotAMac> {
+    fn from_str(text: &str) -> Result<Self, ParseMacError> {
         let mut bytes = [0; 6];
         let mut parts = text.split(':');
         for byte in &mut bytes {
@@ -44,10 +44,10 @@ impl FromStr for Mac {
                 part.len() == 2 && part.bytes().all(|byte| byte.is_ascii_hexdigit())
             });
             let value = part.and_then(|part| u8::from_str_radix(part, 16).ok());
-            *byte = value.ok_or_else(|| NotAMac(text.to_owned()))?;
+            *byte = value.ok_or_else(|| ParseMacError(text.to_owned()))?;
         }
         if parts.next().is_some() {
-            return Err(NotAMac(text.to_owned()));
+            return Err(ParseMacError(text.to_owned()));
         }
         Ok(Self(bytes))
     }
@@ -60,9 +60,9 @@ impl From<Mac> for String {
 }
 
 impl TryFrom<String> for Mac {
-    type Error = NotAMac;
+    type Error = ParseMacError;
 
-    fn try_from(text: String) -> Result<Self, NotAMac> {
+    fn try_from(text: String) -> Result<Self, ParseMacError> {
         text.parse()
     }
 }
@@ -74,7 +74,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_local_address_is_unicast_and_reads_back(random: [u8; 6]) {
+        fn local_address_is_unicast_and_round_trips(random: [u8; 6]) {
             let mac = Mac::local(random);
             prop_assert_eq!(mac.0[0] & 0x03, 0x02);
             prop_assert_eq!(mac.to_string().parse(), Ok(mac));
@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_none_is_refused() {
+    fn invalid_addresses_are_rejected() {
         for text in [
             "",
             "02:42",
@@ -91,7 +91,7 @@ mod tests {
             "2:42:ac:1e:00:002",
             "+2:42:ac:1e:00:02",
         ] {
-            assert_eq!(text.parse::<Mac>(), Err(NotAMac(text.to_owned())));
+            assert_eq!(text.parse::<Mac>(), Err(ParseMacError(text.to_owned())));
         }
     }
 }

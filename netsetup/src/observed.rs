@@ -1,60 +1,60 @@
-//! What a kernel has, as far as a plan must know.
+//! Observed kernel state, as input for planning.
 
 use crate::{Fact, Mac, Place, Uplink};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-/// A default route of the host; of one with several next hops, one of those.
+/// A next hop of a default route of the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DefaultRoute {
     /// The link.
     pub link: String,
     /// IPv6.
     pub v6: bool,
-    /// The table, unless it is `main`.
+    /// The routing table, `None` for `main`.
     pub table: Option<u32>,
-    /// The next hop; `None` where the link is point to point.
+    /// The gateway; `None` on a point-to-point link.
     pub gateway: Option<IpAddr>,
-    /// It shares its packets with other next hops.
+    /// One of several next hops of a multipath route.
     pub shared: bool,
-    /// The networks of the link's own addresses of that family.
+    /// Prefixes of the link's addresses of this family.
     pub nets: Vec<IpNet>,
 }
 
-/// A bridge of tidegate, of this project or another one.
+/// A bridge of tidegate, of any project.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ObservedBridge {
-    /// The index of its interface.
+    /// Interface index.
     pub index: u32,
-    /// It is that of an internal network.
+    /// The bridge belongs to an internal network.
     pub internal: bool,
-    /// The subnets of its addresses.
+    /// Subnets of its addresses.
     pub subnets: Vec<IpNet>,
 }
 
-/// What was found when the kernel was asked.
+/// The observed state of the kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Observed {
-    /// Those of the facts asked about that are true.
+    /// The requested facts that hold.
     pub facts: BTreeSet<Fact>,
-    /// Every link, also those of others.
+    /// All links, including foreign ones.
     pub links: BTreeMap<Place, BTreeMap<String, Option<Mac>>>,
-    /// What the host reaches otherwise than by a default route, and by which link: its routes and
-    /// its own addresses.
+    /// Prefixes that the host reaches without a default route, with their link: its routes and
+    /// addresses.
     pub routes: Vec<(IpNet, String)>,
-    /// What packets hold, in bytes, as they leave the host; `None` without a default route.
+    /// MTU of the default routes in bytes; `None` without a default route.
     pub default_mtu: Option<u32>,
-    /// Of a host that forwards for nobody, the links by which answers to containers could come:
-    /// those that have an address.
+    /// On a host that does not forward: the links on which replies to containers may arrive, which
+    /// are those with an address.
     pub uplinks: Vec<Uplink>,
-    /// The bridges of tidegate by name, ours and those of other projects.
+    /// Bridges of tidegate by name, of all projects.
     pub bridges: BTreeMap<String, ObservedBridge>,
-    /// The lowest priority among the policy rules of others that are behind the `local` table's, if
-    /// one precedes `main`.
+    /// The lowest priority of the policy rules after the rule for the `local` table that tidegate
+    /// did not create.
     pub first_rule_of_others: Option<u32>,
-    /// The default routes of the host: of `main` the best one first, then those of other tables.
+    /// Default routes of the host: those of `main`, best first, then those of other tables.
     pub default_routes: Vec<DefaultRoute>,
-    /// Those of them that forward already, each for itself: over IPv6, or IPv4.
+    /// Uplinks that already forward individually: link, and whether for IPv6.
     pub forwarding: BTreeSet<(String, bool)>,
 }

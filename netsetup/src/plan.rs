@@ -1,27 +1,26 @@
-//! From what is to what shall be: pure.
+//! Planning: operations from the observed to the desired state. Pure.
 
-use crate::{ConflictError, Desired, Fact, Interface, Isolation, Observed, Op, Place, World};
+use crate::{ConflictError, Desired, Fact, Interface, Isolation, KernelModel, Observed, Op, Place};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-/// The longest name that an interface may have, in bytes (`IFNAMSIZ` less the NUL).
-const LONGEST_NAME: usize = 15;
+/// Maximum length of an interface name in bytes (`IFNAMSIZ` without the NUL).
+const MAX_NAME_LENGTH: usize = 15;
 
-/// What is to be done, in order.
+/// A sequence of operations.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// The steps.
+    /// The operations in order.
     pub ops: Vec<Op>,
 }
 
-/// The steps from `observed` to `desired`. `owned` is what the same owner has made before, in the
-/// order in which it was made: of it goes, last first, what is not desired any more. What others
-/// have made stays.
+/// Plans the operations from `observed` to `desired`. `owned` are the facts that the same owner
+/// created before, in order of creation. Those that are no longer desired are removed in reverse
+/// order. Foreign objects are not changed.
 ///
 /// # Errors
-/// [`ConflictError`] when what is desired contradicts itself or what others have; nothing must be
-/// done then.
+/// [`ConflictError`] if the desired state is inconsistent or conflicts with foreign objects.
 pub fn plan(
     desired: &Desired,
     owned: &[Fact],
@@ -33,12 +32,12 @@ pub fn plan(
     Ok(difference(desired, owned, observed, isolation))
 }
 
-/// The same for networks that are in use. Routes that others have added to the host meanwhile are
-/// not in the way.
+/// Plans like [`plan`] for networks that are in use. Ignores conflicts with routes that were added
+/// to the host since.
 ///
 /// # Errors
-/// A link of somebody else's has the name of one of ours.
-pub(crate) fn plan_again(
+/// A foreign link has the name of a desired link.
+pub(crate) fn plan_update(
     desired: &Desired,
     owned: &[Fact],
     observed: &Observed,
@@ -56,47 +55,47 @@ fn difference(
 ) -> Plan {
     let facts = desired.facts(isolation);
     let wanted: BTreeSet<&Fact> = facts.iter().collect();
-    let mut world = World::new(observed.facts.clone());
-    let mut ops = removals(owned.iter().filter(|fact| !wanted.contains(fact)), &mut world);
+    let mut model = KernelModel::new(observed.facts.clone());
+    let mut ops = removals(owned.iter().filter(|fact| !wanted.contains(fact)), &mut model);
     for fact in &facts {
-        if !world.holds(fact) {
+        if !model.holds(fact) {
             let op = Op::Add(fact.clone());
-            world.execute(&op);
+            model.execute(&op);
             ops.push(op);
         }
     }
     Plan { ops }
 }
 
-/// The steps that take back those of `facts` that hold in `world`, last first, and what they leave
-/// of the world.
+/// Returns the operations that remove those of `facts` that hold in `model`, in reverse order, and
+/// applies them to `model`.
 ///
-/// Links come before all else: with them goes what is on them and need not be removed one by one,
-/// and rules that close a network outlast it.
+/// Links come first. The facts on them are removed implicitly, and the rules that isolate a network
+/// outlive it.
 pub(crate) fn removals<'a>(
     facts: impl IntoIterator<Item = &'a Fact, IntoIter: DoubleEndedIterator>,
-    world: &mut World,
+    model: &mut KernelModel,
 ) -> Vec<Op> {
     let mut ops = Vec::new();
     let mut rest: Vec<&Fact> = facts.into_iter().rev().collect();
-    for kind in [Fact::is_link, |fact: &Fact| !fact.goes_with_its_link(), |_: &Fact| true] {
+    for kind in [Fact::is_link, |fact: &Fact| !fact.is_removed_with_link(), |_: &Fact| true] {
         let these: Vec<&Fact>;
         (these, rest) = rest.into_iter().partition(|fact| kind(fact));
         let held: BTreeSet<&Fact> =
-            these.iter().copied().filter(|fact| world.holds(fact)).collect();
-        world.remove(held.iter().copied());
-        let mut told = BTreeSet::new();
+            these.iter().copied().filter(|fact| model.holds(fact)).collect();
+        model.remove(held.iter().copied());
+        let mut seen = BTreeSet::new();
         ops.extend(
             these
                 .into_iter()
-                .filter(|fact| held.contains(fact) && told.insert(*fact))
+                .filter(|fact| held.contains(fact) && seen.insert(*fact))
                 .map(|fact| Op::Remove(fact.clone())),
         );
     }
     ops
 }
 
-/// Whether `desired` is free of contradictions.
+/// Checks `desired` for inconsistencies.
 fn check(desired: &Desired) -> Result<(), ConflictError> {
     let mut subnets: Vec<(IpNet, &str)> = Vec::new();
     let mut host_links: BTreeSet<&str> = BTreeSet::new();
@@ -151,8 +150,9 @@ fn check(desired: &Desired) -> Result<(), ConflictError> {
                         network: network.name.clone(),
                     });
                 }
-                let whose = format!("endpoint {:?}", endpoint.name);
-                if let Some(holder) = addresses.insert((&network.name, address.addr()), whose) {
+                let holder_name = format!("endpoint {:?}", endpoint.name);
+                if let Some(holder) = addresses.insert((&network.name, address.addr()), holder_name)
+                {
                     return Err(ConflictError::AddressInUse {
                         endpoint: endpoint.name.clone(),
                         address: address.addr(),
@@ -178,8 +178,8 @@ fn check(desired: &Desired) -> Result<(), ConflictError> {
 fn check_name(interface: &Interface) -> Result<(), ConflictError> {
     let name = &interface.name;
     let bad = |byte: u8| byte == b'/' || byte == b':' || byte.is_ascii_whitespace();
-    if name.len() > LONGEST_NAME {
-        return Err(ConflictError::NameTooLong { name: name.clone(), longest: LONGEST_NAME });
+    if name.len() > MAX_NAME_LENGTH {
+        return Err(ConflictError::NameTooLong { name: name.clone(), longest: MAX_NAME_LENGTH });
     }
     if name.is_empty() || name == "." || name == ".." || name.bytes().any(bad) {
         return Err(ConflictError::BadName(name.clone()));
@@ -187,11 +187,11 @@ fn check_name(interface: &Interface) -> Result<(), ConflictError> {
     Ok(())
 }
 
-/// Whether what others have leaves room for `desired`.
+/// Checks `desired` for conflicts with routes and links of the host.
 ///
-/// A route to more than a subnet (a default route, its halves that a VPN sets up, a
-/// company's 10.0.0.0/8) leaves room: the bridge's own route is more specific. One to the subnet or
-/// to a part of it does not.
+/// A route to a larger prefix is no conflict, because the route of the bridge is more specific: a
+/// default route, the two halves installed by a VPN, or the 10.0.0.0/8 of a company. A route to the
+/// subnet or to a part of it is a conflict.
 fn check_surroundings(
     desired: &Desired,
     owned: &[Fact],
@@ -224,7 +224,7 @@ fn check_surroundings(
     check_links(desired, observed)
 }
 
-/// Whether no link of others has the name of one of `desired`.
+/// Checks that no foreign link has the name of a link of `desired`.
 pub(crate) fn check_links(desired: &Desired, observed: &Observed) -> Result<(), ConflictError> {
     for network in &desired.networks {
         check_free(observed, &Place::Host, &network.bridge)?;
@@ -239,7 +239,7 @@ pub(crate) fn check_links(desired: &Desired, observed: &Observed) -> Result<(), 
     Ok(())
 }
 
-/// Whether a link of that name, if there is one, is the one that is meant.
+/// Checks that an existing link with this name has the expected MAC address.
 fn check_free(
     observed: &Observed,
     place: &Place,

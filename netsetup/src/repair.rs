@@ -1,28 +1,28 @@
-//! What to restore of networks that are in use, and which of it was removed: pure.
+//! Analysis of repairs: facts to restore, and root causes among the restored facts. Pure.
 //!
-//! With an object the kernel removes what depends on it: with a link everything that is on it, with
-//! the last address of a link its routes, with a link that is set down its IPv6 addresses and its
-//! routes. All of that is restored, and the object that was removed first is what is reported.
+//! The kernel removes dependent objects implicitly: everything on a deleted link, the routes of a
+//! link with its last address, the IPv6 addresses and routes of a link that is set down. All of
+//! them are restored, but only the root cause is reported.
 
 use crate::{Fact, Place, SetupError};
 use ipnet::IpNet;
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 
-/// What kind of object was restored, as logs and metrics name it.
+/// The type of a restored object, as shown in logs and metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum RepairKind {
     /// A bridge.
     Bridge,
-    /// A veth pair, whichever of its ends was deleted.
+    /// A veth pair, regardless of which end was deleted.
     Veth,
     /// The TUN device of the NAT engine.
     Tun,
-    /// A link was set down, or its group was changed.
+    /// A link that was set down, or whose group was changed.
     Link,
-    /// A link is no longer a port of its bridge, or has other port settings.
+    /// A link that was removed from its bridge, or whose bridge port settings were changed.
     Port,
-    /// An entry of a bridge's forwarding database.
+    /// A forwarding database entry of a bridge.
     Fdb,
     /// An address.
     Address,
@@ -32,18 +32,18 @@ pub enum RepairKind {
     Sysctl,
     /// A policy rule.
     Rule,
-    /// A table of nftables, or chains of iptables.
+    /// An nftables table, or iptables chains.
     Table,
     /// A BPF program.
     Program,
     /// The socket of a published port.
     Listener,
-    /// A socket of a DNS server, or what leads to it.
+    /// A socket of a DNS server, or its redirection rules.
     Dns,
 }
 
 impl RepairKind {
-    /// All of them.
+    /// All types.
     pub const ALL: [Self; 14] = [
         Self::Bridge,
         Self::Veth,
@@ -61,7 +61,7 @@ impl RepairKind {
         Self::Dns,
     ];
 
-    /// A word.
+    /// Value of the metric label `kind`.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -82,7 +82,7 @@ impl RepairKind {
         }
     }
 
-    /// The kind of `fact`.
+    /// Returns the type of `fact`.
     #[must_use]
     pub fn of(fact: &Fact) -> Self {
         match fact {
@@ -107,19 +107,19 @@ impl RepairKind {
     }
 }
 
-/// What a repair has done.
+/// The result of a repair.
 #[derive(Debug, Default)]
 pub struct Repaired {
-    /// What had been removed and is there again, without what had gone with it.
+    /// Removed facts that were restored, without implicitly removed ones.
     pub restored: Vec<Fact>,
-    /// What could not be restored: the endpoint, none for the host, and why.
+    /// Failures: the endpoint (`None` for the host) and the error.
     pub failed: Vec<(Option<String>, SetupError)>,
-    /// Endpoints whose veth pair is missing, beyond those that were to be repaired.
+    /// Endpoints without their veth pair that were not part of this repair.
     pub detached: BTreeSet<String>,
 }
 
-/// `facts` in the order to make them, with those that the kernel makes true by itself: routes to
-/// the subnets of addresses, and the address of a loopback interface.
+/// Inserts the facts that the kernel adds implicitly, at the places where it adds them: on-link
+/// routes of addresses, and the address of a loopback interface.
 pub(crate) fn with_derived(facts: Vec<Fact>) -> Vec<Fact> {
     let mut all: Vec<Fact> = Vec::with_capacity(facts.len() * 2);
     for fact in facts {
@@ -149,20 +149,20 @@ pub(crate) fn with_derived(facts: Vec<Fact>) -> Vec<Fact> {
     all
 }
 
-/// The kernel adds no route to a subnet of one address.
+/// The kernel adds no on-link route for a single-address prefix.
 fn is_host_route(fact: &Fact) -> bool {
     matches!(fact, Fact::SubnetRoute { address, .. } if address.prefix_len() == address.max_prefix_len())
 }
 
-/// Which of `restored` were removed, rather than gone with something else that was.
+/// Returns the facts of `restored` that were not removed implicitly with another one.
 pub(crate) fn causes(restored: Vec<Fact>) -> Vec<Fact> {
     let all = restored.clone();
-    let is_cause = |fact: &Fact| !all.iter().any(|other| takes_along(other, fact));
+    let is_cause = |fact: &Fact| !all.iter().any(|other| removes_implicitly(other, fact));
     restored.into_iter().filter(is_cause).collect()
 }
 
-/// Whether `fact` ceases to be true when `cause` does.
-fn takes_along(cause: &Fact, fact: &Fact) -> bool {
+/// Returns whether the kernel removes `fact` implicitly with `cause`.
+fn removes_implicitly(cause: &Fact, fact: &Fact) -> bool {
     if cause == fact {
         return false;
     }
@@ -181,12 +181,12 @@ fn takes_along(cause: &Fact, fact: &Fact) -> bool {
             together
                 && !matches!((cause, fact), (Fact::SubnetRoute { .. }, Fact::SubnetRoute { .. }))
         }
-        // A setting that switches IPv6 off and on again.
+        // Toggling `disable_ipv6` removes the IPv6 addresses.
         (Fact::Setting { name, .. }, Fact::Address { .. }) => {
             together && name.ends_with(".disable_ipv6")
         }
         (Fact::Port { link, .. }, Fact::Station { link: port, .. }) => link == port,
-        // The guards of ports are in the table.
+        // The port guards are chains of the table.
         (Fact::GuardTable { .. }, Fact::PortGuard { .. }) => true,
         _ => false,
     }
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn routes_of_addresses_are_facts_behind_their_link_and_before_routes_by_gateways() {
+    fn on_link_routes_follow_their_link_and_precede_gateway_routes() {
         let facts = vec![up("lo"), address("10.9.1.2/24"), up("eth0"), default_route()];
         let loopback = Fact::Address {
             place: place(),
@@ -247,11 +247,15 @@ mod tests {
                 default_route()
             ]
         );
-        assert_eq!(with_derived(vec![address("fd00::1/128"), up("eth0")]).len(), 2, "no subnet");
+        assert_eq!(
+            with_derived(vec![address("fd00::1/128"), up("eth0")]).len(),
+            2,
+            "no on-link route"
+        );
     }
 
     #[test]
-    fn what_goes_with_something_else_is_not_reported() {
+    fn implicitly_removed_facts_are_not_reported() {
         let everything = vec![
             veth(),
             Fact::Port { link: "tgv1".into(), bridge: "tg-a".into(), isolated: false },
@@ -266,11 +270,11 @@ mod tests {
         assert_eq!(causes(vec![subnet("10.9.1.2/24"), default_route()]), [subnet("10.9.1.2/24")]);
         assert_eq!(causes(vec![default_route()]), [default_route()]);
         let two = vec![address("10.9.1.2/24"), address("fd09::2/64")];
-        assert_eq!(causes(two.clone()), two, "each by itself");
+        assert_eq!(causes(two.clone()), two, "independent facts");
     }
 
     #[test]
-    fn the_device_of_the_engine_takes_along_what_is_on_it() {
+    fn engine_device_implies_the_facts_on_it() {
         let link = || "tgt-1".to_owned();
         let device = Fact::EngineDevice { link: link() };
         let up = Fact::Up { place: Place::Host, link: link() };
@@ -292,11 +296,11 @@ mod tests {
     }
 
     #[test]
-    fn a_port_that_left_its_bridge_takes_its_station_along() {
+    fn bridge_port_implies_its_station() {
         let port = Fact::Port { link: "tgv1".into(), bridge: "tg-a".into(), isolated: false };
         let station = Fact::Station { link: "tgv1".into(), station: Mac([2, 0, 0, 0, 0, 1]) };
         assert_eq!(causes(vec![port.clone(), station.clone()]), [port]);
         assert_eq!(RepairKind::of(&station).as_str(), "fdb");
-        assert_eq!(causes(vec![station]).len(), 1, "by itself");
+        assert_eq!(causes(vec![station]).len(), 1, "independent fact");
     }
 }

@@ -1,17 +1,17 @@
-//! Plan, apply, verify, and take it all back.
+//! Planning, application, verification, repair and removal of networks.
 
 use crate::kernel::End;
-use crate::plan::{check_links, plan_again, removals};
+use crate::plan::{check_links, plan_update, removals};
 use crate::repair::{causes, with_derived};
 use crate::{
     ApplyError, ConflictError, Desired, Fact, Interface, Isolation, Journal, JournalError, Kernel,
-    KernelError, Observed, Op, Place, Repaired, World, plan,
+    KernelError, KernelModel, Observed, Op, Place, Repaired, plan,
 };
 use std::collections::BTreeSet;
 use std::io;
 use tidegate_netns::Namespace;
 
-/// Networks and endpoints of one owner.
+/// The networks and endpoints of one owner.
 #[derive(Debug)]
 pub struct Setup {
     kernel: Kernel,
@@ -19,7 +19,7 @@ pub struct Setup {
     isolation: Box<dyn Isolation>,
 }
 
-/// The link of the host that `op` removes, if that is what it does.
+/// Returns the link of the host that `op` removes, if any.
 fn removes_link(op: &Op) -> Option<&Interface> {
     match op {
         Op::Remove(Fact::Bridge { interface, .. } | Fact::Veth { interface, .. }) => {
@@ -29,8 +29,8 @@ fn removes_link(op: &Op) -> Option<&Interface> {
     }
 }
 
-/// Whether `fact` is about the host's end of a veth pair of `part`.
-fn is_on_pair_of(part: &Desired, fact: &Fact) -> bool {
+/// Returns whether `fact` depends on the host's end of a veth pair of `part`.
+fn depends_on_pair_of(part: &Desired, fact: &Fact) -> bool {
     let ends = part
         .endpoints
         .iter()
@@ -39,49 +39,49 @@ fn is_on_pair_of(part: &Desired, fact: &Fact) -> bool {
     ends.into_iter().any(|end| fact.on().any(|link| link == (None, end)))
 }
 
-/// Why networks are not as desired.
+/// A failure to reach the desired state.
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
-    /// They cannot be; nothing was changed.
+    /// The desired state conflicts with itself or with foreign objects. Nothing was changed.
     #[error(transparent)]
     Conflict(#[from] ConflictError),
-    /// The kernel did not answer; nothing was changed.
+    /// The kernel could not be observed. Nothing was changed.
     #[error(transparent)]
     Observe(#[from] KernelError),
-    /// A step failed; what was done before it was undone.
+    /// An operation failed. The previous ones were rolled back.
     #[error(transparent)]
     Apply(#[from] ApplyError),
-    /// The journal failed; nothing is done that it does not tell of.
+    /// The journal failed. Unrecorded operations are not performed.
     #[error(transparent)]
     Journal(#[from] JournalError),
-    /// The kernel took every step, and yet not all is as it should be: someone else is at it.
-    #[error("{0} was undone by someone else meanwhile")]
+    /// All operations succeeded, but the desired state does not hold: another program interferes.
+    #[error("{0}: reverted concurrently by another program")]
     Verify(Op),
 }
 
 impl Setup {
-    /// Works on `kernel`, and keeps `journal`.
+    /// Creates a setup on `kernel`, recorded in `journal`.
     pub fn new(kernel: Kernel, journal: Journal, isolation: impl Isolation + 'static) -> Self {
         Self { kernel, journal, isolation: Box::new(isolation) }
     }
 
-    /// The kernel, to tell it of endpoints.
+    /// Returns the kernel, to register endpoints.
     pub fn kernel(&mut self) -> &mut Kernel {
         &mut self.kernel
     }
 
-    /// How networks are kept closed.
+    /// Returns the isolation mechanism.
     pub fn isolation(&self) -> &dyn Isolation {
         &*self.isolation
     }
 
-    /// What may be there because of us.
+    /// Returns the facts of this owner that may hold.
     #[must_use]
     pub fn owned(&self) -> &[Fact] {
         self.journal.facts()
     }
 
-    /// What the host has besides, to choose names and subnets by.
+    /// Observes the host, for the choice of names and subnets.
     ///
     /// # Errors
     /// [`KernelError`].
@@ -89,48 +89,50 @@ impl Setup {
         self.kernel.observe(&[]).await
     }
 
-    /// Makes it so. Fails a step, the ones before it are undone.
+    /// Applies `desired` and verifies the result. Returns the number of operations. If an operation
+    /// fails, the previous ones are rolled back.
     ///
     /// # Errors
     /// [`SetupError`].
     pub async fn apply(&mut self, desired: &Desired) -> Result<usize, SetupError> {
         let ops = self.plan(desired).await?;
-        self.carry_out(&ops).await?;
+        self.execute_or_roll_back(&ops).await?;
         match self.plan(desired).await?.into_iter().next() {
             None => Ok(ops.len()),
             Some(op) => Err(SetupError::Verify(op)),
         }
     }
 
-    /// Makes it so where an earlier version of `desired` has been applied. What is new comes before
-    /// what is over, so that nothing opens in between. Returns the number of steps.
+    /// Applies a new version of `desired`. Adds new facts before it removes old ones, so that
+    /// networks stay isolated in between. Returns the number of operations.
     ///
     /// # Errors
     /// [`SetupError`].
     pub async fn change(&mut self, desired: &Desired) -> Result<usize, SetupError> {
         let ops = self.plan_part(&desired.without_endpoints()).await?;
-        self.carry_out(&ops).await?;
+        self.execute_or_roll_back(&ops).await?;
         let added = ops.len();
         Ok(added + self.update(desired).await?)
     }
 
-    /// The same, with what is over removed first: where what is new takes its place.
+    /// Applies a new version of `desired`. Removes old facts before it adds new ones, for new facts
+    /// that replace old ones. Returns the number of operations.
     ///
     /// # Errors
     /// [`SetupError`].
     pub async fn update(&mut self, desired: &Desired) -> Result<usize, SetupError> {
         let observed = self.observe_with_owned(desired).await?;
-        let ops = plan_again(desired, self.journal.facts(), &observed, &*self.isolation)?.ops;
-        self.carry_out(&ops).await?;
+        let ops = plan_update(desired, self.journal.facts(), &observed, &*self.isolation)?.ops;
+        self.execute_or_roll_back(&ops).await?;
         Ok(ops.len())
     }
 
-    /// Restores what other software has removed or changed of `desired`, which must have been
-    /// applied: of the host with `host`, and of these `endpoints`. A veth pair that is missing is
-    /// restored if its endpoint is among them.
+    /// Restores the facts of `desired` that other software has removed or changed: those of the
+    /// host if `host` is set, and those of `endpoints`. `desired` must have been applied. A missing
+    /// veth pair is restored if its endpoint is in `endpoints`.
     ///
-    /// Nothing is undone where a step fails, since facts are in an order in which what closes a
-    /// network precedes what opens it. What the other place needs is done all the same.
+    /// Failures do not cause a rollback, because facts that close a network precede those that open
+    /// it. A failure in one namespace does not prevent repairs in the others.
     pub async fn repair(
         &mut self,
         desired: &Desired,
@@ -138,8 +140,8 @@ impl Setup {
         endpoints: &BTreeSet<String>,
     ) -> Repaired {
         let mut repaired = Repaired::default();
-        // Whoever has removed a link of an endpoint may have made another one of the same name.
-        self.kernel.forget_endpoints();
+        // A removed link of an endpoint may have been replaced by another one with the same name.
+        self.kernel.discard_endpoint_indexes();
         let mut detached = BTreeSet::new();
         if host {
             match self.repair_host(desired).await {
@@ -162,8 +164,8 @@ impl Setup {
         repaired
     }
 
-    /// Restores what is on the host, but for veth pairs and what is on them. Returns what was
-    /// restored, what has failed, and the endpoints whose pairs are missing.
+    /// Restores the facts of the host, except for veth pairs and facts on them. Returns the
+    /// restored facts, the first failure, and the endpoints without their pairs.
     async fn repair_host(
         &mut self,
         desired: &Desired,
@@ -172,7 +174,7 @@ impl Setup {
         let facts: Vec<Fact> = facts.into_iter().filter(Fact::is_of_the_host).collect();
         let observed = self.kernel.observe(&facts).await?;
         check_links(&desired.without_endpoints(), &observed)?;
-        let is_there = |link: &str| {
+        let exists = |link: &str| {
             observed.links.get(&Place::Host).is_some_and(|links| links.contains_key(link))
         };
         let devices: BTreeSet<String> = facts
@@ -192,8 +194,8 @@ impl Setup {
                     detached.insert(endpoint.clone());
                     missing_links.insert(interface.name.clone());
                 }
-                // Of a link of somebody else's that has gone.
-                Fact::Forwarding { link, .. } if !is_there(link) && !is_ours(link) => {}
+                // The foreign link has been removed.
+                Fact::Forwarding { link, .. } if !exists(link) && !is_ours(link) => {}
                 _ if fact.on().any(|(_, link)| missing_links.contains(link)) => {}
                 _ => ops.push(Op::Add(fact)),
             }
@@ -202,12 +204,12 @@ impl Setup {
         Ok((restored, failed, detached))
     }
 
-    /// Restores what is in the namespace of the endpoint `name`, and its veth pairs. It is known to
-    /// be `detached`, or that is found out. A link that the endpoint has made under the name of
-    /// one of its own is left alone; what belongs on that cannot be restored.
+    /// Restores the facts in the namespace of the endpoint `name`, and its veth pairs. If
+    /// `detached` is not set, missing pairs are detected. A link that the endpoint has created
+    /// under the name of its own end is left alone, and the facts on it cannot be restored.
     ///
-    /// What is there is found by adding it: processes of an endpoint can make listing it take as
-    /// long as they like.
+    /// Existing addresses and routes are detected by adding them, because processes of an endpoint
+    /// could make listing them arbitrarily slow.
     async fn repair_endpoint(
         &mut self,
         desired: &Desired,
@@ -243,30 +245,31 @@ impl Setup {
             .filter(|fact| fact.is_of_endpoint(name) && !fact.is_of_the_host())
             .cloned()
             .collect();
-        facts.retain(|fact| fact.is_of_endpoint(name) || is_on_pair_of(&part, fact));
-        let mut world;
+        facts.retain(|fact| fact.is_of_endpoint(name) || depends_on_pair_of(&part, fact));
+        let mut model;
         if detached || !lost.is_empty() {
             let observed = self.kernel.observe_links(&place, &facts).await?;
             check_links(&part, &observed)?;
-            world = World::new(observed.facts);
-            // The other end may have been renamed, or moved elsewhere: then the pair is made anew.
+            model = KernelModel::new(observed.facts);
+            // The other end may have been renamed or moved. The pair is then deleted and created
+            // again.
             let left: Vec<Op> =
-                lost.into_iter().filter(|fact| world.holds(fact)).map(Op::Remove).collect();
-            self.carry_out(&left).await?;
-            left.iter().for_each(|op| world.execute(op));
+                lost.into_iter().filter(|fact| model.holds(fact)).map(Op::Remove).collect();
+            self.execute_or_roll_back(&left).await?;
+            left.iter().for_each(|op| model.execute(op));
         } else {
-            world = World::new(self.kernel.observe_links(&place, &inside).await?.facts);
+            model = KernelModel::new(self.kernel.observe_links(&place, &inside).await?.facts);
             facts = inside;
         }
         let ops: Vec<Op> =
-            facts.into_iter().filter(|fact| !world.holds(fact)).map(Op::Add).collect();
+            facts.into_iter().filter(|fact| !model.holds(fact)).map(Op::Add).collect();
         let (restored, failed) = self.restore(&ops).await?;
         Ok((restored, failed.or_else(|| taken.map(SetupError::from))))
     }
 
-    /// Carries `ops`, which add facts, out. Returns the facts that were not true before, and the
-    /// first failure. The journal has each fact once, however often it is restored, and none that
-    /// the kernel makes true by itself.
+    /// Performs `ops`, which add facts. Returns the facts that did not hold before, and the first
+    /// failure. The journal records each fact once, even if it is restored repeatedly, and no fact
+    /// that the kernel adds implicitly.
     async fn restore(&mut self, ops: &[Op]) -> Result<(Vec<Fact>, Option<SetupError>), SetupError> {
         if ops.is_empty() {
             return Ok((Vec::new(), None));
@@ -281,13 +284,12 @@ impl Setup {
         for op in ops {
             match self.kernel.execute(op).await {
                 Ok(()) => restored.push(op.fact().clone()),
-                // The kernel has added it with what was restored before, or somebody has put
-                // another one in its place.
+                // The kernel has added the fact implicitly, or another program has replaced it.
                 Err(error)
                     if error.source.kind() == io::ErrorKind::AlreadyExists
                         && op.fact().may_exist() => {}
                 Err(source) => {
-                    // One object that cannot be restored keeps no other network open.
+                    // Continue, so that one failure does not leave other networks open.
                     let error = ApplyError { op: Box::new(op.clone()), source, left: Vec::new() };
                     failed.get_or_insert(error.into());
                 }
@@ -296,33 +298,33 @@ impl Setup {
         Ok((restored, failed))
     }
 
-    /// Looks for changes of `desired` that the kernel announces to nobody: programs that were
-    /// detached, and sysctls of bridges and of `endpoints`. Returns the places that have some.
-    /// Links that are not there are no matter of this.
+    /// Detects changes for which the kernel sends no notification: detached programs, and sysctls
+    /// of bridges and of `endpoints`. Returns the namespaces with such changes. Missing links are
+    /// ignored.
     ///
     /// # Errors
     /// [`KernelError`].
-    pub async fn changed_silently(
+    pub async fn unannounced_changes(
         &mut self,
         desired: &Desired,
         endpoints: &BTreeSet<String>,
     ) -> Result<BTreeSet<Place>, KernelError> {
         let part = desired.with_endpoints(endpoints).facts(&*self.isolation);
-        let mut places = self.kernel.places_with_other_settings(&part);
+        let mut places = self.kernel.places_with_changed_sysctls(&part);
         if !self.kernel.programs_hold(&desired.facts(&*self.isolation)).await? {
             places.insert(Place::Host);
         }
         Ok(places)
     }
 
-    /// Plugs the endpoint `name` of `desired`, which must have been applied, into `namespace`: its
-    /// container has come back in another one. It keeps its interfaces, addresses and routes; other
-    /// endpoints are not touched. In the namespace that it is in already, what is missing is made
-    /// again. Returns the number of steps.
+    /// Moves the endpoint `name` to `namespace`, because its container was restarted there.
+    /// `desired` must have been applied. The endpoint keeps its interfaces, addresses and routes;
+    /// other endpoints are not changed. If the namespace is the current one, missing facts are
+    /// added. Returns the number of operations.
     ///
     /// # Errors
-    /// [`SetupError`]. Where it cannot be, because an interface is in the way for instance, nothing
-    /// was changed; where a step fails, the endpoint is detached.
+    /// [`SetupError`]. After a conflict, such as an existing interface, nothing was changed. After
+    /// a failed operation, the endpoint is detached.
     pub async fn reattach(
         &mut self,
         desired: &Desired,
@@ -339,18 +341,19 @@ impl Setup {
             self.kernel.add_endpoint(name, namespace);
         }
         let ops = self.plan_part(&part).await?;
-        self.carry_out(&ops).await?;
+        self.execute_or_roll_back(&ops).await?;
         match self.plan_part(&part).await?.into_iter().next() {
             None => Ok(ops.len()),
             Some(op) => Err(SetupError::Verify(op)),
         }
     }
 
-    /// Takes back what endpoint `name` has.
+    /// Removes the facts of the endpoint `name`.
     async fn detach(&mut self, name: &str) -> Result<(), SetupError> {
         let facts =
             self.journal.facts().iter().rev().filter(|fact| fact.is_of_endpoint(name)).cloned();
-        let (on_links, others): (Vec<Fact>, Vec<Fact>) = facts.partition(Fact::goes_with_its_link);
+        let (on_links, others): (Vec<Fact>, Vec<Fact>) =
+            facts.partition(Fact::is_removed_with_link);
         for op in others.into_iter().map(Op::Remove) {
             match self.kernel.execute(&op).await {
                 Ok(()) => self.journal.after(&[op])?,
@@ -359,11 +362,12 @@ impl Setup {
                 }
             }
         }
-        // Of links that are not ours, `lo` above all. The namespace may be past everything.
+        // Facts on foreign links, mainly `lo`. Failures are ignored, because the namespace is being
+        // abandoned.
         for op in on_links.into_iter().map(Op::Remove) {
             if self.journal.facts().contains(op.fact()) {
                 if let Err(error) = self.kernel.execute(&op).await {
-                    tracing::debug!(%error, "not reverted in a namespace that is left");
+                    tracing::debug!(%error, "not reverted in abandoned namespace");
                 }
                 self.journal.after(&[op])?;
             }
@@ -371,29 +375,30 @@ impl Setup {
         Ok(())
     }
 
-    /// Takes back all that is ours, whoever made it: this process or one before it that was killed.
+    /// Removes all facts of this owner, including those of a previous process that was killed.
+    /// Returns the number of operations.
     ///
     /// # Errors
-    /// [`SetupError`]: the first failure; what could be removed is, and the rest stays in the journal.
+    /// [`SetupError`]: the first failure. Facts that could not be removed stay in the journal.
     pub async fn clear(&mut self) -> Result<usize, SetupError> {
-        let steps = self.take_back().await?;
-        self.journal.forget_all()?;
+        let steps = self.remove_all().await?;
+        self.journal.clear()?;
         Ok(steps)
     }
 
-    /// Takes back all that is ours, and the journal with it.
+    /// Removes all facts of this owner, and the journal.
     ///
     /// # Errors
     /// [`SetupError`].
     pub async fn finish(mut self) -> Result<(), SetupError> {
-        self.take_back().await?;
+        self.remove_all().await?;
         Ok(self.journal.finish()?)
     }
 
-    async fn take_back(&mut self) -> Result<usize, SetupError> {
-        // Without looking first: that something is gone already is no error.
+    async fn remove_all(&mut self) -> Result<usize, SetupError> {
+        // Observing first is unnecessary, because a missing object is not an error.
         let facts = self.journal.facts();
-        let ops = removals(facts, &mut World::new(facts.iter().cloned().collect()));
+        let ops = removals(facts, &mut KernelModel::new(facts.iter().cloned().collect()));
         let failed = self.execute(&ops, true).await?;
         if let Some((at, source)) = failed.into_iter().next() {
             return Err(
@@ -408,24 +413,24 @@ impl Setup {
         Ok(plan(desired, self.journal.facts(), &observed, &*self.isolation)?.ops)
     }
 
-    /// What holds of `desired`, and of what we own.
+    /// Observes the facts of `desired` and the owned facts.
     async fn observe_with_owned(&mut self, desired: &Desired) -> Result<Observed, SetupError> {
         self.check_places(desired)?;
-        let mut asked = desired.facts(&*self.isolation);
-        asked.extend_from_slice(self.journal.facts());
-        asked.sort_unstable();
-        asked.dedup();
-        Ok(self.kernel.observe(&asked).await?)
+        let mut facts = desired.facts(&*self.isolation);
+        facts.extend_from_slice(self.journal.facts());
+        facts.sort_unstable();
+        facts.dedup();
+        Ok(self.kernel.observe(&facts).await?)
     }
 
-    /// What is missing of `part`, which is a part of what was applied.
+    /// Plans the missing facts of `part`, which is part of the applied state.
     async fn plan_part(&mut self, part: &Desired) -> Result<Vec<Op>, SetupError> {
         self.check_places(part)?;
         let observed = self.kernel.observe(&part.facts(&*self.isolation)).await?;
-        Ok(plan_again(part, &[], &observed, &*self.isolation)?.ops)
+        Ok(plan_update(part, &[], &observed, &*self.isolation)?.ops)
     }
 
-    /// Whether every endpoint is somewhere else than its bridge.
+    /// Checks that no endpoint is in the namespace of the bridges.
     fn check_places(&self, desired: &Desired) -> Result<(), ConflictError> {
         match desired.endpoints.iter().find(|endpoint| self.kernel.is_on_the_host(&endpoint.name)) {
             Some(endpoint) => Err(ConflictError::OnTheHost { endpoint: endpoint.name.clone() }),
@@ -433,36 +438,36 @@ impl Setup {
         }
     }
 
-    async fn carry_out(&mut self, ops: &[Op]) -> Result<(), SetupError> {
+    async fn execute_or_roll_back(&mut self, ops: &[Op]) -> Result<(), SetupError> {
         let failed = self.execute(ops, false).await?;
         let Some((at, source)) = failed.into_iter().next() else { return Ok(()) };
-        let left = self.undo(ops, at).await?;
+        let left = self.roll_back(ops, at).await?;
         Err(ApplyError { op: Box::new(ops[at].clone()), source, left }.into())
     }
 
-    /// Carries `ops` out: links that are to be removed together, as far as they come first, and all
-    /// else one by one. The journal has all of it before the first step. Returns which steps
-    /// failed; with `go_on` those after them were tried.
+    /// Performs `ops`: leading removals of links together, and the other operations one by one. All
+    /// of them are in the journal before the first one is performed. Returns the failed operations.
+    /// With `keep_going`, continues after failures.
     async fn execute(
         &mut self,
         ops: &[Op],
-        go_on: bool,
+        keep_going: bool,
     ) -> Result<Vec<(usize, KernelError)>, JournalError> {
         self.journal.before(ops)?;
         let links: Vec<&Interface> = ops.iter().map_while(removes_link).collect();
         let mut done = 0;
-        // If they cannot be removed together, one by one tells which it is.
+        // If the combined removal fails, individual removals identify the link.
         if self.kernel.remove_links(&links).await.is_ok() {
             done = links.len();
-            self.note(&ops[..done], go_on)?;
+            self.record(&ops[..done], keep_going)?;
         }
         let mut failed = Vec::new();
         for (at, op) in ops.iter().enumerate().skip(done) {
             match self.kernel.execute(op).await {
-                Ok(()) => self.note(std::slice::from_ref(op), go_on)?,
+                Ok(()) => self.record(std::slice::from_ref(op), keep_going)?,
                 Err(error) => {
                     failed.push((at, error));
-                    if !go_on {
+                    if !keep_going {
                         break;
                     }
                 }
@@ -471,37 +476,41 @@ impl Setup {
         Ok(failed)
     }
 
-    /// Notes what was carried out. With `go_on` what cannot be noted is let be: what is gone can be
-    /// removed once more.
-    fn note(&mut self, ops: &[Op], go_on: bool) -> Result<(), JournalError> {
+    /// Records performed operations. With `keep_going`, a failure to record is ignored, because
+    /// removing a missing object again is harmless.
+    fn record(&mut self, ops: &[Op], keep_going: bool) -> Result<(), JournalError> {
         match self.journal.after(ops) {
-            Err(error) if go_on => {
-                tracing::debug!(%error, "not noted");
+            Err(error) if keep_going => {
+                tracing::debug!(%error, "journal entry not written");
                 Ok(())
             }
             result => result,
         }
     }
 
-    /// Undoes `ops`, of which the one at `failed` was the last to be tried and may have been done
-    /// in part.
-    async fn undo(&mut self, ops: &[Op], failed: usize) -> Result<Vec<KernelError>, JournalError> {
-        let back = way_back(&ops[..failed], &ops[failed]);
+    /// Rolls back `ops` up to and including the one at `failed`, which may have been performed in
+    /// part.
+    async fn roll_back(
+        &mut self,
+        ops: &[Op],
+        failed: usize,
+    ) -> Result<Vec<KernelError>, JournalError> {
+        let back = rollback(&ops[..failed], &ops[failed]);
         let left = self.execute(&back, true).await?;
-        // With its link has gone what was on it, and what was not tried has never been.
-        let stays: BTreeSet<&Fact> = left.iter().map(|(at, _)| back[*at].fact()).collect();
-        let never: Vec<Op> =
-            ops.iter().map(Op::inverse).filter(|op| !stays.contains(op.fact())).collect();
-        self.note(&never, true)?;
+        // Facts on removed links, and facts that were never attempted, no longer hold.
+        let kept: BTreeSet<&Fact> = left.iter().map(|(at, _)| back[*at].fact()).collect();
+        let absent: Vec<Op> =
+            ops.iter().map(Op::inverse).filter(|op| !kept.contains(op.fact())).collect();
+        self.record(&absent, true)?;
         Ok(left.into_iter().map(|(_, error)| error).collect())
     }
 }
 
-/// The steps that undo `done`, and the one after them that failed. What that was to remove is still
-/// there.
-fn way_back(done: &[Op], failed: &Op) -> Vec<Op> {
+/// Returns the operations that roll back `done` and the subsequent operation `failed`. An object
+/// that `failed` was to remove still exists.
+fn rollback(done: &[Op], failed: &Op) -> Vec<Op> {
     let added: Vec<Fact> = done.iter().chain([failed]).filter_map(Op::added).cloned().collect();
-    let mut back = removals(&added, &mut World::new(added.iter().cloned().collect()));
+    let mut back = removals(&added, &mut KernelModel::new(added.iter().cloned().collect()));
     back.extend(done.iter().rev().filter(|op| op.added().is_none()).map(Op::inverse));
     back
 }

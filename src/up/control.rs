@@ -220,7 +220,7 @@ impl Instance {
                         self.look_at_docker_user(&mut reported).await;
                         self.look_at_marks(&mut mark_setters);
                     }
-                    if let Some(Err(error)) = self.chosen.firewall.as_ref().map(|firewall| firewall.settle()) {
+                    if let Some(Err(error)) = self.chosen.firewall.as_ref().map(|firewall| firewall.record_fingerprint()) {
                         tracing::debug!(%error, "a look at the firewall's rules");
                     }
                     self.look_after_adopted().await;
@@ -270,7 +270,7 @@ impl Instance {
             }
         }
         let names = names.into_iter().collect();
-        match self.setup.changed_silently(&self.up.layout.desired, &names).await {
+        match self.setup.unannounced_changes(&self.up.layout.desired, &names).await {
             Ok(places) => {
                 for place in places {
                     match place {

@@ -377,7 +377,7 @@ services:
         let error = lay_out(text, &Observed::default()).1.unwrap_err();
         assert_eq!(
             error.to_string(),
-            "service \"two\" on network \"tiny\": no address is left in 10.77.0.0/30"
+            "service \"two\" on network \"tiny\": no free address in 10.77.0.0/30"
         );
     }
 }

@@ -639,7 +639,7 @@ fn setup_with(
 ) -> Setup {
     let mut kernel = Kernel::new(host_context.networks().clone());
     if host_context.is_rootless() {
-        kernel = kernel.alone();
+        kernel = kernel.exclusive();
     }
     match firewall {
         None => match device {

@@ -128,7 +128,7 @@ fn an_endpoint_is_attached_elsewhere_on_request() {
             error["error"]
                 .as_str()
                 .unwrap()
-                .contains("\"eth0\" on endpoint \"box\" exists already")
+                .contains("\"eth0\" on endpoint \"box\" already exists")
         ),
         (409, true),
         "{error}"

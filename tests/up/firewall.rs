@@ -545,7 +545,7 @@ fn an_iptables_that_does_not_do_is_one_line_and_changes_nothing() {
             "exit 1",
             "has IPv6, and ip6tables is missing; install it, or leave IPv6 out",
         ),
-        ("iptables-save", "sleep 60", "iptables-save: has not ended within 10 s, and was killed"),
+        ("iptables-save", "sleep 60", "iptables-save: timed out after 10 s and was killed"),
     ] {
         let wall = Wall::new(Scene::new());
         wall.scene.sh(IN_USE);

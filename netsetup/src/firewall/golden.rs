@@ -1,7 +1,7 @@
-//! What the ruleset becomes with each combination of options, as it stands in `golden/`.
+//! Golden tests of rendered rulesets, with the expected output in `golden/`.
 //!
-//! With `UPDATE_GOLDEN=1` the files are written instead of compared; what changed is then for a
-//! person to read.
+//! With `UPDATE_GOLDEN=1` the files are written instead of compared. Review the differences before
+//! a commit.
 
 use super::{Opening, Ruleset, Zone, iptables, nftables};
 use std::fs;
@@ -33,12 +33,12 @@ fn ruleset(zones: Vec<Zone>, ports: impl IntoIterator<Item = Opening>) -> Rulese
     }
 }
 
-/// Everything that can be rendered of it.
+/// Renders the ruleset with all back ends.
 fn rendered(ruleset: &Ruleset, docker_user: bool) -> String {
     format!(
         "# nftables\n{}\n{}\n# iptables\n{}\n# ip6tables\n{}",
         nftables::table(ruleset),
-        nftables::ways_to_user(ruleset),
+        nftables::user_table(ruleset),
         iptables::rendered(ruleset, false, docker_user),
         iptables::rendered(ruleset, true, docker_user)
     )
@@ -55,10 +55,10 @@ fn is_golden(name: &str, ruleset: &Ruleset, docker_user: bool) {
     assert!(text == golden, "{} is not this:\n{text}", path.display());
 }
 
-/// The one of the documentation, and the same where policy rules are the guards.
+/// The example of the documentation, and a variant with policy rules as guards.
 #[test]
-fn the_demo_is_as_it_was() {
-    // As it is where port guards work.
+fn demo_matches_golden_file() {
+    // As with working port guards.
     let zones = [zone("tg-front", &FRONT, false), zone("tg-back", &BACK[..1], true)];
     let zones = zones.into_iter().map(|zone| Zone { verified: true, ..zone }).collect();
     let ports = [
@@ -74,7 +74,7 @@ fn the_demo_is_as_it_was() {
 }
 
 #[test]
-fn every_combination_of_options_is_as_it_was() {
+fn option_combinations_match_golden_files() {
     for (families, subnets) in [("v4", &FRONT[..1]), ("v6", &FRONT[1..]), ("v46", &FRONT[..])] {
         for (egress, internal) in [("", false), ("-internal", true)] {
             for publish in ["", "-proxy", "-kernel"] {
@@ -108,11 +108,11 @@ fn every_combination_of_options_is_as_it_was() {
 }
 
 #[test]
-fn nothing_two_networks_and_rules_of_dockers_users_are_as_they_were() {
+fn nothing_two_networks_and_docker_user_match_golden_files() {
     is_golden("nothing", &ruleset(Vec::new(), []), false);
     let zones = || vec![zone("tg-front", &FRONT, false), zone("tg-back", &BACK, false)];
     is_golden("two-networks", &ruleset(zones(), []), false);
-    // A family of which one of them has a subnet is closed to the other all the same.
+    // A family with a subnet in one network only is also isolated from the other network.
     let apart = vec![zone("tg-front", &FRONT[..1], false), zone("tg-back", &BACK[1..], false)];
     is_golden("a-family-each", &ruleset(apart, []), false);
     is_golden(
@@ -122,9 +122,9 @@ fn nothing_two_networks_and_rules_of_dockers_users_are_as_they_were() {
     );
 }
 
-/// Two uplinks with a default route each.
+/// Two uplinks, each with a default route.
 #[test]
-fn a_host_with_two_uplinks_is_as_it_was() {
+fn two_uplinks_match_golden_file() {
     let ports = [opening(Protocol::Tcp, "0.0.0.0:8080", Some("10.9.1.2:80"))];
     let host = ruleset(vec![zone("tg-front", &FRONT, false)], ports);
     let replies = [(1, "203.0.113.0/24"), (2, "2001:db8:2::/64")];
@@ -133,23 +133,23 @@ fn a_host_with_two_uplinks_is_as_it_was() {
 }
 
 #[test]
-fn a_host_that_forwards_for_nobody_else_is_as_it_was() {
+fn host_without_general_forwarding_matches_golden_file() {
     let host = ruleset(vec![zone("tg-front", &FRONT, false)], []);
     let uplinks = vec![("eth0".to_owned(), false), ("eth0".to_owned(), true)];
     let bridges = ["their-bridge".to_owned()].into();
     is_golden("no-router", &Ruleset { uplinks, bridges, ..host }, false);
 }
 
-/// Guards at all bridge ports verify sources: no hook does.
+/// Port guards verify all sources, so no hook does.
 #[test]
-fn verified_sources_are_as_they_were() {
+fn verified_sources_match_golden_file() {
     let verified = Zone { verified: true, ..zone("tg-front", &FRONT, false) };
     is_golden("verified", &ruleset(vec![verified], []), false);
 }
 
-/// Two ports that lead to one, and more than go into one rule.
+/// Two ports with the same target, and more ports than fit into one rule.
 #[test]
-fn many_ports_are_as_they_were() {
+fn many_ports_match_golden_file() {
     let more =
         (0..20).map(|port| opening(Protocol::Tcp, &format!("0.0.0.0:{}", 9000 + port), None));
     let two = [8080, 8081]

@@ -1,12 +1,12 @@
-//! The ruleset as chains of iptables and ip6tables.
+//! The iptables and ip6tables back end.
 //!
-//! Chains of our own, named for the owner, and one jump to each from the built-in chain it belongs
-//! to; nothing else in those chains changes. All of it is one run of `iptables-restore --noflush`
-//! for each family, in which each table is one transaction. Should a run fail, what was there
-//! before is put back, so that there are the old rules or the new ones.
+//! Each owner has its own chains and one jump from each built-in chain that it uses; nothing else
+//! in the built-in chains is changed. An update is one run of `iptables-restore --noflush` per
+//! family, in which each table is a transaction. If a run fails, the previous rules are restored,
+//! so either the old or the new rules are in force.
 //!
-//! iptables has no sets of its own: the number of rules grows with the ports, and a port that comes
-//! or goes costs a run.
+//! iptables has no sets: the number of rules grows with the number of ports, and each change of a
+//! port costs a run.
 
 mod program;
 mod rules;
@@ -23,7 +23,8 @@ use tidegate_model::registry;
 use tidegate_netfilter::{Connection, TableFamily};
 use tidegate_netns::{ChangeListener, Namespace};
 
-/// What iptables-restore is told, or ip6tables-restore, on a host where iptables is in use.
+/// Renders the input of iptables-restore or ip6tables-restore, for a host on which iptables is in
+/// use.
 #[cfg(test)]
 pub(super) fn rendered(ruleset: &Ruleset, v6: bool, docker_user: bool) -> String {
     let tables = rules::tables(ruleset, if v6 { Family::V6 } else { Family::V4 }, docker_user);
@@ -35,75 +36,74 @@ pub(super) fn rendered(ruleset: &Ruleset, v6: bool, docker_user: bool) -> String
     )
 }
 
-/// How often in one run the jump to the mark is put behind rules that others append: who appends
-/// again each time shall not keep both of us busy for ever.
-const MOST_MOVES: u32 = 64;
+/// Maximum number of times that the jump to the mark chain is moved after appended foreign rules.
+/// The limit prevents an endless contest with a program that always appends again.
+const MAX_MOVES: u32 = 64;
 
-/// The rules of one owner, by the programs that are installed.
+/// The rules of one owner, installed by external programs.
 #[derive(Debug)]
 pub(super) struct Iptables {
-    sides: Vec<Side>,
-    /// What was applied last.
+    families: Vec<FamilyRules>,
+    /// The ruleset applied last.
     in_force: Option<Ruleset>,
 }
 
 /// The rules of one family.
 #[derive(Debug)]
-struct Side {
+struct FamilyRules {
     program: Program,
-    /// What was listed of ours when it was applied.
+    /// The owner's rules as listed after they were applied.
     listed: Vec<String>,
-    /// How often the jump that has to be the last was put behind rules that others had appended.
+    /// Number of times that the jump to the mark chain was moved after appended foreign rules.
     moves: u32,
-    /// The tables that are there for us alone. In the kernel a rule says so, for the next one
-    /// should this process be killed; but rules can be flushed.
-    made: BTreeSet<String>,
+    /// Tables that were created for tidegate. A rule in the kernel also records this for the next
+    /// process, but rules can be flushed.
+    created: BTreeSet<String>,
 }
 
-impl Side {
+impl FamilyRules {
     /// # Errors
-    /// The programs are not installed, or the kernel has not what they need.
+    /// The programs are not installed, or the kernel lacks what they need.
     fn open(family: Family) -> io::Result<Self> {
         let program = Program::find(family)?;
         program.save(None)?;
-        Ok(Self { program, listed: Vec::new(), moves: 0, made: BTreeSet::new() })
+        Ok(Self { program, listed: Vec::new(), moves: 0, created: BTreeSet::new() })
     }
 
     fn saved(&self) -> io::Result<Saved> {
         Ok(Saved::of(&self.program.save(None)?))
     }
 
-    /// Puts `ruleset` into force.
-    fn put(&mut self, ruleset: &Ruleset) -> io::Result<()> {
+    /// Installs `ruleset`.
+    fn install(&mut self, ruleset: &Ruleset) -> io::Result<()> {
         let saved = self.saved()?;
         let tables = rules::tables(ruleset, self.program.family, saved.docker_user().has_rules());
-        self.made.extend(saved.made());
-        self.made.extend(rules::missing(&tables, &saved));
-        let text = rules::restore(&tables, &ruleset.owner, &saved, &self.made);
+        self.created.extend(saved.created_tables());
+        self.created.extend(rules::missing(&tables, &saved));
+        let text = rules::restore(&tables, &ruleset.owner, &saved, &self.created);
         self.program.restore(&text)?;
         self.listed = self.saved()?.of_owner(&ruleset.owner);
-        // Others may have been at it meanwhile. Then it does not hold, and is applied again with
-        // the next look.
+        // After concurrent changes, `holds` returns false, and the rules are applied again.
         if self.listed.len() != rules::count(&text, &tables) {
             self.listed.clear();
         }
         Ok(())
     }
 
-    /// Whether what was put there last is there, and the mark is set behind the rules of others.
+    /// Returns whether the installed rules are unmodified, and the mark is set after all foreign
+    /// rules.
     fn holds(&mut self, ruleset: &Ruleset) -> io::Result<bool> {
         let saved = self.saved()?;
-        if let Some(rule) = rules::behind_mark(ruleset, &saved) {
-            if self.moves < MOST_MOVES {
+        if let Some(rule) = rules::rule_after_mark(ruleset, &saved) {
+            if self.moves < MAX_MOVES {
                 self.moves += 1;
                 return Ok(false);
             }
-            if self.moves == MOST_MOVES {
+            if self.moves == MAX_MOVES {
                 self.moves += 1;
                 tracing::warn!(
                     rule,
-                    "rule is appended behind the mark of the gates again and again; left there, and what it marks \
-                     reaches no container"
+                    "rule repeatedly appended after the gate mark; packets that it marks reach no container"
                 );
             }
         }
@@ -112,19 +112,19 @@ impl Side {
             && saved.docker_user().has_rules() == asks_docker)
     }
 
-    /// Removes what `owner` has, and the tables that were made for it alone.
-    fn take_away(&mut self, owner: &str) -> io::Result<()> {
+    /// Removes the rules of `owner`, and the tables that were created for tidegate.
+    fn uninstall(&mut self, owner: &str) -> io::Result<()> {
         let saved = self.saved()?;
         let text = rules::removal(&saved, owner);
         if !text.is_empty() {
             self.program.restore(&text)?;
         }
-        let mut made = std::mem::take(&mut self.made);
-        made.extend(saved.made());
-        if self.program.is_made_of_nftables() && !made.is_empty() {
+        let mut created = std::mem::take(&mut self.created);
+        created.extend(saved.created_tables());
+        if self.program.uses_nftables() && !created.is_empty() {
             let family = table_family(self.program.family);
             let mut connection = Connection::open()?;
-            for table in made {
+            for table in created {
                 connection.remove_unused(family, &table)?;
             }
         }
@@ -133,21 +133,21 @@ impl Side {
 }
 
 impl Iptables {
-    /// In the namespace of the calling thread.
+    /// Finds the programs, for use in the calling thread's network namespace.
     pub(super) fn open() -> io::Result<Self> {
-        let mut sides = vec![Side::open(Family::V4)?];
-        match Side::open(Family::V6) {
-            Ok(v6) => sides.push(v6),
-            Err(error) => tracing::debug!(%error, "no ip6tables"),
+        let mut families = vec![FamilyRules::open(Family::V4)?];
+        match FamilyRules::open(Family::V6) {
+            Ok(v6) => families.push(v6),
+            Err(error) => tracing::debug!(%error, "ip6tables unavailable"),
         }
-        Ok(Self { sides, in_force: None })
+        Ok(Self { families, in_force: None })
     }
 }
 
 impl Backend for Iptables {
     fn apply(&mut self, ruleset: &Ruleset) -> io::Result<()> {
         let has_v6 = |zone: &&Zone| zone.subnets.iter().any(|subnet| subnet.addr().is_ipv6());
-        if self.sides.len() < 2
+        if self.families.len() < 2
             && let Some(zone) = ruleset.zones.iter().find(has_v6)
         {
             return Err(io::Error::other(format!(
@@ -156,16 +156,16 @@ impl Backend for Iptables {
             )));
         }
         let mut tried = 0;
-        for side in &mut self.sides {
+        for rules_of_family in &mut self.families {
             tried += 1;
-            let Err(error) = side.put(ruleset) else { continue };
-            for side in self.sides.iter_mut().take(tried) {
+            let Err(error) = rules_of_family.install(ruleset) else { continue };
+            for rules_of_family in self.families.iter_mut().take(tried) {
                 let back = match &self.in_force {
-                    Some(before) => side.put(before),
-                    None => side.take_away(&ruleset.owner),
+                    Some(before) => rules_of_family.install(before),
+                    None => rules_of_family.uninstall(&ruleset.owner),
                 };
                 if let Err(error) = back {
-                    tracing::warn!(%error, "the rules that were there could not be put back");
+                    tracing::warn!(%error, "previous rules not restored");
                 }
             }
             return Err(error);
@@ -178,8 +178,8 @@ impl Backend for Iptables {
         if self.in_force.as_ref() != Some(ruleset) {
             return Ok(false);
         }
-        for side in &mut self.sides {
-            if !side.holds(ruleset)? {
+        for rules_of_family in &mut self.families {
+            if !rules_of_family.holds(ruleset)? {
                 return Ok(false);
             }
         }
@@ -189,49 +189,51 @@ impl Backend for Iptables {
     fn remove(&mut self, owner: &str) -> io::Result<()> {
         self.in_force = None;
         let mut result = Ok(());
-        for side in &mut self.sides {
-            // What fails with one family is not left undone with the other.
-            result = result.and(side.take_away(owner));
+        for rules_of_family in &mut self.families {
+            // A failure with one family does not affect the other.
+            result = result.and(rules_of_family.uninstall(owner));
         }
         result
     }
 
     fn changes(&self) -> io::Result<Option<ChangeListener>> {
-        let tells = self.sides.iter().all(|side| side.program.is_made_of_nftables());
-        if tells { ChangeListener::of_rules().map(Some) } else { Ok(None) }
+        let notifies =
+            self.families.iter().all(|rules_of_family| rules_of_family.program.uses_nftables());
+        if notifies { ChangeListener::of_rules().map(Some) } else { Ok(None) }
     }
 }
 
-/// What iptables has on a host, for those who choose between firewalls.
+/// The state of iptables on a host, for the choice of a firewall.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct IptablesState {
-    /// As `iptables v1.8.9 (nf_tables)`.
+    /// Version, as in `iptables v1.8.9 (nf_tables)`.
     pub version: String,
-    /// Its FORWARD chain drops what no rule lets through.
+    /// The policy of the FORWARD chain is DROP.
     pub forward_drops: bool,
     /// The chain `DOCKER-USER`.
     pub docker_user: DockerUser,
 }
 
 impl IptablesState {
-    /// Whether iptables is installed, in use or not.
+    /// Returns whether iptables is installed, regardless of its use.
     #[must_use]
     pub fn is_installed() -> bool {
         Program::is_installed(Family::V4)
     }
 
-    /// Chains in the calling thread's namespace that may change the mark of the gates behind the
-    /// rules of iptables that set it, as `ip nat POSTROUTING`.
+    /// Lists chains in the calling thread's network namespace that may change the gate mark after
+    /// tidegate's iptables rules have set it, as `ip nat POSTROUTING`.
     ///
     /// # Errors
-    /// The kernel's.
+    /// Errors of the kernel.
     pub fn mark_setters_behind() -> io::Result<Vec<String>> {
-        /// That of `mangle` (`NF_IP_PRI_MANGLE`).
+        /// Priority of `mangle` (`NF_IP_PRI_MANGLE`).
         const MANGLE: i32 = -150;
         Connection::open()?.mark_setters(MANGLE, registry::FORWARD_MARK_MASK)
     }
 
-    /// Of `host`: IPv4, and IPv6. None where it is not installed, or nobody has used it yet.
+    /// Returns the states of iptables and ip6tables on `host`. `None` if the program is not
+    /// installed or not in use.
     ///
     /// # Errors
     /// The namespace cannot be entered.
@@ -248,11 +250,11 @@ impl IptablesState {
 }
 
 impl DockerUser {
-    /// That of `host`, as it is now: of IPv4, and of IPv6. Where nobody has such a chain it costs a
-    /// question to the kernel; else a run of `iptables-save`, which takes 10 s at most.
+    /// Reads the current chains of `host` for IPv4 and IPv6. Costs one request to the kernel if the
+    /// chain does not exist, otherwise a run of `iptables-save`, which is limited to 10 s.
     ///
     /// # Errors
-    /// The kernel or the program did not tell.
+    /// The request to the kernel or the program failed.
     pub fn of(host: &Namespace) -> io::Result<[Self; 2]> {
         let of = |family| -> io::Result<Self> {
             if !may_have_docker_user(family)? {
@@ -264,8 +266,8 @@ impl DockerUser {
     }
 }
 
-/// Whether the calling thread's namespace has the chain DOCKER-USER, or may have it: the kernel
-/// does not tell of chains of the legacy variant.
+/// Returns whether the calling thread's network namespace may have the chain DOCKER-USER. For
+/// legacy iptables this cannot be queried from the kernel, so the result is `true`.
 fn may_have_docker_user(family: Family) -> io::Result<bool> {
     if is_legacy_in_use(family) {
         return Ok(true);
@@ -279,13 +281,13 @@ fn may_have_docker_user(family: Family) -> io::Result<bool> {
     connection.has_chain(table_family(family), "filter", saved::DOCKER_USER)
 }
 
-/// Whether the legacy variant has its table `filter` in `host`, of either family. The kernel sends
-/// no word of changes there.
+/// Returns whether legacy iptables has a table `filter` in `host`, in either family. The kernel
+/// sends no notifications about its changes.
 pub(crate) fn legacy_is_in_use(host: &Namespace) -> bool {
     host.with(|| [Family::V4, Family::V6].into_iter().any(is_legacy_in_use)).unwrap_or(false)
 }
 
-/// The same in the calling thread's namespace, of one family.
+/// Returns whether legacy iptables has a table `filter` in the calling thread's network namespace.
 fn is_legacy_in_use(family: Family) -> bool {
     let names = match family {
         Family::V4 => "ip_tables_names",
@@ -303,8 +305,8 @@ fn table_family(family: Family) -> TableFamily {
     }
 }
 
-/// Whether the calling thread's namespace has the table `filter`, of either variant: without a look
-/// at it by its programs, which make it.
+/// Returns whether the calling thread's network namespace has a table `filter` of either variant.
+/// Does not run the programs, which would create the table.
 fn is_in_use(family: Family) -> bool {
     let of_nftables = || {
         Connection::open()
@@ -313,7 +315,7 @@ fn is_in_use(family: Family) -> bool {
     is_legacy_in_use(family) || of_nftables().unwrap_or(false)
 }
 
-/// The names of `owner`'s chains, and of the user's.
+/// Returns whether `chain` is a chain of `owner` or the user chain.
 fn is_of_owner(chain: &str, owner: &str) -> bool {
     chain.strip_prefix(&rules::prefix(owner)).is_some_and(|rest| rest.starts_with('-'))
         || chain == registry::USER_CHAIN

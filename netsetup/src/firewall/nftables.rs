@@ -1,11 +1,11 @@
-//! The ruleset as tables of nftables.
+//! The nftables back end.
 //!
-//! What differs between hosts is in sets and maps, and the rules are always the same few: however
-//! many networks and ports there are, a packet passes the same number of rules, and a port that
-//! comes or goes is an element.
+//! Networks and ports are stored in sets and maps. The number of rules that a packet passes
+//! therefore does not depend on the number of networks and ports, and a port is opened or closed by
+//! changing an element.
 
 use super::ruleset::{MAPPED, MASQUERADED, is_source_port};
-use super::{Backend, Opening, Ports, Ruleset, Zone, on_link};
+use super::{Backend, Opening, PortChange, Ruleset, Zone, link_scoped_prefixes};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use std::collections::BTreeSet;
 use std::io;
@@ -17,66 +17,66 @@ use tidegate_netfilter::{
 };
 use tidegate_netns::ChangeListener;
 
-/// The rules of one owner, by a connection that owns their table where the kernel lets it.
+/// The rules of one owner. Its connection owns the table if the kernel supports that.
 #[derive(Debug)]
 pub(super) struct Nftables {
     connection: Connection,
     owns: bool,
-    /// The state of the namespace at which all was known to be as it was put.
-    sound_at: Option<u32>,
-    /// Of the tables as they were then, once they were looked at.
+    /// Ruleset generation at which the tables were known to be unmodified.
+    unmodified_at: Option<u32>,
+    /// Fingerprints of the unmodified tables, once recorded.
     fingerprints: Option<[Option<u64>; 2]>,
 }
 
 impl Nftables {
-    /// In the namespace of the calling thread.
+    /// Opens a connection in the calling thread's network namespace.
     pub(super) fn open() -> io::Result<Self> {
         let mut connection = Connection::open()?;
         let owns = connection.can_own().map_err(io::Error::other)?;
-        Ok(Self { connection, owns, sound_at: None, fingerprints: None })
+        Ok(Self { connection, owns, unmodified_at: None, fingerprints: None })
     }
 
     fn commit(&mut self, changes: &[Change]) -> io::Result<()> {
         self.connection.commit(changes).map_err(io::Error::other)
     }
 
-    /// Carries `changes` out. Whether nobody else has changed anything meanwhile: then what was
-    /// sound is, with them.
-    fn commit_alone(&mut self, changes: &[Change]) -> io::Result<bool> {
+    /// Commits `changes`. Returns whether no other program has changed the ruleset concurrently, so
+    /// that the tables are known to be as intended.
+    fn commit_exclusively(&mut self, changes: &[Change]) -> io::Result<bool> {
         let before = self.connection.generation()?;
-        (self.sound_at, self.fingerprints) = (None, None);
+        (self.unmodified_at, self.fingerprints) = (None, None);
         self.commit(changes)?;
         let after = self.connection.generation()?;
-        self.sound_at = Some(after).filter(|_| after == before.wrapping_add(1));
-        Ok(self.sound_at.is_some())
+        self.unmodified_at = Some(after).filter(|_| after == before.wrapping_add(1));
+        Ok(self.unmodified_at.is_some())
     }
 
-    /// Whether all is as it was put. It costs a look at every element, unless nobody has changed
-    /// anything at all since.
-    fn is_sound(&mut self, owner: &str) -> io::Result<bool> {
+    /// Returns whether the tables are unmodified. Reads all elements, unless the ruleset generation
+    /// is unchanged.
+    fn is_unmodified(&mut self, owner: &str) -> io::Result<bool> {
         let generation = self.connection.generation()?;
-        if self.sound_at == Some(generation) {
+        if self.unmodified_at == Some(generation) {
             return Ok(true);
         }
         let Some(fingerprints) = self.fingerprints else { return Ok(false) };
-        let same = self.look(owner)? == fingerprints;
-        self.sound_at = Some(generation).filter(|_| same);
+        let same = self.read_fingerprints(owner)? == fingerprints;
+        self.unmodified_at = Some(generation).filter(|_| same);
         Ok(same)
     }
 
-    /// What tells whether the owner's table, and its part of the user's, are as they were.
-    fn look(&mut self, owner: &str) -> io::Result<[Option<u64>; 2]> {
+    /// Returns fingerprints of the owner's table and of its part of the user table.
+    fn read_fingerprints(&mut self, owner: &str) -> io::Result<[Option<u64>; 2]> {
         let table = table_name(owner);
         let own = match self.owns && self.connection.owns(&table)? {
-            // Nobody else can have changed it.
+            // Other processes cannot change an owned table.
             true => Some(0),
             false => self.connection.fingerprint(&table, |_| true)?,
         };
-        let names = names_of_ways(owner);
-        let theirs = self
+        let names = user_table_names(owner);
+        let user_part = self
             .connection
             .fingerprint(registry::NFTABLES_USER_TABLE, |name| names.contains(name))?;
-        Ok([own, theirs])
+        Ok([own, user_part])
     }
 }
 
@@ -84,28 +84,28 @@ impl Backend for Nftables {
     fn apply(&mut self, ruleset: &Ruleset) -> io::Result<()> {
         let replace = Change::Replace { table: table(ruleset), owned: self.owns };
         let part = Change::ReplacePart {
-            part: ways_to_user(ruleset),
+            part: user_table(ruleset),
             kept: registry::USER_CHAIN.to_owned(),
         };
         let changes = [replace, part];
         for _ in 0..ATTEMPTS {
-            if self.commit_alone(&changes)? {
+            if self.commit_exclusively(&changes)? {
                 break;
             }
         }
-        // What could not be looked at undisturbed does not hold, and is applied again with the next
-        // look.
+        // After persistent interference, `holds` returns false, and the rules are applied again.
         Ok(())
     }
 
-    fn change_ports(&mut self, ruleset: &Ruleset, change: &Ports) -> io::Result<()> {
-        // The ports that containers send from are in rules.
-        let moves = change.added.union(&change.removed).any(|port| is_source_port(&port.port));
-        if moves || !self.is_sound(&ruleset.owner)? {
+    fn change_ports(&mut self, ruleset: &Ruleset, change: &PortChange) -> io::Result<()> {
+        // Masquerade port ranges are part of rules, not of sets.
+        let changes_source_ports =
+            change.added.union(&change.removed).any(|port| is_source_port(&port.port));
+        if changes_source_ports || !self.is_unmodified(&ruleset.owner)? {
             return self.apply(ruleset);
         }
         let mut changes = Vec::new();
-        // Two ports may lead to one, and what they lead to is known as long as one of them does.
+        // Two ports may have the same target. The target stays in the set while one of them exists.
         let targets = |ports: &BTreeSet<Opening>| {
             ports.iter().filter_map(|port| port.to).collect::<BTreeSet<_>>()
         };
@@ -128,7 +128,7 @@ impl Backend for Nftables {
         }
         let of = |ports: &BTreeSet<Opening>| {
             let owner = ruleset.owner.clone();
-            ways_to_user(&Ruleset { ports: ports.clone(), owner, ..Ruleset::default() }).sets
+            user_table(&Ruleset { ports: ports.clone(), owner, ..Ruleset::default() }).sets
         };
         for (added, removed) in of(&change.added).into_iter().zip(of(&change.removed)) {
             let table = registry::NFTABLES_USER_TABLE.to_owned();
@@ -140,38 +140,38 @@ impl Backend for Nftables {
             }
             _ => true,
         });
-        match self.commit_alone(&changes) {
+        match self.commit_exclusively(&changes) {
             Ok(true) => Ok(()),
-            // Someone has thrown a part of it away, or may have, so all of it is made again.
+            // Another program has changed the rules, or may have, so apply all of them again.
             Ok(false) | Err(_) => self.apply(ruleset),
         }
     }
 
     fn holds(&mut self, ruleset: &Ruleset) -> io::Result<bool> {
-        self.is_sound(&ruleset.owner)
+        self.is_unmodified(&ruleset.owner)
     }
 
-    fn settle(&mut self, owner: &str) -> io::Result<()> {
-        if self.fingerprints.is_some() || !self.is_sound(owner)? {
+    fn record_fingerprint(&mut self, owner: &str) -> io::Result<()> {
+        if self.fingerprints.is_some() || !self.is_unmodified(owner)? {
             return Ok(());
         }
-        let fingerprints = self.look(owner)?;
-        let undisturbed = self.sound_at == Some(self.connection.generation()?);
-        self.fingerprints = Some(fingerprints).filter(|_| undisturbed);
+        let fingerprints = self.read_fingerprints(owner)?;
+        let unchanged = self.unmodified_at == Some(self.connection.generation()?);
+        self.fingerprints = Some(fingerprints).filter(|_| unchanged);
         Ok(())
     }
 
     fn remove(&mut self, owner: &str) -> io::Result<()> {
-        (self.sound_at, self.fingerprints) = (None, None);
+        (self.unmodified_at, self.fingerprints) = (None, None);
         let table = registry::NFTABLES_USER_TABLE.to_owned();
         let kept = registry::USER_CHAIN.to_owned();
         self.commit(&[
             Change::Remove { table: table_name(owner) },
-            Change::RemovePart { table, names: names_of_ways(owner), kept },
+            Change::RemovePart { table, names: user_table_names(owner), kept },
         ])
     }
 
-    fn share(&mut self) {
+    fn disable_ownership(&mut self) {
         self.owns = false;
     }
 
@@ -180,23 +180,23 @@ impl Backend for Nftables {
     }
 }
 
-/// How often rules are put in place while others change theirs.
+/// Maximum attempts to apply rules while other programs change the ruleset.
 const ATTEMPTS: u32 = 5;
 
-/// Whether `element` of the sets of targets stands for `target`.
+/// Returns whether `element` of a target set is `target`.
 fn is_to(element: &Element, target: SocketAddr) -> bool {
     element.key.contains(&Value::Net(target.ip().into()))
         && element.key.contains(&Value::Port(target.port()))
 }
 
-/// The names of what [`ways_to_user`] makes.
-fn names_of_ways(owner: &str) -> BTreeSet<String> {
-    let ways = ways_to_user(&Ruleset { owner: owner.to_owned(), ..Ruleset::default() });
-    let sets = ways.sets.into_iter().map(|set| set.name);
-    sets.chain(ways.chains.into_iter().map(|chain| chain.name)).collect()
+/// Returns the names of the chains and sets of [`user_table`].
+fn user_table_names(owner: &str) -> BTreeSet<String> {
+    let part = user_table(&Ruleset { owner: owner.to_owned(), ..Ruleset::default() });
+    let sets = part.sets.into_iter().map(|set| set.name);
+    sets.chain(part.chains.into_iter().map(|chain| chain.name)).collect()
 }
 
-/// The families, with what each has a name of its own for.
+/// The address families and their nftables keys.
 const FAMILIES: [Family; 2] = [
     Family {
         digit: '4',
@@ -240,26 +240,26 @@ impl Family {
         self.address == Field::Ipv6
     }
 
-    /// Addresses that are meant for the link, whoever is on it.
-    fn on_link(&self) -> Vec<IpNet> {
-        on_link(self.is_v6())
+    /// Link-scoped prefixes of the family.
+    fn link_scoped_prefixes(&self) -> Vec<IpNet> {
+        link_scoped_prefixes(self.is_v6())
     }
 
-    /// A set's name, for this family.
+    /// Returns the name of a per-family set.
     fn set(&self, name: &str) -> String {
         format!("{name}{}", self.digit)
     }
 }
 
-/// The table of `ruleset`'s owner.
+/// Renders the table of the owner.
 pub(crate) fn table(ruleset: &Ruleset) -> Table {
     let name = table_name(&ruleset.owner);
     let mut chains = vec![
-        between(),
+        between_networks(),
         to_network(ruleset),
         from_network(ruleset),
-        others(ruleset),
-        inside(ruleset),
+        other_interfaces(ruleset),
+        from_container(ruleset),
     ];
     chains.push(translate(ruleset));
     if !ruleset.gated {
@@ -271,23 +271,23 @@ pub(crate) fn table(ruleset: &Ruleset) -> Table {
     if !ruleset.replies.is_empty() {
         chains.extend(reply_paths(ruleset));
     }
-    chains.extend([input(ruleset), leave(ruleset), masquerade(ruleset), postrouting(ruleset)]);
+    chains.extend([input(ruleset), egress(ruleset), masquerade(ruleset), postrouting(ruleset)]);
     Table { name, sets: sets(ruleset), chains }
 }
 
-/// The name of the table of `owner`.
+/// Returns the name of the table of `owner`.
 pub(crate) fn table_name(owner: &str) -> String {
     format!("{}{owner}", registry::NFTABLES_PREFIX)
 }
 
-/// What leads to the user's chain, in the table that it shares with the other owners' ways there.
-pub(crate) fn ways_to_user(ruleset: &Ruleset) -> Table {
+/// Renders the owner's part of the user table, which all owners share: the jumps to the user chain.
+pub(crate) fn user_table(ruleset: &Ruleset) -> Table {
     let owner = &ruleset.owner;
     let of = |name: &str| format!("{name}-{owner}");
     let jump = |matches: Vec<Match>, comment: &str| {
         rule(matches, vec![Action::Jump(registry::USER_CHAIN.to_owned())], comment)
     };
-    let go = |matches: Vec<Match>, comment: &str| {
+    let goto = |matches: Vec<Match>, comment: &str| {
         rule(matches, vec![Action::Goto(registry::USER_CHAIN.to_owned())], comment)
     };
     let mut sets = Vec::new();
@@ -295,31 +295,27 @@ pub(crate) fn ways_to_user(ruleset: &Ruleset) -> Table {
         name: of("forward"),
         base: Some(Base { kind: Kind::Filter, hook: Hook::Forward, priority: BEFORE_FILTER }),
         rules: vec![
-            go(
-                vec![by_ours(Key::OutGroup, ruleset)],
-                "forwarded to a container: the user comes first",
+            goto(
+                vec![own_bridge(Key::OutGroup, ruleset)],
+                "forwarded to a container: user rules first",
             ),
-            go(
-                vec![by_ours(Key::InGroup, ruleset)],
-                "forwarded from a container: the user comes first",
+            goto(
+                vec![own_bridge(Key::InGroup, ruleset)],
+                "forwarded from a container: user rules first",
             ),
         ],
     };
-    let mut rules = vec![rule(
-        vec![from_host()],
-        vec![Action::Return],
-        "the host asks itself: nothing that is forwarded",
-    )];
+    let mut rules = vec![rule(vec![from_host()], vec![Action::Return], "sent by the host itself")];
     for family in &FAMILIES {
         let [at, any] = ["at", "any"].map(|name| format!("{}-{owner}", family.set(name)));
-        let served = ruleset.ports.iter().filter(|port| family.is_of(port.address));
-        let (everywhere, somewhere): (Vec<&Opening>, Vec<&Opening>) =
-            served.partition(|port| port.address.is_unspecified());
+        let ports_of_family = ruleset.ports.iter().filter(|port| family.is_of(port.address));
+        let (wildcard, specific): (Vec<&Opening>, Vec<&Opening>) =
+            ports_of_family.partition(|port| port.address.is_unspecified());
         let key =
             |port: &Opening| [Value::Protocol(transport(port.protocol)), Value::Port(port.port)];
         sets.push(Set {
             name: at.clone(),
-            elements: somewhere
+            elements: specific
                 .iter()
                 .map(|port| element([Value::Net(port.address.into())].into_iter().chain(key(port))))
                 .collect(),
@@ -327,10 +323,10 @@ pub(crate) fn ways_to_user(ruleset: &Ruleset) -> Table {
         });
         sets.push(Set {
             name: any.clone(),
-            elements: everywhere.iter().map(|port| element(key(port))).collect(),
+            elements: wildcard.iter().map(|port| element(key(port))).collect(),
             ..set("", vec![Field::Protocol, Field::Port])
         });
-        let comment = "a published port that a socket of ours serves: the user comes first";
+        let comment = "published port served by a userspace socket: user rules first";
         rules.push(jump(
             vec![is_in([family.destination, Key::Protocol, Key::DestinationPort], &at)],
             comment,
@@ -350,12 +346,12 @@ pub(crate) fn ways_to_user(ruleset: &Ruleset) -> Table {
 
 /// `dstnat`.
 const DSTNAT: i32 = -100;
-/// Behind every chain of others. In `prerouting` the route is looked up next; in `postrouting` the
-/// packet reaches its interface next, so nobody changes the packet mark in between.
+/// After all other chains. In `prerouting` the route lookup follows, in `postrouting` the output
+/// interface, so no other chain can change the packet mark in between.
 const LAST: i32 = i32::MAX;
-/// Before every chain of others.
+/// Before all other chains.
 const FIRST: i32 = i32::MIN;
-/// Before `filter`, where the rules of others are.
+/// Before `filter`, which other software uses.
 const BEFORE_FILTER: i32 = FILTER - 10;
 /// `filter`.
 const FILTER: i32 = 0;
@@ -420,7 +416,7 @@ fn sets(ruleset: &Ruleset) -> Vec<Set> {
     sets
 }
 
-/// The sets that published ports are in, with the elements of `ports`.
+/// Builds the sets of published ports with the elements of `ports`.
 fn port_sets<'a>(ports: impl Iterator<Item = &'a Opening> + Clone, family: &Family) -> [Set; 4] {
     let ports = ports.filter(|port| family.is_of(port.address));
     let here = |port: &Opening| {
@@ -459,96 +455,95 @@ fn port_sets<'a>(ports: impl Iterator<Item = &'a Opening> + Clone, family: &Fami
     ]
 }
 
-/// Whatever is known of its connection: who can forge the address of a server could else get into
-/// flows of others.
-fn between() -> Chain {
+/// Regardless of connection state: a container that spoofs the address of a server could otherwise
+/// inject packets into the flows of other containers.
+fn between_networks() -> Chain {
     let rules = vec![
         rule(
             vec![is_in([Key::InInterface, Key::OutInterface], "same")],
             accept(),
-            "bridged, where br_netfilter shows that",
+            "bridged traffic, visible with br_netfilter",
         ),
-        rule(vec![], drop(), "networks are closed to one another"),
+        rule(vec![], drop(), "isolation between networks"),
     ];
-    Chain { name: "between".to_owned(), base: None, rules }
+    Chain { name: "between-networks".to_owned(), base: None, rules }
 }
 
-/// What is known of a connection may be of a time when there were no rules. One that began as it
-/// should was translated at one of its ends.
+/// Conntrack entries may predate the rules. A legitimate connection has source or destination NAT.
 fn to_network(ruleset: &Ruleset) -> Chain {
-    let let_in = || if ruleset.gated { marked() } else { accept() };
+    let accept_marked = || if ruleset.gated { marked() } else { accept() };
     let mut rules = vec![
         rule(
-            vec![by_ours(Key::InGroup, ruleset)],
-            vec![Action::Goto("between".to_owned())],
-            "from a container of ours",
+            vec![own_bridge(Key::InGroup, ruleset)],
+            vec![Action::Goto("between-networks".to_owned())],
+            "from a container",
         ),
-        rule(vec![Match::Syn], vec![Action::ClampSegments], "segments that fit the path"),
+        rule(vec![Match::Syn], vec![Action::ClampSegments], "clamp MSS to path MTU"),
     ];
-    // No source is looked at: source NAT of others may have changed it by now, and no connection
-    // of a forged one was translated (`translate`).
+    // The source is not checked here: foreign source NAT may have changed it already, and
+    // connections with a spoofed source were never translated (`translate`).
     rules.extend([
         rule(
             vec![Match::Translated, Match::Established],
-            let_in(),
-            "an answer to a container, or a connection to a published port",
+            accept_marked(),
+            "established connections with NAT",
         ),
-        rule(vec![Match::Invalid], drop(), "belongs to no connection"),
+        rule(vec![Match::Invalid], drop(), "invalid connection state"),
     ]);
     for family in &FAMILIES {
         let to =
             is_in([family.destination, Key::Protocol, Key::DestinationPort], &family.set("to"));
-        rules.push(rule(vec![Match::TranslatedDestination, to], let_in(), "a published port"));
+        rules.push(rule(vec![Match::TranslatedDestination, to], accept_marked(), "published port"));
     }
-    rules.push(rule(vec![], drop(), "networks are closed to the outside"));
+    rules.push(rule(vec![], drop(), "isolation from the outside"));
     Chain { name: "to-network".to_owned(), base: None, rules }
 }
 
 fn from_network(ruleset: &Ruleset) -> Chain {
     let mut rules =
-        vec![rule(vec![Match::Syn], vec![Action::ClampSegments], "segments that fit the path")];
-    rules.push(rule(vec![Match::Established], accept(), "what has begun goes on"));
+        vec![rule(vec![Match::Syn], vec![Action::ClampSegments], "clamp MSS to path MTU")];
+    rules.push(rule(vec![Match::Established], accept(), "established connections"));
     if has_internal(ruleset) {
         let internal = is_in([Key::InInterface], "internal");
-        rules.push(rule(vec![internal], drop(), "an internal network has no egress"));
+        rules.push(rule(vec![internal], drop(), "no egress from internal networks"));
     }
     rules.extend([
         rule(
             vec![Match::Invalid],
             drop(),
-            "belongs to no connection, and would leave with a container's address",
+            "invalid connection state: would leave without masquerade",
         ),
         rule(vec![not_in([Key::Protocol], "masqueraded")], drop(), UNKNOWN_PROTOCOL),
-        rule(vec![], accept(), "containers reach the outside"),
+        rule(vec![], accept(), "egress"),
     ]);
     Chain { name: "from-network".to_owned(), base: None, rules }
 }
 
-/// What neither comes from a bridge of ours nor goes to one, and belongs to a connection of a
-/// container: an outsider has forged the container's address, to get into it. What was NATed tells
-/// by its connection alone, since its own addresses are other ones by now.
-fn others(ruleset: &Ruleset) -> Chain {
+/// Packets between foreign interfaces that belong to a connection of a container: an external host
+/// has spoofed the address of the container to inject packets. Translated packets are identified by
+/// their connection, because their current addresses differ.
+fn other_interfaces(ruleset: &Ruleset) -> Chain {
     let rules = families_of(ruleset).flat_map(|family| {
         [family.original_source, family.reply_source]
-            .map(|key| rule(to_subnets(ruleset, family, key), drop(), STRAY_SOURCE))
+            .map(|key| rule(to_subnets(ruleset, family, key), drop(), SPOOFED_CONTAINER))
     });
-    Chain { name: "others".to_owned(), base: None, rules: rules.collect() }
+    Chain { name: "other-interfaces".to_owned(), base: None, rules: rules.collect() }
 }
 
-/// Of what is for the host, what comes from a bridge of ours.
-fn inside(ruleset: &Ruleset) -> Chain {
+/// Packets to the host from a bridge of the owner.
+fn from_container(ruleset: &Ruleset) -> Chain {
     let mut rules = Vec::new();
     if has_unverified(ruleset) {
-        rules.extend(FAMILIES.iter().map(|family| false_source(ruleset, family)));
+        rules.extend(FAMILIES.iter().map(|family| spoofed_source(ruleset, family)));
     }
     for family in families_with_others(ruleset) {
         let mut sent = to_subnets(ruleset, family, family.destination);
         sent.push(not_in([Key::InInterface, family.destination], &family.set("own")));
-        rules.push(rule(sent, drop(), STRAY_DESTINATION));
+        rules.push(rule(sent, drop(), DIRECT_ACCESS));
     }
-    rules.push(rule(vec![Match::Known], accept(), PART));
+    rules.push(rule(vec![Match::Known], accept(), ESTABLISHED));
     for family in &FAMILIES {
-        rules.push(not_on_loopback(family, vec![]));
+        rules.push(protect_loopback_ports(family, vec![]));
     }
     if has_internal(ruleset) {
         let internal = || is_in([Key::InInterface], "internal");
@@ -558,51 +553,52 @@ fn inside(ruleset: &Ruleset) -> Chain {
                 not_in([Key::InInterface, family.destination], &family.set("own")),
             ];
             if family.is_v6() {
-                // By link-local and multicast addresses neighbours find each other, and the host.
+                // Neighbour discovery uses link-local and multicast addresses.
                 elsewhere.push(Match::NotIcmpv6);
             }
-            rules.push(rule(elsewhere, drop(), GATEWAY_ALONE));
+            rules.push(rule(elsewhere, drop(), GATEWAY_ONLY));
         }
-        // The broadcast address of the subnet is in the subnet. Neighbour discovery is multicast.
+        // The subnet includes its broadcast address. Neighbour discovery uses multicast.
         let broadcast = vec![internal(), Match::NotToHost, Match::NotIcmpv6];
-        rules.push(rule(broadcast, drop(), GATEWAY_ALONE));
+        rules.push(rule(broadcast, drop(), GATEWAY_ONLY));
     }
-    Chain { name: "inside".to_owned(), base: None, rules }
+    Chain { name: "from-container".to_owned(), base: None, rules }
 }
 
-/// Per packet, where no guard at the bridge port verifies sources. It costs what a container sends
-/// a hook (1 to 2% of its throughput); source NAT comes after it.
+/// Verifies sources per packet, if port guards do not. Costs egress traffic one additional hook (1
+/// to 2% of throughput). Precedes source NAT.
 fn sources(ruleset: &Ruleset) -> Chain {
-    let rules = FAMILIES.iter().map(|family| false_source(ruleset, family)).collect();
+    let rules = FAMILIES.iter().map(|family| spoofed_source(ruleset, family)).collect();
     base("sources", Kind::Filter, Hook::Forward, FILTER, rules)
 }
 
 const UNKNOWN_PROTOCOL: &str =
-    "connections of this protocol differ by addresses alone: answers would be the host's";
-const NO_ROUTER: &str = "the host forwards for container networks alone";
-const GATEWAY_ALONE: &str = "an internal network reaches nothing of the host but its gateway";
-const STRAY_SOURCE: &str = "claims to come from a container";
-const FALSE_SOURCE: &str = "has a source address that is not of its network";
-const STRAY_DESTINATION: &str =
-    "sent straight to a container or a gateway, past the published ports";
-const PART: &str = "a part of a connection that was let through";
+    "no egress for protocols that conntrack identifies by addresses only";
+const NO_ROUTER: &str = "the host forwards for container networks only";
+const GATEWAY_ONLY: &str = "internal networks reach only the gateway address of the host";
+const SPOOFED_CONTAINER: &str = "spoofed container source address";
+const SPOOFED_SOURCE: &str = "source address outside the subnet of the bridge";
+const DIRECT_ACCESS: &str = "direct access to a container or gateway address";
+const ESTABLISHED: &str = "established connections";
 
-/// What is for the host itself. Every packet is looked at, whatever is known of its connection: a
-/// part of one can be forged, and one can have been made while there were no rules. By `lo` the
-/// host reaches its networks.
+/// Packets to the host. Every packet is checked regardless of its connection state, because packets
+/// can be spoofed and connections may predate the rules. The host reaches its own networks through
+/// `lo`.
 fn input(ruleset: &Ruleset) -> Chain {
     let mut rules = vec![rule(
-        vec![by_ours(Key::InGroup, ruleset)],
-        vec![Action::Goto("inside".to_owned())],
+        vec![own_bridge(Key::InGroup, ruleset)],
+        vec![Action::Goto("from-container".to_owned())],
         "from a container",
     )];
     rules.extend(strays(ruleset));
-    rules.push(rule(vec![Match::Known], accept(), PART));
-    rules.extend(FAMILIES.iter().map(|family| not_on_loopback(family, vec![not_from_host()])));
+    rules.push(rule(vec![Match::Known], accept(), ESTABLISHED));
+    rules.extend(
+        FAMILIES.iter().map(|family| protect_loopback_ports(family, vec![not_from_host()])),
+    );
     base("input", Kind::Filter, Hook::Input, BEFORE_FILTER, rules)
 }
 
-/// Drops what comes from elsewhere than a bridge of ours, and has an address of our networks.
+/// Drops packets with an address of the networks that were not received on a bridge of the owner.
 fn strays(ruleset: &Ruleset) -> impl Iterator<Item = Rule> {
     families_of(ruleset).flat_map(move |family| {
         [family.source, family.destination]
@@ -610,72 +606,73 @@ fn strays(ruleset: &Ruleset) -> impl Iterator<Item = Rule> {
     })
 }
 
-/// Drops what has an address of our networks where `key` says, under further `conditions`.
+/// Drops packets whose field `key` is an address of the networks, under additional `conditions`.
 fn stray(ruleset: &Ruleset, family: &Family, key: Key, conditions: Vec<Match>) -> Rule {
     let mut matches = to_subnets(ruleset, family, key);
     matches.extend(conditions);
-    rule(matches, drop(), if key == family.source { STRAY_SOURCE } else { STRAY_DESTINATION })
+    rule(matches, drop(), if key == family.source { SPOOFED_CONTAINER } else { DIRECT_ACCESS })
 }
 
-/// Drops what comes from a network of ours with an address that is not of that network. Link-local
-/// ones belong to no subnet, and who looks for duplicates of its address has none yet (RFC 4862,
-/// section 5.4.2); the kernel forwards neither.
-fn false_source(ruleset: &Ruleset, family: &Family) -> Rule {
-    let mut matches = vec![by_ours(Key::InGroup, ruleset)];
+/// Drops packets from a bridge of the owner with a source outside the subnet of that bridge. Exempt
+/// are link-local sources, which are in no subnet, and the unspecified source of duplicate address
+/// detection (RFC 4862, section 5.4.2). The kernel forwards neither.
+fn spoofed_source(ruleset: &Ruleset, family: &Family) -> Rule {
+    let mut matches = vec![own_bridge(Key::InGroup, ruleset)];
     let subnets: Vec<IpNet> = subnets_of(ruleset, family).collect();
     matches.push(match (&ruleset.zones[..], &subnets[..]) {
-        // Of one network: a comparison, which takes a tenth of the time of a look-up.
+        // A single subnet is compared, which takes a tenth of the time of a set lookup.
         ([_], [subnet]) => Match::Is { key: family.source, value: Value::Net(*subnet), not: true },
         _ => not_in([Key::InInterface, family.source], &family.set("own")),
     });
     let unspecified = family.is_v6().then(|| IpNet::from(IpAddr::V6(Ipv6Addr::UNSPECIFIED)));
-    let link_local = family.on_link().into_iter().filter(|net| !net.addr().is_multicast());
+    let link_local =
+        family.link_scoped_prefixes().into_iter().filter(|net| !net.addr().is_multicast());
     matches.extend(link_local.chain(unspecified).map(|net| Match::Is {
         key: family.source,
         value: Value::Net(net),
         not: true,
     }));
-    rule(matches, drop(), FALSE_SOURCE)
+    rule(matches, drop(), SPOOFED_SOURCE)
 }
 
-/// Whether a network of `ruleset` has ports at which nobody verifies sources.
+/// Returns whether any network lacks port guards that verify sources.
 fn has_unverified(ruleset: &Ruleset) -> bool {
     ruleset.zones.iter().any(|zone| !zone.verified)
 }
 
-/// The families that there are subnets of.
+/// Returns the families with subnets.
 fn families_of(ruleset: &Ruleset) -> impl Iterator<Item = &'static Family> {
     FAMILIES.iter().filter(|family| subnets_of(ruleset, family).next().is_some())
 }
 
-/// The same, if there is more than one network: with a single one there is no other that a
-/// container could claim to be in, or send to straight.
+/// Returns the families with subnets if there is more than one network. With a single network, a
+/// container cannot spoof or directly access another one.
 fn families_with_others(ruleset: &Ruleset) -> impl Iterator<Item = &'static Family> {
     families_of(ruleset).filter(|_| ruleset.zones.len() > 1)
 }
 
-/// Drops what is for a port that is published on a loopback address, under further `conditions`.
-fn not_on_loopback(family: &Family, conditions: Vec<Match>) -> Rule {
+/// Drops packets to a port published on a loopback address, under additional `conditions`.
+fn protect_loopback_ports(family: &Family, conditions: Vec<Match>) -> Rule {
     let mut matches = vec![is_in(
         [family.destination, Key::Protocol, Key::DestinationPort],
         &family.set("loopback"),
     )];
     matches.extend(conditions);
-    rule(matches, drop(), "published on a loopback address, and asked for from elsewhere")
+    rule(matches, drop(), "port published on a loopback address: no access from other interfaces")
 }
 
-/// What `key` gives is in one of our subnets. A set is asked only about what is in the smallest
-/// network that has all of them: that takes a tenth of the time.
+/// Matches packets whose field `key` is in a subnet of the networks. The set lookup is preceded by
+/// a comparison with the longest common prefix, which takes a tenth of the time.
 fn to_subnets(ruleset: &Ruleset, family: &Family, key: Key) -> Vec<Match> {
     let subnets: Vec<IpNet> = subnets_of(ruleset, family).collect();
-    let around = around(&subnets).filter(|net| net.prefix_len() > 0);
-    let is_around = around.map(|net| Match::Is { key, value: Value::Net(net), not: false });
+    let common_prefix = common_prefix(&subnets).filter(|net| net.prefix_len() > 0);
+    let is_around = common_prefix.map(|net| Match::Is { key, value: Value::Net(net), not: false });
     let is_one = (subnets.len() != 1).then(|| is_in([key], &family.set("subnets")));
     is_around.into_iter().chain(is_one).collect()
 }
 
-/// The smallest network that has all of `nets`, which are of one family.
-fn around(nets: &[IpNet]) -> Option<IpNet> {
+/// Returns the longest prefix that contains all of `nets`, which are of one family.
+fn common_prefix(nets: &[IpNet]) -> Option<IpNet> {
     let mut all = nets.first()?.trunc();
     for net in nets {
         while !all.contains(net) {
@@ -685,72 +682,75 @@ fn around(nets: &[IpNet]) -> Option<IpNet> {
     Some(all)
 }
 
-/// The first packet of each connection, on its arrival. What is dropped here leaves no trace, and
-/// is answered by nothing; later packets, and those of no connection, are seen where they are
-/// forwarded or come in. So those that are forwarded pass one hook less, of which each takes a
-/// hundredth of the throughput.
+/// The first packet of each connection, on arrival. Packets dropped here create no conntrack entry
+/// and get no reply. Later packets and packets without a connection are checked in the forward and
+/// input paths. Forwarded packets thus pass one hook less; each hook costs 1% of throughput.
 fn translate(ruleset: &Ruleset) -> Chain {
     let mut rules: Vec<Rule> =
-        FAMILIES.iter().map(|family| false_source(ruleset, family)).collect();
-    let hairpin = vec![by_ours(Key::InGroup, ruleset)];
-    let comment = "containers are served by our sockets: they may ask for their own port";
+        FAMILIES.iter().map(|family| spoofed_source(ruleset, family)).collect();
+    let hairpin = vec![own_bridge(Key::InGroup, ruleset)];
+    let comment = "hairpin: containers are served by userspace sockets";
     rules.push(rule(hairpin, accept(), comment));
     rules.extend(strays(ruleset));
-    rules.extend(FAMILIES.iter().map(|family| not_on_loopback(family, vec![not_from_host()])));
-    // The kernel itself drops these in IPv4 (`__fib_validate_source`, net/ipv4/fib_frontend.c).
+    rules.extend(
+        FAMILIES.iter().map(|family| protect_loopback_ports(family, vec![not_from_host()])),
+    );
+    // For IPv4, the kernel drops such packets itself (`__fib_validate_source`,
+    // net/ipv4/fib_frontend.c).
     let own = vec![Match::Family { v6: true }, not_from_host(), Match::FromHostAddress];
-    rules.push(rule(own, drop(), "claims to come from the host itself"));
+    rules.push(rule(own, drop(), "spoofed source address of the host"));
     let mapped = Match::Is { key: Key::SourceV6, value: Value::Net(MAPPED), not: false };
-    rules.push(rule(vec![mapped], drop(), "an IPv4 address over IPv6: no kernel sends that"));
+    rules.push(rule(vec![mapped], drop(), "spoofed source address: IPv4-mapped"));
     for family in &FAMILIES {
         let ports = [Key::Protocol, Key::DestinationPort];
         let translate = |keys: Vec<Key>, map: &str| {
             vec![Action::Translate { keys, map: family.set(map), v6: family.is_v6() }]
         };
         let at = [family.destination].into_iter().chain(ports).collect();
-        rules.push(rule(vec![], translate(at, "at"), "a port published on one address"));
-        // What is addressed to the link no policy rule leads on; a socket serves it.
-        let mut everywhere = vec![not_loopback(family), Match::ToHost];
-        everywhere.extend(
-            family.on_link().into_iter().filter(|net| !net.addr().is_multicast()).map(|net| {
-                Match::Is { key: family.destination, value: Value::Net(net), not: true }
-            }),
+        rules.push(rule(vec![], translate(at, "at"), "port published on one address"));
+        // Packets to link-local addresses cannot be routed by policy rules; a userspace socket
+        // serves them.
+        let mut wildcard = vec![not_loopback(family), Match::ToHost];
+        wildcard.extend(
+            family.link_scoped_prefixes().into_iter().filter(|net| !net.addr().is_multicast()).map(
+                |net| Match::Is { key: family.destination, value: Value::Net(net), not: true },
+            ),
         );
         rules.push(rule(
-            everywhere,
+            wildcard,
             translate(ports.to_vec(), "any"),
-            "a port published on all addresses",
+            "port published on all addresses",
         ));
     }
     base("translate", Kind::Nat, Hook::Prerouting, DSTNAT, rules)
 }
 
-/// Where policy rules stand behind these: they are asked before a packet is forwarded.
+/// For policy rules as guards, which are evaluated before forwarding.
 fn mark(ruleset: &Ruleset) -> Chain {
-    let own = vec![by_ours(Key::InGroup, ruleset)];
-    let mut rules =
-        vec![rule(own, accept(), "from a container: nothing that a network is closed to")];
+    let own = vec![own_bridge(Key::InGroup, ruleset)];
+    let mut rules = vec![rule(own, accept(), "from a container: guards do not apply")];
     for family in &FAMILIES {
-        let inside = || is_in([family.destination], &family.set("subnets"));
+        let to_subnet = || is_in([family.destination], &family.set("subnets"));
         rules.push(rule(
-            vec![inside(), Match::Established],
+            vec![to_subnet(), Match::Established],
             marked(),
-            "may be forwarded: policy rules let nothing else pass",
+            "mark for policy rules: established connections",
         ));
         let to =
             is_in([family.destination, Key::Protocol, Key::DestinationPort], &family.set("to"));
         rules.push(rule(
             vec![Match::TranslatedDestination, to],
             marked(),
-            "may be forwarded: it came by a published port",
+            "mark for policy rules: published port",
         ));
     }
     base("mark", Kind::Filter, Hook::Prerouting, LAST, rules)
 }
 
-/// Where the host has several default routes: the mark by which an answer finds its uplink. It is
-/// on the packet while its route is looked up, and at no hook of others. What was asked tells the
-/// uplink, so that nothing has to be remembered with the connection, whose mark is others'.
+/// Reply paths on a host with several default routes. The mark that selects the uplink is set
+/// during the route lookup only, and is not visible in foreign hooks. The uplink is derived from
+/// the original destination, so no connection mark is needed; connection marks belong to other
+/// software.
 fn reply_paths(ruleset: &Ruleset) -> [Chain; 4] {
     let marks = |value: fn(u8) -> u32| {
         let rule_of = |(number, net): &(u8, IpNet)| {
@@ -761,42 +761,42 @@ fn reply_paths(ruleset: &Ruleset) -> [Chain; 4] {
             Some(rule(
                 vec![asked],
                 vec![mark, Action::Return],
-                "asked at an address of that uplink",
+                "original destination is an address of this uplink",
             ))
         };
         ruleset.replies.iter().filter_map(rule_of).collect()
     };
     let answers = |chain: &str| {
         let answer =
-            vec![by_ours(Key::InGroup, ruleset), Match::Reply, Match::TranslatedDestination];
-        vec![rule(answer, vec![Action::Jump(chain.to_owned())], "an answer of a translated port")]
+            vec![own_bridge(Key::InGroup, ruleset), Match::Reply, Match::TranslatedDestination];
+        vec![rule(answer, vec![Action::Jump(chain.to_owned())], "reply of a kernel-published port")]
     };
     [
         Chain { name: "to-uplink".to_owned(), base: None, rules: marks(registry::uplink_mark) },
-        Chain { name: "routed".to_owned(), base: None, rules: marks(|_| 0) },
+        Chain { name: "clear-uplink".to_owned(), base: None, rules: marks(|_| 0) },
         base("before-route", Kind::Filter, Hook::Prerouting, LAST, answers("to-uplink")),
-        base("behind-route", Kind::Filter, Hook::Forward, FIRST, answers("routed")),
+        base("after-route", Kind::Filter, Hook::Forward, FIRST, answers("clear-uplink")),
     ]
 }
 
-/// The verdict on what is forwarded: at the last hook before the interface, so that nobody changes
-/// the mark that the gates look at, and nobody else sees it. A hook more for what the host sends,
-/// and none for what it forwards. Conntrack confirms connections at the same priority.
+/// The verdict on forwarded packets. It is at the last hook before the output interface, so that no
+/// other chain can see or change the mark for the gates. It adds a hook for packets sent by the
+/// host, and none for forwarded packets. Conntrack confirms connections at the same priority.
 fn postrouting(ruleset: &Ruleset) -> Chain {
     let jump = |key, chain: &str, comment| {
-        rule(vec![by_ours(key, ruleset)], vec![Action::Jump(chain.to_owned())], comment)
+        rule(vec![own_bridge(key, ruleset)], vec![Action::Jump(chain.to_owned())], comment)
     };
     let mut rules = vec![
         rule(vec![Match::FromHost], accept(), "sent by the host itself"),
-        jump(Key::OutGroup, "to-network", "all that goes to a container"),
-        jump(Key::InGroup, "from-network", "all that comes from one"),
+        jump(Key::OutGroup, "to-network", "to a container"),
+        jump(Key::InGroup, "from-network", "from a container"),
         rule(
             vec![Match::Translated],
-            vec![Action::Jump("others".to_owned())],
-            "between others: is it of a connection of a container?",
+            vec![Action::Jump("other-interfaces".to_owned())],
+            "translated, between other interfaces: check for connections of containers",
         ),
     ];
-    // What a container sends, and what is for one, has left by now.
+    // Packets from and to containers have left this chain already.
     rules.extend(strays(ruleset));
     rules.extend(ruleset.uplinks.iter().map(|(link, v6)| {
         let is = |key, value, not| Match::Is { key, value, not };
@@ -804,7 +804,8 @@ fn postrouting(ruleset: &Ruleset) -> Chain {
         let matches = vec![
             Match::Family { v6: *v6 },
             is(Key::InInterface, Value::Interface(link.clone()), false),
-            // What the host itself sends over IPv6 has the output interface for both (`ip6_xmit`).
+            // For IPv6 packets sent by the host, `ip6_xmit` sets the output interface as the input
+            // interface.
             is(Key::OutInterface, Value::Interface(link.clone()), true),
             is(Key::OutInterface, elsewhere, true),
             not_in([Key::OutInterface], "bridges"),
@@ -814,14 +815,14 @@ fn postrouting(ruleset: &Ruleset) -> Chain {
     base("postrouting", Kind::Filter, Hook::Postrouting, LAST, rules)
 }
 
-/// Masquerade, from ports at which no service is ([`Ruleset::source_ports`]).
-fn leave(ruleset: &Ruleset) -> Chain {
+/// Masquerade with source ports that are not published ([`Ruleset::source_ports`]).
+fn egress(ruleset: &Ruleset) -> Chain {
     let from = |protocol: Value, (first, last): (u16, u16)| {
         let matches = vec![Match::Is { key: Key::Protocol, value: protocol, not: false }];
         rule(
             matches,
             vec![Action::MasqueradeTo { first, last }],
-            "from a port at which no service is",
+            "source ports without a published port",
         )
     };
     let mut rules = vec![
@@ -830,16 +831,16 @@ fn leave(ruleset: &Ruleset) -> Chain {
     ];
     let others = OTHERS_WITH_PORTS.map(protocol);
     rules.extend(others.map(|protocol| from(protocol, ruleset.source_ports(Protocol::Sctp))));
-    rules.push(rule(vec![], vec![Action::Masquerade], "has no ports"));
-    Chain { name: "leave".to_owned(), base: None, rules }
+    rules.push(rule(vec![], vec![Action::Masquerade], "protocols without ports"));
+    Chain { name: "egress".to_owned(), base: None, rules }
 }
 
-/// Protocols besides TCP and UDP whose ports NAT translates (`nf_nat_l4proto_unique_tuple`): SCTP
-/// and UDP-Lite. Nothing is published for them.
+/// Protocols other than TCP and UDP whose ports NAT translates (`nf_nat_l4proto_unique_tuple`):
+/// SCTP and UDP-Lite. They are never published.
 const OTHERS_WITH_PORTS: [u8; 2] = [132, 136];
 
-/// By the pair of interfaces what is forwarded, whatever its source; by the source what a process
-/// of the host sends from a gateway's address.
+/// Forwarded packets are matched by the pair of interfaces, regardless of their source. Packets
+/// that a process of the host sends from a gateway address are matched by source.
 fn masquerade(ruleset: &Ruleset) -> Chain {
     let leaves = |first: Match, more: Option<Match>| {
         let lo = Match::Is {
@@ -849,10 +850,10 @@ fn masquerade(ruleset: &Ruleset) -> Chain {
         };
         let group = Match::Is { key: Key::OutGroup, value: group(ruleset), not: true };
         let matches = [first, group, lo].into_iter().chain(more).collect();
-        rule(matches, vec![Action::Goto("leave".to_owned())], "leaves with the host's address")
+        rule(matches, vec![Action::Goto("egress".to_owned())], "masquerade")
     };
     let outgoing = has_internal(ruleset).then(|| not_in([Key::InInterface], "internal"));
-    let mut rules = vec![leaves(by_ours(Key::InGroup, ruleset), outgoing)];
+    let mut rules = vec![leaves(own_bridge(Key::InGroup, ruleset), outgoing)];
     rules.extend(
         FAMILIES.iter().map(|family| leaves(is_in([family.source], &family.set("outgoing")), None)),
     );
@@ -871,7 +872,7 @@ fn accept() -> Vec<Action> {
     vec![Action::Accept]
 }
 
-/// What is dropped is counted, for those who wonder.
+/// Drops are counted, for diagnosis.
 fn drop() -> Vec<Action> {
     vec![Action::Count, Action::Drop]
 }
@@ -884,18 +885,18 @@ fn not_in<const N: usize>(keys: [Key; N], set: &str) -> Match {
     Match::In { keys: keys.to_vec(), set: set.to_owned(), not: true }
 }
 
-/// Accepted, and let through by the gates or the policy rules behind.
+/// Accepts the packet and marks it for the gates or policy rules.
 fn marked() -> Vec<Action> {
     let set = Action::Mark { value: registry::FORWARD_MARK, mask: registry::FORWARD_MARK_MASK };
     vec![set, Action::Accept]
 }
 
-/// It comes or goes, as `key` says, by a bridge of ours.
-fn by_ours(key: Key, ruleset: &Ruleset) -> Match {
+/// Matches packets whose input or output group is that of the owner's bridges.
+fn own_bridge(key: Key, ruleset: &Ruleset) -> Match {
     Match::Is { key, value: group(ruleset), not: false }
 }
 
-/// The group that our bridges are in.
+/// The interface group of the owner's bridges.
 fn group(ruleset: &Ruleset) -> Value {
     Value::Group(registry::bridge_group(&ruleset.owner))
 }
@@ -912,7 +913,7 @@ fn from_host() -> Match {
     Match::Is { key: Key::InInterface, value: Value::Interface("lo".to_owned()), not: false }
 }
 
-/// It is of this family, and not for the host alone.
+/// Matches destinations of the family except loopback.
 fn not_loopback(family: &Family) -> Match {
     Match::Is { key: family.destination, value: Value::Net(family.loopback), not: true }
 }
@@ -948,7 +949,7 @@ fn subnets<'a>(zone: &'a Zone, family: &'a Family) -> impl Iterator<Item = IpNet
     zone.subnets.iter().map(IpNet::trunc).filter(|subnet| family.is_of(subnet.addr()))
 }
 
-/// The protocol of that number.
+/// Converts a protocol number.
 fn protocol(number: u8) -> Value {
     match number {
         6 => Value::Protocol(Transport::Tcp),
@@ -960,7 +961,7 @@ fn protocol(number: u8) -> Value {
 fn transport(protocol: Protocol) -> Transport {
     match protocol {
         Protocol::Udp => Transport::Udp,
-        // SCTP is refused before it gets here.
+        // SCTP ports are rejected earlier.
         Protocol::Tcp | Protocol::Sctp => Transport::Tcp,
     }
 }

@@ -1,69 +1,69 @@
-//! What a firewall shall do for one owner's networks: the one value that every back-end renders.
+//! The firewall rules of one owner, independent of the back end.
 //!
-//! # What the rules do
+//! # Rules
 //!
-//! | where | rule | why |
+//! | hook | rule | reason |
 //! |---|---|---|
-//! | before destination NAT | what claims to come from a subnet and came in otherwise than by its bridge or from the host is dropped | forged sources |
-//! | | what is addressed to a subnet and came in otherwise than by its bridge or from the host is dropped | the direct-route hole, and gateway addresses |
-//! | | what is addressed to a port published on a loopback address and did not come in by `lo` is dropped | a neighbour may send those too |
-//! | forwarding, and where the guards are policy rules before routing | answers to connections of containers, and what was translated to a published port, get the mark [`FORWARD_MARK`](tidegate_model::registry::FORWARD_MARK) | without it the guards (gates at the bridges' exits or policy rules, outside of the firewall) let nothing through to a container, so that rules that are gone do not either |
-//! | forwarding | the user's chain comes first | |
-//! | | to a bridge: what comes from the same bridge accepted, from another of ours dropped; segments clamped to the path; established ones accepted, invalid ones dropped, what was translated to a published port accepted; all else dropped | isolation |
-//! | | from a bridge to elsewhere: segments clamped to the path; established ones accepted, from an internal network dropped, invalid ones dropped, other protocols than [`MASQUERADED`] dropped; accepted | |
-//! | | from an uplink of a host that forwards for the networks alone to another link than a bridge of tidegate: dropped | the host is made no router |
-//! | input | the user's chain, for ports that are served in userspace and were not asked for by way of `lo` | |
-//! | behind routing | what comes from a subnet that is not internal and leaves otherwise than by a bridge of ours is masqueraded, from source ports at which nothing is published ([`Ruleset::source_ports`]) | port shadowing |
-//! | destination NAT | what is addressed to the host at a port published by the kernel and did not come in by a bridge of ours is translated | those that did are served in userspace (hairpin) |
+//! | before destination NAT | drop packets with a source in a subnet, unless received on its bridge or sent by the host | source address spoofing |
+//! | | drop packets to a subnet, unless received on its bridge or sent by the host | direct access by route, and gateway addresses |
+//! | | drop packets to a port published on a loopback address, unless received on `lo` | neighbours can send such packets |
+//! | forwarding; before routing if policy rules are the guards | set [`FORWARD_MARK`](tidegate_model::registry::FORWARD_MARK) on replies to containers and on packets translated to a published port | the guards outside the firewall (gates at bridge egress, or policy rules) pass only marked packets to containers, so flushed rules do not open a network |
+//! | forwarding | jump to the user chain first | |
+//! | | to a bridge: accept from the same bridge, drop from other bridges of the owner; clamp the MSS; accept established, drop invalid; accept packets translated to a published port; drop the rest | isolation |
+//! | | from a bridge to other interfaces: clamp the MSS; accept established; drop from internal networks; drop invalid; drop protocols other than [`MASQUERADED`]; accept the rest | |
+//! | | on a host that forwards for the networks only, drop packets from an uplink to links other than bridges of tidegate | the host does not become a router |
+//! | input | jump to the user chain, for ports served in userspace, unless received on `lo` | |
+//! | postrouting | masquerade packets from subnets that are not internal to interfaces other than bridges of the owner, with source ports that are not published ([`Ruleset::source_ports`]) | port shadowing |
+//! | destination NAT | translate packets to kernel-published ports, unless received on a bridge of the owner | containers are served in userspace (hairpin) |
 //!
-//! nftables looks at the last two of what comes first only until a connection is established:
-//! iptables, whose `raw` table does not know that, in every packet.
+//! nftables evaluates the second and third rule only until a connection is established. iptables
+//! evaluates them for every packet, because conntrack state is not available in its `raw` table.
 //!
-//! Nothing is ever a chain's policy, and what is neither from nor to a network of ours is left
-//! alone.
+//! Chain policies are never changed, and traffic unrelated to the networks of the owner is not
+//! affected.
 
 use ipnet::{IpNet, Ipv6Net};
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use tidegate_model::{Protocol, registry};
 
-/// The protocols that containers reach the outside by: ICMP, TCP, UDP, ICMPv6, SCTP and UDP-Lite.
+/// Protocols with egress: ICMP, TCP, UDP, ICMPv6, SCTP and UDP-Lite.
 ///
-/// Connection tracking knows a flow of another protocol by its addresses alone
-/// (`nf_conntrack_l4proto_generic`). Masquerade would give the flow of a container the host's
-/// address, and what the far end sends to the host by that protocol would be an answer to the
-/// container.
+/// Conntrack identifies flows of other protocols by their addresses only
+/// (`nf_conntrack_l4proto_generic`). With masquerade, all packets of such a protocol from the
+/// remote end to the host would match as replies to the container.
 pub(super) const MASQUERADED: [u8; 6] = [1, 6, 17, 58, 132, 136];
 
-/// IPv4-mapped IPv6 addresses (RFC 4291, 2.5.5.2). A socket of both families would show such a
-/// client as that IPv4 address.
+/// IPv4-mapped IPv6 addresses (RFC 4291, 2.5.5.2). No kernel sends from these addresses. A dual-stack
+/// socket would report such a client by the embedded IPv4 address.
 pub(super) const MAPPED: IpNet =
     IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff, 0, 0), 96));
 
-/// Everything that a firewall shall do for one owner.
+/// The firewall rules of one owner.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ruleset {
-    /// Tells owners apart where names are shared: letters, digits, `-` and `_`, at most 63 bytes.
+    /// Name of the owner, used in shared namespaces of names: letters, digits, `-` and `_`, at most
+    /// 63 bytes.
     pub owner: String,
     /// The networks.
     pub zones: Vec<Zone>,
     /// The published ports.
     pub ports: BTreeSet<Opening>,
-    /// Which answers of translated ports leave by which [reply path](crate::ReplyPath): the number
-    /// of the path, and the addresses that were asked. The narrowest network decides.
+    /// [Reply paths](crate::ReplyPath) of kernel-published ports: number of the path, and prefix of
+    /// the original destination. The longest prefix wins.
     pub replies: Vec<(u8, IpNet)>,
-    /// Links of a host that forwards for nobody which forward for the networks alone, each for
-    /// IPv4, or with `true` for IPv6.
+    /// Links that forward for the networks only, on a host that does not forward in general. `true`
+    /// means IPv6.
     pub uplinks: Vec<(String, bool)>,
-    /// The bridges of other projects on the host, to which such links forward too.
+    /// Bridges of other projects on the host, to which the uplinks forward too.
     pub bridges: BTreeSet<String>,
-    /// Gates at the bridges' exits keep networks closed when the rules are gone, not policy rules.
+    /// The guards are gates at the egress of the bridges instead of policy rules.
     pub gated: bool,
 }
 
 impl Ruleset {
-    /// The first and the last source port of what containers send over `protocol`: the widest range
-    /// of ephemeral ports in which no port is published.
+    /// Returns the first and last source port for egress over `protocol`: the widest range of
+    /// ephemeral ports without a published port.
     pub(super) fn source_ports(&self, protocol: Protocol) -> (u16, u16) {
         let (first, last) = registry::MASQUERADE_PORTS.into_inner();
         let of_protocol = self.ports.iter().filter(|port| port.protocol == protocol);
@@ -81,22 +81,22 @@ impl Ruleset {
     }
 }
 
-/// Whether what containers send could have that port, if nothing were published there.
+/// Returns whether the port is in the range of masqueraded source ports.
 pub(super) fn is_source_port(port: &u16) -> bool {
     registry::MASQUERADE_PORTS.contains(port)
 }
 
-/// A network as a firewall sees it.
+/// The firewall properties of a network.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Zone {
-    /// The bridge's name.
+    /// Name of the bridge.
     pub bridge: String,
-    /// At most one of each family, not truncated to fewer bits than their prefix.
+    /// Subnets, at most one per family. Host bits may be set.
     pub subnets: Vec<IpNet>,
-    /// It has no egress.
+    /// The network has no egress.
     pub internal: bool,
-    /// A guard at each of its bridge ports verifies the source address of every frame. Otherwise
-    /// the rules verify it, in every packet.
+    /// A port guard at each bridge port verifies the source address of every frame. Otherwise the
+    /// rules verify every packet.
     pub verified: bool,
 }
 
@@ -105,12 +105,12 @@ pub struct Zone {
 pub struct Opening {
     /// TCP or UDP.
     pub protocol: Protocol,
-    /// On which address of the host; `0.0.0.0` and `::` stand for all of their family.
+    /// Address of the host; `0.0.0.0` and `::` mean all addresses of the family.
     pub address: IpAddr,
-    /// The host's port.
+    /// Port of the host.
     pub port: u16,
-    /// What the kernel translates it to, of the same family; `None` where a socket of ours serves
-    /// it alone.
+    /// Target of destination NAT in the kernel, of the same family; `None` if the port is served by
+    /// a userspace socket only.
     pub to: Option<SocketAddr>,
 }
 

@@ -1,4 +1,4 @@
-//! Between facts and the messages of rtnetlink.
+//! Conversion between facts and rtnetlink messages.
 
 use super::MAIN;
 use super::observe::Link;
@@ -108,7 +108,7 @@ pub(super) fn is_v6(route: &RouteMessage) -> bool {
     route.header.address_family == AddressFamily::Inet6
 }
 
-/// Whether `route` leads to `net`, which is on the link numbered `by`.
+/// Returns whether `route` is an on-link route to `net` through the link with interface index `by`.
 pub(super) fn is_to(route: &RouteMessage, by: u32, net: IpNet) -> bool {
     let to = match net.network() {
         IpAddr::V4(ip) => RouteAddress::Inet(ip),
@@ -120,7 +120,7 @@ pub(super) fn is_to(route: &RouteMessage, by: u32, net: IpNet) -> bool {
         && !route.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Gateway(_)))
 }
 
-/// The route that the kernel adds with `address` (`fib_add_ifaddr`, net/ipv4/fib_frontend.c;
+/// Builds the route that the kernel adds with `address` (`fib_add_ifaddr`, net/ipv4/fib_frontend.c;
 /// `addrconf_prefix_route`, net/ipv6/addrconf.c).
 pub(super) fn subnet_route(by: u32, address: IpNet) -> RouteMessage {
     /// `IP6_RT_PRIO_ADDRCONF`.
@@ -158,12 +158,12 @@ pub(super) fn default_route(by: u32, gateway: IpAddr) -> RouteMessage {
     }
 }
 
-/// The same in the table `table`.
+/// Builds a default route in the table `table`.
 pub(super) fn reply_route(by: u32, gateway: IpAddr, table: u32) -> RouteMessage {
     in_table(default_route(by, gateway), table)
 }
 
-/// A default route to a device that needs no next hop.
+/// Builds a default route to a device, without a gateway.
 pub(super) fn engine_route(by: u32, v6: bool, table: u32) -> RouteMessage {
     let protocol = RouteProtocol::Other(registry::ROUTE_PROTOCOL);
     let route = if v6 {
@@ -176,7 +176,7 @@ pub(super) fn engine_route(by: u32, v6: bool, table: u32) -> RouteMessage {
 }
 
 fn in_table(mut route: RouteMessage, table: u32) -> RouteMessage {
-    // What has no room in the header is in the attribute alone (`RT_TABLE_UNSPEC`).
+    // Table numbers above 255 are stored in the attribute only (`RT_TABLE_UNSPEC` in the header).
     route.header.table = 0;
     route.attributes.retain(|attribute| !matches!(attribute, RouteAttribute::Table(_)));
     route.attributes.push(RouteAttribute::Table(table));
@@ -204,7 +204,7 @@ pub(super) fn message_of(rule: &Rule) -> RuleMessage {
             attributes.push(RuleAttribute::Table(MAIN));
             attributes.push(RuleAttribute::SuppressPrefixLen(0));
         }
-        // What has no room in the header is in the attribute alone.
+        // Table numbers above 255 are stored in the attribute only.
         Reach::Table(table) => attributes.push(RuleAttribute::Table(table)),
         Reach::Nothing | Reach::Silence => {}
     }
@@ -237,10 +237,10 @@ fn table_of(attribute: &RuleAttribute) -> Option<u32> {
     }
 }
 
-/// The lowest priority among `rules`, all rules of one family as the kernel lists them, of a rule
-/// of others that is behind the last one that asks the `local` table: what precedes that is not for
-/// us to precede.
-pub(super) fn first_of_others(rules: &[RuleMessage]) -> Option<u32> {
+/// Returns the lowest priority of a foreign rule after the last rule for the `local` table. `rules`
+/// are all rules of one family in the order of the kernel. Rules before the `local` table need not
+/// be preceded.
+pub(super) fn first_foreign_priority(rules: &[RuleMessage]) -> Option<u32> {
     /// `RT_TABLE_LOCAL`.
     const LOCAL: u32 = 255;
     let ours = RuleAttribute::Protocol(RouteProtocol::Other(registry::ROUTE_PROTOCOL));
@@ -256,12 +256,13 @@ pub(super) fn first_of_others(rules: &[RuleMessage]) -> Option<u32> {
             rule.attributes.iter().find_map(table_of).unwrap_or(u32::from(rule.header.table));
         rule.header.action == RuleAction::ToTable && table == LOCAL
     };
-    // The kernel lists rules as it asks them: of one priority those first that were added first.
+    // The kernel lists rules in order of evaluation: by priority, then by order of addition.
     let behind = rules.iter().rposition(|rule| is_local(&rule)).map_or(0, |local| local + 1);
     rules[behind..].iter().filter(|rule| !rule.attributes.contains(&ours)).map(priority).min()
 }
 
-/// A rule of ours as it was found; `None` for those of others, and for what we never make.
+/// Parses a rule of tidegate. Returns `None` for foreign rules, and for rules that tidegate never
+/// creates.
 pub(super) fn rule_of(message: &RuleMessage) -> Option<Rule> {
     let ours = RuleAttribute::Protocol(RouteProtocol::Other(registry::ROUTE_PROTOCOL));
     if !message.attributes.contains(&ours) {

@@ -1,6 +1,8 @@
-//! What one namespace has, as the kernel tells it.
+//! A snapshot of one namespace.
 
-use super::messages::{first_of_others, is_default, is_to, is_v6, leads, link_of, rule_of, table};
+use super::messages::{
+    first_foreign_priority, is_default, is_to, is_v6, leads, link_of, rule_of, table,
+};
 use super::{Kernel, MAIN, error, is_without_ipv6};
 use crate::{DefaultRoute, Fact, Interface, KernelError, Mac, ObservedBridge, Place, Rule, Uplink};
 use futures_util::TryStreamExt;
@@ -16,66 +18,66 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use tidegate_model::registry;
 
-/// A link as it was found.
+/// An observed link.
 pub(super) struct Link {
     pub(super) index: u32,
     pub(super) name: String,
     pub(super) mac: Option<Mac>,
-    /// Of a veth pair in two namespaces, the number of the other end in its namespace.
+    /// Interface index of the peer in its namespace, for a veth pair across two namespaces.
     pub(super) peer: Option<u32>,
     pub(super) mtu: u32,
     pub(super) up: bool,
     pub(super) controller: Option<u32>,
     pub(super) group: u32,
     pub(super) isolated: bool,
-    /// Its alias says that it is the bridge of an internal network of tidegate.
+    /// The alias identifies the bridge of an internal network of tidegate.
     pub(super) internal: bool,
-    /// Its alias says that it is a bridge of tidegate.
+    /// The alias identifies a bridge of tidegate.
     pub(super) of_tidegate: bool,
-    /// As a port of a bridge it learns addresses, or frames to unknown ones are flooded to it.
+    /// Learning or flooding of unknown unicast is enabled on the bridge port.
     pub(super) learns: bool,
-    /// Its `disable_ipv6`, if the kernel has IPv6.
+    /// Value of `disable_ipv6`, if the kernel has IPv6.
     pub(super) without_ipv6: Option<bool>,
 }
 
-/// What one namespace has.
+/// The observed state of one namespace.
 pub(super) struct Snapshot {
     pub(super) links: BTreeMap<u32, Link>,
     indexes: BTreeMap<String, u32>,
     addresses: Vec<(u32, IpNet)>,
     routes: Vec<RouteMessage>,
-    /// Default routes of others in tables beside `main`.
+    /// Foreign default routes in tables other than `main`.
     elsewhere: Vec<RouteMessage>,
-    /// The same of ours.
+    /// Default routes of tidegate in tables other than `main`.
     replies: Vec<RouteMessage>,
     rules: Vec<Rule>,
     first_rule_of_others: Option<u32>,
-    /// Static entries of bridges' forwarding databases: the port, and the station behind it.
+    /// Static forwarding database entries: bridge port and station.
     stations: BTreeSet<(u32, Mac)>,
 }
 
-/// How much is asked of the namespace of an endpoint.
+/// The depth of observation in the namespace of an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Depth {
-    /// Links by name, and what is told with them. Addresses and routes are not listed, so that the
-    /// time does not depend on how many there are: none of them counts as true, and the kernel
-    /// answers `EEXIST` when one that is there is added.
+    /// Links by name, with their attributes. Addresses and routes are not listed, so the time does
+    /// not depend on their number. They count as missing, and adding an existing one fails with
+    /// `EEXIST`.
     Links,
-    /// Addresses and routes too.
+    /// Also addresses and routes.
     All,
 }
 
-/// Addresses and routes that are looked at in one place. Further ones are taken not to be there.
-const MOST: usize = 65_536;
+/// Maximum number of addresses and routes read per namespace. Further ones count as missing.
+const MAX_ENTRIES: usize = 65_536;
 
 impl Snapshot {
-    /// Asks for links, and for the rest as far as `asked` makes it necessary: there may be
-    /// thousands of endpoints. Of the host all is of interest, of an endpoint the links that
-    /// `asked` is about: its processes may make as many of their own as they like.
+    /// Lists links, and other objects only as far as `facts` requires, because there may be
+    /// thousands of endpoints. On the host, all links are listed. In an endpoint, only the links in
+    /// `facts` are queried, because its processes may create any number of links.
     pub(super) async fn observe(
         kernel: &mut Kernel,
         place: &Place,
-        asked: &[&Fact],
+        facts: &[&Fact],
         depth: Depth,
     ) -> Result<Self, KernelError> {
         let failed = |what: &'static str| {
@@ -93,11 +95,11 @@ impl Snapshot {
         } else {
             let mut links = BTreeMap::new();
             let names: BTreeSet<&str> =
-                asked.iter().flat_map(|fact| fact.on()).map(|(_, name)| name).collect();
+                facts.iter().flat_map(|fact| fact.on()).map(|(_, name)| name).collect();
             for name in names {
                 let link = super::link_named(&handle, name).await;
                 let link = link.map_err(|source| KernelError {
-                    what: format!("look for {name:?} of {place}"),
+                    what: format!("query link {name:?} of {place}"),
                     source,
                 })?;
                 links.extend(link.map(|link| (link.index, link)));
@@ -106,7 +108,7 @@ impl Snapshot {
         };
         let depth = if host { Depth::All } else { depth };
         let indexes = links.values().map(|link| (link.name.clone(), link.index)).collect();
-        let mut here = Self {
+        let mut snapshot = Self {
             links,
             indexes,
             addresses: Vec::new(),
@@ -117,19 +119,21 @@ impl Snapshot {
             replies: Vec::new(),
             rules: Vec::new(),
         };
-        let mut is_cut_short = false;
+        let mut truncated = false;
         let has_addresses = || {
-            asked.iter().any(|fact| matches!(fact, Fact::Address { .. }) && here.has_links_of(fact))
+            facts
+                .iter()
+                .any(|fact| matches!(fact, Fact::Address { .. }) && snapshot.has_links_of(fact))
         };
         if host || depth == Depth::All && has_addresses() {
             let mut listed = handle.address().get().execute();
             while let Some(message) = listed.try_next().await.map_err(failed("addresses"))? {
-                if !host && here.addresses.len() >= MOST {
-                    is_cut_short = true;
+                if !host && snapshot.addresses.len() >= MAX_ENTRIES {
+                    truncated = true;
                     break;
                 }
-                // On a point-to-point link `IFA_ADDRESS` is the peer's; `IFA_LOCAL` is there on
-                // IPv4 only.
+                // On a point-to-point link `IFA_ADDRESS` is the peer. `IFA_LOCAL` is always present
+                // for IPv4.
                 let mut address = None;
                 for attribute in message.attributes {
                     match attribute {
@@ -141,7 +145,7 @@ impl Snapshot {
                 if let Some(net) =
                     address.and_then(|ip| IpNet::new(ip, message.header.prefix_len).ok())
                 {
-                    here.addresses.push((message.header.index, net));
+                    snapshot.addresses.push((message.header.index, net));
                 }
             }
         }
@@ -154,35 +158,36 @@ impl Snapshot {
                 Fact::SubnetRoute { address, .. } => address.addr().is_ipv6() == v6,
                 _ => false,
             };
-            let has_routes = || asked.iter().any(|fact| is_route(fact) && here.has_links_of(fact));
+            let has_routes =
+                || facts.iter().any(|fact| is_route(fact) && snapshot.has_links_of(fact));
             if host || depth == Depth::All && has_routes() {
                 let ours = RouteProtocol::Other(registry::ROUTE_PROTOCOL);
                 let mut listed = handle.route().get(any).execute();
                 let mut read = 0;
-                // One by one: a container may have as many routes as it likes.
+                // Streamed, because a container may have any number of routes.
                 while let Some(route) = listed.try_next().await.map_err(failed("routes"))? {
                     read += 1;
-                    if read > MOST && !host {
-                        is_cut_short = true;
+                    if read > MAX_ENTRIES && !host {
+                        truncated = true;
                         break;
                     }
                     if table(&route) == MAIN {
-                        if here.routes.len() < MOST {
-                            here.routes.push(route);
+                        if snapshot.routes.len() < MAX_ENTRIES {
+                            snapshot.routes.push(route);
                         }
                     } else if host && is_default(&route) {
                         let list = if route.header.protocol == ours {
-                            &mut here.replies
+                            &mut snapshot.replies
                         } else {
-                            &mut here.elsewhere
+                            &mut snapshot.elsewhere
                         };
                         list.push(route);
                     }
                 }
             }
         }
-        if is_cut_short && !host {
-            // The rest would be read to its end otherwise.
+        if truncated && !host {
+            // Close the connection, which would otherwise read the remaining entries.
             kernel.connections.remove(place);
         }
         if host {
@@ -194,13 +199,15 @@ impl Snapshot {
                     .try_collect()
                     .await
                     .map_err(failed("rules"))?;
-                here.rules.extend(listed.iter().filter_map(rule_of));
-                let first = first_of_others(&listed);
-                here.first_rule_of_others =
-                    here.first_rule_of_others.into_iter().chain(first).min();
+                snapshot.rules.extend(listed.iter().filter_map(rule_of));
+                let first = first_foreign_priority(&listed);
+                snapshot.first_rule_of_others =
+                    snapshot.first_rule_of_others.into_iter().chain(first).min();
             }
         }
-        if asked.iter().any(|fact| matches!(fact, Fact::Station { .. }) && here.has_links_of(fact))
+        if facts
+            .iter()
+            .any(|fact| matches!(fact, Fact::Station { .. }) && snapshot.has_links_of(fact))
         {
             let listed =
                 handle.neighbours().get().set_address_family(AddressFamily::Bridge).execute();
@@ -213,22 +220,22 @@ impl Snapshot {
                     _ => None,
                 });
                 let stations = stations.filter(|_| is_static).map(Mac);
-                here.stations.extend(stations.map(|station| (entry.header.ifindex, station)));
+                snapshot.stations.extend(stations.map(|station| (entry.header.ifindex, station)));
             }
         }
-        Ok(here)
+        Ok(snapshot)
     }
 
     fn link(&self, name: &str) -> Option<&Link> {
         self.links.get(self.indexes.get(name)?)
     }
 
-    /// The number of a link.
+    /// Returns the interface index of a link.
     pub(super) fn index(&self, name: &str) -> Option<u32> {
         self.indexes.get(name).copied()
     }
 
-    /// Whether the links are there without which `fact` cannot be true.
+    /// Returns whether the links on which `fact` depends exist.
     fn has_links_of(&self, fact: &Fact) -> bool {
         fact.on().all(|(_, name)| self.indexes.contains_key(name))
     }
@@ -256,14 +263,14 @@ impl Snapshot {
                 port.controller.is_some() && self.stations.contains(&(port.index, *station))
             }),
             Fact::Setting { place, name, value } => {
-                // Told with the link; and a file that thousands of namespaces have takes the kernel
-                // long to find.
-                let told = fact.on().find_map(|(_, link)| self.link(link)?.without_ipv6);
-                match told.filter(|_| name.ends_with(".disable_ipv6")) {
+                // Use the value from the link attributes: with thousands of namespaces, the lookup
+                // of a sysctl file is slow.
+                let reported = fact.on().find_map(|(_, link)| self.link(link)?.without_ipv6);
+                match reported.filter(|_| name.ends_with(".disable_ipv6")) {
                     Some(off) => *value == u8::from(off).to_string(),
                     None => match kernel.namespace(place)?.sysctl(name) {
                         Ok(found) => found == *value,
-                        // As in `add`.
+                        // Consistent with `Kernel::add`.
                         Err(error) => is_without_ipv6(&error, name),
                     },
                 }
@@ -284,10 +291,10 @@ impl Snapshot {
             Fact::Forwarding { link, v6 } => {
                 match kernel.forwarding_at(link, *v6) {
                     Ok(value) if value == "1" => true,
-                    // A kernel that cannot single links out; that is told elsewhere, or all of them
-                    // forward.
+                    // The kernel lacks IPv6 forwarding per link. Either all links forward, or
+                    // `Kernel::add` has logged a warning.
                     Err(_) if *v6 && self.indexes.contains_key(link) => {
-                        !kernel.alone || kernel.forwards(true).unwrap_or(false)
+                        !kernel.exclusive || kernel.forwards(true).unwrap_or(false)
                     }
                     _ => *v6 && kernel.forwards(true).unwrap_or(false),
                 }
@@ -308,7 +315,7 @@ impl Snapshot {
                         && route.attributes.contains(&RouteAttribute::Oif(link.index))
                 })
             }),
-            // Those are no matters of links: `Kernel::observe`.
+            // Evaluated by `Kernel::observe`.
             Fact::Gate { .. }
             | Fact::InternalGuard { .. }
             | Fact::PortGuard { .. }
@@ -317,8 +324,7 @@ impl Snapshot {
         })
     }
 
-    /// The links that have an address which others may answer to, of the families that are asked
-    /// for.
+    /// Returns the links with an address at which replies may arrive, for the requested families.
     pub(super) fn uplinks(&self, v4: bool, v6: bool) -> Vec<Uplink> {
         let of = |link: &Link| {
             let has = |v6: bool| {
@@ -338,12 +344,13 @@ impl Snapshot {
         self.links.values().map(of).filter(|uplink| uplink.v4 || uplink.v6).collect()
     }
 
-    /// The lowest priority of a policy rule of others that is behind the `local` table's.
+    /// Returns the lowest priority of the foreign policy rules after the rule for the `local`
+    /// table.
     pub(super) fn first_rule_of_others(&self) -> Option<u32> {
         self.first_rule_of_others
     }
 
-    /// The default routes: of `main` the best one first, then those of other tables.
+    /// Returns the default routes: those of `main`, best first, then those of other tables.
     pub(super) fn default_routes(&self) -> Vec<DefaultRoute> {
         let metric = |route: &RouteMessage| {
             let metric = route.attributes.iter().find_map(|attribute| match attribute {
@@ -391,7 +398,7 @@ impl Snapshot {
         hops
     }
 
-    /// The bridges of tidegate, ours and those of other projects.
+    /// Returns the bridges of tidegate, of all projects.
     pub(super) fn bridges(&self) -> BTreeMap<String, ObservedBridge> {
         let bridge = |link: &Link| {
             let own = self.addresses.iter().filter(|(index, _)| *index == link.index);
@@ -416,11 +423,11 @@ impl Snapshot {
             RouteAttribute::Oif(index) => self.links.get(index).map(|link| link.mtu),
             _ => None,
         };
-        // With several routes out a packet must fit through each.
+        // With several default routes, the smallest MTU applies.
         by.filter_map(link).min()
     }
 
-    /// What is reached from here otherwise than by a default route.
+    /// Returns the prefixes that are reachable without a default route, with their link.
     pub(super) fn reached(&self) -> Vec<(IpNet, String)> {
         let name =
             |index: u32| self.links.get(&index).map(|link| link.name.clone()).unwrap_or_default();
@@ -436,7 +443,7 @@ impl Snapshot {
                 }
             }
             let net = IpNet::new(to?, route.header.destination_prefix_length).ok()?;
-            // Link-local prefixes are on every link.
+            // Link-local and multicast prefixes exist on every link.
             let everywhere = matches!(net, IpNet::V6(net) if net.addr().is_unicast_link_local() || net.addr().is_multicast());
             (!everywhere).then(|| (net.trunc(), name(by)))
         });

@@ -1,4 +1,4 @@
-//! Plans against a thought kernel.
+//! Plans applied to the in-memory kernel model.
 
 use super::*;
 use crate::{
@@ -51,21 +51,21 @@ fn endpoint(name: &str, number: u8, network: &Network) -> Endpoint {
     }
 }
 
-fn plan_in(world: &World, owned: &[Fact], desired: &Desired) -> Vec<Op> {
-    plan_with(&RuleIsolation::default(), world, owned, desired)
+fn plan_in(model: &KernelModel, owned: &[Fact], desired: &Desired) -> Vec<Op> {
+    plan_with(&RuleIsolation::default(), model, owned, desired)
 }
 
 fn plan_with(
     isolation: &dyn Isolation,
-    world: &World,
+    model: &KernelModel,
     owned: &[Fact],
     desired: &Desired,
 ) -> Vec<Op> {
-    let observed = Observed { facts: world.facts().clone(), ..Observed::default() };
+    let observed = Observed { facts: model.facts().clone(), ..Observed::default() };
     plan(desired, owned, &observed, isolation).unwrap().ops
 }
 
-/// Every way to keep networks closed.
+/// All isolation mechanisms.
 fn some_isolation() -> impl Strategy<Value = Arc<dyn Isolation>> {
     let with = |firewall, gated| {
         Arc::new(FirewallIsolation { firewall, owner: "demo".to_owned(), gated })
@@ -86,7 +86,7 @@ fn some_isolation() -> impl Strategy<Value = Arc<dyn Isolation>> {
     prop::sample::select(all)
 }
 
-/// Some networks and endpoints on them, chosen by bits.
+/// Random networks and endpoints.
 fn some_desired() -> impl Strategy<Value = Desired> {
     let networks = prop::collection::vec(
         (any::<bool>(), any::<bool>(), prop::sample::select(vec![1400_u32, 1500])),
@@ -100,9 +100,9 @@ fn some_desired() -> impl Strategy<Value = Desired> {
         Guards::InTable("demo".to_owned()),
     ]);
     let all = (any::<[bool; 3]>(), networks, endpoints, uplinks, guards, 0..2_000_u32);
-    all.prop_map(|(there, looks, endpoints, uplinks, guards, rules_ahead)| {
+    all.prop_map(|(present, options, endpoints, uplinks, guards, rules_ahead)| {
         let mut networks = Vec::new();
-        for (number, (internal, inter_container, mtu)) in looks.into_iter().enumerate() {
+        for (number, (internal, inter_container, mtu)) in options.into_iter().enumerate() {
             let name = format!("n{number}");
             networks.push(Network {
                 internal,
@@ -114,14 +114,14 @@ fn some_desired() -> impl Strategy<Value = Desired> {
         let endpoints = endpoints
             .into_iter()
             .enumerate()
-            .filter(|(_, (there, _))| *there)
-            .filter(|(_, (_, on))| there[*on])
+            .filter(|(_, (present, _))| *present)
+            .filter(|(_, (_, on))| present[*on])
             .map(|(number, (_, on))| endpoint(&format!("e{number}"), number as u8, &networks[on]));
         let endpoints = endpoints.collect();
         let networks = networks
             .into_iter()
-            .zip(there)
-            .filter(|(_, there)| *there)
+            .zip(present)
+            .filter(|(_, present)| *present)
             .map(|(network, _)| network)
             .collect();
         let uplinks = uplinks.into_iter().enumerate();
@@ -139,38 +139,38 @@ fn some_desired() -> impl Strategy<Value = Desired> {
 
 proptest! {
     #[test]
-    fn a_plan_leads_from_anything_of_ours_to_what_is_desired_and_back(isolation in some_isolation(), first in some_desired(), second in some_desired()) {
-        let mut world = World::default();
-        let ops = plan_with(&*isolation, &world, &[], &first);
-        ops.iter().for_each(|op| world.execute(op));
+    fn plan_reaches_the_desired_state_from_any_owned_state_and_back(isolation in some_isolation(), first in some_desired(), second in some_desired()) {
+        let mut model = KernelModel::default();
+        let ops = plan_with(&*isolation, &model, &[], &first);
+        ops.iter().for_each(|op| model.execute(op));
         let owned = first.facts(&*isolation);
-        prop_assert_eq!(world.facts(), &owned.iter().cloned().collect());
-        prop_assert_eq!(plan_with(&*isolation, &world, &owned, &first), vec![], "there is nothing left to do");
+        prop_assert_eq!(model.facts(), &owned.iter().cloned().collect());
+        prop_assert_eq!(plan_with(&*isolation, &model, &owned, &first), vec![], "the plan is idempotent");
 
-        let mut back = world.clone();
+        let mut back = model.clone();
         ops.iter().rev().for_each(|op| back.execute(&op.inverse()));
-        prop_assert_eq!(&back, &World::default(), "the inverses lead back");
+        prop_assert_eq!(&back, &KernelModel::default(), "the inverse operations restore the initial state");
 
-        plan_with(&*isolation, &world, &owned, &second).iter().for_each(|op| world.execute(op));
+        plan_with(&*isolation, &model, &owned, &second).iter().for_each(|op| model.execute(op));
         let owned = second.facts(&*isolation);
-        prop_assert_eq!(world.facts(), &owned.iter().cloned().collect(), "what was there before does not matter");
-        plan_with(&*isolation, &world, &owned, &Desired::default()).iter().for_each(|op| world.execute(op));
-        prop_assert_eq!(&world, &World::default());
+        prop_assert_eq!(model.facts(), &owned.iter().cloned().collect(), "the result does not depend on the previous state");
+        plan_with(&*isolation, &model, &owned, &Desired::default()).iter().for_each(|op| model.execute(op));
+        prop_assert_eq!(&model, &KernelModel::default());
     }
 
-    /// The process may end after any step.
+    /// The process may be killed after any operation.
     #[test]
-    fn what_was_begun_is_cleared_or_completed(isolation in some_isolation(), desired in some_desired(), done in any::<prop::sample::Index>()) {
-        let ops = plan_with(&*isolation, &World::default(), &[], &desired);
+    fn partial_application_can_be_cleared_or_completed(isolation in some_isolation(), desired in some_desired(), done in any::<prop::sample::Index>()) {
+        let ops = plan_with(&*isolation, &KernelModel::default(), &[], &desired);
         let done = done.index(ops.len() + 1);
         let owned: Vec<Fact> = ops[..done].iter().map(|op| op.fact().clone()).collect();
-        let mut world = World::default();
-        ops[..done].iter().for_each(|op| world.execute(op));
-        let mut cleared = world.clone();
-        plan_with(&*isolation, &world, &owned, &Desired::default()).iter().for_each(|op| cleared.execute(op));
-        prop_assert_eq!(&cleared, &World::default());
-        plan_with(&*isolation, &world, &owned, &desired).iter().for_each(|op| world.execute(op));
-        prop_assert_eq!(world.facts(), &desired.facts(&*isolation).into_iter().collect());
+        let mut model = KernelModel::default();
+        ops[..done].iter().for_each(|op| model.execute(op));
+        let mut cleared = model.clone();
+        plan_with(&*isolation, &model, &owned, &Desired::default()).iter().for_each(|op| cleared.execute(op));
+        prop_assert_eq!(&cleared, &KernelModel::default());
+        plan_with(&*isolation, &model, &owned, &desired).iter().for_each(|op| model.execute(op));
+        prop_assert_eq!(model.facts(), &desired.facts(&*isolation).into_iter().collect());
     }
 }
 
@@ -178,7 +178,7 @@ proptest! {
 fn a_network_is_closed_before_it_is_up() {
     let desired = Desired { networks: vec![network("blue", 1)], ..Desired::default() };
     let steps: Vec<String> =
-        plan_in(&World::default(), &[], &desired).iter().map(Op::to_string).collect();
+        plan_in(&KernelModel::default(), &[], &desired).iter().map(Op::to_string).collect();
     assert_eq!(
         steps,
         [
@@ -197,9 +197,10 @@ fn a_network_is_closed_before_it_is_up() {
     );
 }
 
-/// Its rules may be flushed. Then nothing is marked, and what stands behind the exemption holds.
+/// If the firewall rules are flushed, no packet is marked, so the exemption does not apply and the
+/// guard rules block.
 #[test]
-fn behind_the_rules_of_a_firewall_a_network_is_closed_all_the_same() {
+fn guards_close_a_network_behind_the_firewall() {
     let desired = Desired {
         networks: vec![network("blue", 1)],
         uplinks: vec![Uplink { link: "eth0".to_owned(), v4: true, v6: false, ours: true }],
@@ -208,7 +209,10 @@ fn behind_the_rules_of_a_firewall_a_network_is_closed_all_the_same() {
     let steps = |gated| -> Vec<String> {
         let isolation =
             FirewallIsolation { firewall: FirewallKind::Nftables, owner: "demo".to_owned(), gated };
-        plan_with(&isolation, &World::default(), &[], &desired).iter().map(Op::to_string).collect()
+        plan_with(&isolation, &KernelModel::default(), &[], &desired)
+            .iter()
+            .map(Op::to_string)
+            .collect()
     };
     let gated = steps(true);
     assert_eq!(
@@ -253,7 +257,7 @@ fn behind_the_rules_of_a_firewall_a_network_is_closed_all_the_same() {
 }
 
 #[test]
-fn an_endpoint_of_an_internal_network_has_no_egress() {
+fn endpoint_of_an_internal_network_has_no_default_route() {
     let internal = Network { internal: true, ..network("inside", 1) };
     let desired = Desired {
         endpoints: vec![endpoint("web", 1, &internal)],
@@ -265,7 +269,7 @@ fn an_endpoint_of_an_internal_network_has_no_egress() {
 }
 
 #[test]
-fn an_endpoint_is_guarded_before_it_is_on_the_bridge() {
+fn endpoint_is_guarded_before_it_joins_the_bridge() {
     let blue = network("blue", 1);
     let endpoints = vec![endpoint("web", 1, &blue)];
     let desired = |guards| Desired {
@@ -287,12 +291,12 @@ fn an_endpoint_is_guarded_before_it_is_on_the_bridge() {
         "{guarded:?}"
     );
     let in_table = steps(Guards::InTable("demo".to_owned()));
-    assert_eq!(place(&in_table, "table of nftables"), Some(0));
+    assert_eq!(place(&in_table, "nftables table"), Some(0));
 }
 
-/// A VPN, a company's network: the bridge's route is more specific.
+/// Routes of a VPN or a company network: the route of the bridge is more specific.
 #[test]
-fn wider_routes_of_others_are_no_conflict() {
+fn wider_foreign_routes_are_no_conflict() {
     let desired = Desired { networks: vec![network("blue", 1)], ..Desired::default() };
     for route in ["0.0.0.0/1", "128.0.0.0/1", "10.0.0.0/8", "10.9.0.0/23"] {
         let observed =
@@ -302,7 +306,7 @@ fn wider_routes_of_others_are_no_conflict() {
 }
 
 #[test]
-fn policy_rules_are_ahead_of_those_of_others() {
+fn policy_rules_precede_foreign_ones() {
     let priorities = |rules_ahead| -> Vec<u32> {
         let desired =
             Desired { networks: vec![network("blue", 1)], rules_ahead, ..Desired::default() };
@@ -318,7 +322,7 @@ fn policy_rules_are_ahead_of_those_of_others() {
 }
 
 #[test]
-fn contradictions_are_told_and_nothing_is_planned() {
+fn conflicts_are_errors() {
     let (blue, red) = (network("blue", 1), network("red", 2));
     let taken = |links: &[(&str, u8)]| Observed {
         links: BTreeMap::from([(
@@ -330,7 +334,7 @@ fn contradictions_are_told_and_nothing_is_planned() {
         )]),
         ..Observed::default()
     };
-    let refused = |networks: Vec<Network>, endpoints: Vec<Endpoint>, observed: &Observed| {
+    let error = |networks: Vec<Network>, endpoints: Vec<Endpoint>, observed: &Observed| {
         plan(
             &Desired { networks, endpoints, ..Desired::default() },
             &[],
@@ -346,37 +350,34 @@ fn contradictions_are_told_and_nothing_is_planned() {
         ..red.clone()
     };
     assert_eq!(
-        refused(vec![blue.clone(), wide], vec![], &nothing),
-        "network \"red\": subnet 10.9.0.0/16 overlaps 10.9.1.0/24 of network \"blue\"; give it another one"
+        error(vec![blue.clone(), wide], vec![], &nothing),
+        "network \"red\": subnet 10.9.0.0/16 overlaps 10.9.1.0/24 of network \"blue\"; choose another subnet"
     );
     for route in ["10.9.1.0/24", "10.9.1.128/25", "10.9.1.77/32"] {
         let routed = Observed { routes: vec![(net(route), "eth7".into())], ..Observed::default() };
         assert_eq!(
-            refused(vec![blue.clone()], vec![], &routed),
+            error(vec![blue.clone()], vec![], &routed),
             format!(
-                "network \"blue\": subnet 10.9.1.0/24 overlaps {route}, which the host reaches by \"eth7\"; give it another one"
+                "network \"blue\": subnet 10.9.1.0/24 overlaps {route}, which the host reaches through \"eth7\"; choose another subnet"
             )
         );
     }
     assert_eq!(
-        refused(vec![blue.clone()], vec![], &taken(&[("tg-blue", 99)])),
-        "interface \"tg-blue\" on the host exists already and is not ours; choose another name or remove it"
+        error(vec![blue.clone()], vec![], &taken(&[("tg-blue", 99)])),
+        "interface \"tg-blue\" on the host already exists and is not owned by tidegate; choose another name or remove it"
     );
     let long = Network { bridge: interface("tg-a-name-too-long", 1), ..blue.clone() };
     assert_eq!(
-        refused(vec![long], vec![], &nothing),
-        "interface name \"tg-a-name-too-long\" is too long: 15 bytes at most"
+        error(vec![long], vec![], &nothing),
+        "interface name \"tg-a-name-too-long\" exceeds 15 bytes"
     );
     let (one, mut other) = (endpoint("one", 1, &blue), endpoint("other", 2, &blue));
     other.attachments[0].addresses.clone_from(&one.attachments[0].addresses);
     assert_eq!(
-        refused(vec![blue.clone()], vec![one.clone(), other], &nothing),
-        "endpoint \"other\": address 10.9.1.11 is endpoint \"one\"'s already"
+        error(vec![blue.clone()], vec![one.clone(), other], &nothing),
+        "endpoint \"other\": address 10.9.1.11 already belongs to endpoint \"one\""
     );
-    assert_eq!(
-        refused(vec![red], vec![one], &nothing),
-        "endpoint \"one\": there is no network \"blue\""
-    );
+    assert_eq!(error(vec![red], vec![one], &nothing), "endpoint \"one\": no such network \"blue\"");
     assert!(
         plan(
             &Desired { networks: vec![blue], ..Desired::default() },

@@ -1,4 +1,4 @@
-//! Against the real kernel, in namespaces of the tests' own.
+//! Tests against the real kernel, in temporary namespaces.
 
 use super::*;
 use crate::{Attachment, Endpoint, Interface, Mac, Network, RepairKind, RuleIsolation, Subnet};
@@ -12,7 +12,7 @@ use tidegate_testbed::Topology;
 const SOON: Duration = Duration::from_secs(5);
 const NEVER: Duration = Duration::from_millis(300);
 
-/// A host with an outside, and a place for journals.
+/// A host with an external network, and a directory for journals.
 struct Bed {
     net: Topology,
     host: Namespace,
@@ -28,8 +28,8 @@ impl Bed {
         Self { net, host, directory: tempfile::tempdir().unwrap(), runtime }
     }
 
-    /// Two networks that are up, with the containers a, b and c, as the test and as tidegate have
-    /// them.
+    /// Applies two networks with the containers a, b and c. Returns the namespaces as testbed
+    /// handles and as tidegate handles.
     fn with_two_networks(
         &self,
     ) -> ([tidegate_testbed::Namespace; 3], [Namespace; 3], Setup, Desired) {
@@ -54,7 +54,7 @@ impl Bed {
         Setup::new(kernel, journal, RuleIsolation::default())
     }
 
-    /// All that can be seen of the host: links, addresses, routes, rules.
+    /// The visible state of the host: links, addresses, routes, rules.
     fn state(&self) -> String {
         let ip = |args: &[&str]| self.net.host.exec("ip", args);
         [
@@ -77,7 +77,7 @@ fn interface(name: &str, number: u8) -> Interface {
     Interface { name: name.into(), mac: Mac([2, 0, 0, 0, 0, number]) }
 }
 
-/// Two networks, dual-stack, with two endpoints on the first and one on the second.
+/// Two dual-stack networks, with two endpoints on the first and one on the second.
 fn two_networks() -> Desired {
     let subnet = |text: &str| {
         let subnet = text.parse().unwrap();
@@ -119,16 +119,16 @@ fn two_networks() -> Desired {
     }
 }
 
-/// Whether a client in `from` gets an answer from a server at `to` in `there`.
-fn reaches(from: &Namespace, there: &Namespace, to: &str, patience: Duration) -> bool {
+/// Returns whether a client in `from` gets a reply from a server at `to` in `server`.
+fn reaches(from: &Namespace, server: &Namespace, to: &str, timeout: Duration) -> bool {
     let to: SocketAddr = to.parse().unwrap();
-    let listener = there.with(|| TcpListener::bind((to.ip(), 0))).unwrap().unwrap();
+    let listener = server.with(|| TcpListener::bind((to.ip(), 0))).unwrap().unwrap();
     let to = listener.local_addr().unwrap();
     std::thread::scope(|scope| {
         scope.spawn(move || {
             listener.set_nonblocking(true).unwrap();
-            let asked = std::time::Instant::now();
-            while asked.elapsed() < patience {
+            let start = std::time::Instant::now();
+            while start.elapsed() < timeout {
                 if let Ok((mut stream, _)) = listener.accept() {
                     let _ = stream.write_all(b"!");
                     return;
@@ -136,21 +136,21 @@ fn reaches(from: &Namespace, there: &Namespace, to: &str, patience: Duration) ->
                 std::thread::sleep(Duration::from_millis(2));
             }
         });
-        let stream = from.with(|| TcpStream::connect_timeout(&to, patience)).unwrap();
+        let stream = from.with(|| TcpStream::connect_timeout(&to, timeout)).unwrap();
         let Ok(mut stream) = stream else { return false };
-        stream.set_read_timeout(Some(patience)).unwrap();
+        stream.set_read_timeout(Some(timeout)).unwrap();
         stream.read_exact(&mut [0]).is_ok()
     })
 }
 
 #[test]
-fn endpoints_reach_their_network_and_the_host_and_nothing_else() {
+fn endpoints_reach_only_their_network_and_the_host() {
     let bed = Bed::new();
     let outside = Namespace::from_path(&bed.net.client.path()).unwrap();
     let [a, b, c] = [(); 3].map(|()| Namespace::create().unwrap());
     let mut setup = bed.setup(&[("a", &a), ("b", &b), ("c", &c)]);
-    // A host that forwards for others, as Docker leaves it, and an outside that sends containers'
-    // subnets its way.
+    // A host with forwarding enabled, as left by Docker, and an external host with routes to the
+    // container subnets.
     for key in ["net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"] {
         bed.host.set_sysctl(key, "1").unwrap();
     }
@@ -167,18 +167,15 @@ fn endpoints_reach_their_network_and_the_host_and_nothing_else() {
         assert!(reaches(&a, &bed.host, to_host, SOON), "the host at {to_host}");
         assert!(reaches(&bed.host, &c, to_c, SOON), "the host reaches {to_c}");
         assert!(!reaches(&a, &c, to_c, NEVER), "another network at {to_c}");
-        assert!(!reaches(&outside, &c, to_c, NEVER), "the outside gets to {to_c}");
-        assert!(!reaches(&outside, &b, to_b, NEVER), "the outside gets to {to_b}");
+        assert!(!reaches(&outside, &c, to_c, NEVER), "external access to {to_c}");
+        assert!(!reaches(&outside, &b, to_b, NEVER), "external access to {to_b}");
     }
-    assert!(
-        !reaches(&a, &outside, "203.0.113.9:0", NEVER),
-        "nothing gets out without an engine for it"
-    );
+    assert!(!reaches(&a, &outside, "203.0.113.9:0", NEVER), "no egress without the engine");
     bed.runtime.block_on(setup.finish()).unwrap();
 }
 
 #[test]
-fn without_inter_container_traffic_endpoints_reach_the_host_alone() {
+fn without_inter_container_traffic_endpoints_reach_only_the_host() {
     let bed = Bed::new();
     let [a, b, c] = [(); 3].map(|()| Namespace::create().unwrap());
     let mut setup = bed.setup(&[("a", &a), ("b", &b), ("c", &c)]);
@@ -192,7 +189,7 @@ fn without_inter_container_traffic_endpoints_reach_the_host_alone() {
 }
 
 #[test]
-fn what_is_there_is_not_made_again_and_all_of_it_goes_at_the_end() {
+fn apply_is_idempotent_and_finish_removes_everything() {
     let bed = Bed::new();
     let before = bed.state();
     let [a, b, c] = [(); 3].map(|()| Namespace::create().unwrap());
@@ -209,10 +206,10 @@ fn what_is_there_is_not_made_again_and_all_of_it_goes_at_the_end() {
     assert!(!bed.directory.path().join("test.journal").exists());
 }
 
-/// At every operation the process may be killed: before the kernel is asked, and after, before that
-/// is written down.
+/// Simulates a kill at every operation: before it is performed, and after it is performed but
+/// before it is recorded.
 #[test]
-fn whatever_a_killed_process_left_is_cleared_by_the_next() {
+fn next_process_clears_the_state_of_a_killed_one() {
     let bed = Bed::new();
     let before = bed.state();
     let count = {
@@ -233,7 +230,7 @@ fn whatever_a_killed_process_left_is_cleared_by_the_next() {
                     setup.kernel.execute(op).await.unwrap();
                 }
             });
-            // The namespaces live on, as a container's would whose runtime holds them.
+            // The namespaces persist, like those held by a container runtime.
             drop(setup);
             let mut next = bed.setup(&[]);
             bed.runtime.block_on(next.clear()).unwrap();
@@ -244,11 +241,11 @@ fn whatever_a_killed_process_left_is_cleared_by_the_next() {
 }
 
 #[test]
-fn a_step_that_fails_undoes_those_before_it() {
+fn failed_operation_rolls_back_previous_ones() {
     let bed = Bed::new();
     let before = bed.state();
     let [a, b] = [(); 2].map(|()| Namespace::create().unwrap());
-    // The third endpoint's namespace is not known, as if it had vanished.
+    // The namespace of the third endpoint is unknown, as if it had been deleted.
     let mut setup = bed.setup(&[("a", &a), ("b", &b)]);
     let error = bed.runtime.block_on(setup.apply(&two_networks())).unwrap_err().to_string();
     assert!(error.contains("endpoint \"c\""), "{error}");
@@ -257,7 +254,7 @@ fn a_step_that_fails_undoes_those_before_it() {
 }
 
 #[test]
-fn an_interface_that_someone_else_made_under_our_name_is_left_alone() {
+fn foreign_interface_with_the_same_name_is_left_alone() {
     let bed = Bed::new();
     let [a, b, c] = [(); 3].map(|()| Namespace::create().unwrap());
     let mut setup = bed.setup(&[("a", &a), ("b", &b), ("c", &c)]);
@@ -269,11 +266,11 @@ fn an_interface_that_someone_else_made_under_our_name_is_left_alone() {
     assert!(bed.state().contains("tg-blue"));
     assert!(!bed.state().contains("tg-red"));
     let error = bed.runtime.block_on(next.apply(&two_networks())).unwrap_err().to_string();
-    assert!(error.contains("\"tg-blue\" on the host exists already"), "{error}");
+    assert!(error.contains("\"tg-blue\" on the host already exists"), "{error}");
 }
 
 #[test]
-fn a_subnet_that_the_host_reaches_otherwise_is_refused_and_nothing_is_changed() {
+fn conflicting_route_is_an_error_and_nothing_is_changed() {
     let bed = Bed::new();
     bed.net.host.ip_all("route add 10.9.1.128/25 via 203.0.113.9");
     let before = bed.state();
@@ -289,9 +286,10 @@ fn a_subnet_that_the_host_reaches_otherwise_is_refused_and_nothing_is_changed() 
     assert!(Path::new(&bed.directory.path().join("test.journal")).exists());
 }
 
-/// As many as one bridge has ports for, less some. Printed, not judged: speed is the benchmark's.
+/// Almost as many endpoints as a bridge has ports. The times are printed, not checked; performance
+/// is covered by the benchmark.
 #[test]
-fn a_thousand_endpoints_are_set_up_and_taken_down() {
+fn thousand_endpoints_are_set_up_and_removed() {
     const COUNT: u16 = 1000;
     let bed = Bed::new();
     let before = bed.state();
@@ -332,9 +330,9 @@ fn a_thousand_endpoints_are_set_up_and_taken_down() {
     assert_eq!(bed.state(), before);
 }
 
-/// Blue's endpoint `a` in another namespace, as a container that was restarted.
+/// Reattaches endpoint `a` of blue in another namespace, as after a container restart.
 #[test]
-fn an_endpoint_is_attached_to_another_namespace_and_its_neighbours_notice_nothing() {
+fn endpoint_is_reattached_without_affecting_neighbours() {
     let bed = Bed::new();
     let before = bed.state();
     let [a, b, c, again] = [(); 4].map(|()| Namespace::create().unwrap());
@@ -353,10 +351,13 @@ fn an_endpoint_is_attached_to_another_namespace_and_its_neighbours_notice_nothin
     for namespace in [&again, &a, &again] {
         bed.runtime.block_on(setup.reattach(&desired, "a", namespace.clone())).unwrap();
         assert!(reaches(&b, namespace, "10.9.1.10:0", SOON));
-        assert_eq!(setup.owned().len(), owned, "nothing is remembered twice");
+        assert_eq!(setup.owned().len(), owned, "no duplicate facts");
     }
     assert_eq!(a.id(), there);
-    assert!(a.sysctl("net.ipv4.conf.eth0.forwarding").is_err(), "nothing is left where it was");
+    assert!(
+        a.sysctl("net.ipv4.conf.eth0.forwarding").is_err(),
+        "nothing remains in the old namespace"
+    );
     assert_eq!(neighbours(bed.state()), theirs);
     assert_eq!(bed.runtime.block_on(setup.apply(&desired)).unwrap(), 0);
     bed.runtime.block_on(setup.finish()).unwrap();
@@ -364,7 +365,7 @@ fn an_endpoint_is_attached_to_another_namespace_and_its_neighbours_notice_nothin
 }
 
 #[test]
-fn a_namespace_in_which_the_interface_is_taken_is_refused_and_the_endpoint_stays_where_it_was() {
+fn reattach_fails_without_changes_if_the_interface_name_is_in_use() {
     let bed = Bed::new();
     let [a, b, c, full] = [(); 4].map(|()| Namespace::create().unwrap());
     let mut setup = bed.setup(&[("a", &a), ("b", &b), ("c", &c)]);
@@ -385,18 +386,18 @@ fn a_namespace_in_which_the_interface_is_taken_is_refused_and_the_endpoint_stays
     bed.runtime.block_on(other.apply(&elsewhere)).unwrap();
     let before = bed.state();
     let error = bed.runtime.block_on(setup.reattach(&desired, "a", full)).unwrap_err().to_string();
-    assert!(error.contains("\"eth0\" on endpoint \"a\" exists already"), "{error}");
+    assert!(error.contains("\"eth0\" on endpoint \"a\" already exists"), "{error}");
     assert_eq!(bed.state(), before);
     assert!(reaches(&b, &a, "10.9.1.10:0", SOON));
 }
 
 #[test]
-fn each_object_that_others_remove_is_restored_and_reported_once() {
+fn externally_removed_objects_are_restored_and_reported_once() {
     let bed = Bed::new();
     let (boxes, [a, b, _], mut setup, desired) = bed.with_two_networks();
     let journal = setup.owned().len();
     let (host, inside) = (&bed.net.host, &boxes[0]);
-    // What a pair was changed to is not the host's only.
+    // Changes of a pair also affect the endpoint.
     let state = || format!("{}{}", bed.state(), inside.exec("ip", &["-o", "addr"]));
     let fdb = || host.exec("bridge", &["fdb", "show", "br", "tg-blue"]);
     assert!(fdb().contains("02:00:00:00:00:d2 dev tgv-a master tg-blue static"), "{}", fdb());
@@ -439,7 +440,7 @@ fn each_object_that_others_remove_is_restored_and_reported_once() {
         assert!(reaches(&a, &b, "10.9.1.11:0", SOON), "{script}: {}", state());
         assert!(reaches(&a, &b, "[fd09:1::11]:0", SOON), "{script}: {}", state());
     }
-    assert_eq!(setup.owned().len(), journal, "each fact once, and none that the kernel makes");
+    assert_eq!(setup.owned().len(), journal, "each fact once, and no implicit ones");
     host.ip(&["link", "del", "tgv-c"]);
     let repaired = bed.runtime.block_on(setup.repair(&desired, true, &BTreeSet::new()));
     assert_eq!(repaired.detached, BTreeSet::from(["c".to_owned()]));
@@ -447,7 +448,7 @@ fn each_object_that_others_remove_is_restored_and_reported_once() {
 }
 
 #[test]
-fn a_link_of_its_own_in_a_container_keeps_neither_the_host_nor_others_from_being_repaired() {
+fn foreign_link_in_a_container_does_not_block_other_repairs() {
     let bed = Bed::new();
     let (boxes, _, mut setup, desired) = bed.with_two_networks();
     boxes[0].ip_all("link del eth0\nlink add eth0 type bridge");
@@ -459,12 +460,13 @@ fn a_link_of_its_own_in_a_container_keeps_neither_the_host_nor_others_from_being
     assert_eq!(kinds, [RepairKind::Address, RepairKind::Veth]);
     let [(Some(endpoint), error)] = &repaired.failed[..] else { panic!("{:?}", repaired.failed) };
     assert_eq!(endpoint, "a");
-    assert!(error.to_string().contains("\"eth0\" on endpoint \"a\" exists already"), "{error}");
+    assert!(error.to_string().contains("\"eth0\" on endpoint \"a\" already exists"), "{error}");
 }
 
-/// The veth end is known by its peer: neither name nor hardware address makes another link of it.
+/// The veth end is identified by its peer, so a link with the same name and MAC address is not
+/// mistaken for it.
 #[test]
-fn a_link_in_the_place_of_a_veth_end_gets_none_of_its_addresses() {
+fn link_that_replaces_a_veth_end_gets_no_addresses() {
     let bed = Bed::new();
     let (boxes, [a, b, _], mut setup, desired) = bed.with_two_networks();
     let (inside, endpoints) = (&boxes[0], BTreeSet::from(["a".to_owned()]));
@@ -484,7 +486,7 @@ fn a_link_in_the_place_of_a_veth_end_gets_none_of_its_addresses() {
             panic!("{:?}", repaired.failed)
         };
         assert_eq!(endpoint, "a");
-        assert!(error.to_string().contains("\"eth0\" on endpoint \"a\" exists already"), "{error}");
+        assert!(error.to_string().contains("\"eth0\" on endpoint \"a\" already exists"), "{error}");
         let kinds: Vec<_> = repaired.restored.iter().map(RepairKind::of).collect();
         assert_eq!(kinds, [RepairKind::Address], "of lo: {:?}", repaired.restored);
         let shown = inside.exec("ip", &["-o", "addr", "show", "dev", "eth0"]);
@@ -498,9 +500,9 @@ fn a_link_in_the_place_of_a_veth_end_gets_none_of_its_addresses() {
     }
 }
 
-/// Of 100,000 routes none is read.
+/// None of 100,000 routes is read.
 #[test]
-fn routes_of_an_endpoint_delay_no_repair() {
+fn routes_of_an_endpoint_do_not_delay_repairs() {
     let bed = Bed::new();
     let (boxes, _, mut setup, desired) = bed.with_two_networks();
     boxes[0].ip_all("link add more type bridge\nlink set more up");

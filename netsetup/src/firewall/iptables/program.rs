@@ -1,4 +1,4 @@
-//! The programs `iptables-save` and `iptables-restore`, run for a bounded time.
+//! Execution of `iptables-save` and `iptables-restore`, with a timeout.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Access, access};
@@ -9,16 +9,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 
-/// How long a program waits for another one that changes rules, in seconds (its `--wait`).
+/// Time that a program waits for the xtables lock, in seconds (`--wait`).
 const LOCK_WAIT: &str = "5";
 
-/// How long a program may take in all. Ten thousand rules take less than one second.
-const PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
+/// Timeout of a program. Ten thousand rules take less than one second.
+const TIMEOUT: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
-/// Where programs are that set firewalls, whatever `PATH` says.
+/// Directories of firewall programs, searched in addition to `PATH`.
 const SYSTEM_DIRECTORIES: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 
-/// IPv4 or IPv6.
+/// An address family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Family {
     V4,
@@ -26,7 +26,7 @@ pub(super) enum Family {
 }
 
 impl Family {
-    /// The programs of this family are called by it, and by `-save` and `-restore` behind it.
+    /// Base name of the programs. The suffixes `-save` and `-restore` are appended to it.
     pub(super) const fn program(self) -> &'static str {
         match self {
             Self::V4 => "iptables",
@@ -39,11 +39,11 @@ impl Family {
     }
 }
 
-/// iptables of one family, as it is installed.
+/// The installed iptables programs of one family.
 #[derive(Debug)]
 pub(super) struct Program {
     pub(super) family: Family,
-    /// As `iptables v1.8.9 (nf_tables)`.
+    /// Version, as in `iptables v1.8.9 (nf_tables)`.
     pub(super) version: String,
     save: PathBuf,
     restore: PathBuf,
@@ -51,8 +51,8 @@ pub(super) struct Program {
 
 impl Program {
     /// # Errors
-    /// It is not installed, does not say what it is, or is older than 1.6 (of 2015), which cannot
-    /// wait for its lock.
+    /// The program is not installed, its version cannot be determined, or it is older than 1.6 (of
+    /// 2015) and cannot wait for the lock.
     pub(super) fn find(family: Family) -> io::Result<Self> {
         let name = family.program();
         let [program, save, restore] =
@@ -66,17 +66,17 @@ impl Program {
         Ok(Self { family, version, save: save?, restore: restore? })
     }
 
-    /// Whether it is the variant that makes its tables in nf_tables.
-    pub(super) fn is_made_of_nftables(&self) -> bool {
+    /// Returns whether this is the nf_tables variant.
+    pub(super) fn uses_nftables(&self) -> bool {
         self.version.contains("nf_tables")
     }
 
-    /// Whether the program of `family` can be run.
+    /// Returns whether the program of `family` is installed.
     pub(super) fn is_installed(family: Family) -> bool {
         find(family.program()).is_ok()
     }
 
-    /// What there is, of all tables or of one.
+    /// Lists the rules of one or all tables.
     pub(super) fn save(&self, table: Option<&str>) -> io::Result<String> {
         let of: &[&str] = match &table {
             Some(table) => &["-t", table],
@@ -85,12 +85,12 @@ impl Program {
         run(&self.save, of, "")
     }
 
-    /// Carries `text` out.
+    /// Applies `text`.
     pub(super) fn restore(&self, text: &str) -> io::Result<()> {
         run(&self.restore, &["--noflush", "--wait", LOCK_WAIT], text).map(drop).map_err(|error| {
-            // It tells of a line by its number.
-            let told = error.to_string();
-            let number = told.split("line").nth(1).and_then(|rest| {
+            // The error refers to a line by number; append that line.
+            let message = error.to_string();
+            let number = message.split("line").nth(1).and_then(|rest| {
                 rest.trim_start_matches([':', ' '])
                     .split(|c: char| !c.is_ascii_digit())
                     .next()?
@@ -99,7 +99,7 @@ impl Program {
             });
             let line = number.and_then(|number| text.lines().nth(number.checked_sub(1)?));
             match line {
-                Some(line) => io::Error::other(format!("{told}: {line}")),
+                Some(line) => io::Error::other(format!("{message}: {line}")),
                 None => error,
             }
         })
@@ -114,22 +114,22 @@ fn find(name: &str) -> io::Result<PathBuf> {
     found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("{name} is not installed")))
 }
 
-/// Major and minor version.
+/// Parses major and minor version.
 fn numbers(version: &str) -> Option<(u32, u32)> {
     let mut numbers = version.split_once(" v")?.1.split(|c: char| !c.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-/// Runs `program` with `input`, and returns what it writes.
+/// Runs `program` with `input` and returns its standard output.
 ///
 /// # Errors
-/// It does not start, fails (the first line of what it says), or takes longer than [`PATIENCE`];
-/// then it is killed.
+/// The program cannot be started, fails (the first line of its standard error), or exceeds
+/// [`TIMEOUT`] and is killed.
 fn run(program: &Path, args: &[&str], input: &str) -> io::Result<String> {
     let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let failed = |what: &str| io::Error::other(format!("{name}: {what}"));
     let piped = Stdio::piped;
-    // A group of its own, for it may be a script, whose children would keep the pipes open.
+    // In its own process group, because the children of a script would keep the pipes open.
     let mut child = Command::new(program)
         .args(args)
         .env("LC_ALL", "C")
@@ -143,7 +143,7 @@ fn run(program: &Path, args: &[&str], input: &str) -> io::Result<String> {
         (child.stdin.take(), child.stdout.take(), child.stderr.take());
     thread::scope(|scope| {
         scope.spawn(move || {
-            // Whether it has read all of it its status tells.
+            // The exit status shows whether the input was accepted.
             let _ = stdin.as_mut().map(|stdin| stdin.write_all(input.as_bytes()));
         });
         let output = scope.spawn(|| read(stdout));
@@ -151,15 +151,13 @@ fn run(program: &Path, args: &[&str], input: &str) -> io::Result<String> {
         let status = wait(&mut child)?;
         let [output, errors] = [output, errors].map(|thread| thread.join().unwrap_or_default());
         match status {
-            None => {
-                Err(failed(&format!("has not ended within {} s, and was killed", PATIENCE.tv_sec)))
-            }
+            None => Err(failed(&format!("timed out after {} s and was killed", TIMEOUT.tv_sec))),
             Some(status) if status.success() => Ok(output),
             Some(status) => {
-                let told = errors.lines().map(str::trim).find(|line| !line.is_empty());
-                Err(told.map_or_else(
+                let message = errors.lines().map(str::trim).find(|line| !line.is_empty());
+                Err(message.map_or_else(
                     || failed(&status.to_string()),
-                    |told| io::Error::other(told.to_owned()),
+                    |message| io::Error::other(message.to_owned()),
                 ))
             }
         }
@@ -172,12 +170,12 @@ fn read(from: Option<impl Read>) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// Waits for `child`; `None` if it had to be killed.
+/// Waits for `child`. Returns `None` if it was killed after the timeout.
 fn wait(child: &mut Child) -> io::Result<Option<ExitStatus>> {
     let pid = Pid::from_child(child);
     let ended = pidfd_open(pid, PidfdFlags::empty()).and_then(|pidfd| {
         let mut ready = [PollFd::new(&pidfd, PollFlags::IN)];
-        poll(&mut ready, Some(&PATIENCE))
+        poll(&mut ready, Some(&TIMEOUT))
     });
     if matches!(ended, Ok(1..)) {
         return child.wait().map(Some);
@@ -192,7 +190,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_are_told_apart() {
+    fn version_numbers_are_parsed() {
         for (version, expected) in [
             ("iptables v1.8.9 (nf_tables)", Some((1, 8))),
             ("ip6tables v1.4.21", Some((1, 4))),
@@ -204,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_program_says_is_told_and_what_it_is_given_it_gets() {
+    fn output_and_error_of_a_program_are_returned() {
         let sh = Path::new("/bin/sh");
         assert_eq!(run(sh, &["-c", "cat"], "text").unwrap(), "text");
         let error = |script: &str| run(sh, &["-c", script], "").unwrap_err().to_string();
@@ -218,9 +216,9 @@ mod tests {
         );
     }
 
-    /// More than fits into a pipe, both ways at once.
+    /// More data than fits into a pipe, in both directions at once.
     #[test]
-    fn a_lot_goes_both_ways() {
+    fn large_input_and_output_do_not_deadlock() {
         let text = "x".repeat(1 << 20);
         assert_eq!(run(Path::new("/bin/cat"), &[], &text).unwrap().len(), text.len());
     }

@@ -1,50 +1,49 @@
-//! The ruleset as chains and rules, and what iptables-restore is told to have them. Pure.
+//! Rendering of rulesets as iptables chains and as input of iptables-restore. Pure.
 //!
-//! What may pass the gates is marked in POSTROUTING of `mangle`: the last chain that every packet
-//! passes, and behind the rules of others there, which neither see the mark nor change it. (Chains
-//! of others before ours may accept a packet in `filter`.) Where policy rules are the guards, it
-//! has to be marked before routing, and no chain is asked between that and destination NAT: so it
-//! is told by what the connection began with, and the first packet of a translated one is marked in
-//! `nat` beside its translation.
+//! Packets that may pass the gates are marked in POSTROUTING of `mangle`, after all foreign rules
+//! there, which can therefore neither see nor change the mark. This is the last chain that every
+//! packet passes; in `filter`, a foreign chain before tidegate's may accept a packet. With policy
+//! rules as guards, packets must be marked before routing. No chain exists between destination NAT
+//! and routing, so packets are identified by the original direction of their connection, and the
+//! first packet of a translated connection is marked in `nat`, next to its translation.
 
 use super::program::Family;
 use super::saved::{DOCKER_USER, Saved};
 use crate::firewall::ruleset::{MAPPED, MASQUERADED};
-use crate::firewall::{Opening, Ruleset, Zone, on_link};
+use crate::firewall::{Opening, Ruleset, Zone, link_scoped_prefixes};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::net::IpAddr;
 use tidegate_model::{Protocol, registry};
 
-/// What a rule ends with by which our chains ask Docker's.
+/// Suffix of rules that jump to DOCKER-USER.
 pub(super) const TO_DOCKER_USER: &str = "-j DOCKER-USER";
 
-/// What the rule ends with that says that a table is there for us alone.
+/// Suffix of the rule which records that a table was created for tidegate.
 pub(super) const TABLE_MADE: &str = "--comment \"this table was made for tidegate\"";
 
-/// Ports in one rule (`XT_MULTI_PORTS`).
-const PORTS_IN_A_RULE: usize = 15;
+/// Maximum ports per rule (`XT_MULTI_PORTS`).
+const MAX_PORTS_PER_RULE: usize = 15;
 
-/// A table, as far as it is ours.
+/// The owner's part of a table.
 #[derive(Debug)]
 pub(super) struct Table {
     name: &'static str,
-    /// With their rules, those that are jumped to first.
+    /// Chains with their rules. Jump targets precede the chains that jump to them.
     chains: Vec<(String, Vec<String>)>,
-    /// Built-in chains, each with the chain of ours that it leads to.
+    /// Jumps from built-in chains to the owner's chains.
     jumps: Vec<(&'static str, String)>,
 }
 
 impl Table {
-    /// Whether its jump in `from` comes behind all rules of others, not before them.
+    /// Returns whether the jump in `from` must follow all foreign rules instead of preceding them.
     fn is_last(&self, from: &str) -> bool {
         self.name == "mangle" && from != "FORWARD"
     }
 }
 
-/// What the names of `owner`'s chains begin with: what fits of its name, and what tells it from
-/// others.
+/// Returns the prefix of the owner's chain names: a part of its name, and a hash for uniqueness.
 pub(super) fn prefix(owner: &str) -> String {
     let hash = registry::fnv1a(owner.as_bytes());
     let hash = (hash ^ hash >> 24 ^ hash >> 48) & 0xff_ffff;
@@ -52,20 +51,20 @@ pub(super) fn prefix(owner: &str) -> String {
     format!("{}{readable}-{hash:06x}", registry::IPTABLES_CHAIN_PREFIX)
 }
 
-/// All that `ruleset` needs in `family`. With `docker_user` the chain DOCKER-USER is asked too.
+/// Renders `ruleset` for `family`. With `docker_user`, also jumps to the chain DOCKER-USER.
 pub(super) fn tables(ruleset: &Ruleset, family: Family, docker_user: bool) -> Vec<Table> {
-    let with = With { ruleset, family, docker_user, prefix: prefix(&ruleset.owner) };
-    vec![with.raw(), with.mangle(), with.filter(), with.nat()]
+    let renderer = Renderer { ruleset, family, docker_user, prefix: prefix(&ruleset.owner) };
+    vec![renderer.raw(), renderer.mangle(), renderer.filter(), renderer.nat()]
 }
 
-/// The first rule of others that is asked behind the one that sets the mark, and may change it.
-pub(super) fn behind_mark<'a>(ruleset: &Ruleset, saved: &'a Saved) -> Option<&'a str> {
+/// Returns the first foreign rule after the mark chain that may change the mark.
+pub(super) fn rule_after_mark<'a>(ruleset: &Ruleset, saved: &'a Saved) -> Option<&'a str> {
     let from = if ruleset.gated { "POSTROUTING" } else { "PREROUTING" };
-    saved.behind("mangle", from, &format!("{}-MARK", prefix(&ruleset.owner))).next()
+    saved.mark_rules_after("mangle", from, &format!("{}-MARK", prefix(&ruleset.owner))).next()
 }
 
-/// How many lines [`Saved::of_owner`] has where `text` was carried out: chains, the user's among
-/// them, rules and jumps.
+/// Returns the expected number of lines of [`Saved::of_owner`] after `text` was applied: chains
+/// including the user chain, rules and jumps.
 pub(super) fn count(text: &str, tables: &[Table]) -> usize {
     let chains: usize = tables.iter().map(|table| table.chains.len() + table.jumps.len()).sum();
     let ours = format!("-A {}", registry::IPTABLES_CHAIN_PREFIX);
@@ -73,7 +72,7 @@ pub(super) fn count(text: &str, tables: &[Table]) -> usize {
     chains + rules + 1
 }
 
-/// The names of the tables that `tables` are of and `saved` has not.
+/// Returns the names of `tables` that are missing in `saved`.
 pub(super) fn missing(tables: &[Table], saved: &Saved) -> BTreeSet<String> {
     tables
         .iter()
@@ -82,14 +81,14 @@ pub(super) fn missing(tables: &[Table], saved: &Saved) -> BTreeSet<String> {
         .collect()
 }
 
-struct With<'a> {
+struct Renderer<'a> {
     ruleset: &'a Ruleset,
     family: Family,
     docker_user: bool,
     prefix: String,
 }
 
-impl With<'_> {
+impl Renderer<'_> {
     fn chain(&self, name: &str) -> String {
         format!("{}-{name}", self.prefix)
     }
@@ -117,60 +116,64 @@ impl With<'_> {
         self.ruleset.ports.iter().filter(|port| self.is_of(port.address))
     }
 
-    /// Translated ports, each with its target's address and port.
+    /// Returns kernel-published ports with the address and port of their target.
     fn translated(&self) -> impl Iterator<Item = (&Opening, IpAddr, u16)> {
         self.ports().filter_map(|port| Some((port, port.to?.ip(), port.to?.port())))
     }
 
     fn raw(&self) -> Table {
-        // Only what is about to be dropped is asked whether it is the host's.
+        // Packets sent by the host are exempted only here, for packets about to be dropped.
         let stray = self.chain("STRAY");
         let strays = vec![
-            rule("-i lo", "RETURN", "the host reaches its networks"),
-            rule("", "DROP", "from elsewhere than it should be"),
+            rule("-i lo", "RETURN", "sent by the host itself"),
+            rule("", "DROP", "wrong input interface"),
         ];
         let mut rules = Vec::new();
         for (Zone { bridge, .. }, subnet) in self.subnets() {
             rules.push(rule(
                 &format!("-d {subnet} ! -i {bridge}"),
                 &stray,
-                "sent straight to a container or a gateway, past the published ports",
+                "direct access to a container or gateway address",
             ));
             rules.push(rule(
                 &format!("-s {subnet} ! -i {bridge}"),
                 &stray,
-                "claims to come from a container",
+                "spoofed container source address",
             ));
         }
         let zones = &self.ruleset.zones;
         for zone @ Zone { bridge, .. } in zones.iter().filter(|zone| !zone.verified) {
             let own = subnets_of(zone).filter(|subnet| self.is_of(subnet.addr()));
             rules.extend(own.map(|own| {
-                let why = "has a source address that is not of its network";
-                rule(&format!("! -s {own} -i {bridge}"), &self.chain("SOURCE"), why)
+                let comment = "source address outside the subnet of the bridge";
+                rule(&format!("! -s {own} -i {bridge}"), &self.chain("SOURCE"), comment)
             }));
         }
         for (Zone { bridge, .. }, subnet) in self.subnets().filter(|(zone, _)| zone.internal) {
-            for net in on_link(self.family.is_v6()) {
-                let why = "what neighbours need to find each other";
-                rules.push(rule(&format!("-d {net} -i {bridge} -p ipv6-icmp"), "RETURN", why));
+            for net in link_scoped_prefixes(self.family.is_v6()) {
+                let comment = "neighbour discovery";
+                rules.push(rule(&format!("-d {net} -i {bridge} -p ipv6-icmp"), "RETURN", comment));
             }
-            rules.push(rule(&format!("! -d {subnet} -i {bridge}"), "DROP", GATEWAY_ALONE));
+            rules.push(rule(&format!("! -d {subnet} -i {bridge}"), "DROP", GATEWAY_ONLY));
         }
         let loopback = grouped(self.ports().filter(|port| port.address.is_loopback()));
         rules.extend(loopback.iter().map(|matches| {
-            rule(matches, &stray, "published on a loopback address, and asked for from elsewhere")
+            rule(
+                matches,
+                &stray,
+                "port published on a loopback address: no access from other interfaces",
+            )
         }));
-        // Link-local addresses belong to no subnet, and who looks for duplicates of its address has
-        // none yet (RFC 4862, section 5.4.2). The kernel forwards neither.
+        // Exempt are link-local sources, which are in no subnet, and the unspecified source of
+        // duplicate address detection (RFC 4862, section 5.4.2). The kernel forwards neither.
         let mut sources = Vec::new();
         if self.family.is_v6() {
-            let why = "as neighbours have it";
+            let comment = "link-local or unspecified source";
             sources.extend(
-                ["fe80::/10", "::/128"].map(|net| rule(&format!("-s {net}"), "RETURN", why)),
+                ["fe80::/10", "::/128"].map(|net| rule(&format!("-s {net}"), "RETURN", comment)),
             );
         }
-        sources.push(rule("", "DROP", "from nobody in this network"));
+        sources.push(rule("", "DROP", "source address outside the subnet of the bridge"));
         let chains =
             vec![(stray, strays), (self.chain("SOURCE"), sources), (self.chain("RAW"), rules)];
         self.table("raw", chains, &[("PREROUTING", "RAW")])
@@ -179,11 +182,7 @@ impl With<'_> {
     fn mangle(&self) -> Table {
         let zones = &self.ruleset.zones;
         let from = zones.iter().map(|Zone { bridge, .. }| {
-            rule(
-                &format!("-i {bridge}"),
-                "RETURN",
-                "from a container: nothing that a network is closed to",
-            )
+            rule(&format!("-i {bridge}"), "RETURN", "from a container: guards do not apply")
         });
         let mut rules: Vec<_> = from.collect();
         if self.ruleset.gated {
@@ -191,7 +190,7 @@ impl With<'_> {
                 rule(
                     &format!("-o {bridge} -m conntrack --ctstate RELATED,ESTABLISHED,DNAT"),
                     &mark(),
-                    "may be forwarded: an answer, or it came by a published port; the gate lets nothing else pass",
+                    "mark for the gate: established connections and published ports",
                 )
             });
             rules.extend(to);
@@ -202,20 +201,20 @@ impl With<'_> {
                 rules.push(rule(
                     &format!("-m conntrack --ctstate RELATED,ESTABLISHED --ctorigsrc {subnet} --ctdir REPLY"),
                     &mark(),
-                    "may be forwarded: an answer to a container; policy rules let nothing else pass",
+                    "mark for policy rules: replies to containers",
                 ));
             }
             rules.push(rule(
                 &format!("-m conntrack --ctstate DNAT --ctreplsrc {subnet} --ctdir ORIGINAL"),
                 &mark(),
-                "may be forwarded: it came by a published port",
+                "mark for policy rules: published port",
             ));
         }
         self.marking(rules, "PREROUTING")
     }
 
-    /// The table in which `rules` set the mark, behind the rules of others in the chain `from`: so
-    /// that those neither see it nor change it.
+    /// Builds the table in which `rules` set the mark. The chain is entered after all foreign rules
+    /// in the built-in chain `from`, so that these neither see nor change the mark.
     fn marking(&self, rules: Vec<String>, from: &'static str) -> Table {
         let mut chains = vec![(self.chain("MARK"), rules)];
         let mut jumps = vec![(from, "MARK")];
@@ -229,13 +228,14 @@ impl With<'_> {
                         registry::UPLINK_MARK_MASK
                     );
                     let asked = format!("-m conntrack --ctorigdst {net}");
-                    let why = "asked at an address of that uplink";
-                    [rule(&asked, &mark, why), rule(&asked, "RETURN", why)]
+                    let comment = "original destination is an address of this uplink";
+                    [rule(&asked, &mark, comment), rule(&asked, "RETURN", comment)]
                 })
                 .collect()
         };
         if self.ruleset.replies.iter().any(|(_, net)| self.is_of(net.addr())) {
-            // What was asked tells the uplink; the mark of the connection is others'.
+            // The original destination determines the uplink. Connection marks belong to other
+            // software.
             let answers = |chain: &str| -> Vec<String> {
                 let chain = self.chain(chain);
                 let zones = self.ruleset.zones.iter().filter(|zone| !zone.internal);
@@ -243,15 +243,15 @@ impl With<'_> {
                     .map(|Zone { bridge, .. }| {
                         let answer =
                             format!("-i {bridge} -m conntrack --ctstate DNAT --ctdir REPLY");
-                        rule(&answer, &chain, "an answer of a translated port")
+                        rule(&answer, &chain, "reply of a kernel-published port")
                     })
                     .collect()
             };
             chains.extend([
-                (self.chain("ASKED"), marks(registry::uplink_mark)),
-                (self.chain("ROUTED"), marks(|_| 0)),
-                (self.chain("ROUTE"), answers("ASKED")),
-                (self.chain("FORWARD"), answers("ROUTED")),
+                (self.chain("UPLINK"), marks(registry::uplink_mark)),
+                (self.chain("CLEAR"), marks(|_| 0)),
+                (self.chain("ROUTE"), answers("UPLINK")),
+                (self.chain("FORWARD"), answers("CLEAR")),
             ]);
             jumps.extend([("PREROUTING", "ROUTE"), ("FORWARD", "FORWARD")]);
         }
@@ -260,10 +260,10 @@ impl With<'_> {
 
     fn filter(&self) -> Table {
         let zones = &self.ruleset.zones;
-        let to_users = |why: &str| {
-            let mut rules = vec![rule("", registry::USER_CHAIN, why)];
+        let to_users = |comment: &str| {
+            let mut rules = vec![rule("", registry::USER_CHAIN, comment)];
             if self.docker_user {
-                rules.push(rule("", DOCKER_USER, "and whoever has rules for Docker"));
+                rules.push(rule("", DOCKER_USER, "rules for Docker"));
             }
             rules
         };
@@ -271,7 +271,7 @@ impl With<'_> {
             rule(
                 "-p tcp -m tcp --tcp-flags SYN,RST SYN",
                 "TCPMSS --clamp-mss-to-pmtu",
-                "segments that fit the path",
+                "clamp MSS to path MTU",
             )
         };
         let ports: BTreeSet<_> =
@@ -279,106 +279,101 @@ impl With<'_> {
         let ports = ports.into_iter().map(|(ip, protocol, to)| {
             format!("-d {ip} -p {protocol} -m {protocol} --dport {to} -j ACCEPT")
         });
-        let mut to_network = to_users("forwarded to a container: the user comes first");
+        let mut to_network = to_users("forwarded to a container: user rules first");
         to_network.push(clamp());
         to_network.push(rule(
             "-m conntrack --ctstate RELATED,ESTABLISHED",
             "ACCEPT",
-            "an answer to a container, or a connection to a published port",
+            "established connections",
         ));
-        to_network.push(rule("-m conntrack --ctstate INVALID", "DROP", "belongs to no connection"));
+        to_network.push(rule("-m conntrack --ctstate INVALID", "DROP", "invalid connection state"));
         to_network.extend(zones.iter().map(|Zone { bridge, .. }| {
             rule(
                 &format!("-i {bridge} -o {bridge}"),
                 "ACCEPT",
-                "bridged, where br_netfilter shows that",
+                "bridged traffic, visible with br_netfilter",
             )
         }));
         if self.family.is_v6() {
-            // The kernel itself drops these in IPv4 (`__fib_validate_source`).
+            // For IPv4, the kernel drops such packets itself (`__fib_validate_source`).
             let own = "-m addrtype --src-type LOCAL";
-            to_network.push(rule(own, "DROP", "claims to come from the host itself"));
+            to_network.push(rule(own, "DROP", "spoofed source address of the host"));
             let mapped = format!("-s {MAPPED}");
-            let why = "an IPv4 address over IPv6: no kernel sends that";
-            to_network.push(rule(&mapped, "DROP", why));
+            to_network.push(rule(&mapped, "DROP", "spoofed source address: IPv4-mapped"));
         }
         to_network.push(rule(
             "-m conntrack --ctstate DNAT",
             &self.chain("PORTS"),
-            "a published port",
+            "published port",
         ));
-        to_network.push(rule("", "DROP", "networks are closed, to the outside and to one another"));
+        to_network.push(rule("", "DROP", "isolation"));
 
-        let mut from_network = to_users("forwarded from a container: the user comes first");
+        let mut from_network = to_users("forwarded from a container: user rules first");
         from_network.push(clamp());
         from_network.push(rule(
             "-m conntrack --ctstate RELATED,ESTABLISHED --ctdir REPLY",
             "ACCEPT",
-            "an answer to who asked for a published port",
+            "replies of published ports",
         ));
         from_network.push(rule(
             "-m conntrack --ctstate INVALID",
             "DROP",
-            "belongs to no connection, and would leave with a container's address",
+            "invalid connection state: would leave without masquerade",
         ));
-        from_network.push(rule("", &self.chain("PROTO"), "may it be masqueraded?"));
+        from_network.push(rule("", &self.chain("PROTO"), "check for protocols without egress"));
         from_network.extend(
-            // Their owners' rules decide about those: what we accept they would not be asked.
+            // The rules of other software decide about its bridges. They would not be evaluated
+            // after an accept here.
             registry::BRIDGES_OF_OTHERS.iter().map(|bridge| {
-                rule(&format!("-o {bridge}"), "RETURN", "a network of others: theirs to say")
+                rule(
+                    &format!("-o {bridge}"),
+                    "RETURN",
+                    "bridge of other software: its rules decide",
+                )
             }),
         );
-        from_network.push(rule("", "ACCEPT", "containers reach the outside"));
+        from_network.push(rule("", "ACCEPT", "egress"));
 
         let mut forward = Vec::new();
         for Zone { bridge, .. } in zones {
-            forward.push(rule(
-                &format!("-o {bridge}"),
-                &self.chain("TO"),
-                "all that goes to a container",
-            ));
+            forward.push(rule(&format!("-o {bridge}"), &self.chain("TO"), "to a container"));
         }
         for Zone { bridge, internal, .. } in zones {
             forward.push(if *internal {
-                rule(&format!("-i {bridge}"), "DROP", "an internal network has no egress")
+                rule(&format!("-i {bridge}"), "DROP", "no egress from internal networks")
             } else {
-                rule(&format!("-i {bridge}"), &self.chain("FROM"), "all that comes from one")
+                rule(&format!("-i {bridge}"), &self.chain("FROM"), "from a container")
             });
         }
 
         let uplinks = || self.ruleset.uplinks.iter().filter(|(_, v6)| *v6 == self.family.is_v6());
         let bridges = self.ruleset.bridges.iter().filter(|_| uplinks().next().is_some());
         forward.extend(bridges.map(|bridge| {
-            rule(&format!("-o {bridge}"), "RETURN", "a network of another project: its to say")
+            rule(&format!("-o {bridge}"), "RETURN", "bridge of another project: its rules decide")
         }));
         for (link, _) in uplinks() {
             let elsewhere = format!("-i {link} ! -o {}+", registry::BRIDGE_PREFIX);
-            forward.push(rule(
-                &elsewhere,
-                "DROP",
-                "the host forwards for container networks alone",
-            ));
+            forward.push(rule(&elsewhere, "DROP", "the host forwards for container networks only"));
         }
 
-        let mut input =
-            vec![rule("-i lo", "RETURN", "the host asks itself: nothing that is forwarded")];
-        // The broadcast address of the subnet is in the subnet. Neighbour discovery is multicast.
+        let mut input = vec![rule("-i lo", "RETURN", "sent by the host itself")];
+        // The subnet includes its broadcast address. Neighbour discovery uses multicast.
         let but = if self.family.is_v6() { " ! -p ipv6-icmp" } else { "" };
         input.extend(zones.iter().filter(|zone| zone.internal).map(|Zone { bridge, .. }| {
-            rule(&format!("-i {bridge}{but} -m addrtype ! --dst-type LOCAL"), "DROP", GATEWAY_ALONE)
+            rule(&format!("-i {bridge}{but} -m addrtype ! --dst-type LOCAL"), "DROP", GATEWAY_ONLY)
         }));
         input.extend(grouped(self.ports().filter(|port| !port.address.is_loopback())).iter().map(
             |matches| {
                 rule(
                     matches,
                     &self.chain("USERS"),
-                    "a published port that a socket of ours serves: the user comes first",
+                    "published port served by a userspace socket: user rules first",
                 )
             },
         ));
         let chains = vec![
             (self.chain("PORTS"), ports.collect()),
-            (self.chain("USERS"), to_users("the user comes first")),
+            (self.chain("USERS"), to_users("user rules first")),
             (self.chain("TO"), to_network),
             (self.chain("PROTO"), self.protocols()),
             (self.chain("FROM"), from_network),
@@ -396,21 +391,23 @@ impl With<'_> {
                 rule(
                     &format!("-i {bridge}"),
                     "RETURN",
-                    "containers are served by our sockets: they may ask for their own port",
+                    "hairpin: containers are served by userspace sockets",
                 )
             })
             .collect();
-        for net in on_link(self.family.is_v6()).into_iter().filter(|net| !net.addr().is_multicast())
+        for net in link_scoped_prefixes(self.family.is_v6())
+            .into_iter()
+            .filter(|net| !net.addr().is_multicast())
         {
             translate.push(rule(
                 &format!("-d {net}"),
                 "RETURN",
-                "asks on the link: a socket serves it",
+                "link-local destination: served by a userspace socket",
             ));
         }
         let loopback = if self.family.is_v6() { "::1/128" } else { "127.0.0.0/8" };
         let asked = format!("! -d {loopback} -m addrtype --dst-type LOCAL");
-        translate.push(rule(&asked, &self.chain("PORTS"), "asks for the host"));
+        translate.push(rule(&asked, &self.chain("PORTS"), "destination is the host"));
         let mut ports = Vec::new();
         for (port, ip, to) in self.translated() {
             let at = if port.address.is_unspecified() {
@@ -428,21 +425,20 @@ impl With<'_> {
         }
         let own = zones.iter().map(|zone| zone.bridge.as_str()).chain(["lo"]);
         let mut masquerade: Vec<_> =
-            own.map(|link| rule(&format!("-o {link}"), "RETURN", "stays on the host")).collect();
-        // By the pair of interfaces what is forwarded, whatever its source (the kernel gives the
-        // input interface there from Linux 5.7 on); by the source what a process sends from a
-        // gateway's address.
+            own.map(|link| rule(&format!("-o {link}"), "RETURN", "not egress")).collect();
+        // Forwarded packets are matched by the pair of interfaces, regardless of their source; the
+        // kernel provides the input interface here since Linux 5.7. Packets that a process of the
+        // host sends from a gateway address are matched by source.
         masquerade.extend(self.subnets().filter(|(zone, _)| !zone.internal).flat_map(
             |(zone, subnet)| {
-                [format!("-i {}", zone.bridge), format!("-s {subnet}")].map(|matches| {
-                    rule(&matches, &self.chain("LEAVE"), "leaves with the host's address")
-                })
+                [format!("-i {}", zone.bridge), format!("-s {subnet}")]
+                    .map(|matches| rule(&matches, &self.chain("EGRESS"), "masquerade"))
             },
         ));
         let chains = vec![
             (self.chain("PORTS"), ports),
             (self.chain("DNAT"), translate),
-            (self.chain("LEAVE"), self.leave()),
+            (self.chain("EGRESS"), self.egress()),
             (self.chain("SNAT"), masquerade),
         ];
         self.table("nat", chains, &[("PREROUTING", "DNAT"), ("POSTROUTING", "SNAT")])
@@ -459,15 +455,15 @@ impl With<'_> {
             (136, _) => Some("udplite"),
             _ => None,
         });
-        let why = "connection tracking tells its connections apart";
-        let known = known.map(|name| rule(&format!("-p {name}"), "RETURN", why));
-        let why = "connections of this protocol differ by addresses alone";
-        known.chain([rule("", "DROP", why)]).collect()
+        let comment = "protocols with egress";
+        let known = known.map(|name| rule(&format!("-p {name}"), "RETURN", comment));
+        let comment = "no egress for protocols that conntrack identifies by addresses only";
+        known.chain([rule("", "DROP", comment)]).collect()
     }
 
-    /// Masquerade, from ports at which no service is ([`Ruleset::source_ports`]). The target knows
-    /// the ports of no other protocols.
-    fn leave(&self) -> Vec<String> {
+    /// Masquerade with source ports that are not published ([`Ruleset::source_ports`]). The
+    /// MASQUERADE target supports ports for these protocols only.
+    fn egress(&self) -> Vec<String> {
         let protocols = [("tcp", Protocol::Tcp), ("udp", Protocol::Udp), ("sctp", Protocol::Sctp)];
         let mut rules: Vec<String> = protocols
             .iter()
@@ -477,20 +473,20 @@ impl With<'_> {
                     (first, last) => format!("{first}-{last}"),
                 };
                 let target = format!("MASQUERADE --to-ports {ports}");
-                rule(&format!("-p {name}"), &target, "from a port at which no service is")
+                rule(&format!("-p {name}"), &target, "source ports without a published port")
             })
             .collect();
-        rules.push(rule("", "MASQUERADE", "has no ports"));
+        rules.push(rule("", "MASQUERADE", "protocols without ports"));
         rules
     }
 }
 
-const GATEWAY_ALONE: &str = "an internal network reaches nothing of the host but its gateway";
+const GATEWAY_ONLY: &str = "internal networks reach only the gateway address of the host";
 
-/// A rule without its chain.
-fn rule(matches: &str, target: &str, why: &str) -> String {
+/// Renders a rule without its chain.
+fn rule(matches: &str, target: &str, comment: &str) -> String {
     let separator = if matches.is_empty() { "" } else { " " };
-    format!("{matches}{separator}-m comment --comment \"{why}\" -j {target}")
+    format!("{matches}{separator}-m comment --comment \"{comment}\" -j {target}")
 }
 
 fn mark() -> String {
@@ -500,7 +496,7 @@ fn mark() -> String {
 const fn name(protocol: Protocol) -> &'static str {
     match protocol {
         Protocol::Udp => "udp",
-        // SCTP is refused before it gets here.
+        // SCTP ports are rejected earlier.
         Protocol::Tcp | Protocol::Sctp => "tcp",
     }
 }
@@ -509,7 +505,7 @@ fn subnets_of(zone: &Zone) -> impl Iterator<Item = IpNet> + '_ {
     zone.subnets.iter().map(IpNet::trunc)
 }
 
-/// What matches `ports` at the addresses where they are published, in as few rules as can be.
+/// Renders matches for `ports` at their addresses, in as few rules as possible.
 fn grouped<'a>(ports: impl Iterator<Item = &'a Opening>) -> Vec<String> {
     let mut by_place: BTreeMap<_, BTreeSet<u16>> = BTreeMap::new();
     for port in ports {
@@ -521,20 +517,20 @@ fn grouped<'a>(ports: impl Iterator<Item = &'a Opening>) -> Vec<String> {
         let ports: Vec<_> = ports.iter().map(u16::to_string).collect();
         rules.extend(
             ports
-                .chunks(PORTS_IN_A_RULE)
+                .chunks(MAX_PORTS_PER_RULE)
                 .map(|some| format!("{at}-p {protocol} -m multiport --dports {}", some.join(","))),
         );
     }
     rules
 }
 
-/// What iptables-restore is told with `--noflush`, to have `tables` of `owner` where `saved` is
-/// there. Tables in `made` are known to be there for us alone.
+/// Renders the input of `iptables-restore --noflush` that changes `saved` to contain `tables` of
+/// `owner`. Tables in `created` are known to have been created for tidegate.
 pub(super) fn restore(
     tables: &[Table],
     owner: &str,
     saved: &Saved,
-    made: &BTreeSet<String>,
+    created: &BTreeSet<String>,
 ) -> String {
     let mut text = String::new();
     // Writing to a string does not fail.
@@ -546,31 +542,31 @@ pub(super) fn restore(
         for (chain, _) in &table.chains {
             let _ = writeln!(text, ":{chain} - [0:0]");
         }
-        let made = made.contains(table.name) || !saved.has_table(table.name);
-        let made = made.then(|| format!("-m comment {TABLE_MADE}"));
-        // With the first, which each table has.
-        for ((chain, rules), made) in
-            table.chains.iter().zip([made].into_iter().chain(std::iter::repeat(None)))
+        let created = created.contains(table.name) || !saved.has_table(table.name);
+        let created = created.then(|| format!("-m comment {TABLE_MADE}"));
+        // In the first chain, which every table has.
+        for ((chain, rules), created) in
+            table.chains.iter().zip([created].into_iter().chain(std::iter::repeat(None)))
         {
-            for rule in rules.iter().chain(&made) {
+            for rule in rules.iter().chain(&created) {
                 let _ = writeln!(text, "-A {chain} {rule}");
             }
         }
         for (from, to) in &table.jumps {
-            let there = saved.count(table.name, &format!("-A {from} -j {to}"));
-            // Elsewhere than it has to be it goes, and is made anew.
+            let count = saved.count(table.name, &format!("-A {from} -j {to}"));
+            // A misplaced jump is deleted and added again.
             let last = table.is_last(from);
-            let moves = last && saved.behind(table.name, from, to).next().is_some();
-            if there == 0 || moves {
+            let moves = last && saved.mark_rules_after(table.name, from, to).next().is_some();
+            if count == 0 || moves {
                 let how = if last { "-A" } else { "-I" };
                 let _ = writeln!(text, "{how} {from} -j {to}");
             }
-            // The first of several is deleted, which is not the one that was appended.
-            for _ in usize::from(!moves)..there {
+            // -D deletes the first of several equal rules, which is not the appended one.
+            for _ in usize::from(!moves)..count {
                 let _ = writeln!(text, "-D {from} -j {to}");
             }
         }
-        // What an earlier ruleset needed, or an earlier version.
+        // Delete objects of an earlier ruleset or version.
         for (from, to) in saved.jumps(table.name, owner) {
             if !table.jumps.iter().any(|jump| *jump == (from, to.to_owned())) {
                 let _ = writeln!(text, "-D {from} -j {to}");
@@ -590,7 +586,8 @@ pub(super) fn restore(
     text
 }
 
-/// What it is told to remove all of `owner` that `saved` has; empty if it has nothing.
+/// Renders the input that removes everything of `owner` from `saved`. Empty if `owner` has no
+/// rules.
 pub(super) fn removal(saved: &Saved, owner: &str) -> String {
     let mut text = String::new();
     for table in ["raw", "mangle", "filter", "nat"] {
@@ -601,7 +598,7 @@ pub(super) fn removal(saved: &Saved, owner: &str) -> String {
         let chains: Vec<&str> = saved.chains_of(table, owner).collect();
         let users = table == "filter"
             && saved.has_chain("filter", registry::USER_CHAIN)
-            && saved.user_chain_is_owners_alone(owner);
+            && saved.user_chain_is_unused_by_others(owner);
         for chain in &chains {
             let _ = writeln!(lines, "-F {chain}");
         }
@@ -620,8 +617,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_of_chains_fit_and_differ() {
-        /// `XT_EXTENSION_MAXNAMELEN` less the NUL.
+    fn chain_names_fit_and_are_unique() {
+        /// `XT_EXTENSION_MAXNAMELEN` without the NUL.
         const LONGEST: usize = 28;
         let long = "a-very-long-name-of-a-project-that-goes-on-and-on-and-on-and-on";
         let ruleset = Ruleset { owner: long.to_owned(), ..Ruleset::default() };
@@ -653,7 +650,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_there_is_not_made_again_and_what_is_there_twice_goes_once() {
+    fn existing_jumps_are_kept_and_duplicates_deleted() {
         let ruleset = Ruleset { owner: "demo".to_owned(), ..Ruleset::default() };
         let chain = format!("{}-RAW", prefix("demo"));
         let saved = Saved::of(&format!(

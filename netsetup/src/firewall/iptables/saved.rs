@@ -1,10 +1,10 @@
-//! What `iptables-save` lists, as far as it concerns us.
+//! Parsed output of `iptables-save`.
 
 use super::{is_of_owner, rules};
 use std::collections::BTreeSet;
 use tidegate_model::registry;
 
-/// Tables as they are listed, without counters.
+/// The listed tables, without counters.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Saved {
     tables: Vec<SavedTable>,
@@ -13,9 +13,9 @@ pub(super) struct Saved {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct SavedTable {
     name: String,
-    /// Name and policy; `-` for a chain that is jumped to.
+    /// Name and policy; `-` for a user-defined chain.
     chains: Vec<(String, String)>,
-    /// As `-A CHAIN …`.
+    /// Rules in the form `-A CHAIN …`.
     rules: Vec<String>,
 }
 
@@ -47,17 +47,17 @@ impl Saved {
         self.tables.iter().find(|table| table.name == name)
     }
 
-    /// Whether the table is there.
+    /// Returns whether the table exists.
     pub(super) fn has_table(&self, name: &str) -> bool {
         self.table(name).is_some()
     }
 
-    /// Whether the chain is there.
+    /// Returns whether the chain exists.
     pub(super) fn has_chain(&self, table: &str, chain: &str) -> bool {
         self.table(table).is_some_and(|table| table.chains.iter().any(|(name, _)| name == chain))
     }
 
-    /// The chains of `owner` in `table`.
+    /// Returns the chains of `owner` in `table`.
     pub(super) fn chains_of<'a>(
         &'a self,
         table: &'a str,
@@ -69,12 +69,12 @@ impl Saved {
             .filter(move |name| is_of_owner(name, owner) && *name != registry::USER_CHAIN)
     }
 
-    /// How often `rule` is there.
+    /// Counts the occurrences of `rule`.
     pub(super) fn count(&self, table: &str, rule: &str) -> usize {
         self.table(table).map_or(0, |table| table.rules.iter().filter(|line| *line == rule).count())
     }
 
-    /// The jumps from built-in chains of `table` to chains of `owner`, one for each rule.
+    /// Returns the jumps from built-in chains of `table` to chains of `owner`, one per rule.
     pub(super) fn jumps<'a>(
         &'a self,
         table: &str,
@@ -89,15 +89,15 @@ impl Saved {
         })
     }
 
-    /// The rules of others in the chain `from` behind the first jump to `to` that may change a
-    /// packet mark. One that leads to a chain may, whatever is in that.
-    pub(super) fn behind<'a>(
+    /// Returns the foreign rules in the chain `from` after the first jump to `to` that may change a
+    /// packet mark. Jumps to other chains always count.
+    pub(super) fn mark_rules_after<'a>(
         &'a self,
         table: &str,
         from: &'a str,
         to: &str,
     ) -> impl Iterator<Item = &'a str> {
-        /// Targets that leave the mark alone (iptables-extensions(8)).
+        /// Targets that do not change the mark (iptables-extensions(8)).
         const HARMLESS: [&str; 16] = [
             "ACCEPT",
             "CHECKSUM",
@@ -118,77 +118,81 @@ impl Saved {
         ];
         let jump = format!("-A {from} -j {to}");
         let rules = self.table(table).into_iter().flat_map(move |table| table.rules_of(from));
-        let behind = rules.skip_while(move |rule| *rule != jump).skip(1);
-        behind.filter(|rule| {
+        let mark_rules_after = rules.skip_while(move |rule| *rule != jump).skip(1);
+        mark_rules_after.filter(|rule| {
             let mut words = rule.split(' ').skip_while(|word| !matches!(*word, "-j" | "-g"));
             words.nth(1).is_some_and(|target| !HARMLESS.contains(&target))
                 && !rule.contains(&format!(" {}", registry::IPTABLES_CHAIN_PREFIX))
         })
     }
 
-    /// Whether the user's chain is empty, and nobody but `owner` leads there.
-    pub(super) fn user_chain_is_owners_alone(&self, owner: &str) -> bool {
+    /// Returns whether the user chain is empty and only `owner` jumps to it.
+    pub(super) fn user_chain_is_unused_by_others(&self, owner: &str) -> bool {
         self.table("filter").is_some_and(|table| {
-            let lead = |rule: &&String| {
+            let jumps_to_user_chain = |rule: &&String| {
                 let mut words = rule.split(' ').skip_while(|word| !matches!(*word, "-j" | "-g"));
                 words.nth(1) == Some(registry::USER_CHAIN)
             };
             table.rules_of(registry::USER_CHAIN).next().is_none()
-                && table.rules.iter().filter(lead).all(|rule| is_of_owner(chain_of(rule), owner))
+                && table
+                    .rules
+                    .iter()
+                    .filter(jumps_to_user_chain)
+                    .all(|rule| is_of_owner(chain_of(rule), owner))
         })
     }
 
-    /// The tables that were made for one of us, as its chains say.
-    pub(super) fn made(&self) -> BTreeSet<String> {
-        let tells = |rule: &String| {
+    /// Returns the tables that were created for tidegate, according to the marker rules.
+    pub(super) fn created_tables(&self) -> BTreeSet<String> {
+        let is_marker = |rule: &String| {
             rule.ends_with(rules::TABLE_MADE)
                 && chain_of(rule).starts_with(registry::IPTABLES_CHAIN_PREFIX)
         };
-        let made = self.tables.iter().filter(|table| table.rules.iter().any(tells));
-        made.map(|table| table.name.clone()).collect()
+        let created_tables = self.tables.iter().filter(|table| table.rules.iter().any(is_marker));
+        created_tables.map(|table| table.name.clone()).collect()
     }
 
-    /// All that is there of `owner`: its chains, their rules, the jumps to them, and that the
-    /// user's chain is there.
+    /// Lists everything of `owner`: its chains with their rules, the jumps to them, and the
+    /// existence of the user chain.
     pub(super) fn of_owner(&self, owner: &str) -> Vec<String> {
         let mut lines = Vec::new();
         for table in &self.tables {
             let chains = table.chains.iter().filter(|(name, _)| is_of_owner(name, owner));
             lines.extend(chains.map(|(name, _)| format!("{}:{name}", table.name)));
-            let leads = |rule: &str| {
+            let jumps_to_owner = |rule: &str| {
                 let to = rule.split(' ').next_back().unwrap_or_default();
                 is_of_owner(to, owner) && to != registry::USER_CHAIN
             };
             let is_one = |rule: &&String| {
                 let chain = chain_of(rule);
-                chain != registry::USER_CHAIN && (is_of_owner(chain, owner) || leads(rule))
+                chain != registry::USER_CHAIN && (is_of_owner(chain, owner) || jumps_to_owner(rule))
             };
             lines.extend(table.rules.iter().filter(is_one).cloned());
         }
         lines
     }
 
-    /// Whether what no rule lets through is not forwarded.
+    /// Returns whether the policy of FORWARD is DROP.
     pub(super) fn forward_drops(&self) -> bool {
         let forward = ("FORWARD".to_owned(), "DROP".to_owned());
         self.table("filter").is_some_and(|table| table.chains.contains(&forward))
     }
 
-    /// The chain `DOCKER-USER`.
+    /// Returns the chain `DOCKER-USER`.
     pub(super) fn docker_user(&self) -> DockerUser {
         let Some(table) = self.table("filter") else { return DockerUser::default() };
         let mut rules = Vec::new();
-        let mut asked = vec![DOCKER_USER.to_owned()];
+        let mut reached = vec![DOCKER_USER.to_owned()];
         let mut next = 0;
-        while let Some(chain) = asked.get(next).cloned() {
+        while let Some(chain) = reached.get(next).cloned() {
             next += 1;
             for rule in table.rules_of(&chain) {
                 let rule = UserRule { text: rule.to_owned() };
                 if let Some(target) = rule.target()
                     && table.chains.iter().any(|(name, policy)| name == target && policy == "-")
-                    && !asked.iter().any(|known| known == target)
+                    && !reached.iter().any(|known| known == target)
                 {
-                    asked.push(target.to_owned());
+                    reached.push(target.to_owned());
                 }
                 if !rule.only_returns() {
                     rules.push(rule);
@@ -200,43 +204,43 @@ impl Saved {
     }
 }
 
-/// Docker's chain for rules of the host's administrator.
+/// Docker's chain for rules of the administrator.
 pub(super) const DOCKER_USER: &str = "DOCKER-USER";
 
-/// The chain `DOCKER-USER`, with those that it leads to.
+/// The chain `DOCKER-USER` and the chains reachable from it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DockerUser {
-    /// Its rules, without the `RETURN` that Docker puts there.
+    /// Rules, without the `RETURN` that Docker adds.
     pub rules: Vec<UserRule>,
-    /// FORWARD jumps there, so that it is asked of what the kernel forwards.
+    /// FORWARD jumps to the chain, so it applies to traffic forwarded by the kernel.
     pub forward: bool,
 }
 
 impl DockerUser {
-    /// Whether there is anything in it.
+    /// Returns whether the chain has rules.
     #[must_use]
     pub fn has_rules(&self) -> bool {
         !self.rules.is_empty()
     }
 
-    /// The first rule that means something for forwarded packets alone.
+    /// Returns the first rule that is meaningful for forwarded packets only.
     #[must_use]
     pub fn about_forwarding(&self) -> Option<&UserRule> {
         self.rules.iter().find(|rule| rule.is_about_forwarding())
     }
 }
 
-/// A rule of iptables as `iptables-save` writes it.
+/// An iptables rule in the format of `iptables-save`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UserRule {
-    /// As `-A DOCKER-USER -s 198.51.100.0/24 -j DROP`.
+    /// The rule, as in `-A DOCKER-USER -s 198.51.100.0/24 -j DROP`.
     pub text: String,
 }
 
 impl UserRule {
-    /// Options that mean the same of a packet that is forwarded to a container and of one that
-    /// comes in for a published port: what is known of the client, and of the connection as the
-    /// client sees it. With the number of words behind each.
+    /// Options with the same meaning for a packet forwarded to a container and for a packet to a
+    /// published port: properties of the client, and of the connection as seen by the client. Each
+    /// with its number of arguments.
     const PORTABLE: [(&str, usize); 27] = [
         ("-A", 1),
         ("!", 0),
@@ -267,7 +271,7 @@ impl UserRule {
         ("--tcp-flags", 2),
     ];
 
-    /// Matches whose options are judged one by one.
+    /// Matches whose options are checked individually.
     const MATCHES: [&str; 10] = [
         "comment",
         "conntrack",
@@ -281,19 +285,19 @@ impl UserRule {
         "udp",
     ];
 
-    /// Where it leads: a verdict, or a chain.
+    /// Returns the target: a verdict or a chain.
     fn target(&self) -> Option<&str> {
         let mut words = self.text.split(' ').skip_while(|word| !matches!(*word, "-j" | "-g"));
         words.nth(1)
     }
 
-    /// `-A CHAIN -j RETURN`: nothing.
+    /// Returns whether the rule is `-A CHAIN -j RETURN`, which has no effect.
     fn only_returns(&self) -> bool {
         self.text.split(' ').skip(2).eq(["-j", "RETURN"])
     }
 
-    /// Whether it is, or may be, about where a packet is forwarded to: the container's address or
-    /// port, or egress.
+    /// Returns whether the rule may depend on the destination of forwarding: the address or port of
+    /// a container, or egress.
     #[must_use]
     pub fn is_about_forwarding(&self) -> bool {
         let words = words(&self.text);
@@ -306,7 +310,7 @@ impl UserRule {
                     }
                     Some(0)
                 }
-                // What was translated is forwarded.
+                // Only translated packets are forwarded.
                 "--ctstate" | "--state" => {
                     let states = words.next().unwrap_or_default();
                     if states.split(',').any(|state| matches!(state, "DNAT" | "SNAT")) {
@@ -328,7 +332,7 @@ impl UserRule {
     }
 }
 
-/// The words of a rule; what is quoted is one.
+/// Splits a rule into words. A quoted string is one word.
 fn words(text: &str) -> Vec<String> {
     let mut words = Vec::new();
     let mut word = String::new();
@@ -349,7 +353,7 @@ fn words(text: &str) -> Vec<String> {
     words
 }
 
-/// The chain of a rule.
+/// Returns the chain of a rule.
 fn chain_of(rule: &str) -> &str {
     rule.split(' ').nth(1).unwrap_or_default()
 }
@@ -377,7 +381,7 @@ COMMIT
 "#;
 
     #[test]
-    fn docker_user_is_read_with_the_chains_it_leads_to() {
+    fn docker_user_includes_reachable_chains() {
         let saved = Saved::of(BESIDE_DOCKER);
         assert!(saved.forward_drops());
         let docker_user = saved.docker_user();
@@ -395,7 +399,7 @@ COMMIT
     }
 
     #[test]
-    fn rules_about_the_client_and_the_published_port_are_told_from_those_about_the_container() {
+    fn rules_for_clients_and_published_ports_differ_from_rules_for_containers() {
         for (rule, about_forwarding) in [
             ("-s 203.0.113.0/24 -j DROP", false),
             ("! -s 203.0.113.0/24 -i eth0 -j REJECT --reject-with icmp-port-unreachable", false),
