@@ -34,8 +34,8 @@ use tidegate_model::{Protocol, registry};
 /// remote end to the host would match as replies to the container.
 pub(super) const MASQUERADED: [u8; 6] = [1, 6, 17, 58, 132, 136];
 
-/// IPv4-mapped IPv6 addresses (RFC 4291, 2.5.5.2). No kernel sends from these addresses. A dual-stack
-/// socket would report such a client by the embedded IPv4 address.
+/// IPv4-mapped IPv6 addresses (RFC 4291, 2.5.5.2). No kernel sends from these addresses. A
+/// dual-stack socket would report such a client by the embedded IPv4 address.
 pub(super) const MAPPED: IpNet =
     IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff, 0, 0), 96));
 
