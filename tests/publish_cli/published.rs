@@ -246,9 +246,9 @@ fn a_port_on_a_loopback_address_responds_to_the_host_only() {
     let mut command = tidegate(&net.host, "publish 127.0.0.1:8080:80 --to 172.30.0.2");
     let process = Process::spawn(&mut command);
     process.wait_for_line("127.0.0.1:8080", TIMEOUT);
-    let reaches = |from: &tidegate_testbed::Namespace, to: SocketAddr| {
+    let reaches = |from: &Namespace, to: SocketAddr| {
         let patience = std::time::Duration::from_millis(500);
-        from.run(|| std::net::TcpStream::connect_timeout(&to, patience)).is_ok()
+        from.run(|| TcpStream::connect_timeout(&to, patience)).is_ok()
     };
     assert!(reaches(&net.host, ours));
     assert!(reaches(&net.client, of_others), "such packets arrive");
