@@ -14,8 +14,11 @@ pub fn set_window_clamp(stream: impl AsFd, bytes: u32) -> io::Result<()> {
     set_number(stream, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, bytes.cast_signed())
 }
 
-/// Sets an option that is one number.
-pub(crate) fn set_number(
+/// Sets a socket option whose value is one integer.
+///
+/// # Errors
+/// What setsockopt(2) says.
+pub fn set_number(
     socket: impl AsFd,
     level: libc::c_int,
     option: libc::c_int,

@@ -25,7 +25,7 @@ use tidegate_netns::AddressBook;
 use tidegate_reactor::batch::{self, MAX_SEGMENTS, RecvBatch};
 use tidegate_reactor::{
     Descriptors, Epoll, Interest, Key, Permit, PortRange, StreamIngress, Token, begin_connect,
-    enable_stream_ingress, revive_listener, says_destroyed, stream_ingress,
+    enable_stream_ingress, revive_listener, says_destroyed, set_number, stream_ingress,
 };
 
 /// Token tag of flow sockets.
@@ -200,12 +200,12 @@ pub(crate) fn probe() -> Capabilities {
     let stream = new_socket(AddressFamily::INET, SocketType::STREAM, None);
     let peek_offset = !Feature::PeekOffset.is_forced_off();
     let peek_offset = peek_offset
-        && stream.is_ok_and(|socket| sys::set(socket, libc::SOL_SOCKET, SO_PEEK_OFF, 0).is_ok());
+        && stream.is_ok_and(|socket| set_number(socket, libc::SOL_SOCKET, SO_PEEK_OFF, 0).is_ok());
     let datagrams = new_socket(AddressFamily::INET, SocketType::DGRAM, None);
     let udp_gso = !Feature::UdpGso.is_forced_off();
     let udp_gso = udp_gso
         && datagrams.is_ok_and(|socket| {
-            sys::set(&socket, libc::SOL_UDP, libc::UDP_SEGMENT, 0).is_ok()
+            set_number(&socket, libc::SOL_UDP, libc::UDP_SEGMENT, 0).is_ok()
                 && batch::enable_receive_offload(&socket).is_ok()
         });
     Capabilities { peek_offset, udp_gso, ..Capabilities::ALL }
@@ -251,14 +251,14 @@ fn prepare_stream(socket: &OwnedFd, buffer: BoundBuffer) -> io::Result<()> {
 /// ms. Must be set before connect(2). Clearing it later sends the ACK
 /// (`tcp_rcv_synsent_state_process` and `__tcp_sock_set_quickack`, net/ipv4).
 fn delay_handshake_ack(socket: &OwnedFd, delayed: bool) -> io::Result<()> {
-    sys::set(socket, libc::IPPROTO_TCP, libc::TCP_QUICKACK, (!delayed).into())
+    set_number(socket, libc::IPPROTO_TCP, libc::TCP_QUICKACK, (!delayed).into())
 }
 
 /// Binds a socket for `to` to its configured source address. The port is chosen at connect(2), so
 /// one port can serve several destinations.
 fn bind_towards(socket: &OwnedFd, outbound: Outbound, to: SocketAddr) -> io::Result<()> {
     let Some(ip) = outbound.source_for(to.ip()) else { return Ok(()) };
-    sys::set(socket, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
+    set_number(socket, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
     Ok(rustix::net::bind(socket, &SocketAddr::new(ip, 0))?)
 }
 
@@ -554,7 +554,7 @@ impl Host for Kernel {
             return self.peek_without_offset(stream, offset, into);
         }
         if stream.peek_offset.unwrap_or(0) != offset {
-            sys::set(&stream.socket, libc::SOL_SOCKET, SO_PEEK_OFF, offset as libc::c_int)?;
+            set_number(&stream.socket, libc::SOL_SOCKET, SO_PEEK_OFF, offset as libc::c_int)?;
             stream.peek_offset = Some(offset);
         }
         let seen = sys::peek(&stream.socket, into)?;
@@ -684,7 +684,7 @@ fn enable_error_queue(socket: &OwnedFd, v6: bool) -> io::Result<()> {
     } else {
         (libc::IPPROTO_IP, libc::IP_RECVERR)
     };
-    sys::set(socket, level, option, 1)
+    set_number(socket, level, option, 1)
 }
 
 /// Calls `send`, and retries after pending errors of earlier datagrams. The kernel reports each
@@ -719,7 +719,7 @@ impl Datagrams {
                 (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER)
             };
             // IP_PMTUDISC_DO and IP_PMTUDISC_WANT; the IPv6 constants are equal.
-            let _ = sys::set(&self.socket, level, option, if dont_fragment { 2 } else { 1 });
+            let _ = set_number(&self.socket, level, option, if dont_fragment { 2 } else { 1 });
             self.dont_fragment = Some(dont_fragment);
         }
         if self.hop_limit != hop_limit {
@@ -729,7 +729,7 @@ impl Datagrams {
                 (libc::IPPROTO_IP, libc::IP_TTL)
             };
             // -1 selects the system default.
-            let _ = sys::set(&self.socket, level, option, hop_limit.map_or(-1, i32::from));
+            let _ = set_number(&self.socket, level, option, hop_limit.map_or(-1, i32::from));
             self.hop_limit = hop_limit;
         }
     }

@@ -2,7 +2,7 @@
 
 use crate::doctor::host::{Code, Sockets};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with, sockopt};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use tidegate_proxy::UDP_BUFFER;
 
 /// Tries all socket options.
@@ -34,15 +34,5 @@ fn set(
     option: libc::c_int,
     value: libc::c_int,
 ) -> Result<(), Code> {
-    // SAFETY: the pointer and the length describe `value`, which lives through the call.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_fd().as_raw_fd(),
-            level,
-            option,
-            (&raw const value).cast(),
-            size_of_val(&value) as libc::socklen_t,
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
+    Ok(tidegate_reactor::set_number(&socket, level, option, value)?)
 }
