@@ -115,6 +115,12 @@ mod meta {
     pub(super) const OUT_GROUP: u32 = 22;
 }
 
+/// `NFTA_FIB_F_*`.
+mod fib {
+    pub(super) const SOURCE: u32 = 1;
+    pub(super) const DESTINATION: u32 = 2;
+}
+
 /// `NFT_CMP_EQ`, `NFT_CMP_NEQ`.
 const EQUAL: u32 = 0;
 const DIFFERENT: u32 = 1;
@@ -237,8 +243,23 @@ impl Expressions {
             | Key::ReplySourceV4
             | Key::ReplySourceV6 => return,
         };
+        self.family(v6);
+    }
+
+    /// Matches packets of one family.
+    fn family(&mut self, v6: bool) {
         self.meta(meta::FAMILY, FIRST);
         self.compare(EQUAL, &[PROTOCOL_FAMILY[usize::from(v6)]]);
+    }
+
+    /// Compares the type of an address of the packet with that of an address of the host
+    /// (`RTN_LOCAL`).
+    fn host_address(&mut self, address: u32, operation: u32) {
+        const LOCAL: u32 = 2;
+        // NFTA_FIB_DREG; NFTA_FIB_RESULT: NFT_FIB_RESULT_ADDRTYPE; NFTA_FIB_FLAGS
+        let lookup = Attributes::default().number(1, FIRST).number(2, 3).number(3, address);
+        self.push("fib", &lookup);
+        self.compare(operation, &LOCAL.to_ne_bytes());
     }
 
     fn load(&mut self, key: Key, register: u32) {
@@ -313,25 +334,10 @@ impl Expressions {
                 self.load_ct(ct::DIRECTION, None, FIRST);
                 self.compare(EQUAL, &[ct::REPLY]);
             }
-            Match::ToHost | Match::NotToHost => {
-                let operation = if *condition == Match::ToHost { EQUAL } else { DIFFERENT };
-                // NFTA_FIB_DREG; NFTA_FIB_RESULT: NFT_FIB_RESULT_ADDRTYPE; NFTA_FIB_FLAGS:
-                // NFTA_FIB_F_DADDR
-                let lookup = Attributes::default().number(1, FIRST).number(2, 3).number(3, 2);
-                self.push("fib", &lookup);
-                // RTN_LOCAL
-                self.compare(operation, &2_u32.to_ne_bytes());
-            }
-            Match::FromHostAddress => {
-                // Same attributes, with NFTA_FIB_F_SADDR; RTN_LOCAL
-                let lookup = Attributes::default().number(1, FIRST).number(2, 3).number(3, 1);
-                self.push("fib", &lookup);
-                self.compare(EQUAL, &2_u32.to_ne_bytes());
-            }
-            Match::Family { v6 } => {
-                self.meta(meta::FAMILY, FIRST);
-                self.compare(EQUAL, &[PROTOCOL_FAMILY[usize::from(*v6)]]);
-            }
+            Match::ToHost => self.host_address(fib::DESTINATION, EQUAL),
+            Match::NotToHost => self.host_address(fib::DESTINATION, DIFFERENT),
+            Match::FromHostAddress => self.host_address(fib::SOURCE, EQUAL),
+            Match::Family { v6 } => self.family(*v6),
             Match::FromHost => {
                 self.meta(meta::IN_INDEX, FIRST);
                 self.compare(EQUAL, &0_u32.to_ne_bytes());
