@@ -54,6 +54,16 @@ struct Bed {
 }
 
 impl Bed {
+    /// Removes the address of the container. Returns how long its repair takes.
+    #[track_caller]
+    fn address_repair_time(&self) -> Duration {
+        let removed = Instant::now();
+        self.boxed.ip(&["addr", "del", "10.83.1.2/24", "dev", "eth0"]);
+        let is_back = || self.boxed.ip(&["addr", "show", "eth0"]).contains("10.83.1.2");
+        assert!(eventually(SOON, is_back), "{}", self.up.output());
+        removed.elapsed()
+    }
+
     fn new(flags: &[&str]) -> Self {
         Self::on(Scene::new(), flags)
     }
@@ -514,11 +524,7 @@ fn routes_of_a_container_delay_nothing_for_others() {
     std::thread::sleep(Duration::from_secs(1));
     let mut times = Vec::new();
     for _ in 0..5 {
-        let removed = Instant::now();
-        bed.boxed.ip(&["addr", "del", "10.83.1.2/24", "dev", "eth0"]);
-        let is_back = || bed.boxed.ip(&["addr", "show", "eth0"]).contains("10.83.1.2");
-        assert!(eventually(SOON, is_back), "{}", bed.up.output());
-        times.push(removed.elapsed());
+        times.push(bed.address_repair_time());
         let asked = Instant::now();
         let mut curl = bed.scene.net.host.command("curl");
         curl.args(["-sS", "--max-time", "5", "-X", "PUT", "--unix-socket"]).arg(bed.scene.socket());
@@ -600,11 +606,7 @@ fn chains_of_a_container_delay_nothing_for_others() {
     let api = api.join().unwrap();
     let mut repairs = Vec::new();
     for _ in 0..5 {
-        let removed = Instant::now();
-        bed.boxed.ip(&["addr", "del", "10.83.1.2/24", "dev", "eth0"]);
-        let is_back = || bed.boxed.ip(&["addr", "show", "eth0"]).contains("10.83.1.2");
-        assert!(eventually(SOON, is_back), "{}", bed.up.output());
-        repairs.push(removed.elapsed());
+        repairs.push(bed.address_repair_time());
         std::thread::sleep(Duration::from_millis(300));
     }
     repairs.sort_unstable();
