@@ -1,4 +1,4 @@
-//! Ownership and cleanup of rules, routes and sysctls, for every way in which an owner can exit.
+//! Ownership and cleanup of rules, routes and sysctls, for each kind of exit of their owner.
 
 use std::env;
 use std::fs;

@@ -65,7 +65,7 @@ const LOOK_AT_RULES: Duration = Duration::from_millis(200);
 /// is read where the legacy variant of iptables is in use, which takes two runs of a program.
 const LOOK_AT_LEGACY: u32 = 5;
 
-/// How long the end waits for what is taken back in the namespaces of endpoints.
+/// Maximum time that shutdown waits for cleanup in the namespaces of endpoints.
 const PARTING: Duration = Duration::from_secs(2);
 
 /// What came of work in the namespace of an endpoint.
@@ -576,8 +576,8 @@ impl Instance {
         Namespace::from_path(netns).map_err(|error| Problem::bad_request(&error))
     }
 
-    /// Plugs `endpoint` into `namespace`, which is at `path`, and begins to lead its ports there.
-    /// `done` is told what comes of it.
+    /// Attaches `endpoint` to `namespace`, which is at `path`, and starts to relocate its ports.
+    /// `done` receives the result.
     async fn reattach(
         &mut self,
         endpoint: &str,
@@ -649,7 +649,8 @@ impl Instance {
         }
     }
 
-    /// Tells whoever has ordered it, or the log, that `endpoint` was not attached.
+    /// Reports a failed attachment of `endpoint`: to the API client that requested it, else to the
+    /// log.
     fn note_failed_attachment(
         &mut self,
         endpoint: &str,

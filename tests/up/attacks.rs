@@ -567,7 +567,7 @@ services: {{ box: {{ x-netns: {}, networks: [ net ] }} }}
     }
 }
 
-/// The kernel finds a ping socket by its identifier and its own address, whoever the sender is.
+/// The kernel finds a ping socket by its identifier and local address, and ignores the sender.
 #[test]
 fn an_echo_reply_from_another_network_is_not_delivered() {
     let scene = Scene::new();
