@@ -226,8 +226,8 @@ mod tests {
             ("max-connections=0", "max-connections=0: a limit is a whole number, 1 at least"),
             ("udp-max-sessions=-1", "udp-max-sessions=-1: a limit is a whole number, 1 at least"),
             (
-                "max-held=767K",
-                "max-held=767K: one connection may hold 768K; it has to be as much at least",
+                "max-held=1023K",
+                "max-held=1023K: one connection may hold 1024K; it has to be as much at least",
             ),
             (
                 "max-held=1T",

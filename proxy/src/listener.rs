@@ -11,7 +11,7 @@ use std::time::Duration;
 use tidegate_model::{Feature, Protocol, PublishLabel, canonical};
 use tidegate_reactor::{
     batch, drop_forged_own_source, enable_stream_ingress, revive_datagrams, revive_listener,
-    set_window_clamp,
+    set_window_clamp, unfix_buffers,
 };
 
 /// Accept queue length, the default of `net.core.somaxconn`, at which the kernel caps it.
@@ -39,8 +39,9 @@ const UNSENT_WIDE: u32 = 256 << 10;
 /// per round trip.
 pub const UNREAD_BYTES: usize = 1 << 20;
 
-/// Receive buffer of the source of a narrow half in bytes: the initial size of `tcp_rmem`.
-const UNREAD_NARROW: usize = 64 << 10;
+/// Receive buffer of the source of a narrow half in bytes, not counting kernel overhead. The window
+/// it permits exceeds what a sender has in flight in the round trips until the half can be wide.
+const UNREAD_NARROW: usize = 128 << 10;
 
 /// Requested socket buffer size of UDP ports in bytes; the kernel caps it at `net.core.rmem_max`. A
 /// sender with segmentation offload delivers up to 64 KiB at once.
@@ -268,8 +269,8 @@ pub(crate) fn prepare_stream(stream: impl AsFd) -> io::Result<()> {
 /// Sets the buffers between `source` and `sink` for a wide half. The receive buffer is fixed at
 /// [`UNREAD_BYTES`]. Without the privilege, and with a `net.core.rmem_max` below that size, the
 /// kernel manages the buffer: a much smaller one would cost more throughput than the limit is
-/// worth. A buffer that was narrow before is then set as large as `rmem_max` permits.
-pub(crate) fn widen(source: impl AsFd, sink: impl AsFd, was_narrow: bool) {
+/// worth.
+pub(crate) fn widen(source: impl AsFd, sink: impl AsFd) {
     static ALLOWED: LazyLock<bool> = LazyLock::new(|| {
         let limit = std::fs::read_to_string("/proc/sys/net/core/rmem_max").ok();
         limit
@@ -277,7 +278,7 @@ pub(crate) fn widen(source: impl AsFd, sink: impl AsFd, was_narrow: bool) {
             .is_some_and(|limit| limit >= UNREAD_BYTES)
     });
     if sockopt::set_socket_recv_buffer_size_force(&source, UNREAD_BYTES).is_err()
-        && (*ALLOWED || was_narrow)
+        && (*ALLOWED || unfix_buffers(&source).is_err())
     {
         // An error means that the peer has closed the socket, which needs no buffer then.
         let _ = sockopt::set_socket_recv_buffer_size(&source, UNREAD_BYTES);
@@ -291,8 +292,13 @@ pub(crate) fn widen(source: impl AsFd, sink: impl AsFd, was_narrow: bool) {
 /// The kernel drops data beyond the new size, and the sender retransmits it later
 /// (`tcp_try_rmem_schedule`).
 pub(crate) fn narrow(source: impl AsFd, sink: impl AsFd) {
-    let _ = sockopt::set_socket_recv_buffer_size(&source, UNREAD_NARROW);
+    fix_receive_buffer(source);
     let _ = SockRef::from(&sink).set_tcp_notsent_lowat(UNSENT_NARROW);
+}
+
+/// Fixes the receive buffer of `source` at the size for a narrow half.
+pub(crate) fn fix_receive_buffer(source: impl AsFd) {
+    let _ = sockopt::set_socket_recv_buffer_size(&source, UNREAD_NARROW);
 }
 
 /// Enables receive offload: the kernel delivers GSO batches of datagrams.

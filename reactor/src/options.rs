@@ -14,6 +14,15 @@ pub fn set_window_clamp(stream: impl AsFd, bytes: u32) -> io::Result<()> {
     set_number(stream, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, bytes.cast_signed())
 }
 
+/// Lets the kernel manage the buffers of a socket again after their sizes were set
+/// (`SO_BUF_LOCK`, Linux 5.14).
+///
+/// # Errors
+/// What setsockopt(2) says; `ENOPROTOOPT` before Linux 5.14.
+pub fn unfix_buffers(socket: impl AsFd) -> io::Result<()> {
+    set_number(socket, libc::SOL_SOCKET, libc::SO_BUF_LOCK, 0)
+}
+
 /// Sets a socket option whose value is one integer.
 ///
 /// # Errors

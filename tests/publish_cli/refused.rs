@@ -40,8 +40,8 @@ fn invalid_command_lines_are_rejected_with_the_reason() {
         ("8080:80 --to 172.30.0.2 --max-client-connections 0", "number would be zero"),
         ("8080:80 --to 172.30.0.2 --udp-max-source-sessions 0", "number would be zero"),
         (
-            "8080:80 --to 172.30.0.2 --max-held 767K",
-            "one connection may hold 768K; it has to be as much at least",
+            "8080:80 --to 172.30.0.2 --max-held 1023K",
+            "one connection may hold 1024K; it has to be as much at least",
         ),
         (
             "8080:80 --to 172.30.0.2 --max-held much",

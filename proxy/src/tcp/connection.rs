@@ -1,10 +1,10 @@
 //! A proxied connection and the transfer of payload in its two halves.
 
 use super::{
-    COPY_BYTES, FAST_WINDOW, Holder, NARROW_BYTES, READS_PER_TURN, Reservation, SPLICE_BYTES,
-    WIDE_BYTES, WIDEN_AFTER,
+    COPY_BYTES, FAST_WINDOW, FIX_AFTER, Holder, NARROW_BYTES, READS_PER_TURN, Reservation,
+    SPLICE_BYTES, WIDE_BYTES, WIDEN_AFTER,
 };
-use crate::listener::{narrow, widen};
+use crate::listener::{fix_receive_buffer, narrow, widen};
 use crate::port::{Direction, Port, Tally};
 use crate::upstream::Lease;
 use rustix::io::Errno;
@@ -99,8 +99,8 @@ struct Half {
     eof_forwarded: bool,
     /// The half has large socket buffers and is charged for them.
     wide: bool,
-    /// The receive buffer was fixed at the small size.
-    was_narrow: bool,
+    /// The receive buffer is fixed, so the kernel does not change it.
+    receive_fixed: bool,
     /// Bytes charged to the budget.
     charged: usize,
     /// Payload in bytes delivered since `counted_from`, and whether the half was blocked since
@@ -122,7 +122,7 @@ impl Half {
             writable: false,
             eof_forwarded: false,
             wide: false,
-            was_narrow: false,
+            receive_fixed: false,
             charged: 0,
             delivered: 0,
             counted_from: now,
@@ -290,9 +290,9 @@ impl<T: Tally> Connection<T> {
     /// Makes the half of `direction` wide, charged with [`WIDE_BYTES`].
     pub(crate) fn widen(&mut self, direction: Direction) {
         let (source, sink) = self.ends(direction);
-        widen(source, sink, self.halves[direction as usize].was_narrow);
+        widen(source, sink);
         let half = &mut self.halves[direction as usize];
-        (half.wide, half.charged) = (true, WIDE_BYTES);
+        (half.wide, half.receive_fixed, half.charged) = (true, true, WIDE_BYTES);
     }
 
     /// Makes the half of `direction` narrow. Returns its new charge in bytes, which is what it
@@ -302,7 +302,7 @@ impl<T: Tally> Connection<T> {
         narrow(source, sink);
         let unread = rustix::io::ioctl_fionread(source).unwrap_or(0) as usize;
         let half = &mut self.halves[direction as usize];
-        (half.wide, half.was_narrow) = (false, true);
+        (half.wide, half.receive_fixed) = (false, true);
         (half.delivered, half.was_blocked) = (0, false);
         let held = match &half.buffered {
             Buffered::Nothing => 0,
@@ -316,9 +316,9 @@ impl<T: Tally> Connection<T> {
     /// Fixes the receive buffer of the half of `direction`, which is blocked. Otherwise the kernel
     /// would grow that buffer up to `tcp_rmem`.
     pub(crate) fn limit_receive_buffer(&mut self, direction: Direction) {
-        if !std::mem::replace(&mut self.halves[direction as usize].was_narrow, true) {
-            let (source, sink) = self.ends(direction);
-            narrow(source, sink);
+        if !std::mem::replace(&mut self.halves[direction as usize].receive_fixed, true) {
+            let (source, _) = self.ends(direction);
+            fix_receive_buffer(source);
         }
     }
 
@@ -432,6 +432,9 @@ impl<T: Tally> Connection<T> {
                 return Ok(true);
             }
             reads -= 1;
+            if half.delivered >= FIX_AFTER && !std::mem::replace(&mut half.receive_fixed, true) {
+                fix_receive_buffer(source);
+            }
             if (half.read_was_large && half.wide || scratch.splice_from == 0)
                 && !half.copy_only
                 && let Some(pipe) = scratch.pipes.obtain()

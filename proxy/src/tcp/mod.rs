@@ -76,13 +76,18 @@ pub const SPLICE_BYTES: usize = 1 << 20;
 pub const WIDEN_AFTER: u64 = 256 << 10;
 pub(crate) const FAST_WINDOW: Duration = Duration::from_millis(100);
 
+/// Payload in bytes after which the receive buffer of a half is fixed. The kernel grows a buffer to
+/// megabytes within the next read (`tcp_rcv_space_adjust`); reducing it later would drop what the
+/// sender has in flight. Below this size a connection saves the system call.
+pub(crate) const FIX_AFTER: u64 = 8 << 10;
+
 /// Maximum kernel memory that a wide half holds, in bytes: a full receive buffer at its source
 /// ([`UNREAD_BYTES`](crate::UNREAD_BYTES) plus kernel overhead), a full pipe, and unsent data.
 pub const WIDE_BYTES: usize = 5 << 19;
 
 /// Maximum kernel memory that a blocked narrow half holds, in bytes: a receive buffer, the payload
 /// that was read, and unsent data.
-pub const NARROW_BYTES: usize = 384 << 10;
+pub const NARROW_BYTES: usize = 512 << 10;
 
 /// Maximum number of reads of one half per turn, so that a fast connection does not starve others.
 pub const READS_PER_TURN: u32 = 8;
