@@ -3,9 +3,9 @@
 use std::io;
 use std::sync::Arc;
 use tidegate_model::Feature;
-use tidegate_netfilter::{Gate, GatePolicy, Mechanism, PortGuards};
+use tidegate_netfilter::{Gate, GatePolicy, InternalGuard, Mechanism, PortGuards};
 use tidegate_netns::Namespace;
-use tidegate_netsetup::Guards;
+use tidegate_netsetup::{BridgePrograms, Guards};
 
 /// Why there are no port guards: what was in the way of each mechanism.
 #[derive(Debug, thiserror::Error)]
@@ -77,7 +77,15 @@ pub(crate) fn attachment(guards: Option<&PortGuards>, owner: &str) -> Guards {
     }
 }
 
-/// Whether gates can be attached here without a firewall.
-pub(crate) fn has_gates() -> bool {
-    !Feature::Gates.is_forced_off() && Gate::new(&GatePolicy::From(Vec::new())).is_ok()
+/// Returns which programs can be attached to bridges without a firewall.
+pub(crate) fn bridge_programs() -> BridgePrograms {
+    if Feature::Gates.is_forced_off() {
+        return BridgePrograms::default();
+    }
+    let internal_guards = Namespace::create()
+        .and_then(|scratch| scratch.with(InternalGuard::probe).flatten())
+        .inspect_err(|error| tracing::debug!(%error, "guards of internal networks unavailable"))
+        .is_ok();
+    let gates = Gate::new(&GatePolicy::From(Vec::new())).is_ok();
+    BridgePrograms { gates, internal_guards }
 }

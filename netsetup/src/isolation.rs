@@ -21,6 +21,15 @@ pub trait Isolation: fmt::Debug + Send + Sync {
     fn facts(&self, network: &Network) -> Vec<Fact>;
 }
 
+/// BPF programs that can be attached to bridges on this host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BridgePrograms {
+    /// [Gates](Fact::Gate) at the egress of bridges.
+    pub gates: bool,
+    /// [Guards](Fact::InternalGuard) at the ingress of the bridges of internal networks.
+    pub internal_guards: bool,
+}
+
 /// Isolation without a firewall, by disabled forwarding on the bridge and by policy rules.
 ///
 /// On a host that does not forward, either measure would be sufficient. Both are used on every
@@ -38,9 +47,8 @@ pub trait Isolation: fmt::Debug + Send + Sync {
 ///   otherwise bypass the isolation.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RuleIsolation {
-    /// BPF programs are available. A [gate](Fact::Gate) at the egress of each bridge closes it
-    /// regardless of foreign policy rules that precede tidegate's.
-    pub gated: bool,
+    /// They close a network regardless of foreign policy rules that precede tidegate's.
+    pub programs: BridgePrograms,
 }
 
 impl Isolation for RuleIsolation {
@@ -49,8 +57,7 @@ impl Isolation for RuleIsolation {
     }
 
     fn facts(&self, network: &Network) -> Vec<Fact> {
-        let programs = self.gated.then(|| closing_programs(network));
-        programs.into_iter().flatten().chain(closed(network)).collect()
+        closing_programs(network, self.programs).chain(closed(network)).collect()
     }
 }
 
@@ -68,7 +75,7 @@ pub struct NatIsolation {
     /// The routing table with its routes.
     pub table: u32,
     /// Same as in [`RuleIsolation`].
-    pub gated: bool,
+    pub programs: BridgePrograms,
 }
 
 impl Isolation for NatIsolation {
@@ -97,10 +104,10 @@ impl Isolation for NatIsolation {
 
     fn facts(&self, network: &Network) -> Vec<Fact> {
         if network.internal {
-            return RuleIsolation { gated: self.gated }.facts(network);
+            return RuleIsolation { programs: self.programs }.facts(network);
         }
         let bridge = &network.bridge.name;
-        let gate = self.gated.then(|| gate(network, Passes::From(self.device.clone())));
+        let gate = self.programs.gates.then(|| gate(network, Passes::From(self.device.clone())));
         let mut facts: Vec<Fact> = gate.into_iter().chain(open(network)).collect();
         for to in network.subnets.iter().map(|subnet| subnet.subnet.trunc()) {
             let v6 = is_v6(to);
@@ -140,8 +147,8 @@ pub struct FirewallIsolation {
     pub firewall: FirewallKind,
     /// Owner of the rules.
     pub owner: String,
-    /// Gates are available ([`Firewall::gate`](crate::Firewall)).
-    pub gated: bool,
+    /// Programs that can be attached; gates as of [`Firewall::gate`](crate::Firewall).
+    pub programs: BridgePrograms,
 }
 
 impl Isolation for FirewallIsolation {
@@ -164,7 +171,7 @@ impl Isolation for FirewallIsolation {
                 facts.push(Fact::Forwarding { link: link.clone(), v6 });
             }
         }
-        if self.gated {
+        if self.programs.gates {
             facts.extend(uplink_exemptions(desired));
         }
         facts.extend(reply_paths(desired));
@@ -182,9 +189,9 @@ impl Isolation for FirewallIsolation {
             });
         }
         if network.internal {
-            facts.extend(self.gated.then(|| closing_programs(network)).into_iter().flatten());
+            facts.extend(closing_programs(network, self.programs));
             facts.extend(closed(network));
-        } else if self.gated {
+        } else if self.programs.gates {
             facts.push(gate(network, Passes::Marked));
             facts.extend(open(network));
         } else {
@@ -242,13 +249,14 @@ fn uplink_exemptions(desired: &Desired) -> impl Iterator<Item = Fact> + '_ {
 
 /// BPF programs that close a network independently of rules. Used for internal networks, and for
 /// all networks without egress.
-fn closing_programs(network: &Network) -> Vec<Fact> {
+fn closing_programs(network: &Network, programs: BridgePrograms) -> impl Iterator<Item = Fact> {
     let link = network.bridge.name.clone();
     let gateways = network.subnets.iter();
     let gateways =
         gateways.filter_map(|one| IpNet::new(one.gateway, one.subnet.prefix_len()).ok()).collect();
-    let guard = network.internal.then_some(Fact::InternalGuard { link, gateways });
-    guard.into_iter().chain([gate(network, Passes::Nothing)]).collect()
+    let guard = Fact::InternalGuard { link, gateways };
+    let guard = (network.internal && programs.internal_guards).then_some(guard);
+    guard.into_iter().chain(programs.gates.then(|| gate(network, Passes::Nothing)))
 }
 
 fn gate(network: &Network, passes: Passes) -> Fact {

@@ -46,7 +46,7 @@ pub use firewall::{
     Updates, UserRule, Zone,
 };
 pub use ipam::{Exhausted, Ipam, IpamError, Pools, QUARANTINE, capacity, gateway};
-pub use isolation::{FirewallIsolation, Isolation, NatIsolation, RuleIsolation};
+pub use isolation::{BridgePrograms, FirewallIsolation, Isolation, NatIsolation, RuleIsolation};
 pub use journal::Journal;
 pub use kernel::{EngineDevice, Kernel};
 pub use kernel_model::KernelModel;

@@ -9,7 +9,7 @@
 use super::layout::{Layout, fnv};
 use crate::compose::Project;
 use crate::host_context::HostContext;
-use crate::port_guards;
+use crate::port_guards::bridge_programs;
 use rustix::process::{Resource, getrlimit};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -135,8 +135,8 @@ impl Device {
 
     /// How networks are led to it.
     pub(super) fn isolation(&self) -> NatIsolation {
-        let (device, gated) = (self.tun.name().to_owned(), port_guards::has_gates());
-        NatIsolation { device, table: self.table, gated }
+        let device = self.tun.name().to_owned();
+        NatIsolation { device, table: self.table, programs: bridge_programs() }
     }
 
     /// What restores its link.

@@ -31,7 +31,7 @@ use crate::firewall::{Chosen, FirewallChoice, PublishBy, choose, opening, target
 use crate::host_context::HostContext;
 use crate::limits::ProxyLimits;
 use crate::metrics_endpoint::{MetricsAddress, MetricsStatus, Recorder};
-use crate::port_guards;
+use crate::port_guards::{self, bridge_programs};
 use crate::publisher::{Endpoint, Publisher};
 use crate::services::{self, ServiceSpec, StandardOutput, Supervisor};
 use anyhow::{Context, anyhow, bail};
@@ -57,8 +57,8 @@ use tidegate_model::{PortSpec, Protocol, registry};
 use tidegate_netfilter::PortGuards;
 use tidegate_netns::{ChangeListener, Namespace, Topic, interface_index, run_directory};
 use tidegate_netsetup::{
-    DefaultRoute, Desired, Firewall, FirewallIsolation, Journal, JournalError, Kernel, Observed,
-    Opening, ReplyPath, RuleIsolation, Setup, Uplink,
+    BridgePrograms, DefaultRoute, Desired, Firewall, FirewallIsolation, Journal, JournalError,
+    Kernel, Observed, Opening, ReplyPath, RuleIsolation, Setup, Uplink,
 };
 use tidegate_proxy::{GatewayAcl, GatewayNetworks, Listener, Settings};
 use tokio::io::{Interest, unix::AsyncFd};
@@ -647,13 +647,13 @@ fn setup_with(
                 kernel.use_engine(device.link());
                 Setup::new(kernel, journal, device.isolation())
             }
-            None => Setup::new(kernel, journal, RuleIsolation { gated: port_guards::has_gates() }),
+            None => Setup::new(kernel, journal, RuleIsolation { programs: bridge_programs() }),
         },
         Some(firewall) => {
             kernel.use_firewall(Arc::clone(firewall));
             let (kind, owner) = (firewall.kind(), firewall.owner().to_owned());
-            let gated = firewall.gate().is_some();
-            Setup::new(kernel, journal, FirewallIsolation { firewall: kind, owner, gated })
+            let programs = BridgePrograms { gates: firewall.gate().is_some(), ..bridge_programs() };
+            Setup::new(kernel, journal, FirewallIsolation { firewall: kind, owner, programs })
         }
     }
 }

@@ -463,8 +463,8 @@ impl Matrix {
         let firewall = self.mode.flags.iter().any(|flag| *flag != "--firewall=none");
         match from {
             _ if own == network => Some(true),
-            // Internal guards are BPF programs: they take root and a kernel that has them.
-            From::Inmate if self.mode.rootless || self.mode.lacks == "all" => None,
+            // Internal guards are BPF programs.
+            From::Inmate if self.mode.lacks == "all" => None,
             From::Inmate => Some(false),
             From::Host => None,
             // The gateways of an ordinary user's networks are in another namespace.

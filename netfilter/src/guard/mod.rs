@@ -20,7 +20,7 @@ mod compile;
 mod nftables;
 mod rules;
 
-use crate::bpf::clsact::{Attached, Clsact, Code, bytes_of};
+use crate::bpf::clsact::{Attached, Classic, Clsact, Code, bytes_of};
 use crate::bpf::{Counters, Direction, LOOPBACK, LinkProgram, Program, detach_tcx, tcx_programs};
 use crate::socket::NetfilterSocket;
 use ipnet::IpNet;
@@ -33,7 +33,7 @@ use std::io;
 use std::num::NonZeroU32;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tidegate_model::registry;
+use tidegate_model::{Feature, registry};
 
 /// Names of the programs and counters in bpftool(8), and of the classifier.
 const NAME: &str = "tg_port_guard";
@@ -363,21 +363,45 @@ pub fn program_time(policy: &PortPolicy, frame: &[u8], times: u32) -> io::Result
 }
 
 /// A guard at the ingress of an internal network's bridge. The host accepts packets from members
-/// only if they are addressed to the gateway addresses, and forwards none. Like a
-/// [`Gate`](crate::Gate), it is an eBPF program.
+/// only if they are addressed to the gateway addresses, and forwards none. It is an eBPF program
+/// where these are permitted, and otherwise, as in a user namespace, a classic BPF program in a
+/// `clsact` qdisc.
 #[derive(Debug)]
-pub struct InternalGuard(LinkProgram);
+pub struct InternalGuard(InternalProgram);
+
+#[derive(Debug)]
+enum InternalProgram {
+    Extended(LinkProgram),
+    Classic(Vec<Classic>),
+}
 
 impl InternalGuard {
     /// Loads a guard for a bridge with the addresses `gateways`, each with the prefix of its
     /// network.
     ///
     /// # Errors
-    /// BPF programs are unavailable; `EPERM` without the required capabilities.
+    /// The failure to load an eBPF program, where classic BPF is forced off.
     pub fn new(gateways: &[IpNet]) -> io::Result<Self> {
-        let counters = Counters::new(COUNTERS, compile::COUNTERS)?;
-        let code = compile::extended(&internal_rules(gateways), &[], counters.descriptor());
-        LinkProgram::load(INTERNAL_NAME, Direction::Ingress, &code).map(Self)
+        let rules = internal_rules(gateways);
+        let extended = Counters::new(COUNTERS, compile::COUNTERS).and_then(|counters| {
+            let code = compile::extended(&rules, &[], counters.descriptor());
+            LinkProgram::load(INTERNAL_NAME, Direction::Ingress, &code)
+        });
+        match extended {
+            Err(_) if !Feature::ClassicGuards.is_forced_off() => {
+                Ok(Self(InternalProgram::Classic(compile::classic(&rules))))
+            }
+            extended => extended.map(InternalProgram::Extended).map(Self),
+        }
+    }
+
+    /// Attaches a guard to `lo` in the calling thread's network namespace, which should be a
+    /// temporary one.
+    ///
+    /// # Errors
+    /// Guards of internal networks are unavailable.
+    pub fn probe() -> io::Result<()> {
+        Self::new(&[])?.attach(LOOPBACK)
     }
 
     /// Returns whether a guard for the same addresses is attached to the link with interface index
@@ -386,16 +410,30 @@ impl InternalGuard {
     /// # Errors
     /// `ENODEV` if the link does not exist.
     pub fn is_attached(&self, index: u32) -> io::Result<bool> {
-        self.0.is_attached(index)
+        match &self.0 {
+            InternalProgram::Extended(program) => program.is_attached(index),
+            InternalProgram::Classic(code) => {
+                let attached =
+                    Clsact::open()?.attached(index, Direction::Ingress, INTERNAL_NAME)?;
+                Ok(attached == Some(Attached::Classic(bytes_of(code))))
+            }
+        }
     }
 
     /// Attaches the guard to the link with interface index `index` in the calling thread's network
     /// namespace, ahead of existing programs.
     ///
     /// # Errors
-    /// `ENODEV` if the link does not exist.
+    /// `ENODEV` if the link does not exist; for classic BPF, `ENOENT` or `EOPNOTSUPP` if the kernel
+    /// lacks `clsact` or `cls_bpf`.
     pub fn attach(&self, index: u32) -> io::Result<()> {
-        self.0.attach(index)
+        match &self.0 {
+            InternalProgram::Extended(program) => program.attach(index),
+            InternalProgram::Classic(code) => {
+                let code = Code::Classic(code);
+                Clsact::open()?.attach(index, Direction::Ingress, INTERNAL_NAME, code)
+            }
+        }
     }
 }
 

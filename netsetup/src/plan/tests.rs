@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::{
-    Attachment, Endpoint, FirewallIsolation, FirewallKind, Guards, Mac, NatIsolation, Network,
-    RuleIsolation, Subnet, Uplink,
+    Attachment, BridgePrograms, Endpoint, FirewallIsolation, FirewallKind, Guards, Mac,
+    NatIsolation, Network, RuleIsolation, Subnet, Uplink,
 };
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -67,17 +67,19 @@ fn plan_with(
 
 /// All isolation mechanisms.
 fn some_isolation() -> impl Strategy<Value = Arc<dyn Isolation>> {
-    let with = |firewall, gated| {
-        Arc::new(FirewallIsolation { firewall, owner: "demo".to_owned(), gated })
+    let with = |firewall, gates| {
+        let programs = BridgePrograms { gates, internal_guards: true };
+        Arc::new(FirewallIsolation { firewall, owner: "demo".to_owned(), programs })
             as Arc<dyn Isolation>
     };
-    let engine = |gated| {
-        Arc::new(NatIsolation { device: "tgt-1".to_owned(), table: 30_000, gated })
+    let engine = |gates| {
+        let programs = BridgePrograms { gates, internal_guards: true };
+        Arc::new(NatIsolation { device: "tgt-1".to_owned(), table: 30_000, programs })
             as Arc<dyn Isolation>
     };
     let all: Vec<Arc<dyn Isolation>> = vec![
-        Arc::new(RuleIsolation { gated: false }),
-        Arc::new(RuleIsolation { gated: true }),
+        Arc::new(RuleIsolation::default()),
+        Arc::new(RuleIsolation { programs: BridgePrograms { gates: true, internal_guards: true } }),
         engine(false),
         engine(true),
         with(FirewallKind::Nftables, true),
@@ -206,9 +208,10 @@ fn guards_close_a_network_behind_the_firewall() {
         uplinks: vec![Uplink { link: "eth0".to_owned(), v4: true, v6: false, ours: true }],
         ..Desired::default()
     };
-    let steps = |gated| -> Vec<String> {
-        let isolation =
-            FirewallIsolation { firewall: FirewallKind::Nftables, owner: "demo".to_owned(), gated };
+    let steps = |gates| -> Vec<String> {
+        let programs = BridgePrograms { gates, internal_guards: gates };
+        let owner = "demo".to_owned();
+        let isolation = FirewallIsolation { firewall: FirewallKind::Nftables, owner, programs };
         plan_with(&isolation, &KernelModel::default(), &[], &desired)
             .iter()
             .map(Op::to_string)
