@@ -1,10 +1,9 @@
-//! Queries a second: this crate, dnsmasq and aardvark-dns under dnsperf, in alternating rounds.
+//! Queries per second of this crate, dnsmasq and aardvark-dns with dnsperf, in alternating rounds.
 //!
 //! `cargo bench -p tidegate-dns`, as root, with dnsperf, dnsmasq and aardvark-dns installed. Each
-//! server runs in a namespace of its own on the first core, dnsperf and the server that is
-//! forwarded to on the second. Where dnsperf is what limits, the time that the server takes for a
-//! question says more than the questions a second; both are told. `BENCH_ROUNDS` (5) and
-//! `BENCH_SECONDS` (3) change the length.
+//! server runs in its own namespace on the first core, dnsperf and the upstream server on the
+//! second. If dnsperf is the bottleneck, the CPU time of the server per query is more informative
+//! than the rate; both are printed. `BENCH_ROUNDS` (5) and `BENCH_SECONDS` (3) set the duration.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -19,17 +18,17 @@ use tidegate_testbed::{
     Namespace, Process, eventually, find_program, procfs, require_program, require_root,
 };
 
-/// Names of containers, and names of the server that is forwarded to.
+/// Number of container names, and of cached upstream names.
 const NAMES: u32 = 100;
-/// Names of the server that is forwarded to, each asked once before any is asked again: more than a
-/// cache keeps.
+/// Number of uncached upstream names, each queried once before any is repeated: more than a cache
+/// holds.
 const NEW_NAMES: u32 = 300_000;
-/// Source ports of the contender that has too few of them.
+/// Source ports of the contender with a shortage of ports.
 const FEW_PORTS: usize = 4;
-/// Where dnsmasq and aardvark-dns listen, and who asks there.
+/// Addresses of dnsmasq and aardvark-dns, and of their client.
 const GATEWAY: &str = "10.99.0.1";
-const ASKER: &str = "10.99.0.2";
-/// Where everybody forwards to.
+const CLIENT: &str = "10.99.0.2";
+/// Address of the upstream server.
 const UPSTREAM: &str = "127.0.0.1";
 
 fn main() {
@@ -40,7 +39,7 @@ fn main() {
     }
 }
 
-/// What the child does that is us: serves the namespace that it is in, until it is killed.
+/// The child process: serves its own namespace until it is killed.
 fn serve(listen: &str, resolv_conf: &Path) {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
@@ -74,7 +73,7 @@ fn serve(listen: &str, resolv_conf: &Path) {
     });
 }
 
-/// A server and its namespace.
+/// A server in its namespace.
 struct Contender {
     name: &'static str,
     namespace: Namespace,
@@ -83,7 +82,7 @@ struct Contender {
     _processes: Vec<Process>,
 }
 
-/// One measurement.
+/// One measurement: queries per second, CPU time per query in us, latency in us, lost queries.
 #[derive(Clone, Copy)]
 struct Sample {
     per_second: f64,
@@ -119,7 +118,7 @@ fn compare() {
     for round in 0..rounds {
         for (kind, file) in files.iter().enumerate() {
             for turn in 0..contenders.len() {
-                // Nobody is always first.
+                // The order rotates.
                 let who = (turn + round as usize) % contenders.len();
                 samples.entry((kind, who)).or_default().push(measure(
                     &contenders[who],
@@ -130,15 +129,14 @@ fn compare() {
         }
     }
     println!(
-        "medians of {rounds} rounds of {seconds} s, (least - most); one core for the server, one for dnsperf"
+        "medians of {rounds} rounds of {seconds} s, (min - max); one core for the server, one for dnsperf"
     );
-    let kinds =
-        ["local names", "names of others, asked before", "names of others, not asked before"];
+    let kinds = ["local names", "upstream names, cached", "upstream names, not cached"];
     for (kind, name) in kinds.into_iter().enumerate() {
         println!("\n{name}");
         println!(
             "{:<24} {:>30} {:>24} {:>12} {:>6}",
-            "", "queries/s", "us of the core/query", "latency us", "lost"
+            "", "queries/s", "us of CPU/query", "latency us", "lost"
         );
         for (who, contender) in contenders.iter().enumerate() {
             let all = &samples[&(kind, who)];
@@ -154,17 +152,14 @@ fn compare() {
             );
         }
     }
-    println!(
-        "\nlocal names, 1,000 a second, one after the other: us for half of the answers, for 99 of 100"
-    );
+    println!("\nlocal names, 1,000 sequential queries/s: median and p99 in us");
     for contender in &contenders {
         let (half, most) = latency(contender);
         println!("{:<24} {half:>8.0} {most:>8.0}", contender.name);
     }
 }
 
-/// What half of the answers take at most, and what 99 of 100 do, at 1,000 questions a second for a
-/// name of a container; in us.
+/// Median and p99 latency in us, at 1,000 sequential queries per second for a container name.
 fn latency(contender: &Contender) -> (f64, f64) {
     const COUNT: u32 = 3_000;
     let question = b"\0\x07\x01\0\0\x01\0\0\0\0\0\0\x05svc-7\0\0\x01\0\x01";
@@ -200,10 +195,10 @@ fn on_core(namespace: &Namespace, core: &str, program: &Path) -> Command {
     command
 }
 
-/// A namespace with a server to forward to, at [`UPSTREAM`].
-fn place(directory: &Path) -> (Namespace, Process) {
+/// A namespace with an upstream server at [`UPSTREAM`].
+fn upstream_namespace(directory: &Path) -> (Namespace, Process) {
     let namespace = Namespace::new();
-    namespace.ip_all(&format!("addr add {GATEWAY}/32 dev lo\naddr add {ASKER}/32 dev lo"));
+    namespace.ip_all(&format!("addr add {GATEWAY}/32 dev lo\naddr add {CLIENT}/32 dev lo"));
     let dnsmasq = find_program("dnsmasq").expect("it was there");
     let mut command = on_core(&namespace, "1", &dnsmasq);
     command.args([
@@ -236,7 +231,7 @@ fn contenders(directory: &Path) -> Vec<Contender> {
         all
     });
     fs::write(directory.join("hosts"), hosts).expect("hosts");
-    let (namespace, upstream) = place(directory);
+    let (namespace, upstream) = upstream_namespace(directory);
     let mut command = on_core(&namespace, "0", &find_program("dnsmasq").expect("it was there"));
     command.args([
         "-k",
@@ -264,7 +259,7 @@ fn contenders(directory: &Path) -> Vec<Contender> {
     match aardvark() {
         Some(program) => all.push(aardvark_dns(&program, directory)),
         None if std::env::var_os("CI").is_some() => panic!("aardvark-dns is not installed"),
-        None => println!("aardvark-dns is not installed, and is left out"),
+        None => println!("aardvark-dns is not installed; skipped"),
     }
     for one in &all {
         let asked = || {
@@ -289,10 +284,10 @@ fn contenders(directory: &Path) -> Vec<Contender> {
 }
 
 fn ours(name: &'static str, listen: &str, directory: &Path) -> Contender {
-    let (namespace, upstream) = place(directory);
+    let (namespace, upstream) = upstream_namespace(directory);
     let path = directory.join(format!("resolv.conf.{listen}"));
     fs::write(&path, format!("nameserver {UPSTREAM}\n")).expect("resolv.conf");
-    let program = std::env::current_exe().expect("its own path");
+    let program = std::env::current_exe().expect("the path of this program");
     let process =
         Process::spawn(on_core(&namespace, "0", &program).args(["serve", listen]).arg(&path));
     process.wait_for_line("serving", Duration::from_secs(5));
@@ -308,20 +303,20 @@ fn aardvark() -> Option<PathBuf> {
 }
 
 fn aardvark_dns(program: &Path, directory: &Path) -> Contender {
-    let (namespace, upstream) = place(directory);
+    let (namespace, upstream) = upstream_namespace(directory);
     let config = directory.join("aardvark-dns");
     fs::create_dir(&config).expect("a directory");
     let mut network = format!("{GATEWAY} {UPSTREAM}\n");
     for number in 0..NAMES {
         let _ = writeln!(network, "{number:064x} 10.99.1.{number}  svc-{number}");
     }
-    let _ = writeln!(network, "{:064x} {ASKER}  asker", NAMES + 1);
+    let _ = writeln!(network, "{:064x} {CLIENT}  asker", NAMES + 1);
     fs::write(config.join("net"), network).expect("its network");
     let mut command = on_core(&namespace, "0", program);
     command
         .args(["--config", config.to_str().expect("a path"), "-p", "53", "run"])
         .env("RUST_LOG", "error");
-    // It forks; the parent ends when the child serves.
+    // It forks; the parent exits when the child serves.
     let parent = Process::spawn(&mut command);
     let mut pid = None;
     let started = eventually(Duration::from_secs(5), || {
@@ -342,7 +337,7 @@ fn aardvark_dns(program: &Path, directory: &Path) -> Contender {
 
 impl Drop for Contender {
     fn drop(&mut self) {
-        // It has left its parent, and so the guard of that.
+        // The daemon is not a child of the parent process any more, so its guard does not end it.
         let pid = rustix::process::Pid::from_raw(self.pid.cast_signed())
             .filter(|_| self.name == "aardvark-dns");
         if let Some(pid) = pid {
@@ -352,7 +347,7 @@ impl Drop for Contender {
 }
 
 fn bind(contender: &Contender) -> &'static str {
-    if contender.address == GATEWAY { ASKER } else { UPSTREAM }
+    if contender.address == GATEWAY { CLIENT } else { UPSTREAM }
 }
 
 fn measure(contender: &Contender, names: &Path, seconds: u32) -> Sample {

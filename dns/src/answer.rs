@@ -1,113 +1,119 @@
-//! Answers of other servers: checked, and kept so that they can be passed on. Pure.
+//! Responses of upstream servers: matching, validation, and the form in which they are cached.
+//! Pure.
 //!
-//! An answer is decoded by hickory, which tells whether it is sound, and kept as it came: what this
-//! program does not know about records reaches the client all the same. Nothing but TTLs is changed
-//! in it, and its OPT record, which is between us and that server (RFC 6891 section 6.1.1), is left
-//! out.
+//! hickory decodes a response only to validate it; the original bytes are cached. Record types that
+//! tidegate does not support are thus preserved. Only the TTLs are changed, and the OPT record is
+//! removed, because it applies to one hop (RFC 6891 section 6.1.1).
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
-use crate::message::{Given, HEADER, IN, Rcode, Record, flag, kind, short};
+use crate::message::{HEADER, IN, Rcode, Record, RelayedAnswer, flag, kind, short};
 use hickory_server::proto::op::Message;
 use std::time::Duration;
 
-/// A TTL above it is taken for it: what is wrong for longer than an hour is remembered for too
-/// long.
-const LONGEST: u32 = 3_600;
-/// The same for what is not there (RFC 2308 section 5: "Values of one to three hours have been
-/// found to work well"; we are the second to keep it).
-const LONGEST_NEGATIVE: u32 = 900;
+/// Upper bound of positive TTLs in seconds. It limits how long a wrong response is used.
+const MAX_TTL: u32 = 3_600;
+/// Upper bound of negative TTLs in seconds. RFC 2308 section 5: "Values of one to three hours have
+/// been found to work well". The value is lower because the upstream server has cached the response
+/// before.
+const MAX_NEGATIVE_TTL: u32 = 900;
 
-/// An answer that can be passed on.
+/// A response that can be relayed to clients.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Answer {
     pub(crate) rcode: Rcode,
     authentic: bool,
-    /// It came with an OPT record: that server knows EDNS.
+    /// The response has an OPT record, so the server supports EDNS.
     pub(crate) edns: bool,
+    /// Records in the answer, authority and additional sections, without OPT.
     counts: [u16; 3],
+    /// The message from its question section on.
     body: Box<[u8]>,
+    /// Offsets of the TTLs in `body`.
     ttls: Box<[u16]>,
-    /// For how long it may be kept, in seconds.
-    keep: u32,
+    /// Time in the cache, in seconds.
+    lifetime: u32,
 }
 
-/// What a datagram of a server is.
+/// The result of a query to one server: a response, or the reason that there is none.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Reading {
-    /// The answer to our question.
+pub(crate) enum Response {
+    /// The response to the query.
     Answer(Answer),
-    /// The whole of it has to be fetched over TCP.
+    /// Truncated (TC): the response has to be fetched over TCP.
     Truncated,
-    /// It does not understand EDNS (RFC 6891 section 7), or says that something is wrong with our
-    /// question.
-    NotUnderstood,
-    /// It is about our question, and cannot be read.
+    /// FORMERR or NOTIMP: the server does not support EDNS (RFC 6891 section 7), or rejects the
+    /// query itself.
+    FormatError,
+    /// The header and question match, but the records cannot be decoded.
     Malformed,
-    /// It is about our question, with letters of another case: the server does not preserve it, or
-    /// this is forged.
+    /// The question matches except for the case of the name. Either the server does not preserve
+    /// case, or the response is forged.
     CaseChanged,
-    /// Not an answer to our question: late, or forged.
-    Other,
-    /// Not a datagram at all, but word that nobody is there.
+    /// Not a response to the query: late or forged.
+    Unrelated,
+    /// No response: an ICMP error says that the server is unreachable.
     Unreachable,
-    /// Not a datagram at all, but so many that answer nothing that someone is guessing.
+    /// No response: the source port was closed after too many mismatched datagrams.
     Flooded,
-    /// Nothing could be had over TCP.
-    NoTcp,
+    /// The query over TCP failed.
+    TcpFailed,
 }
 
-/// What was asked.
+/// A query as it was sent to a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Asked {
+pub(crate) struct SentQuery {
     pub(crate) id: u16,
-    /// As it was sent.
+    /// The name in wire format, with the case of the query.
     pub(crate) name: Box<[u8]>,
     pub(crate) kind: u16,
-    /// The answer must repeat the case of the name.
+    /// Whether the response must repeat the case of the name.
     pub(crate) exact: bool,
 }
 
-impl Asked {
-    /// Reads `message`, which came from where the question went.
-    pub(crate) fn read(&self, message: &[u8]) -> Reading {
+impl SentQuery {
+    /// Parses `message`, which was received from the address of the server.
+    pub(crate) fn read(&self, message: &[u8]) -> Response {
         if message.len() < HEADER || short(message, 0) != Some(self.id) {
-            return Reading::Other;
+            return Response::Unrelated;
         }
         let flags = short(message, 2).unwrap_or(0);
         if flags & flag::RESPONSE == 0 || flags & flag::OPCODE != 0 {
-            return Reading::Other;
+            return Response::Unrelated;
         }
         let rcode = Rcode::from_wire(flags);
         if short(message, 4) == Some(0) && matches!(rcode, Rcode::FormErr | Rcode::NotImp) {
-            // Servers that cannot read a question cannot repeat it. The case of the name vouches
-            // for nothing here; what it causes is the same question once more.
-            return Reading::NotUnderstood;
+            // A server that cannot parse the question may omit it. The case of the name then proves
+            // nothing, but the only effect is that the query is repeated without EDNS.
+            return Response::FormatError;
         }
-        // RFC 5452 section 9.1: what comes back is compared with what was asked.
+        // RFC 5452 section 9.1: the question of the response must match the query.
         let question = HEADER + self.name.len() + 4;
         let name = message.get(HEADER..HEADER + self.name.len()).unwrap_or_default();
         let same_name = name.eq_ignore_ascii_case(&self.name);
-        let behind = [short(message, question - 4), short(message, question - 2)];
-        if short(message, 4) != Some(1) || !same_name || behind != [Some(self.kind), Some(IN)] {
-            return Reading::Other;
+        let type_and_class = [short(message, question - 4), short(message, question - 2)];
+        if short(message, 4) != Some(1)
+            || !same_name
+            || type_and_class != [Some(self.kind), Some(IN)]
+        {
+            return Response::Unrelated;
         }
         if self.exact && name != &*self.name {
-            return Reading::CaseChanged;
+            return Response::CaseChanged;
         }
         if flags & flag::TRUNCATED != 0 {
-            return Reading::Truncated;
+            return Response::Truncated;
         }
         match rcode {
-            Rcode::FormErr | Rcode::NotImp => Reading::NotUnderstood,
+            Rcode::FormErr | Rcode::NotImp => Response::FormatError,
             _ => match self.answer(message, question, rcode, flags & flag::AUTHENTIC != 0) {
-                Some(answer) => Reading::Answer(answer),
-                None => Reading::Malformed,
+                Some(answer) => Response::Answer(answer),
+                None => Response::Malformed,
             },
         }
     }
 
-    /// Whether `message`, which is about our question, repeats the case of the name.
+    /// Whether `message`, a response to this query, repeats the case of the name.
     pub(crate) fn has_same_case(&self, message: &[u8]) -> bool {
         message.get(HEADER..HEADER + self.name.len()) == Some(&*self.name)
     }
@@ -134,7 +140,8 @@ impl Asked {
                 let owner = std::mem::replace(&mut at, record.end)..record.owner_end;
                 if record.kind == kind::OPT {
                     edns = true;
-                    // It is the last but for signatures, which are not for our client either.
+                    // Only signatures (TSIG, SIG(0)) follow the OPT record, and they apply to one
+                    // hop too.
                     break 'sections;
                 }
                 end = at;
@@ -147,35 +154,36 @@ impl Asked {
                     positive = positive.min(record.ttl);
                 }
                 if section == 1 && record.kind == kind::SOA {
-                    // RFC 2308 section 5: the lesser of the SOA's own TTL and its last field.
+                    // RFC 2308 section 5: the minimum of the TTL of the SOA record and its MINIMUM
+                    // field.
                     let minimum = message.get(record.end - 4..record.end)?.try_into().ok()?;
                     negative = Some(record.ttl.min(u32::from_be_bytes(minimum)));
                 }
             }
         }
-        let keep = match (rcode, counts[0]) {
-            (Rcode::NoError, 1..) => positive.min(LONGEST),
+        let lifetime = match (rcode, counts[0]) {
+            (Rcode::NoError, 1..) => positive.min(MAX_TTL),
             // RFC 2308 section 5: "Negative responses without SOA records SHOULD NOT be cached". A
-            // chain of aliases that ends in nothing holds as long as its links.
+            // CNAME chain without a final record is cached at most for the TTLs of its links.
             (Rcode::NoError | Rcode::NxDomain, _) => {
-                negative.map_or(0, |ttl| ttl.min(positive).min(LONGEST_NEGATIVE))
+                negative.map_or(0, |ttl| ttl.min(positive).min(MAX_NEGATIVE_TTL))
             }
             // RFC 9520 section 3.2: "Resolvers MUST cache resolution failures for at least 1
             // second."
             _ => 1,
         };
         let mut body: Box<[u8]> = message[question..end].into();
-        // A name that is written out again, and not pointed to, has the random case of our
-        // question.
+        // Some servers repeat the owner name instead of using a compression pointer. It then has
+        // the random case of the query, which the client did not send.
         for echo in echoes {
             body[echo].make_ascii_lowercase();
         }
-        Some(Answer { rcode, authentic, edns, counts, body, ttls: ttls.into(), keep })
+        Some(Answer { rcode, authentic, edns, counts, body, ttls: ttls.into(), lifetime })
     }
 }
 
 impl Answer {
-    /// An answer that says that there is none.
+    /// A SERVFAIL response without records.
     pub(crate) fn failure() -> Self {
         let nothing = (Box::default(), Box::default());
         Self {
@@ -185,31 +193,31 @@ impl Answer {
             counts: [0; 3],
             body: nothing.0,
             ttls: nothing.1,
-            keep: 1,
+            lifetime: 1,
         }
     }
 
-    /// For how long it may be kept.
-    pub(crate) fn keep(&self) -> Duration {
-        Duration::from_secs(self.keep.into())
+    /// Time in the cache.
+    pub(crate) fn lifetime(&self) -> Duration {
+        Duration::from_secs(self.lifetime.into())
     }
 
-    /// Another server may know better (RFC 1035 section 4.1.1: it had a problem, or does not want
-    /// to).
+    /// Whether the next server should be tried. RFC 1035 section 4.1.1: SERVFAIL and REFUSED do not
+    /// say that the name does not exist.
     pub(crate) fn is_failure(&self) -> bool {
         !matches!(self.rcode, Rcode::NoError | Rcode::NxDomain)
     }
 
-    /// Bytes that it takes.
+    /// Size in memory, in bytes.
     pub(crate) fn size(&self) -> usize {
         self.body.len() + 2 * self.ttls.len()
     }
 
-    /// What is passed on of it, `age` after it came.
-    pub(crate) fn given(&self, age: Duration) -> Given<'_> {
+    /// The response as relayed `age` after it was received.
+    pub(crate) fn relayed(&self, age: Duration) -> RelayedAnswer<'_> {
         let age = u32::try_from(age.as_secs()).unwrap_or(u32::MAX);
         let Self { rcode, authentic, counts, body, ttls, .. } = self;
-        Given { rcode: *rcode, authentic: *authentic, counts: *counts, body, ttls, age }
+        RelayedAnswer { rcode: *rcode, authentic: *authentic, counts: *counts, body, ttls, age }
     }
 }
 

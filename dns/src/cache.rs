@@ -1,8 +1,8 @@
-//! Answers of other servers, kept for as long as they hold (RFC 1035 section 7.4, RFC 2308). Pure.
+//! Cache of upstream responses (RFC 1035 section 7.4, RFC 2308). Pure.
 //!
-//! Answers about endpoints are never in here. Each [`Partition`] sees its own entries only. A full
-//! cache evicts from the partition that holds most bytes, and there what would expire first: a
-//! partition that floods the cache evicts its own entries.
+//! Names of endpoints are never cached. Each [`Partition`] has its own entries. A full cache evicts
+//! from the partition that holds most bytes, and there the entry that expires first, so a partition
+//! that floods the cache evicts its own entries.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
@@ -13,31 +13,31 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// What an answer is an answer to, and for whom.
+/// The key of an entry.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Key {
     pub(crate) partition: Partition,
-    /// The number of the list of servers.
+    /// Number of the server list ([`ServerList::number`](crate::servers::ServerList)).
     pub(crate) servers: u32,
     pub(crate) kind: u16,
     pub(crate) bits: Bits,
-    /// In lower case.
+    /// The name in wire format, in lower case.
     pub(crate) name: Box<[u8]>,
 }
 
-/// Bytes that an entry takes besides its answer and its name, estimated.
+/// Estimated size of an entry without its response and name, in bytes.
 const OVERHEAD: usize = 350;
 
 #[derive(Debug)]
 struct Entry {
     answer: Arc<Answer>,
-    came: Instant,
-    ends: Instant,
+    received: Instant,
+    expires: Instant,
     number: u64,
     size: usize,
 }
 
-/// Keys by expiry. The number makes equal times distinct.
+/// Keys by expiry. The sequence number distinguishes equal times.
 type Order = BTreeMap<(Instant, u64), Key>;
 
 /// The entries of one partition.
@@ -47,13 +47,13 @@ struct Share {
     size: usize,
 }
 
-/// The cache.
+/// The cache of all partitions.
 #[derive(Debug)]
 pub(crate) struct Cache {
     entries: HashMap<Key, Entry>,
     order: Order,
     shares: BTreeMap<Partition, Share>,
-    /// The partitions by the bytes that they hold; each partition in `shares` is in here once.
+    /// Partitions by the bytes that they hold. Contains each partition of `shares` once.
     sizes: BTreeSet<(usize, Partition)>,
     size: usize,
     limit: usize,
@@ -61,7 +61,7 @@ pub(crate) struct Cache {
 }
 
 impl Cache {
-    /// One that takes `limit` bytes at most.
+    /// Creates an empty cache of at most `limit` bytes, estimated.
     pub(crate) fn new(limit: usize) -> Self {
         Self {
             entries: HashMap::new(),
@@ -74,19 +74,19 @@ impl Cache {
         }
     }
 
-    /// The answer to `key`, and when it came.
+    /// Returns the unexpired response for `key`, and when it was received.
     pub(crate) fn get(&self, key: &Key, now: Instant) -> Option<(&Arc<Answer>, Instant)> {
         self.entries
             .get(key)
-            .filter(|entry| now < entry.ends)
-            .map(|entry| (&entry.answer, entry.came))
+            .filter(|entry| now < entry.expires)
+            .map(|entry| (&entry.answer, entry.received))
     }
 
-    /// Keeps an answer for as long as it holds. Returns how many others were evicted for it.
+    /// Stores a response until it expires. Returns the number of evicted entries.
     pub(crate) fn put(&mut self, key: Key, answer: Arc<Answer>, now: Instant) -> usize {
-        let keep = answer.keep();
+        let lifetime = answer.lifetime();
         let size = answer.size() + 2 * key.name.len() + OVERHEAD;
-        if keep.is_zero() || size > self.limit {
+        if lifetime.is_zero() || size > self.limit {
             return 0;
         }
         self.remove(&key);
@@ -100,20 +100,20 @@ impl Cache {
             self.remove(&victim);
             evicted += 1;
         }
-        let (ends, number) = (now + keep, self.next);
+        let (expires, number) = (now + lifetime, self.next);
         self.next += 1;
-        self.order.insert((ends, number), key.clone());
+        self.order.insert((expires, number), key.clone());
         self.change_share(&key.partition, |share| {
             share.size += size;
-            share.order.insert((ends, number), key.clone());
+            share.order.insert((expires, number), key.clone());
         });
         self.size += size;
-        self.entries.insert(key, Entry { answer, came: now, ends, number, size });
+        self.entries.insert(key, Entry { answer, received: now, expires, number, size });
         evicted
     }
 
-    /// What is evicted so that `partition` can have `size` bytes more; `None` if those are too many
-    /// for its share.
+    /// The entry to evict so that `partition` can store `size` more bytes; `None` if that exceeds
+    /// its share.
     fn victim(&self, partition: &Partition, size: usize) -> Option<Key> {
         let first = |share: &Share| share.order.first_key_value().map(|(_, key)| key.clone());
         let own = self.shares.get(partition);
@@ -128,7 +128,7 @@ impl Cache {
 
     fn remove(&mut self, key: &Key) {
         let Some(entry) = self.entries.remove(key) else { return };
-        let place = (entry.ends, entry.number);
+        let place = (entry.expires, entry.number);
         self.order.remove(&place);
         self.change_share(&key.partition, |share| {
             share.size -= entry.size;
@@ -137,7 +137,7 @@ impl Cache {
         self.size -= entry.size;
     }
 
-    /// Changes what `partition` holds.
+    /// Applies `change` to the share of `partition` and updates the indexes.
     fn change_share(&mut self, partition: &Partition, change: impl FnOnce(&mut Share)) {
         let share = self.shares.entry(partition.clone()).or_default();
         let before = share.size;
@@ -151,7 +151,7 @@ impl Cache {
         }
     }
 
-    /// Forgets everything that servers of the list `servers` have said.
+    /// Removes all responses from servers of the list with number `servers`.
     pub(crate) fn forget(&mut self, servers: u32) {
         let theirs: Vec<Key> =
             self.order.values().filter(|key| key.servers == servers).cloned().collect();
@@ -160,12 +160,12 @@ impl Cache {
         }
     }
 
-    /// How many bytes they take, estimated.
+    /// Size of all entries in bytes, estimated.
     pub(crate) fn size(&self) -> usize {
         self.size
     }
 
-    /// How many answers are kept.
+    /// Number of entries.
     pub(crate) fn len(&self) -> usize {
         self.entries.len()
     }

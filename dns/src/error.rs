@@ -1,114 +1,119 @@
-//! What goes wrong, each with the name of what it is about.
+//! Errors, each with the name of the object that it is about.
 
 use crate::name::NameError;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-/// Why networks and endpoints stay as they were.
+/// Error of a change to networks, endpoints or server lists. Nothing was changed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ZoneError {
-    /// What is to be a name cannot be one.
+    /// The text is not a valid domain name.
     #[error("name {name:?} {source}")]
     Name {
-        /// The text.
+        /// The text as given.
         name: String,
-        /// What is wrong with it.
+        /// The violated rule.
         source: NameError,
     },
-    /// There is one of that name.
-    #[error("network {0:?} has names already")]
+    /// A network with that name exists. Names are compared without regard to case.
+    #[error("network {0:?} already exists")]
     NetworkExists(String),
-    /// There is none.
-    #[error("network {0:?} has no names")]
+    /// No network has that name.
+    #[error("network {0:?} does not exist")]
     NoNetwork(String),
-    /// At the limit.
-    #[error("network {network:?}: there are names of {limit} networks already")]
+    /// The limit on networks is reached.
+    #[error("network {network:?}: limit of {limit} networks reached")]
     TooManyNetworks {
-        /// The one that is too many.
+        /// The rejected network.
         network: String,
-        /// How many there may be.
+        /// The limit.
         limit: usize,
     },
-    /// At the limit.
-    #[error("endpoint {endpoint:?}: more than {limit} {what}")]
+    /// A limit on endpoints, or on the names or addresses of an endpoint, is exceeded.
+    #[error("endpoint {endpoint:?}: limit of {limit} {what} exceeded")]
     TooMany {
-        /// Which endpoint.
+        /// The rejected endpoint.
         endpoint: String,
-        /// Of what.
+        /// The limited items: `names`, `addresses` or `endpoints`.
         what: &'static str,
-        /// How many there may be.
+        /// The limit.
         limit: usize,
     },
-    /// At the limit.
-    #[error("{0}: too many different lists of DNS servers are in use")]
+    /// The limit on different server lists is reached.
+    #[error(
+        "{0}: limit of different DNS server lists reached; use the servers of another network or container, or those of the host"
+    )]
     TooManyServerLists(String),
-    /// It would be asked, ask us, and so on.
-    #[error("{of}: DNS server {server} is tidegate itself")]
-    Ourselves {
-        /// Whose list it is in.
+    /// An upstream server is a server of this process, which would be a forwarding loop.
+    #[error("{of}: DNS server {server} is tidegate itself; use another server")]
+    OwnAddress {
+        /// The network or container that the list is for.
         of: String,
-        /// The server.
+        /// The address of the server.
         server: SocketAddr,
     },
 }
 
-/// Why a container is not served.
+/// Error of starting a server.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// A process in the container has the port, and packets cannot be redirected past it.
+    /// Port 53 is in use in the container, and redirecting is not available.
     #[error(
-        "container {container:?}: {address} is in use by a DNS server in it, and nftables cannot redirect past that"
+        "container {container:?}: {address} is in use by a DNS server in the container, and nftables is not available to redirect queries; stop that server, or bind it to another address"
     )]
     InUse {
-        /// Which container.
+        /// The container.
         container: String,
-        /// What is in use.
+        /// The address in use.
         address: SocketAddr,
     },
-    /// The same of the host.
-    #[error("network {network:?}: {address} is in use by another DNS server")]
+    /// Port 53 of the gateway address is in use.
+    #[error(
+        "network {network:?}: {address} is in use by another DNS server; stop it, or bind it to other addresses"
+    )]
     GatewayInUse {
-        /// Which network.
+        /// The network.
         network: String,
-        /// What is in use.
+        /// The address in use.
         address: SocketAddr,
     },
-    /// Redirecting was asked for, and is impossible.
-    #[error("container {container:?}: redirect DNS in its namespace: {source}")]
+    /// [`Listen::Redirected`](crate::Listen::Redirected) was requested, and the nftables rules
+    /// cannot be installed.
+    #[error("container {container:?}: cannot redirect DNS in its namespace: {source}")]
     Redirect {
-        /// Which container.
+        /// The container.
         container: String,
-        /// What the kernel said.
+        /// The cause.
         source: tidegate_netfilter::Error,
     },
-    /// The sockets cannot be made.
-    #[error("{of}: serve DNS at {address}: {source}")]
+    /// A socket cannot be created or bound.
+    #[error("{of}: cannot serve DNS at {address}: {source}")]
     Socket {
         /// The container or network.
         of: String,
-        /// Where.
+        /// The address to bind.
         address: SocketAddr,
-        /// What the kernel said.
+        /// The cause.
         source: io::Error,
     },
-    /// The servers given for it cannot be taken.
+    /// The server list of the container is invalid.
     #[error(transparent)]
     Servers(#[from] ZoneError),
 }
 
-/// Why there is no resolver.
+/// Error of creating a resolver.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// Changes of the host's list of servers cannot be followed.
-    #[error("watch {}: {source}", .path.display())]
+    /// The `resolv.conf` of the host cannot be watched.
+    #[error("cannot watch {}: {source}", .path.display())]
     Watch {
         /// The file.
         path: PathBuf,
-        /// What the kernel said.
+        /// The cause.
         source: io::Error,
     },
-    /// The namespace that questions go out from is not known.
-    #[error("the host's network namespace: {0}")]
+    /// The network namespace of the host cannot be opened.
+    #[error("cannot open the network namespace of the host: {0}")]
     Outside(io::Error),
 }

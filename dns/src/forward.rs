@@ -1,26 +1,26 @@
-//! Questions for other servers, from the first asker to the last answer.
+//! Forwarding of queries to upstream servers.
 //!
-//! Equal questions of one partition are one *flight*, however many ask. Which question is forwarded
-//! when, and who yields at a limit, [`Pending`] decides; one task asks it for the next
-//! ([`dispatch`]). A flight is a task that lives as long as its [`Pursuit`]. A question that comes
-//! back to us, because a server forwards to where it came from, finds its own flight and waits
-//! there: a loop ends with the flight.
+//! Equal queries of one partition are forwarded once. [`Pending`] decides which query is forwarded
+//! next and which is evicted at a limit; one task ([`dispatch`]) asks it for the next query. Each
+//! forwarded query is a task that ends with its [`Failover`]. If an upstream server forwards a
+//! query back to tidegate, the copy joins the outstanding query, so a forwarding loop ends with
+//! that query.
 
 mod port;
 mod tcp;
 
-use crate::answer::{Answer, Reading};
+use crate::answer::{Answer, Response};
 use crate::cache::{Cache, Key};
-use crate::message::{Bits, Kept, Request, kind, relay};
-use crate::metrics::{Fill, NetworkStats, Overload, ProcessMetrics};
+use crate::message::{Bits, Request, StoredRequest, kind, relay};
+use crate::metrics::{NetworkStats, Overload, ProcessMetrics, Usage};
 use crate::partition::Partition;
-use crate::pending::{Asked, Launch, Limits, Pending, Yielded};
+use crate::pending::{Admission, Evicted, Limits, NextQuery, Pending};
 use crate::scheduler::Rate;
 use crate::servers::{HOST, ServerList};
-use crate::upstream::{Check, CheckStep, Figures, Form, Health, Pursuit, Step};
+use crate::upstream::{Check, CheckStep, Failover, Figures, Form, Health, Step};
 use crate::zone::Asker;
 pub(crate) use port::Bridges;
-use port::{Outstanding, Ports, Way};
+use port::{Egress, Outstanding, Ports};
 use rustix::net::SendFlags;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -32,56 +32,59 @@ use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep_until, timeout};
 
-/// How much may be on its way.
+/// Limits of forwarding and of the cache.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Bounds {
-    pub(crate) flights: usize,
+    /// Outstanding upstream queries.
+    pub(crate) in_flight: usize,
+    /// Waiting clients.
     pub(crate) waiters: usize,
-    /// Of one endpoint.
-    pub(crate) waiters_of_one: usize,
-    /// Questions of one endpoint that are forwarded in a second.
+    /// Waiting clients of one endpoint.
+    pub(crate) waiters_per_endpoint: usize,
+    /// Queries forwarded for one endpoint, per second.
     pub(crate) rate: u32,
+    /// Size of the cache in bytes.
     pub(crate) cache: usize,
-    /// Source ports that are open at once.
+    /// Open source ports.
     pub(crate) ports: usize,
 }
 
-/// Servers that are remembered.
-const SERVERS: usize = 256;
-/// Answers that are fetched over TCP at once, by all, by one partition and by one endpoint.
+/// Upstream servers whose state is kept. At the limit, the least recently used is dropped.
+const MAX_SERVERS: usize = 256;
+/// Concurrent TCP connections to upstream servers: in total, per partition and per endpoint.
 const TCP_AT_ONCE: usize = 64;
-const TCP_OF_PARTITION: usize = 16;
-const TCP_OF_ENDPOINT: usize = 8;
-/// Questions that are forwarded before other tasks have their turn: some 100 us.
-const AT_A_TIME: usize = 16;
-/// How often it is looked for questions that have waited too long, while there are any.
+const TCP_PER_PARTITION: usize = 16;
+const TCP_PER_ENDPOINT: usize = 8;
+/// Queries started before the task yields to others: about 100 us of work.
+const QUERIES_PER_TURN: usize = 16;
+/// Interval of the check for expired queries while any are pending.
 const TICK: Duration = Duration::from_millis(100);
-/// How long one may take.
-const TCP_TIME: Duration = Duration::from_secs(3);
-/// What servers have said to one question and nobody has looked at.
-const UNREAD: usize = 16;
-/// How many source ports of one question may be given up to someone who guesses, where the server
-/// does not answer over TCP.
-const RENEWALS: u32 = 2;
+/// Timeout of a query over TCP, including the wait for a connection slot.
+const TCP_TIMEOUT: Duration = Duration::from_secs(3);
+/// Capacity of the channel of responses to one query.
+const RESPONSE_QUEUE: usize = 16;
+/// Source ports that replace closed ones for one query and server, if the server does not support
+/// TCP.
+const MAX_NEW_PORTS: u32 = 2;
 
-/// Where questions go out from.
+/// The namespaces from which queries are sent.
 #[derive(Clone, Debug)]
-pub(crate) struct Ways {
-    /// The host's namespace.
-    pub(crate) outside: Namespace,
-    /// The one that networks are in, for servers that are on one of them. An ordinary user's
-    /// networks are not on the host.
+pub(crate) struct Namespaces {
+    /// The namespace of the host.
+    pub(crate) host: Namespace,
+    /// The namespace of the networks, for servers with an address in one of their subnets. It
+    /// differs from that of the host in rootless mode.
     pub(crate) networks: Namespace,
 }
 
-/// How a question is forwarded.
+/// The servers of a query.
 struct Route {
     servers: Arc<[SocketAddr]>,
-    /// Those that are on a network.
+    /// The subset in subnets of networks.
     within: Arc<[SocketAddr]>,
 }
 
-/// A task that ends with it.
+/// Aborts the task on drop.
 struct Running(AbortHandle);
 
 impl Drop for Running {
@@ -90,55 +93,56 @@ impl Drop for Running {
     }
 }
 
-/// One question on its way.
+/// A query that is being forwarded.
 #[derive(Clone)]
-struct Flight {
+struct ForwardedQuery {
     key: Key,
-    /// Whose turn it was.
+    /// The endpoint to which the query is charged.
     owner: Asker,
-    /// Those servers that are on a network.
+    /// The servers in subnets of networks.
     within: Arc<[SocketAddr]>,
 }
 
-/// What a server has said to a question.
-struct Word {
+/// What was received from a server for one query.
+struct ServerResponse {
     server: SocketAddr,
-    reading: Reading,
-    /// Over TCP: whether the case of the name was repeated.
+    response: Response,
+    /// Whether the case of the name was repeated. Known over TCP only.
     same_case: Option<bool>,
 }
 
-/// What one question has gone through with one server.
+/// State of one query at one server.
 #[derive(Debug)]
 struct Attempt {
     form: Form,
-    /// It did not understand EDNS, or said so.
-    misunderstood: bool,
-    /// An answer over UDP had the name in another case.
-    changed: bool,
-    /// An answer over UDP was cut short.
-    cut: bool,
-    /// TCP is being tried, or has been.
-    fetched: bool,
-    renewals: u32,
+    /// It has answered FORMERR or NOTIMP.
+    format_error: bool,
+    /// A response over UDP had the name in another case.
+    case_changed: bool,
+    /// A response over UDP was truncated.
+    truncated: bool,
+    /// The query was sent over TCP, which is tried once.
+    tcp_tried: bool,
+    /// Closed source ports that were replaced.
+    new_ports: u32,
 }
 
-/// Asks other servers.
+/// Forwards queries and caches the responses.
 pub(crate) struct Forwarder {
     state: Mutex<State>,
     ports: Ports,
     bridges: Arc<Bridges>,
-    ways: Ways,
+    namespaces: Namespaces,
     tcp: Semaphore,
     tcp_of: Mutex<BTreeMap<TcpHolder, Arc<Semaphore>>>,
-    /// A question may have its turn.
+    /// Notified when a query can possibly be started.
     wake: Arc<Notify>,
     bounds: Bounds,
     mixed_case: bool,
     metrics: Arc<ProcessMetrics>,
 }
 
-/// Whose TCP connections are bounded: a partition's, and of those an endpoint's.
+/// Holder of TCP connections: a partition, or an endpoint of it.
 type TcpHolder = (Partition, Option<Asker>);
 
 struct State {
@@ -148,48 +152,48 @@ struct State {
     host: Arc<[SocketAddr]>,
 }
 
-type Yields = Vec<Yielded<Waiter>>;
+type EvictedWaiters = Vec<Evicted<Waiter>>;
 
-/// An asker that waits.
+/// A client that waits for a response.
 pub(crate) struct Waiter {
-    pub(crate) request: Kept,
+    pub(crate) request: StoredRequest,
     pub(crate) to: ReplyTo,
-    /// The most bytes that the answer may have.
+    /// Maximum size of the response in bytes.
     pub(crate) limit: usize,
     pub(crate) stats: Option<Arc<NetworkStats>>,
 }
 
-/// Where an answer goes.
+/// The destination of a response.
 pub(crate) enum ReplyTo {
     Datagram(Arc<UdpSocket>, SocketAddr),
-    /// To a connection, which bounds how many it waits for.
+    /// A TCP connection. Its channel has room for all outstanding queries of the connection.
     Stream(mpsc::Sender<Vec<u8>>),
 }
 
-/// What became of a question at once.
-pub(crate) enum Taken {
-    /// It was known.
-    Known(Arc<Answer>, Duration),
-    /// The waiter will hear.
-    OnItsWay,
-    /// At a limit.
+/// The immediate result of a query.
+pub(crate) enum Lookup {
+    /// Found in the cache. The second value is the age.
+    Cached(Arc<Answer>, Duration),
+    /// Pending: the waiter gets the response.
+    Pending,
+    /// Refused at a limit.
     Refused,
 }
 
 impl Forwarder {
     pub(crate) fn new(
-        ways: Ways,
+        namespaces: Namespaces,
         bounds: Bounds,
         mixed_case: bool,
         metrics: Arc<ProcessMetrics>,
     ) -> Self {
         let state = State {
             cache: Cache::new(bounds.cache),
-            health: Health::new(SERVERS),
+            health: Health::new(MAX_SERVERS),
             pending: Pending::new(Limits {
-                flights: bounds.flights,
+                in_flight: bounds.in_flight,
                 waiters: bounds.waiters,
-                waiters_of_one: bounds.waiters_of_one,
+                waiters_per_endpoint: bounds.waiters_per_endpoint,
                 rate: Rate::new(bounds.rate),
             }),
             host: Arc::new([]),
@@ -198,7 +202,7 @@ impl Forwarder {
             state: Mutex::new(state),
             ports: Ports::new(bounds.ports, Arc::clone(&metrics)),
             bridges: Arc::default(),
-            ways,
+            namespaces,
             tcp: Semaphore::new(TCP_AT_ONCE),
             tcp_of: Mutex::default(),
             wake: Arc::default(),
@@ -209,17 +213,16 @@ impl Forwarder {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // What is in there holds after every statement.
+        // Invariants hold after every statement, so a poisoned lock is usable.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The bridges of our networks.
+    /// The bridges of the networks.
     pub(crate) fn bridges(&self) -> &Bridges {
         &self.bridges
     }
 
-    /// From now on the host's servers are these. What others have said for them is forgotten: names
-    /// may mean something else now.
+    /// Sets the servers of the host and drops cached responses of the previous ones.
     pub(crate) fn set_host(&self, servers: Arc<[SocketAddr]>) {
         let mut state = self.state();
         if state.host != servers {
@@ -229,29 +232,29 @@ impl Forwarder {
         }
     }
 
-    /// How much is on its way and kept, and how much may be.
-    pub(crate) fn fill(&self) -> Fill {
+    /// Usage and limits.
+    pub(crate) fn usage(&self) -> Usage {
         let (state, bounds) = (self.state(), &self.bounds);
         let pending = &state.pending;
-        Fill {
+        Usage {
             cache_bytes: [state.cache.size(), bounds.cache],
-            in_flight: [pending.flights(), bounds.flights],
+            in_flight: [pending.in_flight(), bounds.in_flight],
             waiting: [pending.waiters(), bounds.waiters],
-            waiting_of_one: [pending.most_waiters(), bounds.waiters_of_one],
+            waiting_of_one: [pending.max_waiters(), bounds.waiters_per_endpoint],
             queued: pending.queued(),
             rate: pending.rate().per_second(),
             tcp_clients: [0; 2],
         }
     }
 
-    /// What is remembered of servers: each, whether it is trusted, its figures.
+    /// The upstream servers: address, whether it is trusted, counters.
     pub(crate) fn figures(&self) -> Vec<(SocketAddr, bool, Figures)> {
         self.state().health.figures().collect()
     }
 
-    /// Asks the servers of `list`, or the host's, what `request` asks, for an endpoint of
-    /// `partition`. `asker` names the endpoint, `is_within` tells which of the servers are on a
-    /// network, and `waiter` is made if somebody has to wait, and may.
+    /// Resolves `request` for an endpoint of `partition` from the cache or the servers of `list`
+    /// (`None`: those of the host). `asker` returns the endpoint, `is_within` whether an address is
+    /// in the subnet of a network. `waiter` is called if the client has to wait.
     pub(crate) fn ask(
         &self,
         request: &Request<'_>,
@@ -260,7 +263,7 @@ impl Forwarder {
         asker: impl FnOnce() -> Asker,
         is_within: impl Fn(IpAddr) -> bool,
         waiter: impl FnOnce() -> Waiter,
-    ) -> Taken {
+    ) -> Lookup {
         let bits = Bits::of(request);
         let servers = list.map_or(HOST, |list| list.number);
         let name = request.name().into();
@@ -268,9 +271,9 @@ impl Forwarder {
         let now = now();
         let mut guard = self.state();
         let state = &mut *guard;
-        if let Some((answer, came)) = state.cache.get(&key, now) {
+        if let Some((answer, received)) = state.cache.get(&key, now) {
             self.metrics.hits.increment(1);
-            return Taken::Known(Arc::clone(answer), now.saturating_duration_since(came));
+            return Lookup::Cached(Arc::clone(answer), now.saturating_duration_since(received));
         }
         let host = &state.host;
         let route = || {
@@ -278,43 +281,45 @@ impl Forwarder {
             let within = servers.iter().copied().filter(|server| is_within(server.ip())).collect();
             Route { servers, within }
         };
-        let (asker, mut yielded) = (asker(), Yields::new());
-        let asked = state.pending.ask(&key, asker.clone(), now, waiter, route, &mut yielded);
+        let (asker, mut evicted) = (asker(), EvictedWaiters::new());
+        let admission = state.pending.ask(&key, asker.clone(), now, waiter, route, &mut evicted);
         drop(guard);
-        self.tell_yielded(yielded);
-        match asked {
-            Asked::New => self.metrics.misses.increment(1),
-            Asked::Joined => self.metrics.coalesced.increment(1),
-            Asked::Refused => {
+        self.fail_evicted(evicted);
+        match admission {
+            Admission::New => self.metrics.misses.increment(1),
+            Admission::Joined => self.metrics.coalesced.increment(1),
+            Admission::Refused => {
                 self.metrics.refused(Overload::Waiters, Some(&asker));
-                return Taken::Refused;
+                return Lookup::Refused;
             }
         }
         self.wake.notify_one();
-        Taken::OnItsWay
+        Lookup::Pending
     }
 
-    /// Forwards what has its turn, a few at a time. When to be called again.
+    /// Starts up to [`QUERIES_PER_TURN`] queries. Returns when to call it again.
     fn turn(self: &Arc<Self>) -> Next {
-        let (mut yielded, mut checks) = (Yields::new(), Vec::new());
+        let (mut evicted, mut checks) = (EvictedWaiters::new(), Vec::new());
         let mut guard = self.state();
         let state = &mut *guard;
         let now = now();
-        state.pending.expire(now, &mut yielded);
-        let mut launched = 0;
-        while launched < AT_A_TIME {
-            let Some(Launch { key, owner, route }) = state.pending.launch(now, &mut yielded) else {
+        state.pending.expire(now, &mut evicted);
+        let mut started = 0;
+        while started < QUERIES_PER_TURN {
+            let Some(NextQuery { key, owner, route }) = state.pending.next_query(now, &mut evicted)
+            else {
                 break;
             };
-            let (pursuit, due) = state.health.pursue(&route.servers, now);
-            let flight = Flight { key: key.clone(), owner, within: Arc::clone(&route.within) };
-            checks.extend(due.into_iter().map(|check| (flight.clone(), check)));
-            let running = tokio::spawn(Arc::clone(self).fly(flight, pursuit)).abort_handle();
-            state.pending.launched(&key, Running(running));
-            launched += 1;
+            let (failover, due) = state.health.begin_failover(&route.servers, now);
+            let query =
+                ForwardedQuery { key: key.clone(), owner, within: Arc::clone(&route.within) };
+            checks.extend(due.into_iter().map(|check| (query.clone(), check)));
+            let running = tokio::spawn(Arc::clone(self).run(query, failover)).abort_handle();
+            state.pending.set_handle(&key, Running(running));
+            started += 1;
         }
-        self.metrics.flights.set(state.pending.flights() as f64);
-        let next = if launched == AT_A_TIME {
+        self.metrics.in_flight.set(state.pending.in_flight() as f64);
+        let next = if started == QUERIES_PER_TURN {
             Next::AtOnce
         } else if state.pending.is_idle() {
             Next::WhenAsked
@@ -322,125 +327,129 @@ impl Forwarder {
             Next::At(state.pending.wakes_at().unwrap_or(now + TICK).min(now + TICK))
         };
         drop(guard);
-        self.tell_yielded(yielded);
-        for (flight, check) in checks {
-            self.check(&flight, check);
+        self.fail_evicted(evicted);
+        for (query, check) in checks {
+            self.check(&query, check);
         }
         next
     }
 
-    async fn fly(self: Arc<Self>, flight: Flight, pursuit: Pursuit) {
-        let answer = self.pursue(&flight, pursuit).await;
-        self.land(flight.key, answer);
+    async fn run(self: Arc<Self>, query: ForwardedQuery, failover: Failover) {
+        let answer = self.query_servers(&query, failover).await;
+        self.complete(query.key, answer);
     }
 
-    /// Tells those whose question had to yield that it failed.
-    fn tell_yielded(&self, yielded: Yields) {
-        if yielded.is_empty() {
+    /// Answers the evicted waiters with SERVFAIL.
+    fn fail_evicted(&self, evicted: EvictedWaiters) {
+        if evicted.is_empty() {
             return;
         }
         let failure = Answer::failure();
-        for Yielded { waiter, asker, reason } in yielded {
+        for Evicted { waiter, asker, reason } in evicted {
             self.metrics.refused(reason, Some(&asker));
-            self.tell(&waiter, &failure);
+            self.respond(&waiter, &failure);
         }
     }
 
-    /// Asks until there is an answer or no time left.
-    async fn pursue(self: &Arc<Self>, flight: &Flight, mut pursuit: Pursuit) -> Answer {
-        let (heard, mut hearing) = mpsc::channel(UNREAD);
+    /// Queries the servers until one responds or the deadline passes.
+    async fn query_servers(
+        self: &Arc<Self>,
+        query: &ForwardedQuery,
+        mut failover: Failover,
+    ) -> Answer {
+        let (responses, mut received) = mpsc::channel(RESPONSE_QUEUE);
         let mut outstanding = Vec::new();
         let mut attempts = BTreeMap::new();
         let mut last = None;
         loop {
-            let until = match pursuit.step(now()) {
+            let until = match failover.step(now()) {
                 Step::Ask(server) => {
                     let attempt = attempts.entry(server).or_insert_with(|| self.attempt(server));
-                    if !self.put(flight, server, attempt.form, &heard, &mut outstanding) {
-                        self.give_up_on(flight, server, &mut pursuit);
+                    if !self.put(query, server, attempt.form, &responses, &mut outstanding) {
+                        self.give_up_on(query, server, &mut failover);
                     }
                     continue;
                 }
-                Step::Doubt(server, asked) => {
-                    self.doubt(flight, server, asked);
+                Step::Silent(server, asked) => {
+                    self.check_if_silent(query, server, asked);
                     continue;
                 }
                 Step::Wait(until) => until,
                 Step::GiveUp => {
-                    self.note_silent(&pursuit, None);
+                    self.note_silent(&failover, None);
                     return last.unwrap_or_else(Answer::failure);
                 }
             };
-            let word = tokio::select! {
-                heard = hearing.recv() => heard,
+            let message = tokio::select! {
+                message = received.recv() => message,
                 () = sleep_until(until.into()) => continue,
             };
-            let Some(Word { server, reading, same_case }) = word else { continue };
+            let Some(ServerResponse { server, response, same_case }) = message else { continue };
             let attempt = attempts.entry(server).or_insert_with(|| self.attempt(server));
-            match reading {
-                Reading::Other => {}
-                Reading::Answer(answer) => {
-                    self.note_heard(server, &mut pursuit, &outstanding);
-                    self.note_abilities(server, attempt, &flight.key, &answer, same_case);
+            match response {
+                Response::Unrelated => {}
+                Response::Answer(answer) => {
+                    self.note_response(server, &mut failover, &outstanding);
+                    self.note_features(server, attempt, &query.key, &answer, same_case);
                     if !answer.is_failure() {
-                        self.note_silent(&pursuit, Some(server));
+                        self.note_silent(&failover, Some(server));
                         return answer;
                     }
                     self.state().health.failed(server);
-                    pursuit.failed(server, now());
+                    failover.failed(server, now());
                     last = Some(answer);
                 }
-                Reading::Truncated => {
-                    self.note_heard(server, &mut pursuit, &outstanding);
-                    attempt.cut = true;
-                    self.fetch(flight, server, attempt, &heard);
+                Response::Truncated => {
+                    self.note_response(server, &mut failover, &outstanding);
+                    attempt.truncated = true;
+                    self.fetch(query, server, attempt, &responses);
                 }
-                // Over TCP nobody can forge it without seeing the connection.
-                Reading::CaseChanged => {
-                    attempt.changed = true;
-                    self.fetch(flight, server, attempt, &heard);
+                // A blind attacker cannot forge a response over TCP.
+                Response::CaseChanged => {
+                    attempt.case_changed = true;
+                    self.fetch(query, server, attempt, &responses);
                 }
-                Reading::Flooded => {
+                Response::Flooded => {
                     outstanding.retain(|one: &Outstanding| one.server() != server);
-                    self.fetch(flight, server, attempt, &heard);
+                    self.fetch(query, server, attempt, &responses);
                 }
-                Reading::NoTcp => {
-                    let goes_on = if attempt.cut {
+                Response::TcpFailed => {
+                    let goes_on = if attempt.truncated {
                         false
-                    } else if attempt.changed && attempt.form.mixed {
-                        // In lower case, from another port and with another ID, so that an attacker
-                        // who has guessed the old ones gains nothing. What reaches the old port is
-                        // ignored.
-                        self.state().health.changed_case(server, None, now());
+                    } else if attempt.case_changed && attempt.form.mixed {
+                        // In lower case, with a new source port and ID, so that an attacker who has
+                        // guessed the previous ones has no advantage. Responses to the previous
+                        // port are ignored.
+                        self.state().health.note_case_changed(server, None, now());
                         attempt.form.mixed = false;
                         outstanding.retain(|one| one.server() != server);
-                        self.put(flight, server, attempt.form, &heard, &mut outstanding)
-                    } else if attempt.renewals < RENEWALS {
-                        attempt.renewals += 1;
-                        attempt.fetched = false;
-                        self.put(flight, server, attempt.form, &heard, &mut outstanding)
+                        self.put(query, server, attempt.form, &responses, &mut outstanding)
+                    } else if attempt.new_ports < MAX_NEW_PORTS {
+                        attempt.new_ports += 1;
+                        attempt.tcp_tried = false;
+                        self.put(query, server, attempt.form, &responses, &mut outstanding)
                     } else {
                         false
                     };
                     if !goes_on {
                         self.state().health.failed(server);
-                        pursuit.failed(server, now());
+                        failover.failed(server, now());
                     }
                 }
-                // Whatever others have learnt of it meanwhile.
-                Reading::NotUnderstood if attempt.form.edns => {
-                    attempt.misunderstood = true;
+                // Also if other queries have recorded EDNS support of the server in the meantime.
+                Response::FormatError if attempt.form.edns => {
+                    attempt.format_error = true;
                     attempt.form.edns = false;
-                    if !self.put(flight, server, attempt.form, &heard, &mut outstanding) {
-                        self.give_up_on(flight, server, &mut pursuit);
+                    if !self.put(query, server, attempt.form, &responses, &mut outstanding) {
+                        self.give_up_on(query, server, &mut failover);
                     }
                 }
-                Reading::NotUnderstood | Reading::Malformed => {
-                    self.note_heard(server, &mut pursuit, &outstanding);
+                Response::FormatError | Response::Malformed => {
+                    self.note_response(server, &mut failover, &outstanding);
                     self.state().health.failed(server);
-                    pursuit.failed(server, now());
+                    failover.failed(server, now());
                 }
-                Reading::Unreachable => self.give_up_on(flight, server, &mut pursuit),
+                Response::Unreachable => self.give_up_on(query, server, &mut failover),
             }
         }
     }
@@ -450,86 +459,96 @@ impl Forwarder {
         form.mixed &= self.mixed_case;
         Attempt {
             form,
-            misunderstood: false,
-            changed: false,
-            cut: false,
-            fetched: false,
-            renewals: 0,
+            format_error: false,
+            case_changed: false,
+            truncated: false,
+            tcp_tried: false,
+            new_ports: 0,
         }
     }
 
-    /// Sends the question to `server`. Whether that was possible.
+    /// Sends the query to `server`. Returns whether that succeeded.
     fn put(
         &self,
-        flight: &Flight,
+        query: &ForwardedQuery,
         server: SocketAddr,
         form: Form,
-        heard: &mpsc::Sender<Word>,
+        responses: &mpsc::Sender<ServerResponse>,
         outstanding: &mut Vec<Outstanding>,
     ) -> bool {
-        self.state().health.asks(server);
-        // Again is from the same port with the same ID, so that the answer to the first one counts.
+        self.state().health.note_sent(server);
+        // Retransmissions use the same port and ID, so that a late response to an earlier one is
+        // accepted.
         if let Some(before) =
             outstanding.iter().find(|one| one.server() == server && one.form() == form)
         {
             return before.send();
         }
-        match self.ports.ask(self.way(flight, server), server, &flight.key, form, heard.clone()) {
+        match self.ports.ask(
+            self.egress(query, server),
+            server,
+            &query.key,
+            form,
+            responses.clone(),
+        ) {
             Ok(one) => {
                 let sent = one.send();
                 outstanding.push(one);
                 sent
             }
             Err(error) => {
-                tracing::debug!(%server, %error, "a question cannot be sent");
+                tracing::debug!(%server, %error, "upstream query not sent");
                 false
             }
         }
     }
 
-    /// Gets the answer over TCP, in a task of its own: other servers may be faster. Once for each
-    /// question and server.
+    /// Queries over TCP in a separate task, because other servers may respond first. Once per query
+    /// and server.
     fn fetch(
         self: &Arc<Self>,
-        flight: &Flight,
+        query: &ForwardedQuery,
         server: SocketAddr,
         attempt: &mut Attempt,
-        heard: &mpsc::Sender<Word>,
+        responses: &mpsc::Sender<ServerResponse>,
     ) {
-        if std::mem::replace(&mut attempt.fetched, true) {
+        if std::mem::replace(&mut attempt.tcp_tried, true) {
             return;
         }
-        let (this, flight, heard) = (Arc::clone(self), flight.clone(), heard.clone());
+        let (this, query, responses) = (Arc::clone(self), query.clone(), responses.clone());
         let form = attempt.form;
         tokio::spawn(async move {
             let fetched = async {
-                let (partition, owner) = (&flight.key.partition, flight.owner.clone());
-                // In this order, so that one endpoint fills neither queue of the others.
-                let of_endpoint = this.tcp_of((partition.clone(), Some(owner)), TCP_OF_ENDPOINT);
+                let (partition, owner) = (&query.key.partition, query.owner.clone());
+                // Acquired from the narrowest to the widest scope, so that an endpoint that waits
+                // for its own slots does not occupy those of others.
+                let of_endpoint = this.tcp_of((partition.clone(), Some(owner)), TCP_PER_ENDPOINT);
                 let _of_endpoint = of_endpoint.acquire().await;
-                let of_partition = this.tcp_of((partition.clone(), None), TCP_OF_PARTITION);
+                let of_partition = this.tcp_of((partition.clone(), None), TCP_PER_PARTITION);
                 let _of_partition = of_partition.acquire().await;
                 let _permit = this.tcp.acquire().await;
-                tcp::fetch(this.way(&flight, server).namespace, server, &flight.key, form).await
+                tcp::fetch(this.egress(&query, server).namespace, server, &query.key, form).await
             };
             let fetched = tokio::select! {
-                fetched = timeout(TCP_TIME, fetched) => fetched.ok().and_then(Result::ok),
-                // Nobody wants it any more.
-                () = heard.closed() => return,
+                fetched = timeout(TCP_TIMEOUT, fetched) => fetched.ok().and_then(Result::ok),
+                // The query has ended.
+                () = responses.closed() => return,
             };
-            let word = match fetched {
-                None => Word { server, reading: Reading::NoTcp, same_case: None },
-                // An answer over TCP that is cut short, or to another question, has no better form.
-                Some((Reading::Truncated | Reading::Other, same)) => {
-                    Word { server, reading: Reading::Malformed, same_case: Some(same) }
+            let message = match fetched {
+                None => ServerResponse { server, response: Response::TcpFailed, same_case: None },
+                // There is no better transport for a truncated or unrelated response over TCP.
+                Some((Response::Truncated | Response::Unrelated, same)) => {
+                    ServerResponse { server, response: Response::Malformed, same_case: Some(same) }
                 }
-                Some((reading, same)) => Word { server, reading, same_case: Some(same) },
+                Some((response, same)) => {
+                    ServerResponse { server, response, same_case: Some(same) }
+                }
             };
-            let _ = heard.send(word).await;
+            let _ = responses.send(message).await;
         });
     }
 
-    /// What bounds the connections of `holder` to `limit`.
+    /// The semaphore that limits the connections of `holder` to `limit`.
     fn tcp_of(&self, holder: TcpHolder, limit: usize) -> Arc<Semaphore> {
         let mut all = self.tcp_of.lock().unwrap_or_else(PoisonError::into_inner);
         if all.len() >= TCP_AT_ONCE {
@@ -538,29 +557,38 @@ impl Forwarder {
         Arc::clone(all.entry(holder).or_insert_with(|| Arc::new(Semaphore::new(limit))))
     }
 
-    fn way(&self, flight: &Flight, server: SocketAddr) -> Way<'_> {
-        let within = flight.within.contains(&server);
-        let namespace = if within { &self.ways.networks } else { &self.ways.outside };
-        // Indexes are those of the namespace that the bridges are in.
-        let is_beside_bridges = !within && namespace.id() == self.ways.networks.id();
-        Way { namespace, bridges: is_beside_bridges.then(|| Arc::clone(&self.bridges)) }
+    fn egress(&self, query: &ForwardedQuery, server: SocketAddr) -> Egress<'_> {
+        let within = query.within.contains(&server);
+        let namespace = if within { &self.namespaces.networks } else { &self.namespaces.host };
+        // Bridge indexes are valid in the namespace of the networks only.
+        let is_beside_bridges = !within && namespace.id() == self.namespaces.networks.id();
+        Egress { namespace, bridges: is_beside_bridges.then(|| Arc::clone(&self.bridges)) }
     }
 
-    /// `server` has answered; the time that it took is noted once in this pursuit.
-    fn note_heard(&self, server: SocketAddr, pursuit: &mut Pursuit, outstanding: &[Outstanding]) {
+    /// Records that `server` has responded. The response time is recorded once per query.
+    fn note_response(
+        &self,
+        server: SocketAddr,
+        failover: &mut Failover,
+        outstanding: &[Outstanding],
+    ) {
         let now = now();
         let mut state = self.state();
         let one = outstanding.iter().find(|one| one.server() == server);
-        if let Some(one) = one.filter(|_| pursuit.heard(server)) {
-            state.health.took(server, now.saturating_duration_since(one.asked()), now);
+        if let Some(one) = one.filter(|_| failover.responded(server)) {
+            state.health.note_response_time(
+                server,
+                now.saturating_duration_since(one.asked()),
+                now,
+            );
         }
-        if state.health.heard(server, now) {
-            tracing::info!(%server, "DNS server answers again");
+        if state.health.responded(server, now) {
+            tracing::info!(%server, "DNS server responds again");
         }
     }
 
-    /// What `answer` shows of what `server` can do.
-    fn note_abilities(
+    /// Records the features of `server` that `answer` shows.
+    fn note_features(
         &self,
         server: SocketAddr,
         attempt: &Attempt,
@@ -572,47 +600,61 @@ impl Forwarder {
         let mut state = self.state();
         let health = &mut state.health;
         if answer.edns {
-            health.speaks_edns(server, now);
-        } else if attempt.misunderstood && !attempt.form.edns && !answer.is_failure() {
-            health.plain(server, now);
+            health.note_edns(server, now);
+        } else if attempt.format_error && !attempt.form.edns && !answer.is_failure() {
+            health.note_no_edns(server, now);
         }
-        // A name without letters shows nothing.
+        // A name without letters has no case.
         if key.name.iter().any(u8::is_ascii_alphabetic) {
             match same_case {
-                None if attempt.form.mixed => health.keeps_case(server, now),
-                Some(same) if attempt.changed => health.changed_case(server, Some(!same), now),
+                None if attempt.form.mixed => health.note_case_preserved(server, now),
+                Some(same) if attempt.case_changed => {
+                    health.note_case_changed(server, Some(!same), now)
+                }
                 _ => {}
             }
         }
     }
 
-    fn give_up_on(self: &Arc<Self>, flight: &Flight, server: SocketAddr, pursuit: &mut Pursuit) {
+    fn give_up_on(
+        self: &Arc<Self>,
+        query: &ForwardedQuery,
+        server: SocketAddr,
+        failover: &mut Failover,
+    ) {
         self.state().health.missed(server);
         let now = now();
-        self.doubt(flight, server, now);
-        pursuit.gone(server, now);
+        self.check_if_silent(query, server, now);
+        failover.unreachable(server, now);
     }
 
-    /// Counts the servers that were silent. Whether they are alive their checks find out.
-    fn note_silent(&self, pursuit: &Pursuit, winner: Option<SocketAddr>) {
+    /// Counts the servers that did not respond in time. Only a liveness check decides whether they
+    /// are alive.
+    fn note_silent(&self, failover: &Failover, winner: Option<SocketAddr>) {
         let mut state = self.state();
-        pursuit.silent(now(), winner).into_iter().for_each(|server| state.health.missed(server));
+        failover.silent(now(), winner).into_iter().for_each(|server| state.health.missed(server));
     }
 
-    /// Begins a check of `server` if there is reason to: a question that went there at `asked` is
-    /// not answered.
-    fn doubt(self: &Arc<Self>, flight: &Flight, server: SocketAddr, asked: Instant) {
-        let check = self.state().health.doubt(server, asked, now());
+    /// Starts a liveness check of `server`, if one is due, after a query sent at `asked` was not
+    /// answered.
+    fn check_if_silent(
+        self: &Arc<Self>,
+        query: &ForwardedQuery,
+        server: SocketAddr,
+        asked: Instant,
+    ) {
+        let check = self.state().health.check_silent(server, asked, now());
         if let Some(check) = check {
-            self.check(flight, check);
+            self.check(query, check);
         }
     }
 
-    /// Runs a check in a task of its own.
-    fn check(self: &Arc<Self>, flight: &Flight, mut check: Check) {
-        let (this, within) = (Arc::clone(self), Arc::clone(&flight.within));
+    /// Runs a liveness check in a separate task.
+    fn check(self: &Arc<Self>, query: &ForwardedQuery, mut check: Check) {
+        let (this, within) = (Arc::clone(self), Arc::clone(&query.within));
         tokio::spawn(async move {
-            // Of nobody's, so that it has a share of the ports of its own. The name is the root's.
+            // A separate partition, so that checks have their own share of source ports. The query
+            // is for `. NS`.
             let key = Key {
                 partition: Partition::of([]),
                 servers: HOST,
@@ -621,56 +663,57 @@ impl Forwarder {
                 name: [0].into(),
             };
             let owner = Asker::Container(Arc::from(""));
-            this.run_check(&Flight { key, owner, within }, &mut check).await;
-            this.state().health.checked(check.server);
+            this.run_check(&ForwardedQuery { key, owner, within }, &mut check).await;
+            this.state().health.check_ended(check.server);
         });
     }
 
-    async fn run_check(&self, flight: &Flight, check: &mut Check) {
+    async fn run_check(&self, query: &ForwardedQuery, check: &mut Check) {
         let server = check.server;
-        let (heard, mut hearing) = mpsc::channel(UNREAD);
+        let (responses, mut received) = mpsc::channel(RESPONSE_QUEUE);
         let mut question: Option<Outstanding> = None;
         let form = Form { edns: false, mixed: false };
         loop {
             let until = match check.step(now()) {
                 CheckStep::Ask => {
                     if question.is_none() {
-                        let way = self.way(flight, server);
-                        let Ok(one) = self.ports.ask(way, server, &flight.key, form, heard.clone())
+                        let egress = self.egress(query, server);
+                        let Ok(one) =
+                            self.ports.ask(egress, server, &query.key, form, responses.clone())
                         else {
-                            // For want of a port: that says nothing about the server.
+                            // Without a source port, the check says nothing about the server.
                             return;
                         };
                         question = Some(one);
                     }
-                    // What cannot be sent is as good as unanswered.
+                    // A failure to send counts as no response.
                     question.as_ref().map(Outstanding::send);
                     continue;
                 }
-                CheckStep::Strike => {
-                    self.strike(check);
+                CheckStep::Fail => {
+                    self.check_failed(check);
                     continue;
                 }
                 CheckStep::Wait(until) => until,
                 CheckStep::End => return,
             };
-            let word = tokio::select! {
-                heard = hearing.recv() => heard,
+            let message = tokio::select! {
+                message = received.recv() => message,
                 () = sleep_until(until.into()) => continue,
             };
-            match word.map(|word| word.reading) {
-                // It may be about to start.
-                Some(Reading::Unreachable) => {
+            match message.map(|message| message.response) {
+                // The server may be starting.
+                Some(Response::Unreachable) => {
                     if check.refused() {
-                        self.strike(check);
+                        self.check_failed(check);
                     }
                 }
-                Some(Reading::Flooded) | None => return,
+                Some(Response::Flooded) | None => return,
                 Some(_) => {
                     let now = now();
                     let mut state = self.state();
-                    if state.health.heard(server, now) {
-                        tracing::info!(%server, "DNS server answers again");
+                    if state.health.responded(server, now) {
+                        tracing::info!(%server, "DNS server responds again");
                     }
                     return;
                 }
@@ -678,44 +721,44 @@ impl Forwarder {
         }
     }
 
-    fn strike(&self, check: &Check) {
-        if self.state().health.strike(check, now()) {
-            tracing::warn!(server = %check.server, "DNS server does not answer; others are asked first");
+    fn check_failed(&self, check: &Check) {
+        if self.state().health.check_failed(check, now()) {
+            tracing::warn!(server = %check.server, "DNS server does not respond; moved to the end of the list");
         }
     }
 
-    /// Tells all who wait.
-    fn land(&self, key: Key, answer: Answer) {
+    /// Caches the response and sends it to all waiters.
+    fn complete(&self, key: Key, answer: Answer) {
         let answer = Arc::new(answer);
         let waiters = {
             let mut state = self.state();
-            let waiters = state.pending.land(&key);
+            let waiters = state.pending.complete(&key);
             let evicted = state.cache.put(key, Arc::clone(&answer), now());
             self.metrics.evicted.increment(evicted as u64);
             self.metrics.entries.set(state.cache.len() as f64);
-            self.metrics.flights.set(state.pending.flights() as f64);
+            self.metrics.in_flight.set(state.pending.in_flight() as f64);
             if state.pending.queued() > 0 {
                 self.wake.notify_one();
             }
             waiters
         };
         for (_, waiter) in waiters {
-            self.tell(&waiter, &answer);
+            self.respond(&waiter, &answer);
         }
     }
 
-    fn tell(&self, waiter: &Waiter, answer: &Answer) {
+    fn respond(&self, waiter: &Waiter, answer: &Answer) {
         let request = waiter.request.request();
         if let Some(stats) = &waiter.stats {
             stats.count(request.kind, answer.rcode);
         }
         let mut out = Vec::new();
-        relay(&request, &answer.given(Duration::ZERO), waiter.limit, &mut out);
+        relay(&request, &answer.relayed(Duration::ZERO), waiter.limit, &mut out);
         let sent = match &waiter.to {
             ReplyTo::Datagram(socket, client) => {
                 rustix::net::sendto(socket, &out, SendFlags::DONTWAIT, client).is_ok()
             }
-            // It has room, or is gone.
+            // The channel has room, unless the connection is closed.
             ReplyTo::Stream(stream) => stream.try_send(out).is_ok() || stream.is_closed(),
         };
         if !sent {
@@ -726,20 +769,20 @@ impl Forwarder {
 
 impl Drop for Forwarder {
     fn drop(&mut self) {
-        // For the dispatcher to end.
+        // Wakes the dispatcher so that it ends.
         self.wake.notify_one();
     }
 }
 
-/// When [`Forwarder::turn`] is to be called again.
+/// When [`Forwarder::turn`] has to be called again.
 enum Next {
     AtOnce,
-    /// Or when something is asked.
+    /// At this time, or at the next query.
     At(Instant),
     WhenAsked,
 }
 
-/// Forwards the questions of `forwarder` for as long as it is there.
+/// Forwards the pending queries of `forwarder` until it is dropped.
 pub(crate) async fn dispatch(forwarder: Arc<Forwarder>) {
     let wake = Arc::clone(&forwarder.wake);
     let weak = Arc::downgrade(&forwarder);
@@ -749,7 +792,7 @@ pub(crate) async fn dispatch(forwarder: Arc<Forwarder>) {
         let next = forwarder.turn();
         drop(forwarder);
         match next {
-            // The others have their turn.
+            // Lets other tasks run.
             Next::AtOnce => tokio::task::yield_now().await,
             Next::WhenAsked => wake.notified().await,
             Next::At(at) => tokio::select! {
@@ -760,7 +803,7 @@ pub(crate) async fn dispatch(forwarder: Arc<Forwarder>) {
     }
 }
 
-/// As timers have it, so that tests can stop it.
+/// The time of tokio, which tests can pause.
 fn now() -> Instant {
     tokio::time::Instant::now().into_std()
 }

@@ -1,9 +1,9 @@
-//! What the fuzz targets check, as ordinary functions, so that a plain test can replay a corpus.
+//! Checks of the fuzz targets as ordinary functions, so that a test can replay the corpus.
 //!
-//! Each takes the bytes a fuzzer made and panics if a property does not hold. Not part of the
-//! interface.
+//! Each takes the input of a fuzzer and panics if a property does not hold. Not part of the stable
+//! API.
 
-use crate::answer::{Asked, Reading};
+use crate::answer::{Response, SentQuery};
 use crate::message::{Request, relay};
 use crate::metrics::NetworkStats;
 use crate::zone::{Asker, EndpointSpec, Limits, NetworkSpec, Zones};
@@ -34,26 +34,26 @@ static ZONES: LazyLock<(Zones, Asker)> = LazyLock::new(|| {
     (zones, Asker::Container("web".into()))
 });
 
-/// A message of a client is answered soundly or not at all; one of a server is read, and what is
-/// taken of it is passed on soundly.
+/// Checks `data` as a client message (the response is valid, or there is none) and as an upstream
+/// response (what is relayed from it is valid).
 pub fn check_message(data: &[u8]) {
     let (zones, asker) = &*ZONES;
     crate::handler::check(zones, asker, data);
     check_answer(data);
 }
 
-/// The answer is to `web.example`, of type A; its number is whatever it says.
+/// Parses `data` as the response to an A query for `web.example` with the ID that `data` has.
 fn check_answer(data: &[u8]) {
     let Some(id) = crate::message::short(data, 0) else { return };
     let name: &[u8] = b"\x03web\x07example\0";
-    let asked = Asked { id, name: name.into(), kind: 1, exact: false };
-    let Reading::Answer(answer) = asked.read(data) else { return };
+    let query = SentQuery { id, name: name.into(), kind: 1, exact: false };
+    let Response::Answer(answer) = query.read(data) else { return };
     let mut question = Vec::new();
     crate::message::question(7, name, 1, crate::message::Bits::default(), &mut question);
     let Some(request) = Request::read(&question) else { return };
     for limit in [512, usize::from(u16::MAX)] {
         let mut out = Vec::new();
-        relay(&request, &answer.given(Duration::from_secs(1)), limit, &mut out);
+        relay(&request, &answer.relayed(Duration::from_secs(1)), limit, &mut out);
         assert!(out.len() <= limit, "{} bytes", out.len());
         let read = hickory_server::proto::op::Message::from_vec(&out);
         assert!(read.is_ok(), "{:?} of {data:?}", read.err());

@@ -1,9 +1,10 @@
-//! One message in, its answer out, or word that the answer will come. No I/O of its own.
+//! Handles one client message: writes the response, or registers the client as waiting. No I/O of
+//! its own.
 
-use crate::forward::{ReplyTo, Taken, Waiter};
+use crate::forward::{Lookup, ReplyTo, Waiter};
 use crate::message::{Bits, Rcode, Reply, Request, relay};
 use crate::metrics::NetworkStats;
-use crate::name::Shown;
+use crate::name::DisplayName;
 use crate::non_query;
 use crate::resolve::{Resolution, resolve};
 use crate::resolver::Shared;
@@ -13,37 +14,37 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// Where questions come in, and whose they are.
-pub(crate) struct Site {
+/// The context of one server: its client and its limits.
+pub(crate) struct ServerContext {
     pub(crate) shared: Arc<Shared>,
     pub(crate) asker: Asker,
-    /// Servers of the container's own.
+    /// The upstream servers of the container, if it has its own.
     pub(crate) servers: Option<ServerList>,
-    /// The most bytes of a datagram.
+    /// Maximum size of a UDP response in bytes.
     pub(crate) datagram: u16,
-    /// Counts questions, for who comes first in an answer.
-    pub(crate) turn: AtomicU32,
+    /// Counts queries to rotate the addresses in responses.
+    pub(crate) rotation: AtomicU32,
 }
 
-/// What became of a message.
+/// The result of handling a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// The answer has been written.
+    /// The response was written.
     Answered,
-    /// There will be one.
+    /// The response will be sent later.
     Waiting,
-    /// There is none.
+    /// There is no response.
     Silent,
 }
 
-/// How a message came.
+/// The transport on which a message was received.
 pub(crate) enum Channel<'a> {
     Datagram(&'a Arc<tokio::net::UdpSocket>),
     Stream(&'a tokio::sync::mpsc::Sender<Vec<u8>>),
 }
 
-impl Site {
-    /// Handles `message` of `client`; its answer is written behind what is in `out`.
+impl ServerContext {
+    /// Handles `message` of `client` and appends an immediate response to `out`.
     pub(crate) fn handle(
         &self,
         zones: &Zones,
@@ -53,7 +54,7 @@ impl Site {
         out: &mut Vec<u8>,
     ) -> Outcome {
         let Some(request) = Request::read(message) else {
-            self.shared.metrics.unusual.increment(1);
+            self.shared.metrics.non_queries.increment(1);
             return match non_query::refuse(message, out) {
                 Some(rcode) => {
                     count(zones.view(&self.asker, client.ip()).stats(), 0, rcode);
@@ -68,13 +69,13 @@ impl Site {
         };
         let view = zones.view(&self.asker, client.ip());
         let stats = view.stats();
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        let resolution = resolve(&view, self.shared.policy, request.name(), request.kind, turn);
-        tracing::debug!(endpoint = self.asker.endpoint(), network = self.asker.network(), name = %Shown(request.name()), kind = request.kind, ?resolution, "question");
+        let rotation = self.rotation.fetch_add(1, Ordering::Relaxed);
+        let resolution = resolve(&view, self.shared.policy, request.name(), request.kind, rotation);
+        tracing::debug!(endpoint = self.asker.endpoint(), network = self.asker.network(), name = %DisplayName(request.name()), kind = request.kind, ?resolution, "query resolved");
         let rcode = match &resolution {
             Resolution::Forward(list) => {
                 let waiter = || Waiter {
-                    request: request.keep(),
+                    request: request.store(),
                     to: match channel {
                         Channel::Datagram(socket) => ReplyTo::Datagram(Arc::clone(socket), client),
                         Channel::Stream(stream) => ReplyTo::Stream((*stream).clone()),
@@ -83,19 +84,19 @@ impl Site {
                     stats: stats.cloned(),
                 };
                 let list = self.servers.as_ref().or(*list);
-                let (partition, is_within) = (view.partition(), |ip| view.is_inside(ip));
+                let (partition, is_within) = (view.partition(), |ip| view.is_in_any_subnet(ip));
                 let asker = || view.asker(&self.asker);
                 match self
                     .shared
                     .forwarder
                     .ask(&request, &partition, list, asker, is_within, waiter)
                 {
-                    Taken::OnItsWay => return Outcome::Waiting,
-                    Taken::Known(answer, age) => {
-                        relay(&request, &answer.given(age), limit, out);
+                    Lookup::Pending => return Outcome::Waiting,
+                    Lookup::Cached(answer, age) => {
+                        relay(&request, &answer.relayed(age), limit, out);
                         answer.rcode
                     }
-                    Taken::Refused => {
+                    Lookup::Refused => {
                         Reply::code(Rcode::ServFail).write(&request, limit, out);
                         Rcode::ServFail
                     }
@@ -111,7 +112,7 @@ impl Site {
     }
 }
 
-/// Writes what we say ourselves.
+/// Appends a local response to `out`.
 pub(crate) fn answer(
     resolution: &Resolution<'_>,
     ttl: u32,
@@ -135,13 +136,13 @@ fn count(stats: Option<&Arc<NetworkStats>>, kind: u16, rcode: Rcode) {
     }
 }
 
-/// What the fuzz target checks of one message, to a network with a few endpoints.
+/// Checks the response to one message, on a network with a few endpoints, for the fuzz target.
 pub(crate) fn check(zones: &Zones, asker: &Asker, message: &[u8]) {
     let mut out = Vec::new();
     let Some(request) = Request::read(message) else {
         if non_query::refuse(message, &mut out).is_some() {
-            assert_eq!(out[..2], message[..2], "the number is repeated");
-            assert!(out[2] & 0x80 != 0, "it is an answer");
+            assert_eq!(out[..2], message[..2], "the ID is repeated");
+            assert!(out[2] & 0x80 != 0, "QR is set");
         }
         return;
     };

@@ -1,41 +1,44 @@
-//! Names of containers: a DNS server for every network, at 127.0.0.11 in every container.
+//! DNS server of a network for its containers, at 127.0.0.11 in each of them.
 //!
 //! # Theory of operation
 //!
 //! ```text
-//! container's namespace            host's namespace
-//! 127.0.0.11:53 ─nftables─► socket ─┬─► resolve ─► zones: names of the asker's networks ─► answer
-//!                                   │       │ not ours
+//! namespace of the container       namespace of the host
+//! 127.0.0.11:53 ─nftables─► socket ─┬─► resolve ─► zones: names on the client's networks ─► response
+//!                                   │       │ other names
 //!                                   │       ▼
-//!                                   │     cache ─► flight ─► servers of the host, the network or the container
-//!                                   ◄───────────────┘
+//!                                   │     cache ─► pending ─► upstream servers of the container, the
+//!                                   │       │                 network or the host
+//!                                   ◄───────┘
 //! ```
 //!
-//! What other servers say is kept apart for askers on different networks (`partition`), so that
-//! none of them learns from an answer what others have asked.
+//! Responses of upstream servers are shared only between clients on exactly the same networks
+//! (`partition`). Clients on other networks thus cannot observe, by response time or TTL, which
+//! names were queried.
 //!
-//! A [`Resolver`] knows networks and endpoints. [`Resolver::serve`] makes two sockets in a
-//! container's namespace, which stay in this process; the socket identifies the container, and its
-//! networks decide what it may be told ([`zone`]). What is not ours goes to other servers
-//! ([`upstream`], [`forward`]), from the host's namespace. One process serves thousands of
-//! containers: a server costs its sockets and two tasks.
+//! A [`Resolver`] holds networks and endpoints. [`Resolver::serve`] creates two sockets in the
+//! namespace of a container; both stay in this process. The socket that receives a query identifies
+//! the container, and the networks of the container determine which names it can resolve
+//! ([`zone`]). Other names are forwarded to upstream servers ([`upstream`], [`forward`]) from the
+//! namespace of the host. One process serves thousands of containers: a server costs its two
+//! sockets and two tasks.
 //!
-//! Endpoints take turns at being forwarded for, and each has a rate (`scheduler`); at a limit the
-//! largest holder yields (`pending`). Names of containers and cached answers take no turn.
+//! Forwarding is scheduled round robin between endpoints, each with a rate limit (`scheduler`).
+//! When a limit is reached, the largest holder loses its oldest query (`pending`). Local names and
+//! cached responses are not scheduled.
 //!
-//! What is pure has no socket, clock or runtime in it: `name`, `message`, `non_query`, `zone`,
-//! `partition`, `resolve`, `answer`, `cache`, `scheduler`, `pending`, `upstream`, `servers`,
-//! `resolv_conf`.
+//! Pure modules (no socket, clock or runtime): `name`, `message`, `non_query`, `zone`, `partition`,
+//! `resolve`, `answer`, `cache`, `scheduler`, `pending`, `upstream`, `servers`, `resolv_conf`.
 //!
 //! # Hickory
 //!
-//! Messages that are no plain question are read and answered by hickory-server, and what other
-//! servers answer is checked by hickory's decoder. The loop that serves is our own: hickory's makes
-//! a task for each datagram and a channel for its answer, bounds neither tasks nor TCP clients, and
-//! logs names at INFO. One core, local names, dnsperf on the other core: an echo of the question
-//! without looking at it 190,000 a second, hickory-server 157,000, dnsmasq 154,000, aardvark-dns
-//! 91,000. What is left is the kernel's, and a batch of questions for each system call is what
-//! makes a difference to it. docs/dns.md has the figures of this crate.
+//! hickory-server parses and answers messages other than plain queries, and the decoder of hickory
+//! validates upstream responses. The serving loop is implemented here. That of hickory creates a
+//! task per datagram and a channel for its response, limits neither tasks nor TCP clients, and logs
+//! names at INFO. Measured with dnsperf on a second core, local names, queries per second on one
+//! core: an echo of the datagram 190,000, hickory-server 157,000, dnsmasq 154,000, aardvark-dns
+//! 91,000. The remaining cost is that of the kernel, which batches of queries per system call
+//! reduce. docs/dns.md has the figures of this crate.
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("network namespaces exist on Linux only");
@@ -63,7 +66,7 @@ mod upstream;
 mod zone;
 
 pub use error::{ServeError, StartError, ZoneError};
-pub use metrics::{FAMILIES, FILL_FAMILIES, Fill, Questions, Upstream};
+pub use metrics::{FAMILIES, Questions, USAGE_FAMILIES, Upstream, Usage};
 pub use name::NameError;
 pub use resolv_conf::{PORT, ResolvConf, SERVER};
 pub use resolv_conf_watch::{REST, Watch, servers};

@@ -1,26 +1,26 @@
-//! Questions read where they lie, and answers to them written (RFC 1035 section 4, RFC 6891). Pure.
+//! Parsing of queries in place and encoding of responses (RFC 1035 section 4, RFC 6891). Pure.
 //!
-//! Nearly every message that comes is a plain question: one, of class IN, with an OPT record at
-//! most. Those are read here, without an allocation. What is anything else is left to hickory's
-//! decoder, see [`non_query`](crate::non_query).
+//! Nearly every message is a plain query: one question of class IN, with at most an OPT record.
+//! These are parsed here without allocation. All others go through the decoder of hickory; see
+//! [`non_query`](crate::non_query).
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
-use crate::name::LONGEST;
+use crate::name::MAX_NAME;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
-/// Bytes of a message's header.
+/// Size of a message header in bytes.
 pub(crate) const HEADER: usize = 12;
-/// Bytes of our OPT record.
+/// Size of an OPT record without options in bytes.
 const OPT: usize = 11;
-/// What a client takes that says nothing (RFC 1035 section 2.3.4).
+/// Maximum UDP response to a client without EDNS, in bytes (RFC 1035 section 2.3.4).
 pub(crate) const WITHOUT_EDNS: u16 = 512;
-/// What we say we take, and the most that we send over networks: what the least MTU of IPv6, 1280
-/// bytes, has room for.
+/// Advertised UDP payload size, and the maximum size of a UDP response across a network, in bytes:
+/// fits the minimum MTU of IPv6, 1280 bytes.
 pub(crate) const PAYLOAD: u16 = 1232;
 
-/// The bits of the second word of a header (RFC 1035 section 4.1.1, RFC 4035 section 3.1.6).
+/// Bits of the second 16-bit word of a header (RFC 1035 section 4.1.1, RFC 4035 section 3.1.6).
 pub(crate) mod flag {
     pub(crate) const RESPONSE: u16 = 1 << 15;
     pub(crate) const OPCODE: u16 = 0xf << 11;
@@ -32,7 +32,7 @@ pub(crate) mod flag {
     pub(crate) const RCODE: u16 = 0xf;
 }
 
-/// Types of records, and of questions (`TYPE`, `QTYPE`).
+/// Record and query types (TYPE, QTYPE).
 pub(crate) mod kind {
     pub(crate) const A: u16 = 1;
     pub(crate) const NS: u16 = 2;
@@ -55,7 +55,7 @@ pub(crate) mod kind {
 /// The class of the Internet.
 pub(crate) const IN: u16 = 1;
 
-/// Codes of answers (RFC 1035 section 4.1.1, RFC 6891 section 9).
+/// Response codes (RFC 1035 section 4.1.1, RFC 6891 section 9).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Rcode {
     NoError,
@@ -65,7 +65,7 @@ pub(crate) enum Rcode {
     NotImp,
     Refused,
     BadVers,
-    /// What an upstream said beyond these.
+    /// Any other code of an upstream server.
     Other(u8),
 }
 
@@ -82,7 +82,7 @@ impl Rcode {
         }
     }
 
-    /// The four bits in the header; of `BadVers` the rest is in the OPT record.
+    /// The four bits in the header. The upper bits of `BadVers` are in the OPT record.
     pub(crate) fn to_wire(self) -> u16 {
         match self {
             Self::NoError | Self::BadVers => 0,
@@ -96,44 +96,44 @@ impl Rcode {
     }
 }
 
-/// A plain question, and how it was asked.
+/// A parsed plain query.
 #[derive(Clone, Debug)]
 pub(crate) struct Request<'a> {
     pub(crate) id: u16,
     pub(crate) flags: u16,
-    /// Name, type and class, as asked: the answer repeats them.
+    /// Name, type and class in wire format, which the response repeats.
     pub(crate) question: &'a [u8],
-    lower: [u8; LONGEST],
+    lower: [u8; MAX_NAME],
     pub(crate) kind: u16,
     pub(crate) edns: Option<Edns>,
 }
 
-/// What an OPT record says (RFC 6891 section 6.1.3).
+/// Contents of an OPT record (RFC 6891 section 6.1.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Edns {
-    /// The largest datagram that the client takes.
+    /// Maximum UDP response that the client accepts, in bytes.
     pub(crate) payload: u16,
-    /// It wants DNSSEC's records (RFC 3225).
+    /// The DO bit: the client requests DNSSEC records (RFC 3225).
     pub(crate) dnssec: bool,
 }
 
-/// A request that waits: however long it was, this is short.
+/// The part of a request that is kept until there is a response.
 #[derive(Clone, Debug)]
-pub(crate) struct Kept {
+pub(crate) struct StoredRequest {
     id: u16,
     flags: u16,
     question: Box<[u8]>,
     edns: Option<Edns>,
 }
 
-impl Kept {
+impl StoredRequest {
     pub(crate) fn request(&self) -> Request<'_> {
         Request::of(self.id, self.flags, &self.question, self.edns)
     }
 }
 
 impl<'a> Request<'a> {
-    /// Reads a plain question. `None` is everything else, malformed or not.
+    /// Parses a plain query. `None` for any other message, malformed or not.
     pub(crate) fn read(message: &'a [u8]) -> Option<Self> {
         let id = short(message, 0)?;
         let flags = short(message, 2)?;
@@ -166,41 +166,45 @@ impl<'a> Request<'a> {
         Some(Self::of(id, flags, &message[HEADER..end], edns))
     }
 
-    /// `question` is a name without pointers, a type and a class.
+    /// `question` is an uncompressed name, a type and a class.
     fn of(id: u16, flags: u16, question: &'a [u8], edns: Option<Edns>) -> Self {
-        let (name, behind) = question.split_at(question.len() - 4);
-        let mut lower = [0; LONGEST];
+        let (name, type_and_class) = question.split_at(question.len() - 4);
+        let mut lower = [0; MAX_NAME];
         lower[..name.len()].copy_from_slice(name);
         lower.make_ascii_lowercase();
-        let kind = u16::from_be_bytes([behind[0], behind[1]]);
+        let kind = u16::from_be_bytes([type_and_class[0], type_and_class[1]]);
         Self { id, flags, question, lower, kind, edns }
     }
 
-    /// What of it has to be kept until there is an answer.
-    pub(crate) fn keep(&self) -> Kept {
-        Kept { id: self.id, flags: self.flags, question: self.question.into(), edns: self.edns }
+    /// The part that is kept until there is a response.
+    pub(crate) fn store(&self) -> StoredRequest {
+        StoredRequest {
+            id: self.id,
+            flags: self.flags,
+            question: self.question.into(),
+            edns: self.edns,
+        }
     }
 
-    /// The name in lower case. Length bytes are below 64, where there are no letters.
+    /// The name in lower case. Length bytes are below 64 and thus never letters.
     pub(crate) fn name(&self) -> &[u8] {
         &self.lower[..self.question.len() - 4]
     }
 
-    /// The most bytes that the answer may have in a datagram, of a server that sends at most
-    /// `most`.
+    /// Maximum size of a UDP response in bytes, for a server that sends at most `most`.
     pub(crate) fn limit(&self, most: u16) -> usize {
         let takes = self.edns.map_or(WITHOUT_EDNS, |edns| edns.payload.max(WITHOUT_EDNS));
         usize::from(takes.min(most))
     }
 
-    /// The answer's flags, but for what only the answer knows.
+    /// The flags of the response that follow from the request.
     fn answer_flags(&self) -> u16 {
         let kept = self.flags & (flag::RECURSION_DESIRED | flag::CHECKING_DISABLED);
         kept | flag::RESPONSE | flag::RECURSION_AVAILABLE
     }
 }
 
-/// Data of a record that we answer with.
+/// Record data of a local response.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Data {
     A(Ipv4Addr),
@@ -208,28 +212,27 @@ pub(crate) enum Data {
     Ptr(Arc<[u8]>),
 }
 
-/// What makes an answer of ours: to a question about a name that we know, or one that we do not
-/// forward.
+/// A local response: about a name of an endpoint, or a name that is not forwarded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Reply<'a> {
     pub(crate) rcode: Rcode,
     pub(crate) answers: &'a [Data],
     pub(crate) ttl: u32,
-    /// Where in the name the zone begins whose SOA record says how long the answer holds (RFC 2308
-    /// section 3).
+    /// Offset in the name at which the zone of the SOA record begins. The record limits negative
+    /// caching (RFC 2308 section 3).
     pub(crate) zone: Option<usize>,
-    /// Why, in one of the codes of RFC 8914.
+    /// The extended error code (RFC 8914).
     pub(crate) extended: Option<u16>,
 }
 
 impl Reply<'_> {
-    /// One that says no more than a code.
+    /// A response with only a response code.
     pub(crate) fn code(rcode: Rcode) -> Self {
         Self { rcode, answers: &[], ttl: 0, zone: None, extended: None }
     }
 
-    /// Writes the answer to `request` behind what is in `out`, of `limit` bytes at most. What does
-    /// not fit is left out, and the answer says so.
+    /// Appends the response to `request` to `out`, at most `limit` bytes. If records do not fit,
+    /// they are omitted and TC is set.
     pub(crate) fn write(&self, request: &Request<'_>, limit: usize, out: &mut Vec<u8>) {
         let start = out.len();
         let extended = self.extended.filter(|_| request.edns.is_some());
@@ -243,7 +246,7 @@ impl Reply<'_> {
                 truncated = true;
                 break;
             }
-            // The owner is the name in the question.
+            // A pointer to the name of the question.
             out.extend([0xc0, HEADER as u8]);
             data.write(self.ttl, out);
             written += 1;
@@ -262,32 +265,37 @@ impl Reply<'_> {
     }
 }
 
-/// Writes the answer to `request` that another server gave, `body` being what it has behind the
-/// question. With what does not fit into `limit` it is only said that there is more.
-pub(crate) fn relay(request: &Request<'_>, given: &Given<'_>, limit: usize, out: &mut Vec<u8>) {
+/// Appends an upstream response to `request` to `out`. If it exceeds `limit` bytes, all records are
+/// omitted and TC is set.
+pub(crate) fn relay(
+    request: &Request<'_>,
+    answer: &RelayedAnswer<'_>,
+    limit: usize,
+    out: &mut Vec<u8>,
+) {
     let start = out.len();
     header(request, out);
-    let mut flags = request.answer_flags() | given.rcode.to_wire();
-    // RFC 6840 section 5.8: for those who show that they understand it.
-    if given.authentic && (request.flags & flag::AUTHENTIC != 0 || dnssec(request)) {
+    let mut flags = request.answer_flags() | answer.rcode.to_wire();
+    // RFC 6840 section 5.8: AD only for clients that indicate support.
+    if answer.authentic && (request.flags & flag::AUTHENTIC != 0 || dnssec(request)) {
         flags |= flag::AUTHENTIC;
     }
     let tail = if request.edns.is_some() { OPT } else { 0 };
-    let mut counts = given.counts;
-    if out.len() - start + given.body.len() + tail > limit {
+    let mut counts = answer.counts;
+    if out.len() - start + answer.body.len() + tail > limit {
         flags |= flag::TRUNCATED;
         counts = [0; 3];
     } else {
         let body = out.len();
-        out.extend(given.body);
-        for at in given.ttls {
+        out.extend(answer.body);
+        for at in answer.ttls {
             let at = body + usize::from(*at);
-            let ttl = long(out, at).unwrap_or(0).saturating_sub(given.age);
+            let ttl = long(out, at).unwrap_or(0).saturating_sub(answer.age);
             out[at..at + 4].copy_from_slice(&ttl.to_be_bytes());
         }
     }
     if request.edns.is_some() {
-        opt(PAYLOAD, given.rcode, dnssec(request), None, out);
+        opt(PAYLOAD, answer.rcode, dnssec(request), None, out);
         counts[2] += 1;
     }
     set_short(out, start + 2, flags);
@@ -296,37 +304,38 @@ pub(crate) fn relay(request: &Request<'_>, given: &Given<'_>, limit: usize, out:
     }
 }
 
-/// What [`relay`] passes on.
+/// An upstream response for [`relay`].
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Given<'a> {
+pub(crate) struct RelayedAnswer<'a> {
     pub(crate) rcode: Rcode,
     pub(crate) authentic: bool,
-    /// Records of answer, authority and additional section.
+    /// Records in the answer, authority and additional sections.
     pub(crate) counts: [u16; 3],
-    /// Those records, behind a question as long as the request's.
+    /// The encoded records. Compression pointers in them are valid behind a question of the same
+    /// length as that of the request.
     pub(crate) body: &'a [u8],
-    /// Where in `body` TTLs are.
+    /// Offsets of TTLs in `body`.
     pub(crate) ttls: &'a [u16],
-    /// Seconds since it was given.
+    /// Age in seconds.
     pub(crate) age: u32,
 }
 
-/// Gives each letter of `name` a case of its own, by the bits of `random`: a name of `n` letters
-/// then has one of 2^n forms ("0x20", draft-vixie-dnsext-dns0x20-00). Length bytes are below 64,
-/// where there are no letters.
+/// Randomises the case of each letter of `name` by the bits of `random`, so that a name of `n`
+/// letters has 2^n forms ("0x20", draft-vixie-dnsext-dns0x20-00). Length bytes are below 64 and
+/// thus never letters.
 pub(crate) fn mix_case(name: &mut [u8], random: &[u8; 32]) {
     for (at, byte) in name.iter_mut().enumerate() {
-        // 255 bytes at most, 256 bits.
+        // A name has at most 255 bytes; there are 256 bits.
         if byte.is_ascii_alphabetic() && random[at / 8 % 32] >> (at % 8) & 1 == 1 {
             *byte ^= 0x20;
         }
     }
 }
 
-/// A question to another server.
+/// Appends an upstream query to `out`.
 pub(crate) fn question(id: u16, name: &[u8], kind: u16, bits: Bits, out: &mut Vec<u8>) {
     let checking = if bits.checking_disabled { flag::CHECKING_DISABLED } else { 0 };
-    // RFC 6840 section 5.7: the AD bit of a question asks for that of the answer.
+    // RFC 6840 section 5.7: AD in a query requests AD in the response.
     let flags = flag::RECURSION_DESIRED | flag::AUTHENTIC | checking;
     for word in [id, flags, 1, 0, 0, u16::from(bits.edns)] {
         out.extend(word.to_be_bytes());
@@ -339,7 +348,7 @@ pub(crate) fn question(id: u16, name: &[u8], kind: u16, bits: Bits, out: &mut Ve
     }
 }
 
-/// How a question is put to another server.
+/// Flags of an upstream query.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Bits {
     pub(crate) edns: bool,
@@ -382,7 +391,7 @@ impl Data {
     }
 }
 
-/// Header and question of an answer; flags and counts are put in when they are known.
+/// Appends the header and question of a response. Flags and counts are set later.
 fn header(request: &Request<'_>, out: &mut Vec<u8>) {
     for word in [request.id, 0, 1, 0, 0, u16::from(request.edns.is_some())] {
         out.extend(word.to_be_bytes());
@@ -390,7 +399,7 @@ fn header(request: &Request<'_>, out: &mut Vec<u8>) {
     out.extend(request.question);
 }
 
-/// What a record has behind its owner and before its data.
+/// Appends the fields of a record between owner and data.
 fn fixed(kind: u16, ttl: u32, length: usize, out: &mut Vec<u8>) {
     out.extend(kind.to_be_bytes());
     out.extend(IN.to_be_bytes());
@@ -398,8 +407,8 @@ fn fixed(kind: u16, ttl: u32, length: usize, out: &mut Vec<u8>) {
     out.extend((length as u16).to_be_bytes());
 }
 
-/// The SOA record of the zone that begins at `zone` in the name of the question, with the values of
-/// RFC 6303 section 3.
+/// Appends the SOA record of the zone that begins at offset `zone` in the name of the question,
+/// with the values of RFC 6303 section 3.
 fn soa(name: &[u8], zone: usize, ttl: u32, out: &mut Vec<u8>) {
     const MAILBOX: &[u8] = b"\x06nobody\x07invalid\0";
     let root = name.get(zone).is_none_or(|length| *length == 0);
@@ -411,13 +420,13 @@ fn soa(name: &[u8], zone: usize, ttl: u32, out: &mut Vec<u8>) {
     fixed(kind::SOA, ttl, server + MAILBOX.len() + 20, out);
     write_name(out);
     out.extend(MAILBOX);
-    // Serial, refresh, retry, expire, and how long it holds that there is nothing.
+    // Serial, refresh, retry, expire, and minimum (negative TTL, RFC 2308 section 4).
     for number in [1, 3600, 1200, 604_800, ttl] {
         out.extend(number.to_be_bytes());
     }
 }
 
-/// An OPT record (RFC 6891 section 6.1.2), with a code of RFC 8914.
+/// Appends an OPT record (RFC 6891 section 6.1.2), with an extended error (RFC 8914) if any.
 fn opt(payload: u16, rcode: Rcode, dnssec: bool, extended: Option<u16>, out: &mut Vec<u8>) {
     out.push(0);
     out.extend(kind::OPT.to_be_bytes());
@@ -426,7 +435,7 @@ fn opt(payload: u16, rcode: Rcode, dnssec: bool, extended: Option<u16>, out: &mu
     out.extend((high | u32::from(dnssec) << 15).to_be_bytes());
     match extended {
         None => out.extend([0, 0]),
-        // Option 15, two bytes.
+        // Option 15 (EDE) with two bytes of data.
         Some(code) => {
             out.extend([0, 6, 0, 15, 0, 2]);
             out.extend(code.to_be_bytes());
@@ -434,19 +443,20 @@ fn opt(payload: u16, rcode: Rcode, dnssec: bool, extended: Option<u16>, out: &mu
     }
 }
 
-/// A record of a message, but for its data.
+/// A parsed record without its data.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Record {
+    /// Offset behind the owner name.
     pub(crate) owner_end: usize,
     pub(crate) kind: u16,
     pub(crate) class: u16,
     pub(crate) ttl: u32,
-    /// Where the next one begins.
+    /// Offset of the next record.
     pub(crate) end: usize,
 }
 
 impl Record {
-    /// The record at `at`.
+    /// Parses the record at offset `at`.
     pub(crate) fn read(message: &[u8], at: usize) -> Option<Self> {
         let owner_end = skip_name(message, at)?;
         let end = owner_end + 10 + usize::from(short(message, owner_end + 8)?);
@@ -456,22 +466,22 @@ impl Record {
     }
 }
 
-/// Where a name ends that has no pointers.
+/// Offset behind an uncompressed name.
 fn skip_plain_name(message: &[u8], start: usize) -> Option<usize> {
     let mut at = start;
     loop {
         let length = *message.get(at)?;
         at += 1 + usize::from(length);
         match length {
-            0 => return (at - start <= LONGEST).then_some(at),
+            0 => return (at - start <= MAX_NAME).then_some(at),
             64.. => return None,
             _ => {}
         }
     }
 }
 
-/// Where a name ends, its pointer included (RFC 1035 section 4.1.4). Where that leads is not looked
-/// at.
+/// Offset behind a name, including a compression pointer (RFC 1035 section 4.1.4), which is not
+/// followed.
 pub(crate) fn skip_name(message: &[u8], mut at: usize) -> Option<usize> {
     loop {
         let length = *message.get(at)?;

@@ -1,7 +1,7 @@
-//! What the servers count, and how it is told to Prometheus.
+//! Metrics of the DNS servers in the Prometheus text format.
 //!
-//! What belongs to a network or an upstream server is kept with it and rendered at each scrape, so
-//! that its series go with it. What the process has once goes through the facade.
+//! Families of a network or an upstream server are written from its own counters at scrape time and
+//! disappear with it. Families of the whole process use the `metrics` facade.
 
 use crate::message::{Rcode, kind};
 use crate::upstream::{BUCKETS, Figures};
@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tidegate_model::{LogInterval, registry};
 
-/// The types of questions that are told apart.
+/// Query types with their own label value.
 const KINDS: [(u16, &str); 9] = [
     (kind::A, "A"),
     (kind::AAAA, "AAAA"),
@@ -32,11 +32,11 @@ const RCODES: [&str; 8] =
 
 const COLUMNS: usize = RCODES.len();
 
-/// What is counted of a network.
+/// Counters of a network.
 #[derive(Debug)]
 pub(crate) struct NetworkStats {
     name: String,
-    /// Questions by type, and within that by code of the answer.
+    /// Queries by type and, within that, by response code.
     queries: [AtomicU64; (KINDS.len() + 1) * COLUMNS],
 }
 
@@ -48,7 +48,7 @@ impl NetworkStats {
         }
     }
 
-    /// A question of type `kind` was answered with `rcode`.
+    /// Counts a query of type `kind` with response code `rcode`.
     pub(crate) fn count(&self, kind: u16, rcode: Rcode) {
         let row = KINDS.iter().position(|(one, _)| *one == kind).unwrap_or(KINDS.len());
         let column = match rcode {
@@ -68,7 +68,7 @@ impl NetworkStats {
         &self.name
     }
 
-    /// Those of all types.
+    /// Sums over all types.
     pub(crate) fn questions(&self) -> Questions {
         let of = |rcode: &str| {
             let column = RCODES.iter().position(|one| *one == rcode).unwrap_or(COLUMNS - 1);
@@ -80,57 +80,58 @@ impl NetworkStats {
     }
 }
 
-/// Questions of a network that have been answered.
+/// Answered queries of a network.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Questions {
-    /// In all.
+    /// Total.
     pub answered: u64,
     /// Of those, with `SERVFAIL` or `REFUSED`.
     pub failed: u64,
-    /// Of those, that there is no such name.
+    /// Of those, with `NXDOMAIN`.
     pub unknown: u64,
 }
 
-/// How a server is that questions are forwarded to.
+/// State of an upstream server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Upstream {
-    /// Which one.
+    /// The address of the server.
     pub server: SocketAddr,
-    /// Others are not asked before it because it was silent.
+    /// Whether the server is queried in the order of the list. `false`: the last liveness check
+    /// failed, and the server is queried last.
     pub trusted: bool,
-    /// Questions sent.
+    /// Queries sent.
     pub asked: u64,
     /// Of those, not answered in time, or not at all.
     pub silent: u64,
-    /// Of those, answered with a failure.
+    /// Of those, answered with another code than `NOERROR` or `NXDOMAIN`.
     pub failed: u64,
-    /// Answers of which the time was taken.
+    /// Responses with a measured response time.
     pub answered: u64,
-    /// What they took together.
+    /// Sum of their response times.
     pub took: Duration,
 }
 
-/// How full the tables are: what there is, and what there may be.
+/// Usage of the tables. Pairs are the current value and the limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fill {
-    /// Bytes of answers that are kept.
+pub struct Usage {
+    /// Cached responses, in bytes.
     pub cache_bytes: [usize; 2],
-    /// Questions that are with other servers.
+    /// Outstanding upstream queries.
     pub in_flight: [usize; 2],
-    /// Clients that wait for those.
+    /// Clients that wait for upstream servers.
     pub waiting: [usize; 2],
-    /// Clients of one endpoint that wait: of the one that has most, and the limit of each.
+    /// Waiting clients of one endpoint: the highest number, and the limit.
     pub waiting_of_one: [usize; 2],
-    /// Questions that wait for their turn to be forwarded.
+    /// Queries in the queue.
     pub queued: usize,
-    /// Questions of one endpoint that may be forwarded in a second.
+    /// Queries per second that are forwarded for one endpoint.
     pub rate: u32,
     /// TCP clients of all servers.
     pub tcp_clients: [usize; 2],
 }
 
-/// The families of [`Fill`], each with its limit's.
-pub const FILL_FAMILIES: [&str; 11] = [
+/// The families of [`Usage`], including those of limits.
+pub const USAGE_FAMILIES: [&str; 11] = [
     "tidegate_dns_cache_bytes",
     "tidegate_dns_cache_bytes_limit",
     "tidegate_dns_upstream_in_flight_limit",
@@ -144,71 +145,69 @@ pub const FILL_FAMILIES: [&str; 11] = [
     "tidegate_dns_tcp_clients_limit",
 ];
 
-/// Writes how full the tables are in the text format of Prometheus (exposition format 0.0.4).
-pub(crate) fn describe_fill(fill: &Fill, page: &mut impl Write) -> fmt::Result {
+/// Writes the usage of the tables in the text format of Prometheus (exposition format 0.0.4).
+pub(crate) fn describe_usage(usage: &Usage, page: &mut impl Write) -> fmt::Result {
     let help = [
-        "Bytes that the answers in the cache take, about.",
-        "Bytes that the answers in the cache may take.",
-        "Questions that may be with other servers.",
-        "Clients that wait for an answer of another server.",
-        "Clients that may wait for answers of other servers.",
-        "Clients that wait for an answer of another server, of the endpoint that has most.",
-        "Clients of one endpoint that may wait for answers of other servers.",
-        "Questions that wait for their turn to be forwarded.",
-        "Questions of one endpoint that may be forwarded in a second.",
+        "Size of the cached responses in bytes, estimated.",
+        "Limit of the cache in bytes.",
+        "Limit of outstanding upstream queries.",
+        "Clients that wait for upstream servers.",
+        "Limit of clients that wait for upstream servers.",
+        "Highest number of waiting clients of one endpoint.",
+        "Limit of waiting clients of one endpoint.",
+        "Queries in the queue for forwarding.",
+        "Queries per second that are forwarded for one endpoint.",
         "TCP clients of all DNS servers.",
-        "TCP clients that all DNS servers together may have.",
+        "Limit of TCP clients of all DNS servers.",
     ];
     let values = [
-        fill.cache_bytes[0],
-        fill.cache_bytes[1],
-        // How many there are the facade tells.
-        fill.in_flight[1],
-        fill.waiting[0],
-        fill.waiting[1],
-        fill.waiting_of_one[0],
-        fill.waiting_of_one[1],
-        fill.queued,
-        fill.rate as usize,
-        fill.tcp_clients[0],
-        fill.tcp_clients[1],
+        usage.cache_bytes[0],
+        usage.cache_bytes[1],
+        // The current value is a gauge of the facade.
+        usage.in_flight[1],
+        usage.waiting[0],
+        usage.waiting[1],
+        usage.waiting_of_one[0],
+        usage.waiting_of_one[1],
+        usage.queued,
+        usage.rate as usize,
+        usage.tcp_clients[0],
+        usage.tcp_clients[1],
     ];
-    for ((name, help), value) in FILL_FAMILIES.into_iter().zip(help).zip(values) {
+    for ((name, help), value) in USAGE_FAMILIES.into_iter().zip(help).zip(values) {
         head((name, "gauge", help), page)?;
         writeln!(page, "{name} {value}")?;
     }
     Ok(())
 }
 
-/// A family: its name, its type, and what it tells.
+/// A family: name, type and help text.
 type Family = (&'static str, &'static str, &'static str);
 
 const QUERIES: Family = (
     "tidegate_dns_queries_total",
     "counter",
-    "Questions answered, by the network that the asker joined first, by type and by code of the answer.",
+    "Answered queries by network (the one that the client joined first), type and response code.",
 );
-const ENDPOINTS: Family =
-    ("tidegate_dns_endpoints", "gauge", "Endpoints of a network that have names.");
+const ENDPOINTS: Family = ("tidegate_dns_endpoints", "gauge", "Endpoints of a network.");
 const UP: Family = (
     "tidegate_dns_upstream_trusted",
     "gauge",
-    "1 for a server that is asked first, 0 for one that others are asked before because it was silent.",
+    "1 if a server is queried in the order of the list, 0 if it is queried last because it did not respond.",
 );
 const ASKED: Family =
-    ("tidegate_dns_upstream_queries_total", "counter", "Questions sent to a server.");
+    ("tidegate_dns_upstream_queries_total", "counter", "Queries sent to a server.");
 const MISSED: Family = (
     "tidegate_dns_upstream_timeouts_total",
     "counter",
-    "Questions that a server did not answer in time, or not at all.",
+    "Queries that a server did not answer in time, or not at all.",
 );
 const FAILED: Family = (
     "tidegate_dns_upstream_failures_total",
     "counter",
-    "Questions that a server answered with a failure.",
+    "Queries that a server answered with a failure.",
 );
-const TOOK: Family =
-    ("tidegate_dns_upstream_seconds", "histogram", "Time that a server took to answer.");
+const TOOK: Family = ("tidegate_dns_upstream_seconds", "histogram", "Response time of a server.");
 
 /// The families that [`Resolver::describe`](crate::Resolver::describe) writes.
 pub const FAMILIES: [&str; 7] = [QUERIES.0, ENDPOINTS.0, UP.0, ASKED.0, MISSED.0, FAILED.0, TOOK.0];
@@ -276,36 +275,35 @@ fn head((name, kind, help): Family, page: &mut impl Write) -> fmt::Result {
     writeln!(page, "# HELP {name} {help}\n# TYPE {name} {kind}")
 }
 
-/// Why something was not done, or given up.
+/// The limit at which a query, client or response was dropped. The text is the label `reason`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Overload {
-    /// Too many questions are with other servers: one of the largest holder yielded.
-    Flights,
-    /// Too many clients wait for those: the oldest of the largest holder yielded, or a new one was
-    /// refused.
+    /// Outstanding queries: the oldest of the largest holder was evicted.
+    InFlight,
+    /// Waiting clients: the oldest of the largest holder was evicted, or a new one refused.
     Waiters,
-    /// An endpoint had as many clients that wait as one may have: its own oldest yielded.
+    /// Waiting clients of one endpoint: its own oldest was evicted.
     Share,
-    /// A question had waited too long for its turn.
+    /// Time in the queue.
     Queue,
-    /// Too many TCP clients: the one that was idle for longest had to go.
+    /// TCP clients: the one that was idle longest was closed, or a new one refused.
     Clients,
-    /// An answer found no room in a socket's buffer.
+    /// The send buffer of a socket was full.
     Socket,
-    /// So many datagrams with wrong IDs or questions came to a source port that it was given up.
+    /// Mismatched datagrams at one source port, which was closed.
     Guesses,
 }
 
-/// Why a datagram that came to the source port of a question is not its answer.
+/// Why a datagram at the source port of a query was not accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mismatch {
-    /// No question with its ID is outstanding there.
+    /// No query with its ID is outstanding.
     Id,
-    /// It is about another question, or is none of a response's.
+    /// Its question differs, or it is not a response.
     Question,
-    /// The letters of the name have another case.
+    /// The case of the name differs.
     Case,
-    /// It came in by the bridge of a network that the server is not on.
+    /// It arrived on the bridge of a network that the server is not on.
     Bridge,
 }
 
@@ -324,7 +322,7 @@ impl Mismatch {
 
 impl Overload {
     pub(crate) const ALL: [Self; 7] = [
-        Self::Flights,
+        Self::InFlight,
         Self::Waiters,
         Self::Share,
         Self::Queue,
@@ -335,7 +333,7 @@ impl Overload {
 
     fn as_str(self) -> &'static str {
         match self {
-            Self::Flights => "upstream_queries",
+            Self::InFlight => "upstream_queries",
             Self::Waiters => "waiting_clients",
             Self::Share => "endpoint_share",
             Self::Queue => "queue_time",
@@ -346,19 +344,19 @@ impl Overload {
     }
 }
 
-/// The families of the process, resolved once.
+/// Metrics of the process.
 pub(crate) struct ProcessMetrics {
     pub(crate) hits: Counter,
     pub(crate) misses: Counter,
     pub(crate) coalesced: Counter,
     pub(crate) evicted: Counter,
-    /// Sockets that other software had destroyed.
+    /// Sockets that were destroyed by other software and restored.
     pub(crate) revived: Counter,
     pub(crate) entries: Gauge,
-    pub(crate) flights: Gauge,
+    pub(crate) in_flight: Gauge,
     pub(crate) containers: Gauge,
-    pub(crate) unusual: Counter,
-    /// Datagrams that answer no question.
+    pub(crate) non_queries: Counter,
+    /// Datagrams that were not accepted, by reason.
     mismatches: [Counter; Mismatch::ALL.len()],
     refused: [Counter; Overload::ALL.len()],
     logs: [LogInterval; Overload::ALL.len()],
@@ -369,29 +367,26 @@ impl ProcessMetrics {
         const CACHE: &str = "tidegate_dns_cache_lookups_total";
         const EVICTED: &str = "tidegate_dns_cache_evictions_total";
         const ENTRIES: &str = "tidegate_dns_cache_entries";
-        const FLIGHTS: &str = "tidegate_dns_upstream_in_flight";
+        const IN_FLIGHT: &str = "tidegate_dns_upstream_in_flight";
         const SERVING: &str = "tidegate_dns_servers";
         const UNUSUAL: &str = "tidegate_dns_unusual_messages_total";
         const MISMATCHES: &str = "tidegate_dns_upstream_mismatches_total";
         const REFUSED: &str = "tidegate_dns_refused_total";
         describe_counter!(
             CACHE,
-            "Questions for other servers: found in the cache (hit), asked (miss), or already on their way (coalesced)."
+            "Queries for upstream servers: found in the cache (hit), forwarded (miss), or already outstanding (coalesced)."
         );
         describe_counter!(registry::REPAIRS_METRIC, registry::REPAIRS_HELP);
-        describe_counter!(EVICTED, "Answers that had to leave the cache before their time.");
-        describe_gauge!(ENTRIES, "Answers in the cache.");
-        describe_gauge!(FLIGHTS, "Questions that are with other servers.");
-        describe_gauge!(SERVING, "DNS servers that containers and gateways have.");
-        describe_counter!(
-            UNUSUAL,
-            "Messages that were malformed, or of a kind that is not served."
-        );
+        describe_counter!(EVICTED, "Cached responses that were evicted before they expired.");
+        describe_gauge!(ENTRIES, "Responses in the cache.");
+        describe_gauge!(IN_FLIGHT, "Outstanding upstream queries.");
+        describe_gauge!(SERVING, "DNS servers of containers and gateways.");
+        describe_counter!(UNUSUAL, "Messages that are malformed or not supported.");
         describe_counter!(
             MISMATCHES,
-            "Datagrams at the source port of a question that did not answer it: late, or forged."
+            "Datagrams at the source port of a query that were not accepted as its response: late or forged."
         );
-        describe_counter!(REFUSED, "What was refused or given up at a limit.");
+        describe_counter!(REFUSED, "Queries, clients and responses dropped at a limit.");
         Self {
             hits: counter!(CACHE, "result" => "hit"),
             misses: counter!(CACHE, "result" => "miss"),
@@ -399,9 +394,9 @@ impl ProcessMetrics {
             evicted: counter!(EVICTED),
             revived: counter!(registry::REPAIRS_METRIC, "kind" => "dns"),
             entries: gauge!(ENTRIES),
-            flights: gauge!(FLIGHTS),
+            in_flight: gauge!(IN_FLIGHT),
             containers: gauge!(SERVING),
-            unusual: counter!(UNUSUAL),
+            non_queries: counter!(UNUSUAL),
             mismatches: Mismatch::ALL
                 .map(|reason| counter!(MISMATCHES, "reason" => reason.as_str())),
             refused: Overload::ALL.map(|reason| counter!(REFUSED, "reason" => reason.as_str())),
@@ -409,23 +404,19 @@ impl ProcessMetrics {
         }
     }
 
-    /// A datagram at the source port of a question did not answer it.
+    /// Counts a datagram that was not accepted.
     pub(crate) fn mismatch(&self, reason: Mismatch) {
         self.mismatches[reason as usize].increment(1);
     }
 
-    /// Counts it, and says so now and then. `asker` is who yielded, or was refused.
+    /// Counts a drop and logs it, at most once per interval and reason. `asker` is the client that
+    /// was evicted or refused.
     pub(crate) fn refused(&self, reason: Overload, asker: Option<&Asker>) {
         self.refused[reason as usize].increment(1);
         if self.logs[reason as usize].is_due(Instant::now()) {
             let (endpoint, network) =
                 (asker.and_then(Asker::endpoint), asker.and_then(Asker::network));
-            tracing::warn!(
-                reason = reason.as_str(),
-                endpoint,
-                network,
-                "a limit of the DNS servers is reached"
-            );
+            tracing::warn!(reason = reason.as_str(), endpoint, network, "DNS limit reached");
         }
     }
 }
@@ -435,7 +426,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn questions_are_those_of_all_types() {
+    fn query_counts_are_sums_over_all_types() {
         let stats = NetworkStats::new("un1");
         for (kind, rcode) in [
             (kind::A, Rcode::NoError),
@@ -449,8 +440,8 @@ mod tests {
     }
 
     #[test]
-    fn how_full_tables_are_is_told_in_a_family_each() {
-        let fill = Fill {
+    fn each_usage_value_has_a_family() {
+        let usage = Usage {
             cache_bytes: [1, 2],
             in_flight: [3, 4],
             waiting: [5, 6],
@@ -460,7 +451,7 @@ mod tests {
             tcp_clients: [7, 8],
         };
         let mut page = String::new();
-        describe_fill(&fill, &mut page).unwrap();
+        describe_usage(&usage, &mut page).unwrap();
         let values: Vec<_> = page.lines().filter(|line| !line.starts_with('#')).collect();
         assert_eq!(
             values,
@@ -481,7 +472,7 @@ mod tests {
     }
 
     #[test]
-    fn each_family_is_told_once_and_a_histogram_adds_up() {
+    fn each_family_is_described_once_and_histograms_are_cumulative() {
         let stats = NetworkStats::new("un1");
         stats.count(kind::A, Rcode::NoError);
         stats.count(kind::A, Rcode::NoError);

@@ -1,39 +1,39 @@
-//! Names as they are compared: in lower case, in the form of messages (RFC 1035 sections 3.1
-//! and 2.3.3). Pure.
+//! Domain names in lower-case wire format (RFC 1035 sections 3.1 and 2.3.3). Pure.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// The longest name in a message, the last length byte included (RFC 1035 section 2.3.4).
-pub(crate) const LONGEST: usize = 255;
-/// The longest label (RFC 1035 section 2.3.4).
-const LONGEST_LABEL: usize = 63;
+/// Maximum size of a name in wire format in bytes, with the terminating zero (RFC 1035 section
+/// 2.3.4).
+pub(crate) const MAX_NAME: usize = 255;
+/// Maximum length of a label in bytes (RFC 1035 section 2.3.4).
+const MAX_LABEL: usize = 63;
 
-/// Why a text is no name.
+/// Why a text is not a valid name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
-    /// Nothing, or nothing between two dots.
+    /// The text is empty, or two dots are adjacent.
     #[error("has an empty label")]
     Empty,
-    /// RFC 1035 section 2.3.4.
+    /// A label exceeds 63 bytes (RFC 1035 section 2.3.4).
     #[error("has a label of more than 63 bytes")]
     LabelTooLong,
-    /// RFC 1035 section 2.3.4.
+    /// The name exceeds 255 bytes in wire format (RFC 1035 section 2.3.4).
     #[error("is longer than 253 bytes")]
     TooLong,
-    /// White space, control characters, or beyond ASCII.
-    #[error("has a character that no host name has")]
+    /// White space, a control character, a quotation mark, a backslash, or not ASCII.
+    #[error("has a character that is not permitted in a host name")]
     Character,
 }
 
-/// A name: labels in lower case, each behind its length, and a zero.
+/// A name in wire format: lower-case labels, each preceded by its length, and a zero.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Name(Box<[u8]>);
 
 impl Name {
-    /// Reads `web` or `web.example.com.`; the last dot says nothing.
+    /// Parses `web` or `web.example.com.`. The final dot is optional.
     pub(crate) fn parse(text: &str) -> Result<Self, NameError> {
         let text = text.strip_suffix('.').unwrap_or(text);
         let mut wire = Vec::with_capacity(text.len() + 2);
@@ -43,19 +43,19 @@ impl Name {
             }
             match u8::try_from(label.len()) {
                 Ok(0) => return Err(NameError::Empty),
-                Ok(length) if usize::from(length) <= LONGEST_LABEL => wire.push(length),
+                Ok(length) if usize::from(length) <= MAX_LABEL => wire.push(length),
                 _ => return Err(NameError::LabelTooLong),
             }
             wire.extend(label.bytes().map(|byte| byte.to_ascii_lowercase()));
         }
         wire.push(0);
-        if wire.len() > LONGEST { Err(NameError::TooLong) } else { Ok(Self(wire.into())) }
+        if wire.len() > MAX_NAME { Err(NameError::TooLong) } else { Ok(Self(wire.into())) }
     }
 
-    /// This name below `parent`.
+    /// This name as a subdomain of `parent`.
     pub(crate) fn below(&self, parent: &Self) -> Result<Self, NameError> {
         let wire = [&self.0[..self.0.len() - 1], &parent.0].concat();
-        if wire.len() > LONGEST { Err(NameError::TooLong) } else { Ok(Self(wire.into())) }
+        if wire.len() > MAX_NAME { Err(NameError::TooLong) } else { Ok(Self(wire.into())) }
     }
 
     pub(crate) fn wire(&self) -> &[u8] {
@@ -73,10 +73,10 @@ impl std::borrow::Borrow<[u8]> for Name {
     }
 }
 
-/// `web.example.com`, without a dot at its end.
+/// For example `web.example.com`, without the final dot.
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        Shown(&self.0).fmt(f)
+        DisplayName(&self.0).fmt(f)
     }
 }
 
@@ -86,10 +86,10 @@ impl fmt::Debug for Name {
     }
 }
 
-/// A name of a message, for logs.
-pub(crate) struct Shown<'a>(pub(crate) &'a [u8]);
+/// A name in wire format, for logs.
+pub(crate) struct DisplayName<'a>(pub(crate) &'a [u8]);
 
-impl fmt::Display for Shown<'_> {
+impl fmt::Display for DisplayName<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if labels(self.0) == 0 {
             return f.write_str(".");
@@ -104,24 +104,24 @@ impl fmt::Display for Shown<'_> {
     }
 }
 
-/// The labels of a name without pointers.
+/// The labels of an uncompressed name.
 pub(crate) fn each_label(wire: &[u8]) -> impl Iterator<Item = &[u8]> {
     let mut rest = wire;
     std::iter::from_fn(move || {
-        let (length, behind) = rest.split_first()?;
-        let (label, behind) =
-            behind.split_at_checked(usize::from(*length)).filter(|_| *length > 0)?;
-        rest = behind;
+        let (length, rest_of_name) = rest.split_first()?;
+        let (label, rest_of_name) =
+            rest_of_name.split_at_checked(usize::from(*length)).filter(|_| *length > 0)?;
+        rest = rest_of_name;
         Some(label)
     })
 }
 
-/// How many labels a name has; the root has none.
+/// The number of labels. The root has none.
 pub(crate) fn labels(wire: &[u8]) -> usize {
     each_label(wire).count()
 }
 
-/// A name and the names it is below, the root last, each with where it begins in `wire`.
+/// The name and all its parent domains up to the root, each with its offset in `wire`.
 pub(crate) fn suffixes(wire: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
     let mut at = Some(0);
     std::iter::from_fn(move || {
@@ -132,48 +132,48 @@ pub(crate) fn suffixes(wire: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
     })
 }
 
-/// The labels of a name above `parent`, if it is below that.
-fn above<'a>(wire: &'a [u8], parent: &[u8]) -> Option<&'a [u8]> {
+/// The labels in front of `parent`, if `wire` is a subdomain of it.
+fn labels_before<'a>(wire: &'a [u8], parent: &[u8]) -> Option<&'a [u8]> {
     let front = wire.strip_suffix(parent)?;
-    // A label may hold any byte, those of the parent's included.
+    // A label can contain any byte, so a suffix match has to end at a label boundary.
     suffixes(wire).any(|(at, _)| at == front.len()).then_some(front)
 }
 
-/// What a name below `in-addr.arpa` or `ip6.arpa` is about.
+/// The subject of a name below `in-addr.arpa` or `ip6.arpa`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Reverse {
     /// One address (RFC 1035 section 3.5, RFC 3596 section 2.5).
-    Of(IpAddr),
-    /// All addresses that begin like this: a first address, and how many of its bits are given.
-    Part(IpAddr, u8),
+    Address(IpAddr),
+    /// A prefix: first address and prefix length.
+    Prefix(IpAddr, u8),
 }
 
 const IN_ADDR_ARPA: &[u8] = b"\x07in-addr\x04arpa\0";
 const IP6_ARPA: &[u8] = b"\x03ip6\x04arpa\0";
 
-/// Reads a name of the reverse tree. `None` for all others, and for what is in that tree and stands
-/// for no address.
+/// Parses a name of the reverse tree. `None` for other names, and for names in that tree that
+/// represent no address or prefix.
 pub(crate) fn reverse(wire: &[u8]) -> Option<Reverse> {
-    if let Some(front) = above(wire, IN_ADDR_ARPA) {
+    if let Some(front) = labels_before(wire, IN_ADDR_ARPA) {
         let mut octets = [0; 4];
         let labels: Vec<_> = each_label(front).collect();
         if labels.len() > octets.len() {
             return None;
         }
         for (octet, label) in octets.iter_mut().zip(labels.iter().rev()) {
-            // One way to write a number: else 010 and 10 would be two names of one address.
+            // Only the canonical form: otherwise 010 and 10 would be two names of one address.
             let canonical = *label == b"0" || !label.starts_with(b"0");
             let digits = canonical && label.iter().all(u8::is_ascii_digit);
             *octet = std::str::from_utf8(label).ok().filter(|_| digits)?.parse().ok()?;
         }
         let ip = Ipv4Addr::from(octets).into();
         return Some(if labels.len() == 4 {
-            Reverse::Of(ip)
+            Reverse::Address(ip)
         } else {
-            Reverse::Part(ip, 8 * labels.len() as u8)
+            Reverse::Prefix(ip, 8 * labels.len() as u8)
         });
     }
-    let front = above(wire, IP6_ARPA)?;
+    let front = labels_before(wire, IP6_ARPA)?;
     let labels: Vec<_> = each_label(front).collect();
     if labels.len() > 32 {
         return None;
@@ -186,9 +186,9 @@ pub(crate) fn reverse(wire: &[u8]) -> Option<Reverse> {
     }
     let ip = Ipv6Addr::from(bits).into();
     Some(if labels.len() == 32 {
-        Reverse::Of(ip)
+        Reverse::Address(ip)
     } else {
-        Reverse::Part(ip, 4 * labels.len() as u8)
+        Reverse::Prefix(ip, 4 * labels.len() as u8)
     })
 }
 
@@ -200,7 +200,7 @@ mod tests {
         Name::parse(text).unwrap()
     }
 
-    fn about(text: &str) -> Option<Reverse> {
+    fn parse_reverse(text: &str) -> Option<Reverse> {
         reverse(name(text).wire())
     }
 
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_name_is_told_why() {
+    fn invalid_names_are_rejected_with_a_reason() {
         for (text, error) in [
             ("", NameError::Empty),
             ("a..b", NameError::Empty),
@@ -232,7 +232,7 @@ mod tests {
     fn suffixes_end_with_the_root() {
         let name = name("a.bc.d");
         let found: Vec<_> =
-            suffixes(name.wire()).map(|(at, one)| (at, Shown(one).to_string())).collect();
+            suffixes(name.wire()).map(|(at, one)| (at, DisplayName(one).to_string())).collect();
         assert_eq!(
             found,
             [(0, "a.bc.d".into()), (2, "bc.d".into()), (5, "d".into()), (7, ".".into())]
@@ -242,13 +242,19 @@ mod tests {
     /// RFC 1035 section 3.5: "Domain names in the IN-ADDR.ARPA domain are defined to have up to
     /// four labels in addition to the IN-ADDR.ARPA suffix."
     #[test]
-    fn addresses_are_read_backwards() {
-        assert_eq!(about("2.0.9.10.in-addr.arpa"), Some(Reverse::Of("10.9.0.2".parse().unwrap())));
+    fn ipv4_reverse_names_are_parsed() {
         assert_eq!(
-            about("9.10.in-addr.arpa"),
-            Some(Reverse::Part("10.9.0.0".parse().unwrap(), 16))
+            parse_reverse("2.0.9.10.in-addr.arpa"),
+            Some(Reverse::Address("10.9.0.2".parse().unwrap()))
         );
-        assert_eq!(about("in-addr.arpa"), Some(Reverse::Part("0.0.0.0".parse().unwrap(), 0)));
+        assert_eq!(
+            parse_reverse("9.10.in-addr.arpa"),
+            Some(Reverse::Prefix("10.9.0.0".parse().unwrap(), 16))
+        );
+        assert_eq!(
+            parse_reverse("in-addr.arpa"),
+            Some(Reverse::Prefix("0.0.0.0".parse().unwrap(), 0))
+        );
         for odd in [
             "02.0.9.10.in-addr.arpa",
             "256.0.0.1.in-addr.arpa",
@@ -256,22 +262,25 @@ mod tests {
             "x.in-addr.arpa",
             "+1.in-addr.arpa",
         ] {
-            assert_eq!(about(odd), None, "{odd}");
+            assert_eq!(parse_reverse(odd), None, "{odd}");
         }
-        assert_eq!(about("web"), None);
+        assert_eq!(parse_reverse("web"), None);
         assert_eq!(reverse(b"\x0c1234\x07in-addr\x04arpa\0"), None, "one label, not two");
     }
 
     /// RFC 3596 section 2.5: "An IPv6 address is represented as a name in the IP6.ARPA domain by a
     /// sequence of nibbles separated by dots".
     #[test]
-    fn addresses_of_ipv6_are_read_by_nibbles() {
+    fn ipv6_reverse_names_are_parsed() {
         let zeros = "0.".repeat(26);
         assert_eq!(
-            about(&format!("2.{zeros}0.8.8.d.f.ip6.arpa")),
-            Some(Reverse::Of("fd88::2".parse().unwrap()))
+            parse_reverse(&format!("2.{zeros}0.8.8.d.f.ip6.arpa")),
+            Some(Reverse::Address("fd88::2".parse().unwrap()))
         );
-        assert_eq!(about("d.f.ip6.arpa"), Some(Reverse::Part("fd00::".parse().unwrap(), 8)));
-        assert_eq!(about("fd.ip6.arpa"), None);
+        assert_eq!(
+            parse_reverse("d.f.ip6.arpa"),
+            Some(Reverse::Prefix("fd00::".parse().unwrap(), 8))
+        );
+        assert_eq!(parse_reverse("fd.ip6.arpa"), None);
     }
 }

@@ -1,5 +1,4 @@
-//! Messages that are no plain question: what is wrong with them, in hickory's judgement, and the
-//! answer to that. Pure.
+//! Responses to messages that are not plain queries, as classified by hickory. Pure.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
@@ -11,29 +10,29 @@ use hickory_server::server::Request;
 use hickory_server::zone_handler::MessageResponseBuilder;
 use std::net::{Ipv4Addr, SocketAddr};
 
-/// Writes the answer to `message` behind what is in `out`. `None` is a message that gets none: an
-/// answer itself, for two servers would answer each other for ever, or one without a whole header.
+/// Appends the response to `message` to `out`. `None` if there is none: the message is itself a
+/// response, which could cause a loop between two servers, or its header is incomplete.
 pub(crate) fn refuse(message: &[u8], out: &mut Vec<u8>) -> Option<Rcode> {
     let flags = short(message, 2).filter(|_| message.len() >= HEADER)?;
     if flags & flag::RESPONSE != 0 {
         return None;
     }
-    // Hickory keeps the client's address with the request, and asks for nothing but to have one.
-    let nobody = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-    let request = match Request::from_bytes(message.to_vec(), nobody, Protocol::Udp) {
+    // hickory requires a client address and does not use it here.
+    let unspecified = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+    let request = match Request::from_bytes(message.to_vec(), unspecified, Protocol::Udp) {
         // RFC 1035 section 4.1.1: "Not Implemented - The name server does not support the requested
-        // kind of query." It may be well formed by rules that are not ours.
+        // kind of query." The message may be valid for that opcode.
         Err(_) if flags & flag::OPCODE == 0 => {
             return Some(bare(message, flags, Rcode::FormErr, out));
         }
         Err(_) => return Some(bare(message, flags, Rcode::NotImp, out)),
         Ok(request) => request,
     };
-    let rcode = judge(&request);
+    let rcode = classify(&request);
     let mut metadata = Metadata::response_from_request(&request.metadata);
     metadata.recursion_available = true;
     metadata.response_code = response_code(rcode);
-    // RFC 6891 section 6.1.1: who sends an OPT record gets one back.
+    // RFC 6891 section 6.1.1: a request with an OPT record gets a response with one.
     let edns = request.edns.as_ref().map(|_| {
         let mut edns = Edns::new();
         edns.set_max_payload(crate::message::PAYLOAD);
@@ -53,7 +52,7 @@ pub(crate) fn refuse(message: &[u8], out: &mut Vec<u8>) -> Option<Rcode> {
     Some(rcode)
 }
 
-fn judge(request: &Request) -> Rcode {
+fn classify(request: &Request) -> Rcode {
     let version = request.edns.as_ref().map_or(0, Edns::version);
     if version > 0 {
         // RFC 6891 section 6.1.3: "If a responder does not implement the VERSION level of the
@@ -66,8 +65,8 @@ fn judge(request: &Request) -> Rcode {
         // incorrectly formatted message."
         Rcode::FormErr
     } else {
-        // Another class than IN, a signature, a transfer's SOA record: sound, and nothing that we
-        // do.
+        // A valid message that is not supported: another class than IN, a signature, or the SOA
+        // record of a zone transfer.
         Rcode::Refused
     }
 }
@@ -79,7 +78,7 @@ fn response_code(rcode: Rcode) -> ResponseCode {
     }
 }
 
-/// A header, and nothing else: of a message that cannot be read, nothing can be repeated.
+/// A response that consists of a header only, because the question cannot be parsed.
 fn bare(message: &[u8], flags: u16, rcode: Rcode, out: &mut Vec<u8>) -> Rcode {
     let kept = flags & (flag::OPCODE | flag::RECURSION_DESIRED);
     let flags = kept | flag::RESPONSE | flag::RECURSION_AVAILABLE | rcode.to_wire();

@@ -1,9 +1,9 @@
-//! Partitions: who may share what upstream servers said, and how much of a bounded resource one
-//! partition, and one endpoint, may hold. Pure.
+//! Partitions: clients that share upstream responses, and the share of a bounded resource that one
+//! partition, or one endpoint, may hold. Pure.
 //!
-//! Askers that are on exactly the same networks are one partition. Cached answers and queries in
-//! flight are shared within a partition only: a shared entry answers sooner and with an older TTL,
-//! and so tells an asker what others asked before it.
+//! Clients on exactly the same networks form one partition. Cached responses and outstanding
+//! queries are shared only within a partition: a shared entry responds sooner and with a reduced
+//! TTL, which reveals what was queried before.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
@@ -11,12 +11,12 @@ use crate::zone::Asker;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// The networks of an asker, as numbers in ascending order.
+/// The networks of a client, as numbers in ascending order.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Partition(Arc<[u32]>);
 
 impl Partition {
-    /// The partition of askers on exactly `networks`.
+    /// The partition of clients on exactly `networks`.
     pub(crate) fn of(networks: impl IntoIterator<Item = u32>) -> Self {
         let mut numbers: Vec<u32> = networks.into_iter().collect();
         numbers.sort_unstable();
@@ -24,12 +24,12 @@ impl Partition {
     }
 }
 
-/// Who holds how much of a bounded resource.
+/// The units of a bounded resource that each partition holds.
 ///
 /// A partition may take one more unit while it holds less than twice what is free (a dynamic
 /// threshold, Choudhury and Hahne 1998). One greedy partition thus gets two thirds of the limit,
-/// `n` of them `2 / (1 + 2n)` each, and `1 / (1 + 2n)` stays free for those that come later.
-/// Nothing that is held is taken away.
+/// `n` of them `2 / (1 + 2n)` each, and `1 / (1 + 2n)` stays free for other partitions. Units in
+/// use are never revoked.
 #[derive(Debug)]
 pub(crate) struct Shares {
     limit: usize,
@@ -57,8 +57,8 @@ impl Shares {
         }
     }
 
-    /// Gives `count` units of `partition` back.
-    pub(crate) fn give_back(&mut self, partition: &Partition, count: usize) {
+    /// Releases `count` units of `partition`.
+    pub(crate) fn release(&mut self, partition: &Partition, count: usize) {
         let Some(held) = self.by.get_mut(partition) else { return };
         let count = count.min(*held);
         *held -= count;
@@ -77,18 +77,18 @@ impl Shares {
     }
 }
 
-/// An endpoint, as the holder of a share: who asks, and with whom it shares answers.
+/// An endpoint as the holder of a share.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Source {
     pub(crate) partition: Partition,
-    /// At a gateway where sources are not verified, all clients are one.
+    /// At a gateway with unverified source addresses, all clients are one.
     pub(crate) asker: Asker,
 }
 
-/// Who holds how much of a bounded resource, by partition and endpoint.
+/// The units of a bounded resource that each endpoint holds, by partition.
 ///
-/// [`Shares`] leave room to other partitions. Within a partition, and where many partitions leave
-/// nothing free, the endpoint that holds most yields.
+/// [`Shares`] leave units for other partitions. Within a partition, and where many partitions leave
+/// nothing free, the largest holder loses one.
 #[derive(Debug)]
 pub(crate) struct Holdings {
     shares: Shares,
@@ -100,23 +100,23 @@ impl Holdings {
         Self { shares: Shares::new(limit), by: BTreeMap::new() }
     }
 
-    /// Whether an endpoint of `partition` may take one more unit without another one yielding.
+    /// Whether an endpoint of `partition` may take one more unit without an eviction.
     pub(crate) fn allows(&self, partition: &Partition) -> bool {
         self.shares.allows(partition)
     }
 
-    /// Where `source` is not allowed one more unit: the endpoint that yields one to it. It is the
-    /// largest holder of the partition, or of the largest partition if nothing is free. `None` if
-    /// that holds hardly more than `source`.
-    pub(crate) fn yields_to(&self, source: &Source) -> Option<Source> {
+    /// The endpoint that loses a unit to `source` at a limit: the largest holder of the partition,
+    /// or of the largest partition if nothing is free. `None` unless it holds at least two more
+    /// than `source`.
+    pub(crate) fn eviction_victim(&self, source: &Source) -> Option<Source> {
         let total = |holders: &BTreeMap<Asker, usize>| holders.values().sum::<usize>();
         let (partition, holders) = if self.shares.free() == 0 {
             self.by.iter().max_by_key(|(_, holders)| total(holders))?
         } else {
             self.by.get_key_value(&source.partition)?
         };
-        let (asker, most) = holders.iter().max_by_key(|(_, held)| **held)?;
-        (*most > self.held(source) + 1)
+        let (asker, largest) = holders.iter().max_by_key(|(_, held)| **held)?;
+        (*largest > self.held(source) + 1)
             .then(|| Source { partition: partition.clone(), asker: asker.clone() })
     }
 
@@ -127,12 +127,12 @@ impl Holdings {
         *holders.entry(source.asker.clone()).or_default() += 1;
     }
 
-    /// Gives one unit of `source` back.
-    pub(crate) fn give_back(&mut self, source: &Source) {
+    /// Releases one unit of `source`.
+    pub(crate) fn release(&mut self, source: &Source) {
         let Some(holders) = self.by.get_mut(&source.partition) else { return };
         let Some(held) = holders.get_mut(&source.asker) else { return };
         *held -= 1;
-        self.shares.give_back(&source.partition, 1);
+        self.shares.release(&source.partition, 1);
         if *held == 0 {
             holders.remove(&source.asker);
             if holders.is_empty() {
@@ -149,8 +149,8 @@ impl Holdings {
             .unwrap_or(0)
     }
 
-    /// What the endpoint holds that holds most.
-    pub(crate) fn most(&self) -> usize {
+    /// The number of units of the largest holder.
+    pub(crate) fn largest(&self) -> usize {
         self.by.values().flat_map(BTreeMap::values).copied().max().unwrap_or(0)
     }
 
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_endpoint_of_a_partition_yields_to_a_smaller_one() {
+    fn the_largest_endpoint_of_a_partition_loses_to_a_smaller_one() {
         let mut holdings = Holdings::new(9);
         let [greedy, modest, other] =
             [source(1, "greedy"), source(1, "modest"), source(2, "other")];
@@ -176,21 +176,21 @@ mod tests {
             holdings.take(&greedy);
         }
         assert_eq!(holdings.held(&greedy), 6);
-        assert_eq!(holdings.yields_to(&modest), Some(greedy.clone()));
-        assert_eq!(holdings.yields_to(&greedy), None, "not to itself");
+        assert_eq!(holdings.eviction_victim(&modest), Some(greedy.clone()));
+        assert_eq!(holdings.eviction_victim(&greedy), None, "not to itself");
         assert!(holdings.allows(&other.partition));
         (0..3).for_each(|_| holdings.take(&other));
         assert_eq!(
-            holdings.yields_to(&source(3, "third")),
+            holdings.eviction_victim(&source(3, "third")),
             Some(greedy.clone()),
             "nothing is free"
         );
-        (0..6).for_each(|_| holdings.give_back(&greedy));
-        holdings.give_back(&greedy);
-        assert_eq!((holdings.taken(), holdings.most()), (3, 3));
+        (0..6).for_each(|_| holdings.release(&greedy));
+        holdings.release(&greedy);
+        assert_eq!((holdings.taken(), holdings.largest()), (3, 3));
     }
 
-    /// Takes as much as there is for `partition`; how much that was.
+    /// Takes units for `partition` until it is refused. Returns their number.
     fn fill(shares: &mut Shares, partition: &Partition) -> usize {
         let mut count = 0;
         while shares.allows(partition) {
@@ -201,30 +201,30 @@ mod tests {
     }
 
     #[test]
-    fn networks_in_any_order_are_one_partition() {
+    fn the_order_of_networks_does_not_matter() {
         assert_eq!(Partition::of([2, 1]), Partition::of([1, 2]));
         assert_ne!(Partition::of([1]), Partition::of([1, 2]));
     }
 
     #[test]
-    fn one_partition_cannot_use_up_a_limit() {
+    fn one_partition_cannot_exhaust_a_limit() {
         let mut shares = Shares::new(9_000);
         let [one, two, three] = [1, 2, 3].map(|number| Partition::of([number]));
         assert_eq!(fill(&mut shares, &one), 6_000);
         assert_eq!(fill(&mut shares, &two), 2_000);
         assert!(fill(&mut shares, &three) > 600);
         assert!(shares.free() > 0);
-        shares.give_back(&one, 6_000);
-        shares.give_back(&one, 1);
-        assert!(fill(&mut shares, &two) > 2_000, "what is given back can be taken");
+        shares.release(&one, 6_000);
+        shares.release(&one, 1);
+        assert!(fill(&mut shares, &two) > 2_000, "released units can be taken");
     }
 
     #[test]
-    fn the_smallest_limit_can_be_used() {
+    fn a_limit_of_one_can_be_used() {
         let mut shares = Shares::new(1);
         let one = Partition::of([1]);
         assert_eq!(fill(&mut shares, &one), 1);
-        shares.give_back(&one, 1);
+        shares.release(&one, 1);
         assert_eq!((shares.taken(), shares.free(), shares.by.len()), (0, 1, 0));
     }
 }

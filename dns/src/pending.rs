@@ -1,23 +1,23 @@
-//! Questions that wait for an answer of another server, and who waits for them. Pure.
+//! Pending queries to upstream servers, and the clients that wait for them. Pure.
 //!
 //! # Theory of operation
 //!
 //! ```text
-//! ask ──► queued ──launch──► in flight ──land──► all waiters are answered
-//!            │                   │
-//!            └──────► yielded ◄──┘   some waiters get SERVFAIL
+//! ask ──► queued ──next_query──► in flight ──complete──► all waiters get the response
+//!            │                       │
+//!            └───────► evicted ◄─────┘   evicted waiters get SERVFAIL
 //! ```
 //!
-//! Equal questions of one partition are one, however many ask; each asker waits by itself. A queued
-//! question has its turn when that of any of its askers comes ([`Scheduler`]), so that an endpoint
-//! does not wait in the queue of a greedy one that has asked the same. Then it is in *flight*, and
-//! counts as its owner's, whose turn it was.
+//! Equal queries of one partition are one entry with several waiters. An entry starts when the
+//! [`Scheduler`] selects any of its clients, so that a client does not wait in the queue of a
+//! greedy one that sent the same query. The entry is then *in flight* and charged to the selected
+//! client, its owner.
 //!
-//! Waiters and flights are bounded ([`Holdings`]). An endpoint that has as many waiters as one may
-//! have loses its own oldest, which is the one whose client is most likely to have given up; the
-//! queue stays short in time that way, where refusing the newest would make everybody wait for all
-//! of it. At a limit of all, or of a partition, the largest holder loses its oldest to one that
-//! holds less. What yields is answered (SERVFAIL): a client that hears nothing waits for seconds.
+//! Waiters and entries in flight are bounded ([`Holdings`]). An endpoint at its own limit of
+//! waiters loses its oldest, whose client has most likely given up. Dropping the oldest keeps the
+//! queueing delay short; refusing the newest would make every client wait for the whole queue. At
+//! the limit of all endpoints or of a partition, the largest holder loses its oldest to one that
+//! holds less. Evicted waiters get SERVFAIL, because a client without a response waits for seconds.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
@@ -29,74 +29,77 @@ use crate::zone::Asker;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-/// How long a question waits for its turn. With the time of a flight it stays below what clients
-/// wait in all.
+/// Maximum time in the queue. Together with the time in flight it is below the timeout of clients.
 const QUEUE_TIME: Duration = Duration::from_secs(2);
-/// Flights of the largest holder that are looked at for one that nobody else waits for.
-const LOOKED_AT: usize = 16;
-/// How often [`Pending::expire`] looks at all queues.
-const LOOK: Duration = Duration::from_millis(100);
+/// Entries of the largest holder that are examined for one without other waiters.
+const MAX_CANDIDATES: usize = 16;
+/// Interval at which [`Pending::expire`] examines the queues.
+const EXPIRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How much there may be.
+/// Limits.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
-    pub(crate) flights: usize,
+    /// Entries in flight.
+    pub(crate) in_flight: usize,
+    /// Waiters.
     pub(crate) waiters: usize,
-    /// The same of one endpoint.
-    pub(crate) waiters_of_one: usize,
+    /// Waiters of one endpoint.
+    pub(crate) waiters_per_endpoint: usize,
+    /// Queries that are started for one endpoint per second.
     pub(crate) rate: Rate,
 }
 
-/// What became of a question.
+/// The result of [`Pending::ask`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Asked {
-    /// Nobody had asked it.
+pub(crate) enum Admission {
+    /// A new entry.
     New,
-    /// It was asked already.
+    /// Added to an existing entry.
     Joined,
-    /// There are too many, and nobody has more than the asker.
+    /// At a limit, and no endpoint holds more than the client.
     Refused,
 }
 
-/// A waiter whose question failed: it gets SERVFAIL.
+/// An evicted waiter, which gets SERVFAIL.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Yielded<W> {
+pub(crate) struct Evicted<W> {
     pub(crate) waiter: W,
     pub(crate) asker: Asker,
     pub(crate) reason: Overload,
 }
 
-/// A question that is to be forwarded now.
+/// An entry to forward now.
 #[derive(Debug)]
-pub(crate) struct Launch<'a, R> {
+pub(crate) struct NextQuery<'a, R> {
     pub(crate) key: Key,
     pub(crate) owner: Asker,
     pub(crate) route: &'a R,
 }
 
-/// `W` waits, `R` says how to forward, and `H` is a running flight, which ends when it is dropped.
+/// The table of pending queries. `W` is a waiter, `R` the route of a query, and `H` the handle of
+/// its task, which ends when the handle is dropped.
 pub(crate) struct Pending<W, R, H> {
     questions: HashMap<Key, Question<W, R, H>>,
     scheduler: Scheduler<Key>,
-    flights: Holdings,
+    in_flight: Holdings,
     waiters: Holdings,
-    /// Flights by owner, the oldest first.
+    /// Entries in flight by owner, oldest first.
     owned: BTreeMap<(Source, u64), Key>,
-    waiters_of_one: usize,
+    waiters_per_endpoint: usize,
     next: u64,
     expired: Option<Instant>,
 }
 
 struct Question<W, R, H> {
-    /// In the order in which they came.
+    /// In order of arrival.
     waiters: VecDeque<(Asker, W)>,
-    /// How many of each; none has none.
+    /// Number of waiters by client, without zeros.
     askers: BTreeMap<Asker, usize>,
     route: R,
-    flight: Option<Flight<H>>,
+    in_flight: Option<InFlight<H>>,
 }
 
-struct Flight<H> {
+struct InFlight<H> {
     owner: Source,
     number: u64,
     _handle: Option<H>,
@@ -107,17 +110,17 @@ impl<W, R, H> Pending<W, R, H> {
         Self {
             questions: HashMap::new(),
             scheduler: Scheduler::new(limits.rate),
-            flights: Holdings::new(limits.flights),
+            in_flight: Holdings::new(limits.in_flight),
             waiters: Holdings::new(limits.waiters),
             owned: BTreeMap::new(),
-            waiters_of_one: limits.waiters_of_one.max(1),
+            waiters_per_endpoint: limits.waiters_per_endpoint.max(1),
             next: 0,
             expired: None,
         }
     }
 
-    pub(crate) fn flights(&self) -> usize {
-        self.flights.taken()
+    pub(crate) fn in_flight(&self) -> usize {
+        self.in_flight.taken()
     }
 
     pub(crate) fn waiters(&self) -> usize {
@@ -128,17 +131,17 @@ impl<W, R, H> Pending<W, R, H> {
         self.scheduler.queued()
     }
 
-    /// Waiters of the endpoint that has most.
-    pub(crate) fn most_waiters(&self) -> usize {
-        self.waiters.most()
+    /// Highest number of waiters of one endpoint.
+    pub(crate) fn max_waiters(&self) -> usize {
+        self.waiters.largest()
     }
 
     pub(crate) fn rate(&self) -> Rate {
         self.scheduler.rate()
     }
 
-    /// `asker` asks `key`. `waiter` is made if it waits, `route` if nobody has asked that. Who
-    /// yields is added to `yielded`.
+    /// Adds a waiter of `asker` for `key`. `waiter` is called if it is admitted, `route` for a new
+    /// entry. Evicted waiters are added to `evicted`.
     pub(crate) fn ask(
         &mut self,
         key: &Key,
@@ -146,20 +149,20 @@ impl<W, R, H> Pending<W, R, H> {
         now: Instant,
         waiter: impl FnOnce() -> W,
         route: impl FnOnce() -> R,
-        yielded: &mut Vec<Yielded<W>>,
-    ) -> Asked {
+        evicted: &mut Vec<Evicted<W>>,
+    ) -> Admission {
         let source = Source { partition: key.partition.clone(), asker };
-        let made_room = if self.waiters.held(&source) >= self.waiters_of_one {
-            self.yield_oldest(&source, Overload::Share, yielded)
+        let made_room = if self.waiters.held(&source) >= self.waiters_per_endpoint {
+            self.evict_oldest(&source, Overload::Share, evicted)
         } else {
             self.waiters.allows(&source.partition)
                 || self
                     .waiters
-                    .yields_to(&source)
-                    .is_some_and(|largest| self.yield_oldest(&largest, Overload::Waiters, yielded))
+                    .eviction_victim(&source)
+                    .is_some_and(|largest| self.evict_oldest(&largest, Overload::Waiters, evicted))
         };
         if !made_room {
-            return Asked::Refused;
+            return Admission::Refused;
         }
         self.waiters.take(&source);
         let is_new = !self.questions.contains_key(key);
@@ -167,39 +170,39 @@ impl<W, R, H> Pending<W, R, H> {
             waiters: VecDeque::new(),
             askers: BTreeMap::new(),
             route: route(),
-            flight: None,
+            in_flight: None,
         });
         question.waiters.push_back((source.asker.clone(), waiter()));
         let asks = question.askers.entry(source.asker.clone()).or_default();
         *asks += 1;
-        if *asks == 1 && question.flight.is_none() {
+        if *asks == 1 && question.in_flight.is_none() {
             self.scheduler.push(&source, key.clone(), now);
         }
-        if is_new { Asked::New } else { Asked::Joined }
+        if is_new { Admission::New } else { Admission::Joined }
     }
 
-    /// The next question to forward. It counts as in flight; the caller reports what runs for it
-    /// with [`Self::launched`].
-    pub(crate) fn launch(
+    /// Returns the next query to forward, which then counts as in flight. The caller passes the
+    /// handle of its task to [`Self::set_handle`].
+    pub(crate) fn next_query(
         &mut self,
         now: Instant,
-        yielded: &mut Vec<Yielded<W>>,
-    ) -> Option<Launch<'_, R>> {
+        evicted: &mut Vec<Evicted<W>>,
+    ) -> Option<NextQuery<'_, R>> {
         let (key, source) = loop {
-            let flights = &self.flights;
+            let in_flight = &self.in_flight;
             let may = |source: &Source| {
-                flights.allows(&source.partition) || flights.yields_to(source).is_some()
+                in_flight.allows(&source.partition) || in_flight.eviction_victim(source).is_some()
             };
             let turn = self.scheduler.next(now, may)?;
             let is_waiting = |question: &Question<W, R, H>| {
-                question.flight.is_none() && question.askers.contains_key(&turn.source.asker)
+                question.in_flight.is_none() && question.askers.contains_key(&turn.source.asker)
             };
             if !self.questions.get(&turn.item).is_some_and(is_waiting) {
-                // Answered or in flight already, for another asker, or given up.
+                // Already answered, in flight for another client, or evicted.
                 self.scheduler.refund(&turn.source, now);
                 continue;
             }
-            if !self.make_room(&turn.source, yielded) {
+            if !self.make_room(&turn.source, evicted) {
                 self.scheduler.put_back(turn, now);
                 return None;
             }
@@ -207,101 +210,103 @@ impl<W, R, H> Pending<W, R, H> {
         };
         self.next += 1;
         let number = self.next;
-        self.flights.take(&source);
+        self.in_flight.take(&source);
         self.owned.insert((source.clone(), number), key.clone());
         let question = self.questions.get_mut(&key)?;
-        question.flight = Some(Flight { owner: source.clone(), number, _handle: None });
-        Some(Launch { key, owner: source.asker, route: &question.route })
+        question.in_flight = Some(InFlight { owner: source.clone(), number, _handle: None });
+        Some(NextQuery { key, owner: source.asker, route: &question.route })
     }
 
-    /// `handle` is the flight of `key`.
-    pub(crate) fn launched(&mut self, key: &Key, handle: H) {
-        if let Some(flight) =
-            self.questions.get_mut(key).and_then(|question| question.flight.as_mut())
+    /// Stores the handle of the task of `key`.
+    pub(crate) fn set_handle(&mut self, key: &Key, handle: H) {
+        if let Some(in_flight) =
+            self.questions.get_mut(key).and_then(|question| question.in_flight.as_mut())
         {
-            flight._handle = Some(handle);
+            in_flight._handle = Some(handle);
         }
     }
 
-    /// `key` is answered: who waits for it.
-    pub(crate) fn land(&mut self, key: &Key) -> VecDeque<(Asker, W)> {
+    /// Removes the entry of `key` and returns its waiters.
+    pub(crate) fn complete(&mut self, key: &Key) -> VecDeque<(Asker, W)> {
         let Some(question) = self.questions.remove(key) else { return VecDeque::new() };
-        self.end_flight(question.flight);
+        self.end_in_flight(question.in_flight);
         for (asker, _) in &question.waiters {
             self.waiters
-                .give_back(&Source { partition: key.partition.clone(), asker: asker.clone() });
+                .release(&Source { partition: key.partition.clone(), asker: asker.clone() });
         }
         question.waiters
     }
 
-    /// Those whose turn does not come in time yield. To be called at any time while anything is
-    /// remembered; it looks ten times a second.
-    pub(crate) fn expire(&mut self, now: Instant, yielded: &mut Vec<Yielded<W>>) {
-        if self.expired.is_some_and(|last| now.saturating_duration_since(last) < LOOK) {
+    /// Evicts waiters that have been queued for [`QUEUE_TIME`]. Can be called at any time; examines
+    /// the queues at most once per [`EXPIRY_INTERVAL`].
+    pub(crate) fn expire(&mut self, now: Instant, evicted: &mut Vec<Evicted<W>>) {
+        if self.expired.is_some_and(|last| now.saturating_duration_since(last) < EXPIRY_INTERVAL) {
             return;
         }
         self.expired = Some(now);
         for (source, key) in self.scheduler.expire(now, QUEUE_TIME) {
-            while self.questions.get(&key).is_some_and(|question| question.flight.is_none())
-                && self.yield_waiter(&key, &source.asker, Overload::Queue, yielded)
+            while self.questions.get(&key).is_some_and(|question| question.in_flight.is_none())
+                && self.evict_waiter(&key, &source.asker, Overload::Queue, evicted)
             {}
         }
     }
 
-    /// When to call [`Self::launch`] again for want of tokens.
+    /// When the next endpoint without tokens gets one, for [`Self::next_query`].
     pub(crate) fn wakes_at(&self) -> Option<Instant> {
         self.scheduler.wakes_at()
     }
 
-    /// Nothing is remembered of endpoints.
+    /// Whether no state of endpoints is left.
     pub(crate) fn is_idle(&self) -> bool {
         self.scheduler.is_empty()
     }
 
-    /// The oldest waiter of `source` yields: one that is queued, if there is one.
-    fn yield_oldest(
+    /// Evicts the oldest waiter of `source`, preferably a queued one. Returns whether there was
+    /// one.
+    fn evict_oldest(
         &mut self,
         source: &Source,
         reason: Overload,
-        yielded: &mut Vec<Yielded<W>>,
+        evicted: &mut Vec<Evicted<W>>,
     ) -> bool {
         while let Some(key) = self.scheduler.front(source).cloned() {
             let is_queued =
-                self.questions.get(&key).is_some_and(|question| question.flight.is_none());
-            if is_queued && self.yield_waiter(&key, &source.asker, reason, yielded) {
+                self.questions.get(&key).is_some_and(|question| question.in_flight.is_none());
+            if is_queued && self.evict_waiter(&key, &source.asker, reason, evicted) {
                 let question = self.questions.get(&key);
                 if question.is_none_or(|question| !question.askers.contains_key(&source.asker)) {
                     self.scheduler.pop_front(source);
                 }
                 return true;
             }
-            // Left from a question that another asker's turn has launched.
+            // A stale queue item: the entry was started for another client.
             self.scheduler.pop_front(source);
         }
         let oldest = self.owned.range((source.clone(), 0)..).next();
         let oldest = oldest.filter(|((owner, _), _)| owner == source).map(|(_, key)| key.clone());
-        oldest.is_some_and(|key| self.yield_waiter(&key, &source.asker, reason, yielded))
+        oldest.is_some_and(|key| self.evict_waiter(&key, &source.asker, reason, evicted))
     }
 
-    /// Sees to it that `source` may have one more flight.
-    fn make_room(&mut self, source: &Source, yielded: &mut Vec<Yielded<W>>) -> bool {
-        for _ in 0..LOOKED_AT {
-            if self.flights.allows(&source.partition) {
+    /// Evicts until `source` may have one more entry in flight. Returns whether that succeeded.
+    fn make_room(&mut self, source: &Source, evicted: &mut Vec<Evicted<W>>) -> bool {
+        for _ in 0..MAX_CANDIDATES {
+            if self.in_flight.allows(&source.partition) {
                 return true;
             }
-            let Some(largest) = self.flights.yields_to(source) else { return false };
+            let Some(largest) = self.in_flight.eviction_victim(source) else { return false };
             let oldest =
                 self.owned.range((largest.clone(), 0)..).next().map(|(_, key)| key.clone());
             let Some(key) = oldest else { return false };
-            // With its last waiter of its own it ends, or is another asker's.
+            // When the last waiter of its owner is evicted, the entry ends or moves to another
+            // client.
             while self.questions.get(&key).is_some_and(|question| {
-                question.flight.as_ref().is_some_and(|flight| flight.owner == largest)
+                question.in_flight.as_ref().is_some_and(|in_flight| in_flight.owner == largest)
             }) {
-                if !self.yield_waiter(&key, &largest.asker, Overload::Flights, yielded) {
+                if !self.evict_waiter(&key, &largest.asker, Overload::InFlight, evicted) {
                     return false;
                 }
             }
-            // A partition at its share may still be above it; one flight for another one it is.
+            // The partition may still exceed its share, but one entry has ended for the new one.
             if !self.questions.contains_key(&key) {
                 return true;
             }
@@ -309,13 +314,13 @@ impl<W, R, H> Pending<W, R, H> {
         false
     }
 
-    /// The oldest waiter of `asker` for `key` yields. Whether there was one.
-    fn yield_waiter(
+    /// Evicts the oldest waiter of `asker` for `key`. Returns whether there was one.
+    fn evict_waiter(
         &mut self,
         key: &Key,
         asker: &Asker,
         reason: Overload,
-        yielded: &mut Vec<Yielded<W>>,
+        evicted: &mut Vec<Evicted<W>>,
     ) -> bool {
         let Some(question) = self.questions.get_mut(key) else { return false };
         let Some(at) = question.waiters.iter().position(|(one, _)| one == asker) else {
@@ -323,7 +328,7 @@ impl<W, R, H> Pending<W, R, H> {
         };
         let Some((asker, waiter)) = question.waiters.remove(at) else { return false };
         let source = Source { partition: key.partition.clone(), asker };
-        self.waiters.give_back(&source);
+        self.waiters.release(&source);
         let mut is_last = false;
         if let Some(asks) = question.askers.get_mut(&source.asker) {
             *asks -= 1;
@@ -334,30 +339,30 @@ impl<W, R, H> Pending<W, R, H> {
             match question.waiters.front().map(|(asker, _)| asker.clone()) {
                 None => {
                     let question = self.questions.remove(key);
-                    self.end_flight(question.and_then(|question| question.flight));
+                    self.end_in_flight(question.and_then(|question| question.in_flight));
                 }
                 Some(next) => {
                     let next = Source { partition: key.partition.clone(), asker: next };
-                    if let Some(flight) =
-                        question.flight.as_mut().filter(|flight| flight.owner == source)
+                    if let Some(in_flight) =
+                        question.in_flight.as_mut().filter(|in_flight| in_flight.owner == source)
                     {
-                        self.flights.give_back(&source);
-                        self.flights.take(&next);
-                        self.owned.remove(&(source.clone(), flight.number));
-                        self.owned.insert((next.clone(), flight.number), key.clone());
-                        flight.owner = next;
+                        self.in_flight.release(&source);
+                        self.in_flight.take(&next);
+                        self.owned.remove(&(source.clone(), in_flight.number));
+                        self.owned.insert((next.clone(), in_flight.number), key.clone());
+                        in_flight.owner = next;
                     }
                 }
             }
         }
-        yielded.push(Yielded { waiter, asker: source.asker, reason });
+        evicted.push(Evicted { waiter, asker: source.asker, reason });
         true
     }
 
-    fn end_flight(&mut self, flight: Option<Flight<H>>) {
-        if let Some(flight) = flight {
-            self.flights.give_back(&flight.owner);
-            self.owned.remove(&(flight.owner, flight.number));
+    fn end_in_flight(&mut self, in_flight: Option<InFlight<H>>) {
+        if let Some(in_flight) = in_flight {
+            self.in_flight.release(&in_flight.owner);
+            self.owned.remove(&(in_flight.owner, in_flight.number));
         }
     }
 }

@@ -1,37 +1,37 @@
-//! `resolv.conf`: the host's read, and those of containers written (resolv.conf(5)). Pure.
+//! `resolv.conf`(5): parses that of the host and renders those of containers. Pure.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
 use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV6};
 
-/// Where containers find their server.
+/// Address of the DNS server in every container.
 pub const SERVER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 11);
-/// Its port.
+/// Port of DNS servers.
 pub const PORT: u16 = 53;
 
-/// Bytes of a file that are read: more is no list of servers.
-pub(crate) const LONGEST: u64 = 64 << 10;
+/// Maximum size of a `resolv.conf` in bytes.
+pub(crate) const MAX_FILE_SIZE: u64 = 64 << 10;
 
-/// What a `resolv.conf` says.
+/// A parsed `resolv.conf`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ResolvConf {
-    /// The servers, in order.
+    /// The servers in order, without duplicates.
     pub servers: Vec<SocketAddr>,
-    /// The domains of the last `search` or `domain` line.
+    /// The domains of the last `search` or `domain` line, which overrides previous ones.
     pub search: Vec<String>,
-    /// All options, the last of those of one name.
+    /// The options. Of options with the same name, the last one applies.
     pub options: Vec<String>,
 }
 
 impl ResolvConf {
-    /// Reads one. What glibc ignores is ignored; `scope` tells the index of an interface by name,
-    /// for `fe80::1%eth0`.
+    /// Parses a file. What glibc ignores is ignored. `scope` returns the index of an interface, for
+    /// scoped addresses such as `fe80::1%eth0`.
     #[must_use]
     pub fn parse(text: &str, scope: &dyn Fn(&str) -> Option<u32>) -> Self {
-        let mut read = Self::default();
+        let mut parsed = Self::default();
         for line in text.lines() {
-            // A comment is a whole line.
+            // Comments are whole lines.
             if line.starts_with(['#', ';']) {
                 continue;
             }
@@ -39,18 +39,18 @@ impl ResolvConf {
             match words.next() {
                 Some("nameserver") => {
                     let server = words.next().and_then(|word| server(word, scope));
-                    read.servers.extend(server.filter(|server| !read.servers.contains(server)));
+                    parsed.servers.extend(server.filter(|server| !parsed.servers.contains(server)));
                 }
-                Some("search" | "domain") => read.search = words.map(str::to_owned).collect(),
-                Some("options") => words.for_each(|word| read.set(word)),
+                Some("search" | "domain") => parsed.search = words.map(str::to_owned).collect(),
+                Some("options") => words.for_each(|word| parsed.set(word)),
                 _ => {}
             }
         }
-        // resolv.conf(5): without one, it is the server on this machine.
-        if read.servers.is_empty() {
-            read.servers.push((Ipv4Addr::LOCALHOST, PORT).into());
+        // resolv.conf(5): the default is the server on the local machine.
+        if parsed.servers.is_empty() {
+            parsed.servers.push((Ipv4Addr::LOCALHOST, PORT).into());
         }
-        read
+        parsed
     }
 
     fn set(&mut self, option: &str) {
@@ -58,11 +58,12 @@ impl ResolvConf {
         self.options.push(option.to_owned());
     }
 
-    /// The one of a container whose host has this one: `search` and `options` are the container's
-    /// own, as far as it has any.
+    /// Renders the file of a container on a host with this file. Non-empty `search` and `options`
+    /// override those of the host.
     ///
-    /// As Docker's: the host's search domains, and `ndots:0`, so that names of containers are asked
-    /// for as they are, first. A search domain `.` stands for none.
+    /// As with Docker, the search domains are those of the host, and `ndots:0` makes resolvers
+    /// query container names as they are before they append search domains. A search domain `.`
+    /// means none.
     #[must_use]
     pub fn for_container(&self, server: IpAddr, search: &[String], options: &[String]) -> String {
         let mut own = Self { options: vec!["ndots:0".to_owned()], ..Self::default() };
@@ -75,7 +76,7 @@ impl ResolvConf {
             own.set(option);
         }
         let mut text = String::from("# written by tidegate\n");
-        // Writing to a String does not fail.
+        // Writing to a `String` is infallible.
         let _ = writeln!(text, "nameserver {server}");
         if !own.search.is_empty() {
             let _ = writeln!(text, "search {}", own.search.join(" "));
@@ -85,7 +86,7 @@ impl ResolvConf {
     }
 }
 
-/// `ndots` of `ndots:2`.
+/// The name of an option: `ndots` of `ndots:2`.
 fn name_of(option: &str) -> &str {
     option.split(':').next().unwrap_or(option)
 }
@@ -112,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn servers_are_read_in_order_and_once() {
+    fn servers_are_parsed_in_order_without_duplicates() {
         let text = "# nameserver 9.9.9.9\nnameserver 127.0.0.53\n nameserver 10.0.0.1 # first\nnameserver\t127.0.0.53\nnameserver nonsense\nnameserver\n";
         assert_eq!(servers(text), ["127.0.0.53:53", "10.0.0.1:53"]);
         assert_eq!(
@@ -124,23 +125,23 @@ mod tests {
     /// resolv.conf(5): "If no nameserver entries are present, the default is to use the name server
     /// on the local machine."
     #[test]
-    fn without_servers_it_is_the_local_machine() {
+    fn the_default_server_is_the_local_machine() {
         assert_eq!(servers("search a\n"), ["127.0.0.1:53"]);
     }
 
     /// resolv.conf(5): "If multiple search or domain directives are present, the last instance is
     /// used."
     #[test]
-    fn the_last_search_line_holds() {
-        let read = parse("domain a\nsearch b c\noptions ndots:2 edns0\noptions ndots:3");
+    fn the_last_search_line_applies() {
+        let parsed = parse("domain a\nsearch b c\noptions ndots:2 edns0\noptions ndots:3");
         assert_eq!(
-            (read.search, read.options),
+            (parsed.search, parsed.options),
             (vec!["b".into(), "c".into()], vec!["edns0".into(), "ndots:3".into()])
         );
     }
 
     #[test]
-    fn a_container_has_the_hosts_search_domains_and_no_dots() {
+    fn a_container_inherits_search_domains_and_has_ndots_0() {
         let host = parse("search example.test\nnameserver 10.0.0.1\noptions ndots:2 edns0");
         let text = |search: &[&str], options: &[&str]| {
             let owned = |list: &[&str]| list.iter().map(ToString::to_string).collect::<Vec<_>>();

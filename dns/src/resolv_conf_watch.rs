@@ -1,7 +1,7 @@
-//! The host's `resolv.conf`, watched for changes by the resolver's task; [`Watch`] is for callers
-//! that wait themselves.
+//! Watches the `resolv.conf` of the host: in a task of the resolver, or through [`Watch`] by
+//! callers with their own wait.
 
-use crate::resolv_conf::{LONGEST, ResolvConf};
+use crate::resolv_conf::{MAX_FILE_SIZE, ResolvConf};
 use rustix::fs::inotify::{self, CreateFlags, Reader, WatchFlags};
 use rustix::io::Errno;
 use std::collections::BTreeSet;
@@ -17,36 +17,37 @@ use std::time::Duration;
 use tidegate_netns::{Namespace, interface_index};
 use tokio::io::unix::AsyncFd;
 
-/// How long a change has to be at rest: files are often written in pieces.
+/// Delay after a change before the file is read, because files are often written in several steps.
 pub const REST: Duration = Duration::from_millis(30);
-/// The most links that are followed (`MAXSYMLINKS` of the kernel).
-const LINKS: usize = 40;
+/// Maximum number of symbolic links that are followed (`MAXSYMLINKS` of the kernel).
+const MAX_LINKS: usize = 40;
 
-/// What a path leads to, watched for changes.
+/// An inotify watch on a path and the links that it leads through.
 ///
-/// `resolv.conf` is often a symbolic link into `/run`, replaced by renaming, or bind-mounted. So
-/// all directories that the links lead through are watched, and the file itself. After a change a
-/// new watch is to be made, for links may lead elsewhere then.
+/// `resolv.conf` is often a symbolic link into `/run`, replaced by rename(2), or a bind mount. All
+/// directories on the way and the file itself are therefore watched. A change can redirect links,
+/// so the caller creates a new watch after each change.
 ///
-/// Its descriptor can be read when something has happened; [`Self::has_changed`] tells whether that
-/// is a change.
+/// The descriptor becomes readable on any event; [`Self::has_changed`] tells whether the event is
+/// relevant.
 #[derive(Debug)]
 pub struct Watch {
     events: OwnedFd,
-    /// The names that matter in watched directories.
+    /// The relevant names in the watched directories.
     names: BTreeSet<OsString>,
 }
 
 impl Watch {
-    /// Begins to watch what `path` leads to.
+    /// Watches what `path` leads to.
     ///
     /// # Errors
-    /// `EMFILE` at `fs.inotify.max_user_instances`, `ENOSPC` at `max_user_watches`.
+    /// `EMFILE` at the limit `fs.inotify.max_user_instances`, `ENOSPC` at
+    /// `fs.inotify.max_user_watches`.
     pub fn new(path: &Path) -> io::Result<Self> {
         let events = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
         let mut names = BTreeSet::new();
         let mut path = std::path::absolute(path)?;
-        for _ in 0..LINKS {
+        for _ in 0..MAX_LINKS {
             if let (Some(directory), Some(name)) = (path.parent(), path.file_name()) {
                 let flags = WatchFlags::CREATE | WatchFlags::MOVED_TO | WatchFlags::MOVED_FROM;
                 let flags = flags | WatchFlags::CLOSE_WRITE | WatchFlags::DELETE;
@@ -56,22 +57,22 @@ impl Watch {
             let Ok(target) = path.read_link() else { break };
             path = path.parent().unwrap_or(Path::new("/")).join(target);
         }
-        // Mounted here from elsewhere, it is written there.
+        // A bind-mounted file is written in another directory.
         let itself = WatchFlags::CLOSE_WRITE | WatchFlags::DELETE_SELF | WatchFlags::MOVE_SELF;
         ignore_absent(inotify::add_watch(&events, &path, itself))?;
         Ok(Self { events, names })
     }
 
-    /// Reads what has happened, without waiting. Whether it matters.
+    /// Reads pending events without blocking. Returns whether one of them is relevant.
     ///
     /// # Errors
-    /// The descriptor cannot be read.
+    /// Errors of read(2).
     pub fn has_changed(&self) -> io::Result<bool> {
         let mut buffer = [MaybeUninit::<u8>::uninit(); 4096];
         let mut reader = Reader::new(&self.events, &mut buffer);
         loop {
             match reader.next() {
-                // Without a name it is about the file itself, or word that events were lost.
+                // An event without a name is about the file itself, or says that events were lost.
                 Ok(event) => {
                     let name = event.file_name().map(|name| name.to_string_lossy().into_owned());
                     if name.is_none_or(|name| self.names.contains(&OsString::from(name))) {
@@ -108,13 +109,13 @@ async fn changed(watch: &AsyncFd<Watch>) -> io::Result<()> {
     }
 }
 
-/// As a task waits for it.
+/// Registers the watch with the runtime.
 pub(crate) fn register(watch: Watch) -> io::Result<AsyncFd<Watch>> {
-    // SAFETY: the descriptor is open for as long as what owns it is in there.
+    // SAFETY: the `AsyncFd` owns the watch and thus the descriptor.
     Ok(unsafe { AsyncFd::register(watch) }?)
 }
 
-/// What is not there yet is seen in its directory when it comes.
+/// A missing file is reported by its directory when it is created.
 fn ignore_absent(watched: rustix::io::Result<i32>) -> io::Result<()> {
     match watched {
         Ok(_) | Err(Errno::NOENT | Errno::NOTDIR) => Ok(()),
@@ -122,49 +123,52 @@ fn ignore_absent(watched: rustix::io::Result<i32>) -> io::Result<()> {
     }
 }
 
-/// The servers of the `resolv.conf` at `path`, those of links (`fe80::1%eth0`) as seen from
-/// `outside`; `None` if it cannot be read, or is longer than any list of servers.
+/// Reads the servers of the `resolv.conf` at `path`. Interface names of scoped addresses
+/// (`fe80::1%eth0`) are resolved in the namespace `host`. Returns `None` if the file cannot be read
+/// or exceeds 64 KiB. If it does not exist, the server is 127.0.0.1.
 #[must_use]
-pub fn servers(path: &Path, outside: &Namespace) -> Option<Arc<[SocketAddr]>> {
+pub fn servers(path: &Path, host: &Namespace) -> Option<Arc<[SocketAddr]>> {
     let mut text = String::new();
     match File::open(path) {
         Ok(file) => {
-            let length = file.take(LONGEST + 1).read_to_string(&mut text);
-            length.ok().filter(|length| *length as u64 <= LONGEST)?;
+            let length = file.take(MAX_FILE_SIZE + 1).read_to_string(&mut text);
+            length.ok().filter(|length| *length as u64 <= MAX_FILE_SIZE)?;
         }
         // resolv.conf(5): "If this file does not exist, only the name server on the local machine
         // will be queried".
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(_) => return None,
     }
-    let scope = |name: &str| outside.with(|| interface_index(name)).flatten().ok();
+    let scope = |name: &str| host.with(|| interface_index(name)).flatten().ok();
     Some(ResolvConf::parse(&text, &scope).servers.into())
 }
 
-/// Tells `each` of the servers, now and whenever they may have changed, for as long as the task
-/// lives.
-pub(crate) async fn follow(
+/// Calls `each` with the servers, now and after every change. Returns only if the file can no
+/// longer be watched.
+pub(crate) async fn run(
     path: PathBuf,
-    outside: Namespace,
+    host: Namespace,
     mut watch: AsyncFd<Watch>,
     each: impl Fn(Arc<[SocketAddr]>),
 ) {
     loop {
-        match servers(&path, &outside) {
+        match servers(&path, &host) {
             Some(servers) => each(servers),
             None => {
-                tracing::warn!(path = %path.display(), "unreadable; DNS servers stay as they were");
+                tracing::warn!(path = %path.display(), "resolv.conf unreadable; DNS servers unchanged");
             }
         }
         if let Err(error) = changed(&watch).await {
-            tracing::error!(path = %path.display(), %error, "changes of DNS servers are no longer seen");
+            tracing::error!(path = %path.display(), %error, "resolv.conf no longer watched");
             return;
         }
         tokio::time::sleep(REST).await;
-        // Links may lead elsewhere now. What changes from here on is seen, and read again.
+        // Links may have changed. A change from here on is reported by the new watch.
         match Watch::new(&path).and_then(register) {
             Ok(again) => watch = again,
-            Err(error) => tracing::warn!(path = %path.display(), %error, "watch again"),
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "resolv.conf not watched again")
+            }
         }
     }
 }

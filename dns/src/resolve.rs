@@ -1,14 +1,14 @@
-//! What becomes of a question: answered from the zones, denied, refused or forwarded. Pure.
+//! Resolution of a query: answered locally, denied, refused or forwarded. Pure.
 //!
-//! Somebody at a gateway who has no endpoint there is refused. For all others, in this order:
+//! A client at a gateway without an endpoint on that network is refused. For all others, in this
+//! order:
 //!
-//! 1. a name of an endpoint on one of the asker's networks: its addresses, or for other types that
-//!    there are none;
-//! 2. the name of an address: of an endpoint's the endpoint; of any other that no public server
-//!    knows, that there is none;
-//! 3. what is nobody else's business: `localhost`, names that are reserved for not being there,
-//!    single labels, names of networks that the asker is not on;
-//! 4. everything else is forwarded, for askers with egress.
+//! 1. the name of an endpoint on a network of the client: its addresses, or NODATA for other types;
+//! 2. a reverse name: of the address of an endpoint, the endpoint; of any other private address or
+//!    an address in a subnet of any network, NXDOMAIN;
+//! 3. names that are never forwarded: `localhost`, reserved names that do not exist, names with a
+//!    single label, and names of networks that the client is not on;
+//! 4. all other names are forwarded if the client has egress.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
@@ -19,81 +19,82 @@ use crate::zone::View;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// What becomes of a question.
+/// The result of resolving a query.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Resolution<'a> {
-    /// Records, one at least.
+    /// One or more records.
     Answer(Vec<Data>),
-    /// The name is there, and has no record of that type (RFC 2308 section 2.2). Where in it the
-    /// zone begins.
+    /// The name exists but has no record of the type (RFC 2308 section 2.2). The value is the
+    /// offset of the zone in the name.
     NoData(usize),
-    /// There is no such name (RFC 2308 section 2.1). Where in it the zone begins.
+    /// The name does not exist (RFC 2308 section 2.1). The value is the offset of the zone in the
+    /// name.
     NxDomain(usize),
-    /// We do not answer this, to this asker.
+    /// The query is refused.
     Refused(Refusal),
-    /// Other servers are asked: those of this list, or the host's.
+    /// Forwarded to the servers of this list; `None`: those of the host.
     Forward(Option<&'a ServerList>),
 }
 
-/// Why a question is refused.
+/// The reason of a refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refusal {
-    /// A question about messages or transfers, not about names (RFC 6895 section 3.1: 128 to 255,
-    /// but for `ANY`).
+    /// A meta type, which is not a type of records (RFC 6895 section 3.1: 128 to 255, except
+    /// `ANY`).
     Type,
-    /// The asker is on internal networks only.
-    NoWayOut,
-    /// The asker is at a gateway and has no endpoint on its network.
-    Stranger,
+    /// The client is on internal networks only.
+    NoEgress,
+    /// The client is at a gateway and has no endpoint on that network.
+    UnknownClient,
 }
 
 impl Refusal {
-    /// Its code of RFC 8914 section 4.
+    /// The extended error code (RFC 8914 section 4).
     pub(crate) fn extended(self) -> u16 {
         match self {
-            // Not Supported, Prohibited
+            // 21: Not Supported; 18: Prohibited.
             Self::Type => 21,
-            Self::NoWayOut | Self::Stranger => 18,
+            Self::NoEgress | Self::UnknownClient => 18,
         }
     }
 }
 
-/// Settings that decide about questions.
+/// Settings of resolution.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Policy {
-    /// Unknown names without a dot are forwarded too.
+    /// Unknown names with a single label are forwarded.
     pub(crate) forward_single_labels: bool,
 }
 
-/// Resolves `name` for who sees `view`. `turn` counts questions: it is whose address comes first
-/// where several have a name.
+/// Resolves `name` (wire format, lower case) for the client of `view`. `rotation` counts queries
+/// and rotates the addresses of a name.
 pub(crate) fn resolve<'a>(
     view: &View<'a>,
     policy: Policy,
     name: &[u8],
     kind: u16,
-    turn: u32,
+    rotation: u32,
 ) -> Resolution<'a> {
-    if view.is_stranger() {
-        return Resolution::Refused(Refusal::Stranger);
+    if view.is_unknown_client() {
+        return Resolution::Refused(Refusal::UnknownClient);
     }
     if is_meta(kind) {
         return Resolution::Refused(Refusal::Type);
     }
-    if let Some(answers) = addresses(view, name, kind, turn) {
+    if let Some(answers) = addresses(view, name, kind, rotation) {
         return if answers.is_empty() {
             Resolution::NoData(0)
         } else {
             Resolution::Answer(answers)
         };
     }
-    if let Some(local) = about_addresses(view, name, kind) {
+    if let Some(local) = resolve_reverse(view, name, kind) {
         return local;
     }
-    if let Some(special) = special(name, kind) {
-        return special;
+    if let Some(reserved) = resolve_reserved(name, kind) {
+        return reserved;
     }
-    if labels(name) == 1 && !policy.forward_single_labels && !is_about_zones(kind) {
+    if labels(name) == 1 && !policy.forward_single_labels && !is_zone_query(kind) {
         return Resolution::NxDomain(name.len() - 1);
     }
     if let Some(zone) = view.hidden(name) {
@@ -102,27 +103,27 @@ pub(crate) fn resolve<'a>(
     if view.may_forward() {
         Resolution::Forward(view.servers())
     } else {
-        Resolution::Refused(Refusal::NoWayOut)
+        Resolution::Refused(Refusal::NoEgress)
     }
 }
 
-/// Types that no record has (RFC 6895 section 3.1). `ANY` asks for records.
+/// Whether `kind` is a meta type (RFC 6895 section 3.1). `ANY` requests records.
 fn is_meta(kind: u16) -> bool {
     kind == kind::OPT || (kind::TKEY..=kind::MAILA).contains(&kind)
 }
 
-/// What validating resolvers ask of top-level domains: no host is looked for by these.
-fn is_about_zones(kind: u16) -> bool {
+/// Types that validating resolvers query for top-level domains and that no address lookup uses.
+fn is_zone_query(kind: u16) -> bool {
     matches!(kind, kind::NS | kind::SOA | kind::DS | kind::DNSKEY)
 }
 
-/// The addresses of type `kind` of the endpoints that have a name: network by network, each
-/// network's turned by `turn`. `None` if it is no name.
-fn addresses(view: &View<'_>, name: &[u8], kind: u16, turn: u32) -> Option<Vec<Data>> {
+/// The addresses of type `kind` of the endpoints with a name, by network, each network rotated by
+/// `rotation`. `None` if no endpoint has the name.
+fn addresses(view: &View<'_>, name: &[u8], kind: u16, rotation: u32) -> Option<Vec<Data>> {
     let wants = |one: u16| kind == one || kind == kind::ANY;
     let mut answers = Vec::new();
     let mut is_known = false;
-    for endpoints in view.holders(name) {
+    for endpoints in view.endpoints_with_name(name) {
         let start = answers.len();
         for endpoint in endpoints {
             is_known = true;
@@ -135,24 +136,24 @@ fn addresses(view: &View<'_>, name: &[u8], kind: u16, turn: u32) -> Option<Vec<D
         }
         let of_network = &mut answers[start..];
         if of_network.len() > 1 {
-            of_network.rotate_left(turn as usize % of_network.len());
+            of_network.rotate_left(rotation as usize % of_network.len());
         }
     }
     is_known.then_some(answers)
 }
 
-/// Questions about addresses, but for those that public servers know something about.
-fn about_addresses<'a>(view: &View<'a>, name: &[u8], kind: u16) -> Option<Resolution<'a>> {
-    // What is below the name of an address or a network, as services and delegations are (RFC 6763
-    // section 11, RFC 2317), is as private as that.
+/// Resolves reverse names, except those of public addresses.
+fn resolve_reverse<'a>(view: &View<'a>, name: &[u8], kind: u16) -> Option<Resolution<'a>> {
+    // Names below a private reverse name, as for service discovery (RFC 6763 section 11) and
+    // classless delegation (RFC 2317), are private too.
     let (at, about) = suffixes(name).find_map(|(at, suffix)| Some((at, reverse(suffix)?)))?;
     match about {
-        Reverse::Of(address) | Reverse::Part(address, _) if at > 0 => {
-            let length = if let Reverse::Part(_, length) = about { length } else { u8::MAX };
+        Reverse::Address(address) | Reverse::Prefix(address, _) if at > 0 => {
+            let length = if let Reverse::Prefix(_, length) = about { length } else { u8::MAX };
             is_private(address, length).then_some(Resolution::NxDomain(at))
         }
-        Reverse::Of(address) => {
-            if let Some(endpoint) = view.holder(address) {
+        Reverse::Address(address) => {
+            if let Some(endpoint) = view.endpoint_with_address(address) {
                 let asks = matches!(kind, kind::PTR | kind::ANY);
                 let pointer = || vec![Data::Ptr(endpoint.canonical.clone())];
                 return Some(if asks {
@@ -162,36 +163,36 @@ fn about_addresses<'a>(view: &View<'a>, name: &[u8], kind: u16) -> Option<Resolu
                 });
             }
             let private = private_zone(name, address);
-            if private.is_none() && !view.is_inside(address) {
+            if private.is_none() && !view.is_in_any_subnet(address) {
                 return None;
             }
             Some(Resolution::NxDomain(private.unwrap_or(0)))
         }
-        // The zone itself, or part of one.
-        Reverse::Part(address, length) => {
+        // The zone itself, or a part of it.
+        Reverse::Prefix(address, length) => {
             is_private(address, length).then_some(Resolution::NoData(0))
         }
     }
 }
 
-/// Whether all addresses that have the first `length` bits of `address` are private.
+/// Whether all addresses in `address`/`length` are private.
 fn is_private(address: IpAddr, length: u8) -> bool {
     private_nets().any(|net| net.contains(&address) && net.prefix_len() <= length)
 }
 
-/// Where in `name`, which is that of `address`, the private zone begins that it is in.
+/// The offset in `name`, the reverse name of `address`, of the private zone that contains it.
 fn private_zone(name: &[u8], address: IpAddr) -> Option<usize> {
     let net = private_nets().find(|net| net.contains(&address))?;
-    // Labels of `in-addr.arpa` or `ip6.arpa`, and those of the network's octets or nibbles, the
-    // last one begun perhaps.
+    // The two labels of `in-addr.arpa` or `ip6.arpa`, and those of the octets or nibbles of the
+    // network, the last one possibly partial.
     let bits = if address.is_ipv4() { 8 } else { 4 };
     let keeps = 2 + usize::from(net.prefix_len().div_ceil(bits));
     let drops = labels(name).checked_sub(keeps)?;
     suffixes(name).nth(drops).map(|(at, _)| at)
 }
 
-/// Networks whose addresses have no names outside of where they are used (RFC 6303 section 4, RFC
-/// 1918, RFC 6598, RFC 4193).
+/// Networks whose addresses have no public reverse names (RFC 6303 section 4, RFC 1918, RFC 6598,
+/// RFC 4193).
 fn private_nets() -> impl Iterator<Item = IpNet> {
     const V4: [(Ipv4Addr, u8); 10] = [
         (Ipv4Addr::new(0, 0, 0, 0), 8),
@@ -216,8 +217,8 @@ fn private_nets() -> impl Iterator<Item = IpNet> {
     v4.chain(V6.into_iter().map(|(ip, length)| IpNet::V6(Ipv6Net::new_assert(ip, length))))
 }
 
-/// Names that no server has to be asked about.
-fn special(name: &[u8], kind: u16) -> Option<Resolution<'static>> {
+/// Resolves reserved names.
+fn resolve_reserved(name: &[u8], kind: u16) -> Option<Resolution<'static>> {
     let ends_with =
         |zone: &[u8]| suffixes(name).find(|(_, suffix)| *suffix == zone).map(|(at, _)| at);
     // RFC 6761 section 6.3: "Caching DNS servers SHOULD recognize localhost names as special and
@@ -235,7 +236,7 @@ fn special(name: &[u8], kind: u16) -> Option<Resolution<'static>> {
 }
 
 impl Resolution<'_> {
-    /// The code that an answer to this has.
+    /// The response code.
     pub(crate) fn rcode(&self) -> Rcode {
         match self {
             Self::Answer(_) | Self::NoData(_) | Self::Forward(_) => Rcode::NoError,

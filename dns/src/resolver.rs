@@ -1,8 +1,8 @@
-//! The names of all networks, and the servers that tell them.
+//! The resolver: networks, endpoints and the servers of containers and gateways.
 
 use crate::error::{ServeError, StartError, ZoneError};
-use crate::forward::{Bounds, Forwarder, Ways, dispatch};
-use crate::metrics::{self, Fill, NetworkStats, ProcessMetrics, Questions, Upstream};
+use crate::forward::{Bounds, Forwarder, Namespaces, dispatch};
+use crate::metrics::{self, NetworkStats, ProcessMetrics, Questions, Upstream, Usage};
 use crate::partition::{Partition, Shares};
 use crate::resolv_conf_watch::{self, Watch};
 use crate::resolve::Policy;
@@ -20,57 +20,58 @@ use tidegate_netns::Namespace;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
-/// What a resolver is made with.
+/// Settings of a [`Resolver`].
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// The namespace that questions for other servers go out from: the host's, so that 127.0.0.53
-    /// is the host's.
-    pub outside: Namespace,
-    /// The namespace that networks are in, for servers that are on one of them. The host's, but for
-    /// an ordinary user.
+    /// The namespace from which upstream servers are queried: that of the host, so that 127.0.0.53
+    /// is the server of the host.
+    pub host: Namespace,
+    /// The namespace of the networks, for upstream servers with an address in one of their subnets.
+    /// It differs from that of the host in rootless mode.
     pub networks: Namespace,
-    /// The file that names the host's servers.
+    /// The file with the upstream servers of the host. Default: `/etc/resolv.conf`.
     pub resolv_conf: PathBuf,
-    /// How long clients may keep what we say of endpoints. Whole seconds.
+    /// TTL of local records, in whole seconds. Default: 5 s.
     pub ttl: Duration,
-    /// Names without a dot that no endpoint has are forwarded. Docker does that; it tells the
-    /// outside what services are called, and has the outside answer for those that are down.
+    /// Forward names with a single label that no endpoint has, as Docker does. This discloses names
+    /// of services to upstream servers, and lets those servers answer for services that are down.
+    /// Default: `false`.
     pub forward_single_labels: bool,
-    /// How many networks, endpoints and names there may be.
+    /// Limits of networks, endpoints and names.
     pub limits: Limits,
-    /// Different lists of servers, of networks and containers.
+    /// Limit of different lists of upstream servers of networks and containers. Default: 1024.
     pub server_lists: usize,
-    /// Bytes of answers of other servers that are kept.
+    /// Size of the cache in bytes. Default: 8 MiB.
     pub cache: usize,
-    /// Different questions that are with other servers at once. Askers that are on the same
-    /// networks get two thirds of it at most, and so of the other limits of all askers.
+    /// Limit of outstanding upstream queries. Clients on the same networks get at most two thirds
+    /// of this and of the other limits that are shared by all clients. Default: 8192.
     pub in_flight: usize,
-    /// Clients that wait for other servers at once, for their turn or for an answer.
+    /// Limit of clients that wait in the queue or for a response. Default: 32,768.
     pub waiting: usize,
-    /// The same of one endpoint, one at least.
+    /// Limit of waiting clients of one endpoint, at least 1. Default: 6144.
     pub waiting_of_one: usize,
-    /// Questions of one endpoint that are forwarded to other servers in a second, and that may go
-    /// at once after a second of silence; one at least.
+    /// Queries per second that are forwarded for one endpoint, at least 1. The burst has the same
+    /// size, after a second without queries. Default: 2000.
     pub forward_rate: u32,
-    /// UDP sockets that questions go out from at once. One has a single question while there are
-    /// enough.
+    /// Limit of UDP sockets for upstream queries. While it is not reached, each query has its own.
+    /// Default: 1024.
     pub source_ports: usize,
-    /// Letters of names are sent to other servers in a random case, which their answers must
-    /// repeat.
+    /// Send names to upstream servers in random case, which the response has to repeat ("0x20").
+    /// Default: `true`.
     pub mixed_case: bool,
-    /// TCP clients of one server.
+    /// Limit of TCP clients of one server, at least 1. Default: 128.
     pub tcp_clients: usize,
-    /// TCP clients of all servers.
+    /// Limit of TCP clients of all servers. Default: 4096.
     pub tcp_clients_in_all: usize,
 }
 
 impl Settings {
-    /// The usual ones.
+    /// The defaults, with networks in the namespace of the host.
     #[must_use]
-    pub fn new(outside: Namespace) -> Self {
+    pub fn new(host: Namespace) -> Self {
         Self {
-            networks: outside.clone(),
-            outside,
+            networks: host.clone(),
+            host,
             resolv_conf: PathBuf::from("/etc/resolv.conf"),
             ttl: Duration::from_secs(5),
             forward_single_labels: false,
@@ -89,35 +90,35 @@ impl Settings {
     }
 }
 
-/// What is known of servers in the namespaces that questions go out from.
+/// Addresses of servers in the namespaces from which queries are sent.
 #[derive(Default)]
 struct Host {
-    /// Where we are ourselves, and how often.
-    ourselves: BTreeMap<SocketAddr, usize>,
-    /// Those of the host's file.
+    /// Addresses of servers of this resolver, with their number.
+    own_addresses: BTreeMap<SocketAddr, usize>,
+    /// The servers in the `resolv.conf` of the host.
     servers: Arc<[SocketAddr]>,
 }
 
-/// What every server has in common.
+/// State that all servers share.
 pub(crate) struct Shared {
     zones: RwLock<Zones>,
     lists: Mutex<ServerLists>,
     host: Mutex<Host>,
     pub(crate) forwarder: Arc<Forwarder>,
-    /// The host's servers, for whoever wants to hear of them.
-    told: watch::Sender<Arc<[SocketAddr]>>,
+    /// The upstream servers of the host, for subscribers.
+    announced: watch::Sender<Arc<[SocketAddr]>>,
     pub(crate) policy: Policy,
     pub(crate) ttl: u32,
-    pub(crate) ways: Ways,
+    pub(crate) namespaces: Namespaces,
     pub(crate) tcp_clients: usize,
-    /// TCP clients of all servers.
+    /// The TCP clients of all servers.
     pub(crate) connections: Mutex<Shares>,
     pub(crate) metrics: Arc<ProcessMetrics>,
 }
 
 impl Shared {
     pub(crate) fn zones(&self) -> RwLockReadGuard<'_, Zones> {
-        // What is in there holds after every change.
+        // Invariants hold after every change, so a poisoned lock is usable.
         self.zones.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -125,48 +126,48 @@ impl Shared {
         self.zones.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// We are at `address` from now on.
-    pub(crate) fn ourselves(&self, address: SocketAddr) {
+    /// Records that this resolver serves at `address`.
+    pub(crate) fn add_own_address(&self, address: SocketAddr) {
         let mut host = lock(&self.host);
-        *host.ourselves.entry(address).or_default() += 1;
-        self.tell_forwarder(&host);
+        *host.own_addresses.entry(address).or_default() += 1;
+        self.update_host_servers(&host);
     }
 
-    pub(crate) fn no_longer_ourselves(&self, address: SocketAddr) {
+    pub(crate) fn remove_own_address(&self, address: SocketAddr) {
         let mut host = lock(&self.host);
-        if let Some(count) = host.ourselves.get_mut(&address) {
+        if let Some(count) = host.own_addresses.get_mut(&address) {
             *count -= 1;
             if *count == 0 {
-                host.ourselves.remove(&address);
+                host.own_addresses.remove(&address);
             }
         }
-        self.tell_forwarder(&host);
+        self.update_host_servers(&host);
     }
 
     fn host_servers(&self, servers: Arc<[SocketAddr]>) {
         let mut host = lock(&self.host);
         host.servers = servers;
-        self.tell_forwarder(&host);
+        self.update_host_servers(&host);
     }
 
-    /// The host's servers are those of its file but for ourselves: we would ask ourselves, and so
-    /// on.
-    fn tell_forwarder(&self, host: &Host) {
-        let is_own = |server: &SocketAddr| host.ourselves.contains_key(server);
+    /// Sets the upstream servers of the host: those of its file without addresses of this resolver,
+    /// which would be a forwarding loop.
+    fn update_host_servers(&self, host: &Host) {
+        let is_own = |server: &SocketAddr| host.own_addresses.contains_key(server);
         let (own, others): (Vec<_>, Vec<_>) = host.servers.iter().copied().partition(is_own);
         for server in own {
-            tracing::warn!(%server, "a DNS server of the host is tidegate itself, and is not asked");
+            tracing::warn!(%server, "DNS server in resolv.conf is tidegate itself; skipped");
         }
         let others: Arc<[SocketAddr]> = others.into();
-        self.told.send_if_modified(|told| {
-            let changed = *told != others;
-            told.clone_from(&others);
+        self.announced.send_if_modified(|announced| {
+            let changed = *announced != others;
+            announced.clone_from(&others);
             changed
         });
         self.forwarder.set_host(others);
     }
 
-    /// Takes a place for a TCP client of `partition`, until the value is dropped.
+    /// Admits a TCP client of `partition` until the value is dropped. `None` at the limit.
     pub(crate) fn admit(self: &Arc<Self>, partition: Partition) -> Option<Admitted> {
         let mut connections = lock(&self.connections);
         connections.allows(&partition).then(|| {
@@ -175,22 +176,22 @@ impl Shared {
         })
     }
 
-    /// The list of `servers`, which `of` is to have.
+    /// The list of `servers`, for the network or container that `of` names.
     fn list(
         &self,
         of: impl Fn() -> String,
         servers: &[SocketAddr],
     ) -> Result<Option<ServerList>, ZoneError> {
         if let Some(server) =
-            servers.iter().find(|server| lock(&self.host).ourselves.contains_key(server))
+            servers.iter().find(|server| lock(&self.host).own_addresses.contains_key(server))
         {
-            return Err(ZoneError::Ourselves { of: of(), server: *server });
+            return Err(ZoneError::OwnAddress { of: of(), server: *server });
         }
         lock(&self.lists).get(servers).map_err(|TooManyLists| ZoneError::TooManyServerLists(of()))
     }
 }
 
-/// The place of a TCP client among those of all servers.
+/// An admitted TCP client.
 pub(crate) struct Admitted {
     shared: Arc<Shared>,
     partition: Partition,
@@ -198,7 +199,7 @@ pub(crate) struct Admitted {
 
 impl Drop for Admitted {
     fn drop(&mut self) {
-        lock(&self.shared.connections).give_back(&self.partition, 1);
+        lock(&self.shared.connections).release(&self.partition, 1);
     }
 }
 
@@ -208,21 +209,22 @@ impl fmt::Debug for Shared {
     }
 }
 
-/// The names of networks. Changes are seen by the next question.
+/// A DNS resolver for networks of containers. A change applies to the next query.
 ///
-/// Made, and asked to serve, within a tokio runtime that has I/O and time: it panics outside of
-/// one, as tokio does. Follows the host's servers until it is dropped.
+/// [`Self::new`], [`Self::serve`] and [`Self::serve_gateway`] require a tokio runtime with I/O and
+/// time enabled, and panic outside of one. The resolver watches the `resolv.conf` of the host until
+/// it is dropped.
 #[derive(Debug)]
 pub struct Resolver {
     shared: Arc<Shared>,
-    follower: AbortHandle,
+    watcher: AbortHandle,
 }
 
 impl Resolver {
-    /// One without networks.
+    /// Creates a resolver without networks.
     ///
     /// # Errors
-    /// [`StartError`]: the host's `resolv.conf` cannot be watched.
+    /// [`StartError`]: the `resolv.conf` of the host cannot be watched.
     pub fn new(settings: Settings) -> Result<Self, StartError> {
         let path = settings.resolv_conf;
         let watch = Watch::new(&path)
@@ -230,68 +232,68 @@ impl Resolver {
             .map_err(|source| StartError::Watch { path: path.clone(), source })?;
         let metrics = Arc::new(ProcessMetrics::new());
         let bounds = Bounds {
-            flights: settings.in_flight,
+            in_flight: settings.in_flight,
             waiters: settings.waiting,
-            waiters_of_one: settings.waiting_of_one,
+            waiters_per_endpoint: settings.waiting_of_one,
             rate: settings.forward_rate,
             cache: settings.cache,
             ports: settings.source_ports,
         };
         let mixed_case = settings.mixed_case;
-        let outside = settings.outside;
-        let ways = Ways { outside: outside.clone(), networks: settings.networks };
+        let namespace = settings.host;
+        let namespaces = Namespaces { host: namespace.clone(), networks: settings.networks };
         let shared = Arc::new(Shared {
             zones: RwLock::new(Zones::new(settings.limits)),
             lists: Mutex::new(ServerLists::new(settings.server_lists)),
             host: Mutex::default(),
-            told: watch::Sender::new(Arc::default()),
+            announced: watch::Sender::new(Arc::default()),
             forwarder: Arc::new(Forwarder::new(
-                ways.clone(),
+                namespaces.clone(),
                 bounds,
                 mixed_case,
                 Arc::clone(&metrics),
             )),
             policy: Policy { forward_single_labels: settings.forward_single_labels },
             ttl: u32::try_from(settings.ttl.as_secs()).unwrap_or(u32::MAX),
-            ways,
+            namespaces,
             tcp_clients: settings.tcp_clients.max(1),
             connections: Mutex::new(Shares::new(settings.tcp_clients_in_all)),
             metrics,
         });
-        // Before anybody can ask.
-        if let Some(servers) = resolv_conf_watch::servers(&path, &outside) {
+        // Before the first query.
+        if let Some(servers) = resolv_conf_watch::servers(&path, &namespace) {
             shared.host_servers(servers);
         }
-        // It ends with the last server.
+        // The task ends when the forwarder is dropped.
         tokio::spawn(dispatch(Arc::clone(&shared.forwarder)));
-        let following = Arc::clone(&shared);
-        let each = move |servers| following.host_servers(servers);
-        let follower =
-            tokio::spawn(resolv_conf_watch::follow(path, outside, watch, each)).abort_handle();
-        Ok(Self { shared, follower })
+        let watched = Arc::clone(&shared);
+        let each = move |servers| watched.host_servers(servers);
+        let watcher =
+            tokio::spawn(resolv_conf_watch::run(path, namespace, watch, each)).abort_handle();
+        Ok(Self { shared, watcher })
     }
 
-    /// Adds a network, without endpoints.
+    /// Adds a network without endpoints.
     ///
     /// # Errors
-    /// [`ZoneError`]; nothing has changed then.
+    /// [`ZoneError`]; nothing was changed.
     pub fn add_network(&self, spec: &NetworkSpec) -> Result<(), ZoneError> {
         let servers = self.shared.list(|| format!("network {:?}", spec.name), &spec.servers)?;
         let stats = Arc::new(NetworkStats::new(&spec.name));
         self.shared.zones_mut().add_network(spec, servers, stats)
     }
 
-    /// Removes a network with its endpoints. Whether it was there.
+    /// Removes a network and its endpoints. Returns whether it existed.
     pub fn remove_network(&self, name: &str) -> bool {
         self.shared.zones_mut().remove_network(name)
     }
 
-    /// Adds an endpoint to a network, or puts it in the place of the one that the container has
-    /// there under the same name. Names that other containers have as well are answered with the
-    /// addresses of all of them, and logged.
+    /// Adds an endpoint to a network, or replaces the endpoint that the container has there with
+    /// the same name. A name that several containers have resolves to the addresses of all of them,
+    /// which is logged.
     ///
     /// # Errors
-    /// [`ZoneError`]; nothing has changed then.
+    /// [`ZoneError`]; nothing was changed.
     pub fn add_endpoint(&self, network: &str, spec: &EndpointSpec) -> Result<(), ZoneError> {
         let shared = self.shared.zones_mut().add_endpoint(network, spec)?;
         if !shared.is_empty() {
@@ -300,23 +302,25 @@ impl Resolver {
                 network,
                 endpoint = spec.name,
                 names,
-                "several containers have these names; all of them answer"
+                "names shared by several containers; resolved to all of them"
             );
         }
         Ok(())
     }
 
-    /// Removes the endpoint that `container` has on a network under `name`. Whether it was there.
+    /// Removes the endpoint that `container` has on `network` with the name `name`. Returns whether
+    /// it existed.
     pub fn remove_endpoint(&self, network: &str, container: &str, name: &str) -> bool {
         self.shared.zones_mut().remove_endpoint(network, container, name)
     }
 
-    /// Serves a container at 127.0.0.11:53 in its namespace, whose `lo` is up. What it is told
-    /// depends on the endpoints that it has at the time of each question. It may take as long as
-    /// root in the container likes, as to repair a [`Serving`] may.
+    /// Serves a container at 127.0.0.11:53 in its namespace, whose `lo` has to be up. A query is
+    /// resolved by the endpoints that the container has at that time. Root in the container can
+    /// delay this call for any length of time (nftables transactions), as it can
+    /// [`Serving::repair`].
     ///
     /// # Errors
-    /// [`ServeError`]: above all, that the port is taken.
+    /// [`ServeError`], typically because the port is in use.
     pub fn serve(
         &self,
         namespace: &Namespace,
@@ -327,11 +331,11 @@ impl Resolver {
         server::in_container(&self.shared, namespace, container, options.listen, servers)
     }
 
-    /// Serves a network at its gateway's address, to those who come in by `device`, its bridge.
-    /// They are told apart by their addresses.
+    /// Serves a network at the address of its gateway, on its bridge `device` only. Clients are
+    /// identified by their source address.
     ///
     /// # Errors
-    /// [`ServeError`]: above all, that the port is taken.
+    /// [`ServeError`], typically because the port is in use.
     pub fn serve_gateway(
         &self,
         namespace: &Namespace,
@@ -342,24 +346,25 @@ impl Resolver {
         server::at_gateway(&self.shared, namespace, network, gateway, device)
     }
 
-    /// From now on these are the indexes of the bridges of all networks, in [`Settings::networks`].
-    /// What comes in by a bridge is no answer of a server that is not on a network: a container has
-    /// forged it. To be called again when a bridge is made anew, which gives it another index.
+    /// Sets the interface indexes of the bridges of all networks in [`Settings::networks`]. A
+    /// datagram that arrives on a bridge is not accepted as a response of a server that is not on a
+    /// network, because a container has forged it. Has to be called again when a bridge is
+    /// recreated, because its index changes.
     pub fn set_bridges(&self, indexes: impl IntoIterator<Item = u32>) {
         self.shared.forwarder.bridges().set(indexes.into_iter().collect());
     }
 
-    /// The host's servers as they are asked, now and from here on.
+    /// The upstream servers of the host that are in use, and their changes.
     #[must_use]
     pub fn host_servers(&self) -> watch::Receiver<Arc<[SocketAddr]>> {
-        self.shared.told.subscribe()
+        self.shared.announced.subscribe()
     }
 
-    /// Writes the families of networks and servers in the text format of Prometheus (exposition
-    /// format 0.0.4).
+    /// Writes the metric families of networks, upstream servers and tables in the text format of
+    /// Prometheus (exposition format 0.0.4).
     ///
     /// # Errors
-    /// Only those of `page`.
+    /// Errors of `page`.
     pub fn describe(&self, page: &mut impl Write) -> fmt::Result {
         let networks = self.shared.zones().stats();
         let figures = self.shared.forwarder.figures();
@@ -368,28 +373,28 @@ impl Resolver {
             &figures,
             page,
         )?;
-        metrics::describe_fill(&self.fill(), page)
+        metrics::describe_usage(&self.usage(), page)
     }
 
-    /// How full the tables are.
+    /// Usage of the tables.
     #[must_use]
-    pub fn fill(&self) -> Fill {
-        let fill = self.shared.forwarder.fill();
+    pub fn usage(&self) -> Usage {
+        let usage = self.shared.forwarder.usage();
         let connections = lock(&self.shared.connections);
-        Fill {
+        Usage {
             tcp_clients: [connections.taken(), connections.taken() + connections.free()],
-            ..fill
+            ..usage
         }
     }
 
-    /// What the networks have asked, by name.
+    /// Query counts by name of the network.
     #[must_use]
     pub fn questions(&self) -> Vec<(String, Questions)> {
         let networks = self.shared.zones().stats();
         networks.iter().map(|(stats, _)| (stats.name().to_owned(), stats.questions())).collect()
     }
 
-    /// How the servers are that questions are forwarded to.
+    /// State of the upstream servers.
     #[must_use]
     pub fn upstreams(&self) -> Vec<Upstream> {
         let upstream = |(server, trusted, figures): (SocketAddr, bool, Figures)| Upstream {
@@ -407,17 +412,18 @@ impl Resolver {
 
 impl Drop for Resolver {
     fn drop(&mut self) {
-        self.follower.abort();
+        self.watcher.abort();
     }
 }
 
-/// How a container is served.
+/// Options of [`Resolver::serve`].
 #[derive(Clone, Debug, Default)]
 pub struct ServeOptions {
-    /// How port 53 is come by.
+    /// How the server gets queries to port 53.
     pub listen: Listen,
-    /// Servers of the container's own; empty for those of its networks, or the host's. They are
-    /// asked from the host's namespace, and for containers on internal networks only not at all.
+    /// Upstream servers of the container; empty for those of its networks or the host. They are
+    /// queried from the namespace of the host. A container on internal networks only has no
+    /// upstream servers.
     pub servers: Vec<SocketAddr>,
 }
 

@@ -1,22 +1,22 @@
-//! In which order questions are forwarded, and how many of each endpoint in a second. Pure.
+//! Order in which queries are forwarded, and rate limit per endpoint. Pure.
 //!
 //! # Theory of operation
 //!
 //! ```text
 //!            ┌ partition ┬ endpoint: queue, tokens
-//! next() ──► │           └ endpoint: queue, tokens      one question of one endpoint of one
-//!            └ partition ─ endpoint: queue, tokens      partition after the other
+//! next() ──► │           └ endpoint: queue, tokens      round robin over partitions, and within
+//!            └ partition ─ endpoint: queue, tokens      a partition over its endpoints
 //! ```
 //!
-//! Each endpoint has a queue, and a token bucket that bounds how many of its questions are
-//! forwarded in a second. Partitions take turns, and within a partition its endpoints: deficit
-//! round robin (Shreedhar and Varghese 1995) where every question costs the same, so that there is
-//! no deficit to carry over. However many questions one endpoint has, a question of another one
-//! waits for one question of each endpoint that has tokens.
+//! Each endpoint has a queue, and a token bucket that limits how many of its queries are forwarded
+//! per second. Round robin over partitions, and within a partition over its endpoints: deficit
+//! round robin (Shreedhar and Varghese 1995) with equal costs, so that no deficit is carried over.
+//! A query waits for at most one query of each other endpoint with tokens, however many queries
+//! another endpoint has queued.
 //!
-//! The token bucket is the virtual scheduling form of GCRA (ITU-T I.371): `due` is when the next
-//! question would be due at exactly the rate, and a question may go while `due` is less than a
-//! burst ahead. An endpoint without tokens is *parked* until it has one.
+//! The token bucket is the virtual scheduling form of GCRA (ITU-T I.371): `due` is the time of the
+//! next query at exactly the rate, and a query may be forwarded while `due` is less than a burst
+//! ahead. An endpoint without tokens is *parked* until it has one.
 //!
 //! ```text
 //! idle ──push──► ready ──next──► ready, parked or idle
@@ -30,13 +30,13 @@ use crate::zone::Asker;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
-/// Questions in a second that are forwarded for one endpoint, and how many may go at once after a
-/// second of silence.
+/// Queries per second that are forwarded for one endpoint. The burst has the same size, after a
+/// second without queries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Rate(u32);
 
 impl Rate {
-    /// `per_second`, one at least.
+    /// `per_second`, at least 1.
     pub(crate) fn new(per_second: u32) -> Self {
         Self(per_second.max(1))
     }
@@ -49,7 +49,7 @@ impl Rate {
         Duration::from_secs(1) / self.0
     }
 
-    /// How far ahead `due` may be.
+    /// Maximum lead of `due`.
     fn tolerance(self) -> Duration {
         self.interval() * (self.0 - 1)
     }
@@ -61,47 +61,47 @@ enum State {
     Idle,
     /// In the ring of its partition.
     Ready,
-    /// Waits for a token.
+    /// Waiting for a token.
     Parked,
 }
 
-/// What one endpoint has queued.
+/// The queue of one endpoint.
 #[derive(Debug)]
-struct Lane<T> {
-    /// The oldest first, with the time that it was queued at.
+struct EndpointQueue<T> {
+    /// Oldest first, with the enqueue time.
     queue: VecDeque<(Instant, T)>,
     due: Instant,
     state: State,
 }
 
-/// What is next.
+/// A selected item.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Turn<T> {
     pub(crate) source: Source,
     pub(crate) item: T,
-    /// When it was queued.
+    /// The enqueue time.
     at: Instant,
 }
 
 #[derive(Debug)]
-struct Group<T> {
-    lanes: BTreeMap<Asker, Lane<T>>,
-    /// Those that are ready.
+struct PartitionQueue<T> {
+    endpoints: BTreeMap<Asker, EndpointQueue<T>>,
+    /// Ready endpoints.
     ring: VecDeque<Asker>,
 }
 
-impl<T> Default for Group<T> {
+impl<T> Default for PartitionQueue<T> {
     fn default() -> Self {
-        Self { lanes: BTreeMap::new(), ring: VecDeque::new() }
+        Self { endpoints: BTreeMap::new(), ring: VecDeque::new() }
     }
 }
 
-/// All queues. The caller bounds how much is in them.
+/// The queues of all endpoints. The caller limits the number of items.
 #[derive(Debug)]
 pub(crate) struct Scheduler<T> {
     rate: Rate,
-    groups: BTreeMap<Partition, Group<T>>,
-    /// Partitions that have an endpoint that is ready, each once.
+    partitions: BTreeMap<Partition, PartitionQueue<T>>,
+    /// Partitions with a ready endpoint, each once.
     ring: VecDeque<Partition>,
     parked: BTreeSet<(Instant, Source)>,
     queued: usize,
@@ -111,7 +111,7 @@ impl<T> Scheduler<T> {
     pub(crate) fn new(rate: Rate) -> Self {
         Self {
             rate,
-            groups: BTreeMap::new(),
+            partitions: BTreeMap::new(),
             ring: VecDeque::new(),
             parked: BTreeSet::new(),
             queued: 0,
@@ -122,45 +122,44 @@ impl<T> Scheduler<T> {
         self.rate
     }
 
-    /// How many are queued.
+    /// Number of queued items.
     pub(crate) fn queued(&self) -> usize {
         self.queued
     }
 
-    /// Nothing is queued and every bucket is full: nothing is remembered.
+    /// Whether nothing is queued and every bucket is full, so that no state is left.
     pub(crate) fn is_empty(&self) -> bool {
-        self.groups.is_empty()
+        self.partitions.is_empty()
     }
 
-    /// Queues `item` behind the others of `source`.
+    /// Appends `item` to the queue of `source`.
     pub(crate) fn push(&mut self, source: &Source, item: T, now: Instant) {
-        let group = self.groups.entry(source.partition.clone()).or_default();
-        let lane = group.lanes.entry(source.asker.clone()).or_insert_with(|| Lane {
-            queue: VecDeque::new(),
-            due: now,
-            state: State::Idle,
+        let group = self.partitions.entry(source.partition.clone()).or_default();
+        let endpoint = group.endpoints.entry(source.asker.clone()).or_insert_with(|| {
+            EndpointQueue { queue: VecDeque::new(), due: now, state: State::Idle }
         });
-        lane.queue.push_back((now, item));
+        endpoint.queue.push_back((now, item));
         self.queued += 1;
         self.place(source, now);
     }
 
-    /// The oldest that `source` has queued.
+    /// The oldest queued item of `source`.
     pub(crate) fn front(&self, source: &Source) -> Option<&T> {
-        let lane = self.groups.get(&source.partition)?.lanes.get(&source.asker)?;
-        lane.queue.front().map(|(_, item)| item)
+        let endpoint = self.partitions.get(&source.partition)?.endpoints.get(&source.asker)?;
+        endpoint.queue.front().map(|(_, item)| item)
     }
 
-    /// Takes the oldest that `source` has queued out of the queue.
+    /// Removes the oldest queued item of `source`.
     pub(crate) fn pop_front(&mut self, source: &Source) -> Option<T> {
-        // It stays in its ring, and is idle when its turn comes.
-        let lane = self.groups.get_mut(&source.partition)?.lanes.get_mut(&source.asker)?;
-        let (_, item) = lane.queue.pop_front()?;
+        // The endpoint stays in the ring and becomes idle when it is selected.
+        let endpoint =
+            self.partitions.get_mut(&source.partition)?.endpoints.get_mut(&source.asker)?;
+        let (_, item) = endpoint.queue.pop_front()?;
         self.queued -= 1;
         Some(item)
     }
 
-    /// Takes the next one out of the queues, of a source that `allows` allows, and a token for it.
+    /// Selects the next item of a source for which `allows` is true, and takes a token for it.
     pub(crate) fn next(
         &mut self,
         now: Instant,
@@ -170,7 +169,7 @@ impl<T> Scheduler<T> {
         for _ in 0..self.ring.len() {
             let partition = self.ring.pop_front()?;
             let taken = self.next_of(&partition, now, &mut allows);
-            if self.groups.get(&partition).is_some_and(|group| !group.ring.is_empty()) {
+            if self.partitions.get(&partition).is_some_and(|group| !group.ring.is_empty()) {
                 self.ring.push_back(partition);
             }
             if taken.is_some() {
@@ -180,7 +179,7 @@ impl<T> Scheduler<T> {
         None
     }
 
-    /// The next one of `partition`, which is not in the ring.
+    /// The next item of `partition`, which the caller has removed from the ring.
     fn next_of(
         &mut self,
         partition: &Partition,
@@ -188,12 +187,12 @@ impl<T> Scheduler<T> {
         allows: &mut impl FnMut(&Source) -> bool,
     ) -> Option<Turn<T>> {
         let interval = self.rate.interval();
-        let group = self.groups.get_mut(partition)?;
+        let group = self.partitions.get_mut(partition)?;
         for _ in 0..group.ring.len() {
             let asker = group.ring.pop_front()?;
-            let Some(lane) = group.lanes.get_mut(&asker) else { continue };
-            if lane.queue.is_empty() {
-                lane.state = State::Idle;
+            let Some(endpoint) = group.endpoints.get_mut(&asker) else { continue };
+            if endpoint.queue.is_empty() {
+                endpoint.state = State::Idle;
                 continue;
             }
             let source = Source { partition: partition.clone(), asker };
@@ -201,11 +200,12 @@ impl<T> Scheduler<T> {
                 group.ring.push_back(source.asker);
                 continue;
             }
-            let (at, item) = lane.queue.pop_front()?;
+            let (at, item) = endpoint.queue.pop_front()?;
             self.queued -= 1;
-            lane.due = lane.due.max(now) + interval;
-            lane.state = State::Idle;
-            let place = if lane.queue.is_empty() { None } else { Some(self.rate.place(lane, now)) };
+            endpoint.due = endpoint.due.max(now) + interval;
+            endpoint.state = State::Idle;
+            let place =
+                if endpoint.queue.is_empty() { None } else { Some(self.rate.place(endpoint, now)) };
             match place {
                 Some(None) => group.ring.push_back(source.asker.clone()),
                 Some(Some(until)) => drop(self.parked.insert((until, source.clone()))),
@@ -216,26 +216,26 @@ impl<T> Scheduler<T> {
         None
     }
 
-    /// Gives what [`Self::next`] has returned back to the front of its queue, with its token.
+    /// Returns an item of [`Self::next`] to the front of its queue, with its token.
     pub(crate) fn put_back(&mut self, turn: Turn<T>, now: Instant) {
         let Turn { source, item, at } = turn;
         self.refund(&source, now);
-        if let Some(lane) = self.lane(&source) {
-            lane.queue.push_front((at, item));
+        if let Some(endpoint) = self.endpoint(&source) {
+            endpoint.queue.push_front((at, item));
             self.queued += 1;
             self.place(&source, now);
         }
     }
 
-    /// Gives back the token of what [`Self::next`] has returned: it was not forwarded.
+    /// Returns the token of an item of [`Self::next`] that was not forwarded.
     pub(crate) fn refund(&mut self, source: &Source, now: Instant) {
         let rate = self.rate;
-        let Some(lane) = self.lane(source) else { return };
-        let parked_until = lane.due.checked_sub(rate.tolerance());
-        lane.due = lane.due.checked_sub(rate.interval()).unwrap_or(lane.due);
-        if lane.state == State::Parked {
-            lane.state = State::Idle;
-            let is_queued = !lane.queue.is_empty();
+        let Some(endpoint) = self.endpoint(source) else { return };
+        let parked_until = endpoint.due.checked_sub(rate.tolerance());
+        endpoint.due = endpoint.due.checked_sub(rate.interval()).unwrap_or(endpoint.due);
+        if endpoint.state == State::Parked {
+            endpoint.state = State::Idle;
+            let is_queued = !endpoint.queue.is_empty();
             if let Some(until) = parked_until {
                 self.parked.remove(&(until, source.clone()));
             }
@@ -245,14 +245,15 @@ impl<T> Scheduler<T> {
         }
     }
 
-    /// Takes out what has been queued for `patience`, and forgets endpoints whose bucket is full.
-    pub(crate) fn expire(&mut self, now: Instant, patience: Duration) -> Vec<(Source, T)> {
+    /// Removes items that were queued for `max_wait`, and the state of idle endpoints with a full
+    /// bucket.
+    pub(crate) fn expire(&mut self, now: Instant, max_wait: Duration) -> Vec<(Source, T)> {
         let mut expired = Vec::new();
-        for (partition, group) in &mut self.groups {
-            for (asker, lane) in &mut group.lanes {
-                let is_late = |at: &Instant| now.saturating_duration_since(*at) >= patience;
-                while lane.queue.front().is_some_and(|(at, _)| is_late(at)) {
-                    let Some((_, item)) = lane.queue.pop_front() else { break };
+        for (partition, group) in &mut self.partitions {
+            for (asker, endpoint) in &mut group.endpoints {
+                let is_late = |at: &Instant| now.saturating_duration_since(*at) >= max_wait;
+                while endpoint.queue.front().is_some_and(|(at, _)| is_late(at)) {
+                    let Some((_, item)) = endpoint.queue.pop_front() else { break };
                     self.queued -= 1;
                     expired.push((
                         Source { partition: partition.clone(), asker: asker.clone() },
@@ -260,31 +261,33 @@ impl<T> Scheduler<T> {
                     ));
                 }
             }
-            // One that is ready or parked is in a ring or a set.
-            group.lanes.retain(|_, lane| lane.state != State::Idle || lane.due > now);
+            // A ready or parked endpoint is referenced by a ring or by `parked`.
+            group
+                .endpoints
+                .retain(|_, endpoint| endpoint.state != State::Idle || endpoint.due > now);
         }
-        self.groups.retain(|_, group| !group.lanes.is_empty());
+        self.partitions.retain(|_, group| !group.endpoints.is_empty());
         expired
     }
 
-    /// When the next parked endpoint has a token.
+    /// When the next parked endpoint gets a token.
     pub(crate) fn wakes_at(&self) -> Option<Instant> {
         self.parked.first().map(|(at, _)| *at)
     }
 
-    fn lane(&mut self, source: &Source) -> Option<&mut Lane<T>> {
-        self.groups.get_mut(&source.partition)?.lanes.get_mut(&source.asker)
+    fn endpoint(&mut self, source: &Source) -> Option<&mut EndpointQueue<T>> {
+        self.partitions.get_mut(&source.partition)?.endpoints.get_mut(&source.asker)
     }
 
-    /// Puts the lane of `source`, which has something queued, where it belongs.
+    /// Makes the endpoint of `source`, which has queued items, ready or parked.
     fn place(&mut self, source: &Source, now: Instant) {
-        let Some(group) = self.groups.get_mut(&source.partition) else { return };
-        let Some(lane) =
-            group.lanes.get_mut(&source.asker).filter(|lane| lane.state == State::Idle)
+        let Some(group) = self.partitions.get_mut(&source.partition) else { return };
+        let Some(endpoint) =
+            group.endpoints.get_mut(&source.asker).filter(|endpoint| endpoint.state == State::Idle)
         else {
             return;
         };
-        match self.rate.place(lane, now) {
+        match self.rate.place(endpoint, now) {
             Some(at) => drop(self.parked.insert((at, source.clone()))),
             None => {
                 if group.ring.is_empty() && !self.ring.contains(&source.partition) {
@@ -295,13 +298,13 @@ impl<T> Scheduler<T> {
         }
     }
 
-    /// Makes those ready that have a token now.
+    /// Makes parked endpoints with a token ready.
     fn unpark(&mut self, now: Instant) {
         while self.parked.first().is_some_and(|(at, _)| *at <= now) {
             let Some((_, source)) = self.parked.pop_first() else { return };
-            let Some(lane) = self.lane(&source) else { continue };
-            lane.state = State::Idle;
-            if !lane.queue.is_empty() {
+            let Some(endpoint) = self.endpoint(&source) else { continue };
+            endpoint.state = State::Idle;
+            if !endpoint.queue.is_empty() {
                 self.place(&source, now);
             }
         }
@@ -309,10 +312,10 @@ impl<T> Scheduler<T> {
 }
 
 impl Rate {
-    /// Marks an idle lane as ready or parked; until when it is parked.
-    fn place<T>(self, lane: &mut Lane<T>, now: Instant) -> Option<Instant> {
-        let at = lane.due.checked_sub(self.tolerance()).filter(|at| *at > now);
-        lane.state = if at.is_some() { State::Parked } else { State::Ready };
+    /// Marks an idle endpoint as ready or parked. Returns the end of parking.
+    fn place<T>(self, endpoint: &mut EndpointQueue<T>, now: Instant) -> Option<Instant> {
+        let at = endpoint.due.checked_sub(self.tolerance()).filter(|at| *at > now);
+        endpoint.state = if at.is_some() { State::Parked } else { State::Ready };
         at
     }
 }

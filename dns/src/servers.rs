@@ -1,25 +1,25 @@
-//! Lists of servers, each with a number by which answers of theirs are told apart. Pure.
+//! Lists of upstream servers. Each list has a number, which is part of the cache key. Pure.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-/// Servers that are asked in place of the host's.
+/// Upstream servers that replace those of the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ServerList {
-    /// Equal lists have equal numbers; 0 is the host's.
+    /// Equal lists have equal numbers. 0 is the list of the host.
     pub(crate) number: u32,
     pub(crate) servers: Arc<[SocketAddr]>,
 }
 
-/// The number of the host's servers.
+/// The number of the list of the host.
 pub(crate) const HOST: u32 = 0;
 
-/// The most servers of a list that are asked. Docker takes 3, as glibc does (`MAXNS`).
+/// Maximum number of servers of a list that are queried. Docker uses 3, as does glibc (`MAXNS`).
 pub(crate) const MOST_SERVERS: usize = 8;
 
-/// All lists that are in use.
+/// All lists in use.
 #[derive(Debug)]
 pub(crate) struct ServerLists {
     lists: Vec<ServerList>,
@@ -27,7 +27,7 @@ pub(crate) struct ServerLists {
     limit: usize,
 }
 
-/// There are as many different lists as there may be.
+/// The limit of different lists is reached.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct TooManyLists;
 
@@ -36,7 +36,7 @@ impl ServerLists {
         Self { lists: Vec::new(), last: HOST, limit }
     }
 
-    /// The list of `servers`; `None` if there are none.
+    /// Returns the list of `servers`; `None` if it is empty.
     pub(crate) fn get(
         &mut self,
         servers: &[SocketAddr],
@@ -48,12 +48,12 @@ impl ServerLists {
         if let Some(known) = self.lists.iter().find(|list| *list.servers == *servers) {
             return Ok(Some(known.clone()));
         }
-        // Those that nobody but this table holds.
+        // Removes lists that only this table references.
         self.lists.retain(|list| Arc::strong_count(&list.servers) > 1);
         if self.lists.len() >= self.limit {
             return Err(TooManyLists);
         }
-        // Never one that another list has had: its answers may still be remembered.
+        // Numbers are not reused, because responses of a removed list may still be cached.
         self.last += 1;
         let list = ServerList { number: self.last, servers: servers.into() };
         self.lists.push(list.clone());
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn equal_lists_are_one_and_those_out_of_use_make_room() {
+    fn equal_lists_are_shared_and_unused_ones_are_removed() {
         let mut lists = ServerLists::new(1);
         let one: [SocketAddr; 1] = ["10.0.0.1:53".parse().unwrap()];
         let two: [SocketAddr; 1] = ["10.0.0.2:53".parse().unwrap()];

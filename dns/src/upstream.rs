@@ -1,34 +1,33 @@
-//! Which server is asked when: what is remembered of servers, and how one question is pursued.
-//! Pure.
+//! Upstream servers: their state, and the order and times at which one query is sent to them. Pure.
 //!
 //! # Theory of operation
 //!
 //! ```text
-//!            asked ──patience──► the next is asked as well ──► ... ──► all asked: again, after a second, then two
-//!              │ SERVFAIL, REFUSED, nobody there: the next at once             │
-//!              ▼                                                               ▼
-//!     an answer, of whichever                                        deadline: SERVFAIL
+//! query first server ──FAILOVER_DELAY──► query next server too ──► ... ──► all queried: retransmit
+//!       │                                                                  after 1 s, then 2 s
+//!       │ SERVFAIL, REFUSED or unreachable: next server at once                     │
+//!       ▼                                                                           ▼
+//! first response of any server                                          deadline: SERVFAIL
 //! ```
 //!
-//! Servers are asked in the order of their list. Only a server that is *dead* is asked after the
-//! others; it is *suspect* then. An unanswered question does not prove it: a client can choose a
-//! name whose authoritative servers are slow or silent. Only a *liveness check* proves it:
+//! Servers are queried in the order of their list. Only a *suspect* server is queried after the
+//! others. An unanswered query does not make a server suspect, because a client can choose a name
+//! whose authoritative servers are slow or silent. Only a failed *liveness check* does:
 //!
 //! ```text
-//! a question is silent for DOUBT, and the server has said nothing to anybody since it was asked
-//!   └─► check: asks the server for the name servers of the root, up to five times
-//!         ├─ the server says anything, to this or any other question: it is alive
-//!         └─ nothing for CHECK_GRACE: suspect, asked last; said something later: alive again
+//! a query is unanswered for CHECK_DELAY, and the server has sent no response since
+//!   └─► check: queries `. NS` at the server, up to five times
+//!         ├─ any response, to this or any other query: alive
+//!         └─ no response for CHECK_GRACE: suspect, queried last; a later response: alive again
 //! ```
 //!
-//! The check always asks the same question, so no client can influence its result. Its grace ends
-//! before the patience of the question that caused it: a dead server costs one question
-//! [`PATIENCE`] and later ones nothing. When the time of a suspicion is over, the next question
-//! causes a new check; the question itself still goes to the others first.
+//! The check always sends the same query, so no client can influence its result. Its grace ends
+//! before the failover delay of the query that caused it: a dead server costs one query
+//! [`FAILOVER_DELAY`], and later ones nothing. When the suspicion expires, the next query causes a
+//! new check, while the query itself still goes to the other servers first.
 //!
-//! The patience is the same for all servers and questions. One that followed the usual time of a
-//! server would let an asker shorten it for others with quick questions, and would tell an asker
-//! how quick the questions of others are.
+//! The failover delay is constant. If it followed the response times of a server, a client could
+//! shorten it for others with fast queries, and could infer the response times of others.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
@@ -36,320 +35,330 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-/// How long a server is waited for before the next is asked as well.
-const PATIENCE: Duration = Duration::from_millis(200);
-/// How long a question is unanswered before its server is checked, if nothing else is heard from
-/// it.
-const DOUBT: Duration = Duration::from_millis(50);
-/// When a check asks, after its begin. The first two lie within the grace: one may be lost. The
-/// others find a server that was late, or is being started.
-const CHECKS: [Duration; 5] = [
+/// Time without a response after which the next server is queried as well.
+const FAILOVER_DELAY: Duration = Duration::from_millis(200);
+/// Time without a response after which a server is checked, unless it has responded to another
+/// query.
+const CHECK_DELAY: Duration = Duration::from_millis(50);
+/// Times of the queries of a check, from its start. The first two are within the grace, so that one
+/// may be lost. The others detect a server that responds late or is starting.
+const CHECK_TIMES: [Duration; 5] = [
     Duration::ZERO,
     Duration::from_millis(70),
     Duration::from_millis(300),
     Duration::from_millis(800),
     Duration::from_millis(1_800),
 ];
-/// How long a server may be silent under check before it is suspect: `DOUBT` and this end just
-/// before `PATIENCE`. A server with a long round trip has three times that instead.
+/// Time without a response to a check after which a server is suspect. `CHECK_DELAY` plus this is
+/// just below `FAILOVER_DELAY`. For a server with a long round trip, it is three times the round
+/// trip.
 const CHECK_GRACE: Duration = Duration::from_millis(140);
-/// How long a check listens.
-const CHECK_TIME: Duration = Duration::from_secs(3);
-/// How long a shortest round trip counts: paths change.
-const ROUND_TRIP_LIFE: Duration = Duration::from_secs(300);
-/// A question is over after it: a client of glibc asks again after 5 s (resolv.conf(5), `timeout`),
-/// and shall have heard by then.
+/// Duration of a check.
+const CHECK_DURATION: Duration = Duration::from_secs(3);
+/// Validity of the shortest round trip time, because paths change.
+const ROUND_TRIP_LIFETIME: Duration = Duration::from_secs(300);
+/// Deadline of a query. A glibc client retries after 5 s (`timeout` in resolv.conf(5)) and gets the
+/// response before.
 const DEADLINE: Duration = Duration::from_millis(4_500);
-/// The same where all servers have been silent several times.
-const DEADLINE_OF_SILENT: Duration = Duration::from_millis(1_500);
-/// Strikes after which a server counts as silent.
+/// Deadline of a query when all servers have failed [`SILENT`] checks in a row.
+const SHORT_DEADLINE: Duration = Duration::from_millis(1_500);
+/// Failed checks after which a server counts as silent.
 const SILENT: u32 = 2;
-/// When all have been asked, after how long again; it doubles.
-const AGAIN: Duration = Duration::from_secs(1);
-/// When nobody is there at all (ICMP), after how long they are asked anew, and how often; it
-/// doubles.
-const RETURN: Duration = Duration::from_millis(100);
-const RETURNS: u32 = 3;
-/// How often one question goes to one server.
-const TRIES: u32 = 3;
-/// How long a server is suspect at first, and at most.
-const SUSPECT: Duration = Duration::from_secs(5);
-const LONGEST_SUSPECT: Duration = Duration::from_secs(60);
-/// How long it is remembered what a server can do: EDNS, and preserving the case of names.
-const ABILITY_LIFE: Duration = Duration::from_secs(3_600);
-/// Questions whose case a server without TCP must have changed before it is asked in lower case.
-const CHANGES: u8 = 3;
+/// Time of the first retransmission after all servers were queried. It doubles each time.
+const RETRANSMIT_DELAY: Duration = Duration::from_secs(1);
+/// When all servers are unreachable (ICMP): delay before they are queried again, which doubles each
+/// time, and number of repetitions.
+const RESTART_DELAY: Duration = Duration::from_millis(100);
+const MAX_RESTARTS: u32 = 3;
+/// Maximum number of times that a query is sent to one server.
+const MAX_TRIES: u32 = 3;
+/// Initial and maximum duration of a suspicion.
+const SUSPICION: Duration = Duration::from_secs(5);
+const MAX_SUSPICION: Duration = Duration::from_secs(60);
+/// Validity of the detected features of a server: EDNS and preservation of case.
+const FEATURE_LIFETIME: Duration = Duration::from_secs(3_600);
+/// Queries whose case a server without TCP must have changed before it is queried in lower case.
+const MAX_CASE_CHANGES: u8 = 3;
 
-/// The bounds of the buckets of answering times, in seconds.
+/// Upper bounds of the response time buckets in seconds.
 pub(crate) const BUCKETS: [f64; 8] = [0.001, 0.005, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0];
 
-/// What is remembered of a server.
+/// State of a server.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Memory {
-    /// When it last said something, to any question.
-    heard: Option<Instant>,
-    /// The shortest time to an answer, and when that was.
+pub(crate) struct ServerState {
+    /// Time of the last response, to any query.
+    responded: Option<Instant>,
+    /// The shortest response time, and when it was measured.
     round_trip: Option<(Duration, Instant)>,
-    strikes: u32,
+    /// Failed checks in a row.
+    failed_checks: u32,
     suspect_until: Option<Instant>,
-    /// A check is under way.
-    checked: bool,
-    abilities: Abilities,
+    /// Whether a check is running.
+    is_checking: bool,
+    features: Features,
+    /// Sequence number of the last use.
     used: u64,
     pub(crate) figures: Figures,
 }
 
-/// What a server was seen to be able to do. Each is forgotten after [`ABILITY_LIFE`].
+/// Detected features of a server. Each is valid for [`FEATURE_LIFETIME`].
 #[derive(Clone, Debug, Default)]
-struct Abilities {
-    /// It does not understand EDNS.
-    plain: Option<Instant>,
-    /// It has answered with an OPT record.
+struct Features {
+    /// It does not support EDNS.
+    no_edns: Option<Instant>,
+    /// It has sent an OPT record.
     edns: Option<Instant>,
-    /// It changes the case of the name in the question.
-    folds: Option<Instant>,
-    /// It has repeated the case of a name.
-    keeps: Option<Instant>,
-    /// Questions that came back with another case while the server could not be asked over TCP.
-    changes: u8,
+    /// It changes the case of names.
+    changes_case: Option<Instant>,
+    /// It has preserved the case of a name.
+    preserves_case: Option<Instant>,
+    /// Responses with changed case while the server could not be queried over TCP.
+    case_changes: u8,
 }
 
-/// How a server is asked.
+/// Form of the queries to a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Form {
     /// With an OPT record.
     pub(crate) edns: bool,
-    /// With the name in random case, which the answer must repeat.
+    /// With the name in random case, which the response has to repeat.
     pub(crate) mixed: bool,
 }
 
-/// What is told of a server.
+/// Counters of a server.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Figures {
     pub(crate) asked: u64,
     pub(crate) missed: u64,
     pub(crate) failed: u64,
-    /// Answers by the time that they took; the last is for all that took longer than the bounds.
+    /// Responses by response time. The last bucket has no upper bound.
     pub(crate) took: [u64; BUCKETS.len() + 1],
+    /// Sum of the response times in microseconds.
     pub(crate) took_micros: u64,
 }
 
-/// What is remembered of all servers.
+/// State of all servers.
 #[derive(Debug)]
 pub(crate) struct Health {
-    servers: BTreeMap<SocketAddr, Memory>,
+    servers: BTreeMap<SocketAddr, ServerState>,
     limit: usize,
     uses: u64,
 }
 
 impl Health {
-    /// Remembers `limit` servers.
+    /// Keeps the state of at most `limit` servers.
     pub(crate) fn new(limit: usize) -> Self {
         Self { servers: BTreeMap::new(), limit, uses: 0 }
     }
 
-    fn memory(&mut self, server: SocketAddr) -> &mut Memory {
+    fn state(&mut self, server: SocketAddr) -> &mut ServerState {
         if !self.servers.contains_key(&server) && self.servers.len() >= self.limit {
-            let oldest = self
-                .servers
-                .iter()
-                .min_by_key(|(_, memory)| memory.used)
-                .map(|(server, _)| *server);
+            let oldest =
+                self.servers.iter().min_by_key(|(_, state)| state.used).map(|(server, _)| *server);
             oldest.map(|server| self.servers.remove(&server));
         }
         self.uses += 1;
-        let memory = self.servers.entry(server).or_default();
-        memory.used = self.uses;
-        memory
+        let state = self.servers.entry(server).or_default();
+        state.used = self.uses;
+        state
     }
 
-    /// Begins to pursue a question to `servers`, and tells which of them are to be checked: their
-    /// suspicion is over.
-    pub(crate) fn pursue(&mut self, servers: &[SocketAddr], now: Instant) -> (Pursuit, Vec<Check>) {
+    /// Starts the failover of a query to `servers`. Returns also the checks that are due because a
+    /// suspicion has expired.
+    pub(crate) fn begin_failover(
+        &mut self,
+        servers: &[SocketAddr],
+        now: Instant,
+    ) -> (Failover, Vec<Check>) {
         let mut healthy = Vec::new();
         let mut suspects = Vec::new();
         let mut checks = Vec::new();
         let mut silent = 0;
         for server in servers {
-            let memory = self.memory(*server);
-            silent += usize::from(memory.strikes >= SILENT);
+            let state = self.state(*server);
+            silent += usize::from(state.failed_checks >= SILENT);
             let candidate = Candidate::new(*server);
-            match memory.suspect_until {
+            match state.suspect_until {
                 None => healthy.push(candidate),
                 Some(until) => {
-                    if until <= now && !memory.checked {
-                        checks.push(memory.check(*server, now));
+                    if until <= now && !state.is_checking {
+                        checks.push(state.check(*server, now));
                     }
                     suspects.push(candidate);
                 }
             }
         }
-        let (budget, may_return) =
-            if silent == servers.len() { (DEADLINE_OF_SILENT, 0) } else { (DEADLINE, RETURNS) };
+        let (budget, max_restarts) =
+            if silent == servers.len() { (SHORT_DEADLINE, 0) } else { (DEADLINE, MAX_RESTARTS) };
         healthy.append(&mut suspects);
-        let pursuit = Pursuit {
+        let failover = Failover {
             candidates: healthy,
             due: now,
             rounds: 0,
-            returns: 0,
-            may_return,
+            restarts: 0,
+            max_restarts,
             deadline: now + budget,
         };
-        (pursuit, checks)
+        (failover, checks)
     }
 
-    /// A question goes to `server`.
-    pub(crate) fn asks(&mut self, server: SocketAddr) {
-        self.memory(server).figures.asked += 1;
+    /// Counts a query sent to `server`.
+    pub(crate) fn note_sent(&mut self, server: SocketAddr) {
+        self.state(server).figures.asked += 1;
     }
 
-    /// `server` has said something. Whether it was suspect until now.
-    pub(crate) fn heard(&mut self, server: SocketAddr, now: Instant) -> bool {
-        let memory = self.memory(server);
-        memory.heard = Some(now);
-        memory.strikes = 0;
-        memory.suspect_until.take().is_some()
+    /// Records a response of `server`. Returns whether it was suspect.
+    pub(crate) fn responded(&mut self, server: SocketAddr, now: Instant) -> bool {
+        let state = self.state(server);
+        state.responded = Some(now);
+        state.failed_checks = 0;
+        state.suspect_until.take().is_some()
     }
 
-    /// `server` took this long to answer.
-    pub(crate) fn took(&mut self, server: SocketAddr, took: Duration, now: Instant) {
-        let memory = self.memory(server);
-        memory.note_round_trip(took, now);
+    /// Records the response time of `server`.
+    pub(crate) fn note_response_time(&mut self, server: SocketAddr, took: Duration, now: Instant) {
+        let state = self.state(server);
+        state.note_round_trip(took, now);
         let seconds = took.as_secs_f64();
         let bucket = BUCKETS.iter().position(|bound| seconds <= *bound).unwrap_or(BUCKETS.len());
-        memory.figures.took[bucket] += 1;
-        memory.figures.took_micros += u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        state.figures.took[bucket] += 1;
+        state.figures.took_micros += u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
     }
 
-    /// `server` has answered that it cannot, or will not.
+    /// Counts a failure response of `server`.
     pub(crate) fn failed(&mut self, server: SocketAddr) {
-        self.memory(server).figures.failed += 1;
+        self.state(server).figures.failed += 1;
     }
 
-    /// `server` has not answered one question in time. That alone says nothing about the server.
+    /// Counts a query that `server` did not answer in time. This does not affect the order of
+    /// servers.
     pub(crate) fn missed(&mut self, server: SocketAddr) {
-        self.memory(server).figures.missed += 1;
+        self.state(server).figures.missed += 1;
     }
 
-    /// A question that went to `server` at `asked` is still unanswered. The check to run, if
-    /// nothing has been heard from the server since, and no check runs.
-    pub(crate) fn doubt(
+    /// Returns the check to run for `server`, to which a query was sent at `asked` without a
+    /// response so far. `None` if the server has sent any response since, is suspect already, or is
+    /// being checked.
+    pub(crate) fn check_silent(
         &mut self,
         server: SocketAddr,
         asked: Instant,
         now: Instant,
     ) -> Option<Check> {
-        let memory = self.memory(server);
-        let is_heard = memory.heard.is_some_and(|heard| heard >= asked);
-        let is_due = !is_heard && !memory.checked && memory.suspect_until.is_none();
-        is_due.then(|| memory.check(server, now))
+        let state = self.state(server);
+        let is_heard = state.responded.is_some_and(|responded| responded >= asked);
+        let is_due = !is_heard && !state.is_checking && state.suspect_until.is_none();
+        is_due.then(|| state.check(server, now))
     }
 
-    /// `check` had no answer. Whether its server is suspect only now.
-    pub(crate) fn strike(&mut self, check: &Check, now: Instant) -> bool {
-        let memory = self.memory(check.server);
-        if memory.heard.is_some_and(|heard| heard >= check.began) {
+    /// Records that `check` has failed. Returns whether the server has become suspect.
+    pub(crate) fn check_failed(&mut self, check: &Check, now: Instant) -> bool {
+        let state = self.state(check.server);
+        if state.responded.is_some_and(|responded| responded >= check.began) {
             return false;
         }
-        let is_new = memory.suspect_until.is_none();
-        memory.strikes += 1;
-        memory.suspect_until = Some(now + memory.suspicion());
+        let is_new = state.suspect_until.is_none();
+        state.failed_checks += 1;
+        state.suspect_until = Some(now + state.suspicion());
         is_new
     }
 
-    /// The check of `server` is over.
-    pub(crate) fn checked(&mut self, server: SocketAddr) {
-        self.memory(server).checked = false;
+    /// Records that the check of `server` has ended.
+    pub(crate) fn check_ended(&mut self, server: SocketAddr) {
+        self.state(server).is_checking = false;
     }
 
-    /// How `server` is asked.
+    /// The form of queries to `server`.
     pub(crate) fn form(&mut self, server: SocketAddr, now: Instant) -> Form {
-        let abilities = &self.memory(server).abilities;
-        Form { edns: !holds(abilities.plain, now), mixed: !holds(abilities.folds, now) }
-    }
-
-    /// `server` has answered without EDNS what it did not understand with it. That alone is no
-    /// evidence where it has used EDNS itself: the question may be one that it takes from nobody.
-    pub(crate) fn plain(&mut self, server: SocketAddr, now: Instant) {
-        let abilities = &mut self.memory(server).abilities;
-        if !holds(abilities.edns, now) {
-            abilities.plain = Some(now);
+        let features = &self.state(server).features;
+        Form {
+            edns: !is_recent(features.no_edns, now),
+            mixed: !is_recent(features.changes_case, now),
         }
     }
 
-    /// `server` has answered with an OPT record.
-    pub(crate) fn speaks_edns(&mut self, server: SocketAddr, now: Instant) {
-        self.memory(server).abilities.edns = Some(now);
+    /// Records that `server` has responded to a query without EDNS after it rejected the same query
+    /// with EDNS. Ignored if the server has used EDNS, because it may reject the query itself.
+    pub(crate) fn note_no_edns(&mut self, server: SocketAddr, now: Instant) {
+        let features = &mut self.state(server).features;
+        if !is_recent(features.edns, now) {
+            features.no_edns = Some(now);
+        }
     }
 
-    /// `server` has repeated the case of a name.
-    pub(crate) fn keeps_case(&mut self, server: SocketAddr, now: Instant) {
-        let abilities = &mut self.memory(server).abilities;
-        abilities.keeps = Some(now);
-        abilities.changes = 0;
+    /// Records that `server` has sent an OPT record.
+    pub(crate) fn note_edns(&mut self, server: SocketAddr, now: Instant) {
+        self.state(server).features.edns = Some(now);
     }
 
-    /// The case of a name came back changed over UDP; `over_tcp` is what the same question showed
-    /// over TCP, where nobody can forge blindly: `Some(true)` if it was changed there as well,
-    /// `None` where the server could not be asked.
-    pub(crate) fn changed_case(
+    /// Records that `server` has preserved the case of a name.
+    pub(crate) fn note_case_preserved(&mut self, server: SocketAddr, now: Instant) {
+        let features = &mut self.state(server).features;
+        features.preserves_case = Some(now);
+        features.case_changes = 0;
+    }
+
+    /// Records a response over UDP with changed case. `over_tcp` is the result of the same query
+    /// over TCP, where a blind attacker cannot forge a response: `Some(true)` if the case was
+    /// changed too, `None` if TCP failed.
+    pub(crate) fn note_case_changed(
         &mut self,
         server: SocketAddr,
         over_tcp: Option<bool>,
         now: Instant,
     ) {
-        let abilities = &mut self.memory(server).abilities;
+        let features = &mut self.state(server).features;
         match over_tcp {
-            Some(true) => abilities.folds = Some(now),
-            Some(false) => abilities.keeps = Some(now),
-            None if holds(abilities.keeps, now) => {}
+            Some(true) => features.changes_case = Some(now),
+            Some(false) => features.preserves_case = Some(now),
+            None if is_recent(features.preserves_case, now) => {}
             None => {
-                abilities.changes += 1;
-                if abilities.changes >= CHANGES {
-                    abilities.changes = 0;
-                    abilities.folds = Some(now);
+                features.case_changes += 1;
+                if features.case_changes >= MAX_CASE_CHANGES {
+                    features.case_changes = 0;
+                    features.changes_case = Some(now);
                 }
             }
         }
     }
 
-    /// All that is remembered: the server, whether it is trusted, its figures.
+    /// Address, whether it is trusted, and counters of each server.
     pub(crate) fn figures(&self) -> impl Iterator<Item = (SocketAddr, bool, Figures)> {
         self.servers
             .iter()
-            .map(|(server, memory)| (*server, memory.suspect_until.is_none(), memory.figures))
+            .map(|(server, state)| (*server, state.suspect_until.is_none(), state.figures))
     }
 }
 
-/// Whether something seen at `since` still holds.
-fn holds(since: Option<Instant>, now: Instant) -> bool {
-    since.is_some_and(|since| now.saturating_duration_since(since) < ABILITY_LIFE)
+/// Whether an observation at `since` is still valid.
+fn is_recent(since: Option<Instant>, now: Instant) -> bool {
+    since.is_some_and(|since| now.saturating_duration_since(since) < FEATURE_LIFETIME)
 }
 
-impl Memory {
+impl ServerState {
     fn check(&mut self, server: SocketAddr, now: Instant) -> Check {
-        self.checked = true;
+        self.is_checking = true;
         let round_trip = self.round_trip.map_or(Duration::ZERO, |(time, _)| time);
         Check {
             server,
             began: now,
             grace: CHECK_GRACE.max(3 * round_trip),
             asked: 0,
-            struck: false,
+            has_failed: false,
         }
     }
 
     fn note_round_trip(&mut self, took: Duration, now: Instant) {
         let kept = self.round_trip.filter(|(least, at)| {
-            *least <= took && now.saturating_duration_since(*at) < ROUND_TRIP_LIFE
+            *least <= took && now.saturating_duration_since(*at) < ROUND_TRIP_LIFETIME
         });
         self.round_trip = Some(kept.unwrap_or((took, now)));
     }
 
-    /// How long it is suspect with as many strikes as it has.
+    /// Duration of the suspicion after the current number of failed checks.
     fn suspicion(&self) -> Duration {
-        let doubled = 1 << self.strikes.saturating_sub(1).min(8);
-        (SUSPECT * doubled).min(LONGEST_SUSPECT)
+        let doubled = 1 << self.failed_checks.saturating_sub(1).min(8);
+        (SUSPICION * doubled).min(MAX_SUSPICION)
     }
 }
 
@@ -359,134 +368,138 @@ pub(crate) struct Check {
     pub(crate) server: SocketAddr,
     began: Instant,
     grace: Duration,
-    /// How often it has asked.
+    /// Number of queries sent.
     asked: usize,
-    struck: bool,
+    /// Whether the check has failed.
+    has_failed: bool,
 }
 
-/// What a check does now.
+/// The next step of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum CheckStep {
     Ask,
-    /// The grace is over.
-    Strike,
-    /// Nothing before then.
+    /// The grace has ended: the check has failed.
+    Fail,
+    /// Wait until this time.
     Wait(Instant),
     End,
 }
 
 impl Check {
-    /// Nobody is at the server. Whether it is the first word of its absence: the grace is over
-    /// then.
+    /// Records that the server is unreachable. Returns whether the check fails by that, which
+    /// happens once.
     ///
-    /// It asks once more only, for a server that is being started: hosts limit the ICMP errors that
-    /// they send (`net.ipv4.icmp_ratelimit`: 6, and one each second), and questions need them.
+    /// One more query is sent for a server that is starting. Further ones would use up the ICMP
+    /// error limit of the host (`net.ipv4.icmp_ratelimit`: 6, and one per second), which client
+    /// queries need.
     pub(crate) fn refused(&mut self) -> bool {
-        self.asked = self.asked.max(CHECKS.len() - 1);
-        !std::mem::replace(&mut self.struck, true)
+        self.asked = self.asked.max(CHECK_TIMES.len() - 1);
+        !std::mem::replace(&mut self.has_failed, true)
     }
 
-    /// The next step, which the caller has to take: it is not returned again.
+    /// Returns the next step. Each step is returned once, so the caller has to execute it.
     pub(crate) fn step(&mut self, now: Instant) -> CheckStep {
-        let next = CHECKS.get(self.asked).map(|after| self.began + *after);
+        let next = CHECK_TIMES.get(self.asked).map(|after| self.began + *after);
         if next.is_some_and(|next| next <= now) {
             self.asked += 1;
             return CheckStep::Ask;
         }
-        if !self.struck && now >= self.began + self.grace {
-            self.struck = true;
-            return CheckStep::Strike;
+        if !self.has_failed && now >= self.began + self.grace {
+            self.has_failed = true;
+            return CheckStep::Fail;
         }
-        let end = self.began + CHECK_TIME.max(2 * self.grace);
+        let end = self.began + CHECK_DURATION.max(2 * self.grace);
         if now >= end {
             return CheckStep::End;
         }
-        let strike = (!self.struck).then_some(self.began + self.grace);
-        CheckStep::Wait(next.into_iter().chain(strike).fold(end, Instant::min))
+        let failure = (!self.has_failed).then_some(self.began + self.grace);
+        CheckStep::Wait(next.into_iter().chain(failure).fold(end, Instant::min))
     }
 }
 
-/// One server of a pursuit.
+/// One server of a failover.
 #[derive(Clone, Debug)]
 struct Candidate {
     server: SocketAddr,
-    /// When it was asked first.
+    /// Time of the first query.
     asked: Option<Instant>,
     tries: u32,
-    /// It has failed.
-    out: bool,
-    /// Nobody is there.
-    gone: bool,
-    /// It has said something.
-    heard: bool,
-    /// Its silence has been told.
-    doubted: bool,
+    /// Excluded: it has failed.
+    excluded: bool,
+    /// Unreachable (ICMP).
+    unreachable: bool,
+    /// It has responded.
+    responded: bool,
+    /// [`Step::Silent`] was returned for it.
+    silence_reported: bool,
 }
 
-/// One question on its way.
+/// The failover of one query over its servers.
 #[derive(Clone, Debug)]
-pub(crate) struct Pursuit {
+pub(crate) struct Failover {
     candidates: Vec<Candidate>,
-    /// When the next step is taken.
+    /// Time of the next query.
     due: Instant,
     rounds: u32,
-    /// How often it was begun anew because nobody was there, and may be.
-    returns: u32,
-    may_return: u32,
+    /// Repetitions because all servers were unreachable, and their limit.
+    restarts: u32,
+    max_restarts: u32,
     deadline: Instant,
 }
 
-/// What is to be done now.
+/// The next step of a failover.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
     Ask(SocketAddr),
-    /// This server, asked at that time, is silent: is it alive?
-    Doubt(SocketAddr, Instant),
-    /// Nothing before then.
+    /// The server, first queried at this time, has not responded for [`CHECK_DELAY`].
+    Silent(SocketAddr, Instant),
+    /// Wait until this time.
     Wait(Instant),
     GiveUp,
 }
 
-impl Pursuit {
-    /// The next step. What is to be asked counts as asked.
+impl Failover {
+    /// Returns the next step. A returned server counts as queried.
     pub(crate) fn step(&mut self, now: Instant) -> Step {
         if now >= self.deadline {
             return Step::GiveUp;
         }
-        if self.candidates.iter().all(|one| one.out) {
-            if self.returns >= self.may_return || !self.candidates.iter().all(|one| one.gone) {
+        if self.candidates.iter().all(|one| one.excluded) {
+            if self.restarts >= self.max_restarts
+                || !self.candidates.iter().all(|one| one.unreachable)
+            {
                 return Step::GiveUp;
             }
-            // They are being restarted, as likely as not.
-            self.due = now + RETURN * (1 << self.returns);
-            self.returns += 1;
+            // The servers are possibly restarting.
+            self.due = now + RESTART_DELAY * (1 << self.restarts);
+            self.restarts += 1;
             for one in &mut self.candidates {
                 *one = Candidate::new(one.server);
             }
         }
-        let mut doubts = self.candidates.iter_mut().filter_map(|one| Some((one.doubt()?, one)));
-        if let Some((_, one)) = doubts.find(|(at, _)| *at <= now) {
-            one.doubted = true;
-            return Step::Doubt(one.server, one.asked.unwrap_or(now));
+        let mut silent = self.candidates.iter_mut().filter_map(|one| Some((one.silent_at()?, one)));
+        if let Some((_, one)) = silent.find(|(at, _)| *at <= now) {
+            one.silence_reported = true;
+            return Step::Silent(one.server, one.asked.unwrap_or(now));
         }
         if now < self.due {
-            let doubts = self.candidates.iter().filter_map(Candidate::doubt);
-            return Step::Wait(doubts.fold(self.due.min(self.deadline), Instant::min));
+            let silent = self.candidates.iter().filter_map(Candidate::silent_at);
+            return Step::Wait(silent.fold(self.due.min(self.deadline), Instant::min));
         }
-        let fresh = self.candidates.iter_mut().find(|one| !one.out && one.asked.is_none());
+        let fresh = self.candidates.iter_mut().find(|one| !one.excluded && one.asked.is_none());
         if let Some(one) = fresh {
             one.ask(now);
-            self.due = now + PATIENCE;
+            self.due = now + FAILOVER_DELAY;
             let server = one.server;
-            if self.candidates.iter().all(|one| one.out || one.asked.is_some()) {
-                self.due = now + AGAIN;
+            if self.candidates.iter().all(|one| one.excluded || one.asked.is_some()) {
+                self.due = now + RETRANSMIT_DELAY;
             }
             return Step::Ask(server);
         }
         let again = self
             .candidates
             .iter_mut()
-            .filter(|one| !one.out && one.tries < TRIES)
+            .filter(|one| !one.excluded && one.tries < MAX_TRIES)
             .min_by_key(|one| one.tries);
         let Some(one) = again else {
             self.due = self.deadline;
@@ -494,49 +507,51 @@ impl Pursuit {
         };
         one.ask(now);
         let (server, tries) = (one.server, one.tries);
-        // All of them once more, then a longer rest.
-        if self.candidates.iter().all(|one| one.out || one.tries >= tries) {
+        // After a round of retransmissions, the interval doubles.
+        if self.candidates.iter().all(|one| one.excluded || one.tries >= tries) {
             self.rounds += 1;
-            self.due = now + AGAIN * (1 << self.rounds);
+            self.due = now + RETRANSMIT_DELAY * (1 << self.rounds);
         }
         Step::Ask(server)
     }
 
-    /// `server` has said something, whatever it is. Whether it was the first time.
-    pub(crate) fn heard(&mut self, server: SocketAddr) -> bool {
+    /// Records any response of `server`. Returns whether it is the first.
+    pub(crate) fn responded(&mut self, server: SocketAddr) -> bool {
         let one = self.candidates.iter_mut().find(|one| one.server == server);
-        one.is_some_and(|one| !std::mem::replace(&mut one.heard, true))
+        one.is_some_and(|one| !std::mem::replace(&mut one.responded, true))
     }
 
-    /// Nobody is at `server`: the next is asked at once.
-    pub(crate) fn gone(&mut self, server: SocketAddr, now: Instant) {
+    /// Records that `server` is unreachable. The next server is queried at once.
+    pub(crate) fn unreachable(&mut self, server: SocketAddr, now: Instant) {
         for one in self.candidates.iter_mut().filter(|one| one.server == server) {
-            one.gone = true;
+            one.unreachable = true;
         }
         self.failed(server, now);
     }
 
-    /// `server` cannot help: the next is asked at once.
+    /// Records that `server` has failed. The next server is queried at once.
     pub(crate) fn failed(&mut self, server: SocketAddr, now: Instant) {
         for one in self.candidates.iter_mut().filter(|one| one.server == server) {
-            one.out = true;
+            one.excluded = true;
         }
-        if self.candidates.iter().any(|one| !one.out && one.asked.is_none()) {
+        if self.candidates.iter().any(|one| !one.excluded && one.asked.is_none()) {
             self.due = now;
         }
     }
 
-    /// Those that let `winner` be faster although they were asked before it and had their time;
-    /// without a winner all that have been asked and said nothing.
+    /// The servers that did not respond within [`FAILOVER_DELAY`] although they were queried before
+    /// `winner`. Without a winner, all queried servers without a response.
     pub(crate) fn silent(&self, now: Instant, winner: Option<SocketAddr>) -> Vec<SocketAddr> {
         let asked = |server| {
             self.candidates.iter().find(|one| one.server == server).and_then(|one| one.asked)
         };
         let won = winner.and_then(asked);
         let is_silent = |one: &&Candidate| {
-            let Some(asked) = one.asked.filter(|_| !one.out && !one.heard) else { return false };
+            let Some(asked) = one.asked.filter(|_| !one.excluded && !one.responded) else {
+                return false;
+            };
             winner.is_none()
-                || (won >= Some(asked) && now.saturating_duration_since(asked) >= PATIENCE)
+                || (won >= Some(asked) && now.saturating_duration_since(asked) >= FAILOVER_DELAY)
         };
         self.candidates.iter().filter(is_silent).map(|one| one.server).collect()
     }
@@ -548,10 +563,10 @@ impl Candidate {
             server,
             asked: None,
             tries: 0,
-            out: false,
-            gone: false,
-            heard: false,
-            doubted: false,
+            excluded: false,
+            unreachable: false,
+            responded: false,
+            silence_reported: false,
         }
     }
 
@@ -560,9 +575,11 @@ impl Candidate {
         self.tries += 1;
     }
 
-    /// When its silence is worth a check.
-    fn doubt(&self) -> Option<Instant> {
-        self.asked.filter(|_| !self.out && !self.heard && !self.doubted).map(|asked| asked + DOUBT)
+    /// Time at which a check is due.
+    fn silent_at(&self) -> Option<Instant> {
+        self.asked
+            .filter(|_| !self.excluded && !self.responded && !self.silence_reported)
+            .map(|asked| asked + CHECK_DELAY)
     }
 }
 

@@ -1,14 +1,13 @@
-//! Who is on which network under which names. Pure.
+//! Networks, their endpoints and names, and the names that each client can resolve. Pure.
 //!
-//! A container is whoever asks, and has an endpoint on each network that it is on. What it may
-//! learn are the names of the endpoints on its own networks, whatever else is known: a name of
-//! another network is none to it.
+//! A container is a client with an endpoint on each of its networks. It can resolve the names of
+//! endpoints on its own networks only; a name on another network does not exist for it.
 //!
 //! ```text
-//! container ──► its networks, in the order in which it joined them ──► names ──► endpoints ──► addresses
+//! container ──► its networks, in the order of joining ──► names ──► endpoints ──► addresses
 //! ```
 //!
-//! Everything has a limit ([`Limits`]); what exceeds one is refused and changes nothing.
+//! All tables have limits ([`Limits`]). A change that exceeds one is rejected as a whole.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
@@ -22,16 +21,16 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
-/// How much is kept.
+/// Limits of networks, endpoints and names.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Networks.
+    /// Networks. Default: 4096.
     pub networks: usize,
-    /// Endpoints, of all networks together.
+    /// Endpoints of all networks. Default: 65,536.
     pub endpoints: usize,
-    /// Names of one endpoint, its aliases above all.
+    /// Names of one endpoint, including aliases. Default: 64.
     pub names: usize,
-    /// Addresses of one endpoint.
+    /// Addresses of one endpoint. Default: 16.
     pub addresses: usize,
 }
 
@@ -41,26 +40,26 @@ impl Default for Limits {
     }
 }
 
-/// A network, as far as names go.
+/// A network as the resolver needs it.
 #[derive(Clone, Debug)]
 pub struct NetworkSpec {
-    /// Its name: `NAME` in `web.NAME`, and in metrics.
+    /// The name of the network: `NAME` in `web.NAME`, and in metrics.
     pub name: String,
-    /// Its subnets: who asks for the name of an address in there that nobody has is told so, and
-    /// nobody else is asked.
+    /// The subnets. Reverse queries for addresses in them are never forwarded; without an endpoint
+    /// the response is NXDOMAIN.
     pub subnets: Vec<IpNet>,
-    /// Nothing is forwarded for containers that are on such networks only.
+    /// The network has no egress: no query is forwarded for containers on internal networks only.
     pub internal: bool,
-    /// The servers to forward to; empty for the host's.
+    /// The upstream servers; empty for those of the host.
     pub servers: Vec<std::net::SocketAddr>,
-    /// Something at every bridge port drops packets whose source address is not the endpoint's. A
-    /// server at the gateway then knows its clients by their addresses, and refuses addresses that
-    /// no endpoint has. Where it is false, because an endpoint may use any address, no client is
-    /// certain: all of them get what an endpoint on this network alone would get.
+    /// A guard at every bridge port drops packets with a source address other than that of the
+    /// endpoint. A server at the gateway then identifies clients by their address, and refuses
+    /// addresses without an endpoint. If `false`, because an endpoint may use any address, no
+    /// client is identified, and all of them get what an endpoint on this network alone would get.
     pub sources_are_verified: bool,
 }
 
-/// A network without a name whose sources are verified.
+/// A network without a name and with verified source addresses.
 impl Default for NetworkSpec {
     fn default() -> Self {
         Self {
@@ -73,34 +72,36 @@ impl Default for NetworkSpec {
     }
 }
 
-/// A container's place on a network.
+/// An endpoint of a container on a network.
 #[derive(Clone, Debug, Default)]
 pub struct EndpointSpec {
-    /// Whose it is: what [`Asker::Container`] has.
+    /// The container, as in [`Asker::Container`].
     pub container: String,
-    /// The container's name.
+    /// The name of the container.
     pub name: String,
-    /// Other names that it has on this network, and its short id.
+    /// Aliases on this network, and the short ID.
     pub aliases: Vec<String>,
-    /// The container's host name, if it is not its name. One with dots is known to the container
-    /// alone: its neighbours may want to reach whoever has it on the Internet.
+    /// The host name of the container, if it differs from the name. A host name with dots resolves
+    /// only for the container itself, because other containers may mean the public host of that
+    /// name.
     pub hostname: Option<String>,
-    /// Its addresses on this network.
+    /// The addresses on this network.
     pub addresses: Vec<IpAddr>,
 }
 
-/// Who asks.
+/// The client of a server.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Asker {
-    /// This container.
+    /// A container, identified by the socket.
     Container(Arc<str>),
-    /// The endpoint on this network that has the address that the question came from. Where sources
-    /// are not verified ([`NetworkSpec::sources_are_verified`]), somebody on this network.
+    /// The clients at the gateway of a network: the endpoint with the source address of the query
+    /// or, if sources are not verified ([`NetworkSpec::sources_are_verified`]), any client on the
+    /// network.
     Network(Arc<str>),
 }
 
 impl Asker {
-    /// For the log: the endpoint that it is.
+    /// The endpoint, for logs.
     pub(crate) fn endpoint(&self) -> Option<&str> {
         match self {
             Self::Container(name) => Some(name),
@@ -108,7 +109,7 @@ impl Asker {
         }
     }
 
-    /// For the log: the network that it is on, where that is all that is known.
+    /// The network, for logs, if the endpoint is not known.
     pub(crate) fn network(&self) -> Option<&str> {
         match self {
             Self::Container(_) => None,
@@ -117,22 +118,22 @@ impl Asker {
     }
 }
 
-/// An endpoint as it is kept.
+/// A stored endpoint.
 #[derive(Debug)]
 pub(crate) struct Endpoint {
     container: Arc<str>,
     pub(crate) v4: Vec<Ipv4Addr>,
     pub(crate) v6: Vec<Ipv6Addr>,
-    /// What its addresses are said to be: `name.network.`
+    /// The PTR target of its addresses: `name.network.` in wire format.
     pub(crate) canonical: Arc<[u8]>,
     names: Vec<Name>,
 }
 
-/// One of the endpoints that have a name.
+/// An endpoint with a name.
 #[derive(Debug)]
 struct Holder {
     endpoint: Arc<Endpoint>,
-    /// Only the container itself is told.
+    /// Whether the name resolves for the container itself only.
     own: bool,
 }
 
@@ -142,43 +143,43 @@ pub(crate) struct Network {
     subnets: Vec<IpNet>,
     internal: bool,
     sources_are_verified: bool,
-    /// The partition of those who are on this network alone.
-    alone: Partition,
+    /// The partition of clients on this network only.
+    own_partition: Partition,
     servers: Option<ServerList>,
     names: HashMap<Name, Vec<Holder>>,
     reverse: HashMap<IpAddr, Arc<Endpoint>>,
-    /// By container and name.
+    /// Endpoints by container and name.
     endpoints: BTreeMap<(Arc<str>, Name), Arc<Endpoint>>,
-    /// `name.network` of endpoints that have gone, the oldest first: nobody outside shall be asked
-    /// for a service that is being restarted.
-    gone: VecDeque<Name>,
+    /// `name.network` of removed endpoints, oldest first. They are not forwarded, so that the name
+    /// of a restarting service is not disclosed to upstream servers.
+    removed: VecDeque<Name>,
     pub(crate) stats: Arc<NetworkStats>,
 }
 
-/// Names of endpoints that have gone that a network remembers.
-const GONE: usize = 256;
+/// Maximum number of removed names per network.
+const MAX_REMOVED: usize = 256;
 
 impl Network {
-    /// Remembers a name that has gone, if it is one that others could be asked for.
-    fn remember(&mut self, name: &Name) {
+    /// Records a removed name if it is qualified; other names are not forwarded anyway.
+    fn remember_removed(&mut self, name: &Name) {
         let is_qualified =
             suffixes(name.wire()).skip(1).any(|(_, suffix)| suffix == self.name.wire());
-        if is_qualified && !self.gone.contains(name) {
-            if self.gone.len() == GONE {
-                self.gone.pop_front();
+        if is_qualified && !self.removed.contains(name) {
+            if self.removed.len() == MAX_REMOVED {
+                self.removed.pop_front();
             }
-            self.gone.push_back(name.clone());
+            self.removed.push_back(name.clone());
         }
     }
 }
 
-/// A network's number: in the order in which they were added.
+/// Number of a network, ascending in the order of creation and never reused.
 type Number = u32;
 
-/// Where a container is.
+/// The networks of a container.
 #[derive(Debug)]
 struct Membership {
-    /// Its networks, in the order in which it joined them, and how many endpoints it has on each.
+    /// Networks in the order of joining, with the number of endpoints on each.
     networks: Vec<(Number, usize)>,
     partition: Partition,
 }
@@ -190,7 +191,7 @@ impl Membership {
     }
 }
 
-/// All networks.
+/// All networks and endpoints.
 #[derive(Debug, Default)]
 pub(crate) struct Zones {
     limits: Limits,
@@ -233,19 +234,19 @@ impl Zones {
             subnets: spec.subnets.clone(),
             internal: spec.internal,
             sources_are_verified: spec.sources_are_verified,
-            alone: Partition::of([number]),
+            own_partition: Partition::of([number]),
             servers,
             names: HashMap::new(),
             reverse: HashMap::new(),
             endpoints: BTreeMap::new(),
-            gone: VecDeque::new(),
+            removed: VecDeque::new(),
             stats,
         };
         self.networks.insert(number, network);
         Ok(())
     }
 
-    /// Removes a network with its endpoints. Whether it was there.
+    /// Removes a network and its endpoints. Returns whether it existed.
     pub(crate) fn remove_network(&mut self, name: &str) -> bool {
         let Some(number) = self.by_name.remove(name) else { return false };
         let Some(network) = self.networks.remove(&number) else { return false };
@@ -257,21 +258,21 @@ impl Zones {
         true
     }
 
-    /// Adds an endpoint, or puts it in the place of the one that this container has on this network
-    /// under this name. Returns those of its names that other endpoints have as well.
+    /// Adds an endpoint, or replaces the one of this container on this network with the same name.
+    /// Returns those of its names that endpoints of other containers have too.
     pub(crate) fn add_endpoint(
         &mut self,
         network: &str,
         spec: &EndpointSpec,
     ) -> Result<Vec<String>, ZoneError> {
         let number = self.number(network)?;
-        let too_many =
+        let limit_exceeded =
             |what, limit| ZoneError::TooMany { endpoint: spec.name.clone(), what, limit };
         if spec.aliases.len() + 2 > self.limits.names {
-            return Err(too_many("names", self.limits.names));
+            return Err(limit_exceeded("names", self.limits.names));
         }
         if spec.addresses.len() > self.limits.addresses {
-            return Err(too_many("addresses", self.limits.addresses));
+            return Err(limit_exceeded("addresses", self.limits.addresses));
         }
         let name = parse(&spec.name)?;
         let suffix = parse(network)?;
@@ -296,16 +297,17 @@ impl Zones {
             add(name, own);
         }
         let key = (Arc::from(spec.container.as_str()), name.clone());
-        let there = self.networks.get(&number).is_some_and(|one| one.endpoints.contains_key(&key));
-        if !there && self.endpoints >= self.limits.endpoints {
-            return Err(too_many("endpoints", self.limits.endpoints));
+        let exists = self.networks.get(&number).is_some_and(|one| one.endpoints.contains_key(&key));
+        if !exists && self.endpoints >= self.limits.endpoints {
+            return Err(limit_exceeded("endpoints", self.limits.endpoints));
         }
         let canonical = name
             .below(&suffix)
             .map_err(|source| ZoneError::Name { name: spec.name.clone(), source })?;
-        // Before the old one goes, so that the network keeps its place in the container's order.
+        // Joined before the replaced endpoint is removed, so that the network keeps its position in
+        // the order of the container.
         self.join(key.0.clone(), number);
-        if there {
+        if exists {
             self.remove_endpoint(network, &spec.container, &spec.name);
         }
         let Some(zone) = self.networks.get_mut(&number) else { return Ok(Vec::new()) };
@@ -333,7 +335,7 @@ impl Zones {
         Ok(shared)
     }
 
-    /// Removes an endpoint. Whether it was there.
+    /// Removes an endpoint. Returns whether it existed.
     pub(crate) fn remove_endpoint(&mut self, network: &str, container: &str, name: &str) -> bool {
         let (Ok(number), Ok(name)) = (self.number(network), parse(name)) else { return false };
         let Some(zone) = self.networks.get_mut(&number) else { return false };
@@ -344,7 +346,7 @@ impl Zones {
                 holders.retain(|holder| !Arc::ptr_eq(&holder.endpoint, &endpoint));
                 if holders.is_empty() {
                     zone.names.remove(name);
-                    zone.remember(name);
+                    zone.remember_removed(name);
                 }
             }
         }
@@ -359,7 +361,7 @@ impl Zones {
         true
     }
 
-    /// What is counted of each network, and how many endpoints it has.
+    /// The counters of each network, and its number of endpoints.
     pub(crate) fn stats(&self) -> Vec<(Arc<NetworkStats>, usize)> {
         self.networks.values().map(|one| (Arc::clone(&one.stats), one.endpoints.len())).collect()
     }
@@ -397,139 +399,148 @@ impl Zones {
         }
     }
 
-    /// What `asker` sees, having sent a question from `source`.
+    /// The view of `asker` for a query from `source`.
     pub(crate) fn view<'a>(&'a self, asker: &'a Asker, source: IpAddr) -> View<'a> {
         match asker {
             Asker::Container(container) => {
                 let membership = self.containers.get(container);
-                let sees = membership.map_or(Sees::Nothing(None), Sees::Joined);
-                View { zones: self, container: Some(container), sees }
+                let visible = membership.map_or(Visibility::Nothing(None), Visibility::Joined);
+                View { zones: self, container: Some(container), visible }
             }
             Asker::Network(name) => {
                 let network =
                     self.by_name.get(&**name).and_then(|number| self.networks.get(number));
                 let Some(network) = network else {
-                    return View { zones: self, container: None, sees: Sees::Nothing(None) };
+                    return View {
+                        zones: self,
+                        container: None,
+                        visible: Visibility::Nothing(None),
+                    };
                 };
                 if !network.sources_are_verified {
-                    return View { zones: self, container: None, sees: Sees::One(network) };
+                    return View {
+                        zones: self,
+                        container: None,
+                        visible: Visibility::One(network),
+                    };
                 }
                 let container = network.reverse.get(&source).map(|endpoint| &endpoint.container);
                 let membership = container.and_then(|container| self.containers.get(container));
-                let sees = membership.map_or(Sees::Nothing(Some(network)), Sees::Joined);
-                View { zones: self, container, sees }
+                let visible =
+                    membership.map_or(Visibility::Nothing(Some(network)), Visibility::Joined);
+                View { zones: self, container, visible }
             }
         }
     }
 }
 
-/// What one asker sees of the networks.
+/// The networks and names that are visible to one client.
 pub(crate) struct View<'a> {
     zones: &'a Zones,
     container: Option<&'a Arc<str>>,
-    sees: Sees<'a>,
+    visible: Visibility<'a>,
 }
 
-/// Which networks.
+/// The visible networks.
 #[derive(Clone, Copy)]
-enum Sees<'a> {
-    /// Those that a container has joined.
+enum Visibility<'a> {
+    /// Those of a container.
     Joined(&'a Membership),
-    /// The one at whose gateway somebody asks.
+    /// The one whose gateway received the query.
     One(&'a Network),
-    /// None. A stranger at a gateway is counted with its network.
+    /// None. The queries of an unknown client at a gateway are counted for that network.
     Nothing(Option<&'a Network>),
 }
 
 impl<'a> View<'a> {
-    /// In the order in which the asker joined them.
+    /// The visible networks in the order of joining.
     fn networks(&self) -> impl Iterator<Item = &'a Network> + use<'a> {
         let zones = self.zones;
-        let (joined, one) = match self.sees {
-            Sees::Joined(membership) => (&*membership.networks, None),
-            Sees::One(network) => (&[][..], Some(network)),
-            Sees::Nothing(_) => (&[][..], None),
+        let (joined, one) = match self.visible {
+            Visibility::Joined(membership) => (&*membership.networks, None),
+            Visibility::One(network) => (&[][..], Some(network)),
+            Visibility::Nothing(_) => (&[][..], None),
         };
         joined.iter().filter_map(|(number, _)| zones.networks.get(number)).chain(one)
     }
 
-    /// What the asker's questions are counted with: the network that it joined first.
+    /// The counters for queries of this client: those of the network that it joined first.
     pub(crate) fn stats(&self) -> Option<&'a Arc<NetworkStats>> {
-        let network = match self.sees {
-            Sees::Nothing(network) => network,
-            Sees::Joined(_) | Sees::One(_) => self.networks().next(),
+        let network = match self.visible {
+            Visibility::Nothing(network) => network,
+            Visibility::Joined(_) | Visibility::One(_) => self.networks().next(),
         };
         network.map(|network| &network.stats)
     }
 
-    /// Whether it is somebody at a gateway whose address no endpoint there has.
-    pub(crate) fn is_stranger(&self) -> bool {
-        matches!(self.sees, Sees::Nothing(Some(_)))
+    /// Whether the client is at a gateway and its address belongs to no endpoint of that network.
+    pub(crate) fn is_unknown_client(&self) -> bool {
+        matches!(self.visible, Visibility::Nothing(Some(_)))
     }
 
-    /// Whose share of limits the question counts to: the container's that asks, whichever server it
-    /// asks; of `asker` where the container is not known.
+    /// The holder of the share of limits that the query counts towards: the container, whichever
+    /// server it uses; `asker` if the container is not known.
     pub(crate) fn asker(&self, asker: &Asker) -> Asker {
         self.container
             .map_or_else(|| asker.clone(), |container| Asker::Container(Arc::clone(container)))
     }
 
-    /// With whom the asker shares what other servers have said.
+    /// The partition of the client.
     pub(crate) fn partition(&self) -> Partition {
-        match self.sees {
-            Sees::Joined(membership) => membership.partition.clone(),
-            Sees::One(network) => network.alone.clone(),
-            Sees::Nothing(_) => Partition::of([]),
+        match self.visible {
+            Visibility::Joined(membership) => membership.partition.clone(),
+            Visibility::One(network) => network.own_partition.clone(),
+            Visibility::Nothing(_) => Partition::of([]),
         }
     }
 
-    /// The endpoints that have a name and that the asker is told of, network by network.
-    pub(crate) fn holders<'n>(
+    /// The visible endpoints with a name, by network.
+    pub(crate) fn endpoints_with_name<'n>(
         &self,
         name: &'n [u8],
     ) -> impl Iterator<Item = impl Iterator<Item = &'a Endpoint> + use<'a>> + use<'a, 'n> {
         let container = self.container;
         self.networks().filter_map(|network| network.names.get(name)).map(move |holders| {
-            let told = move |holder: &&Holder| {
+            let is_visible = move |holder: &&Holder| {
                 !holder.own
                     || container.is_some_and(|container| **container == *holder.endpoint.container)
             };
-            holders.iter().filter(told).map(|holder| &*holder.endpoint)
+            holders.iter().filter(is_visible).map(|holder| &*holder.endpoint)
         })
     }
 
-    /// Whose address it is, on one of the asker's networks.
-    pub(crate) fn holder(&self, address: IpAddr) -> Option<&'a Endpoint> {
+    /// The endpoint with `address` on a visible network.
+    pub(crate) fn endpoint_with_address(&self, address: IpAddr) -> Option<&'a Endpoint> {
         self.networks()
             .find_map(|network| network.reverse.get(&address))
             .map(|endpoint| &**endpoint)
     }
 
-    /// Whether an address is one of a network, the asker's or not.
-    pub(crate) fn is_inside(&self, address: IpAddr) -> bool {
+    /// Whether `address` is in the subnet of any network.
+    pub(crate) fn is_in_any_subnet(&self, address: IpAddr) -> bool {
         self.zones
             .networks
             .values()
             .any(|network| network.subnets.iter().any(|subnet| subnet.contains(&address)))
     }
 
-    /// Whether it is, or was, `name.network` of an endpoint on some network, and if so where that
-    /// network's name begins.
+    /// If `name` is or was `name.network` of an endpoint on any network, the offset of the network
+    /// in it.
     pub(crate) fn hidden(&self, name: &[u8]) -> Option<usize> {
         suffixes(name).skip(1).find_map(|(at, suffix)| {
             let network = self.zones.networks.get(self.zones.by_wire.get(suffix)?)?;
             let is_known = network.names.contains_key(name)
-                || network.gone.iter().any(|gone| gone.wire() == name);
+                || network.removed.iter().any(|removed| removed.wire() == name);
             is_known.then_some(at)
         })
     }
 
-    /// Whether the asker has egress.
+    /// Whether the client has egress.
     pub(crate) fn may_forward(&self) -> bool {
         self.networks().any(|network| !network.internal)
     }
 
-    /// The servers of the first network that has some of its own and egress.
+    /// The server list of the first visible network with egress that has one.
     pub(crate) fn servers(&self) -> Option<&'a ServerList> {
         self.networks()
             .filter(|network| !network.internal)

@@ -1,12 +1,12 @@
-//! Replays the fuzz corpus of messages, and all of its files with each byte turned, cut off or
-//! doubled.
+//! Replays the fuzz corpus of messages, and variants of each file with bytes replaced, removed or
+//! duplicated.
 
 use std::fs;
 use std::path::Path;
 use tidegate_dns::fuzz::check_message;
 
 #[test]
-fn the_corpus_of_messages_holds() {
+fn the_corpus_of_messages_passes() {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus/dns_message");
     let files =
         fs::read_dir(&corpus).unwrap_or_else(|error| panic!("{}: {error}", corpus.display()));
@@ -30,9 +30,9 @@ fn the_corpus_of_messages_holds() {
     assert!(replayed > 30, "{replayed} files");
 }
 
-/// `FUZZ_ROUNDS` says how many, for who has no fuzzer at hand.
+/// Random mutations, as many as `FUZZ_ROUNDS`, for machines without a fuzzer.
 #[test]
-fn messages_that_are_mixed_at_random_hold() {
+fn random_mutations_of_messages_pass() {
     let rounds =
         std::env::var("FUZZ_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(50_000_u64);
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus/dns_message");

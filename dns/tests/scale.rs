@@ -1,35 +1,34 @@
-//! A thousand containers with a server each, in a process that has nothing else.
+//! A thousand containers with a server each, in a process of its own.
 
 #[path = "support/mod.rs"]
 mod support;
 
 use std::time::{Duration, Instant};
-use support::{House, handle};
+use support::{TestBed, handle};
 use tidegate_dns::ServeOptions;
 use tidegate_testbed::{Namespace, procfs};
 
 const CONTAINERS: usize = 1_000;
-/// What they may take.
+/// Limit of the memory of all servers in bytes.
 const BYTES: u64 = 64 << 20;
 const TIME: Duration = Duration::from_secs(1);
 
 #[test]
 fn a_thousand_servers_cost_less_than_64_mb_and_a_second() {
-    let house = House::new(Namespace::new(), "");
-    house.network("un1");
+    let bed = TestBed::new(Namespace::new(), "");
+    bed.network("un1");
     for number in 0..CONTAINERS {
         let address = std::net::Ipv4Addr::from(0x0a09_0002 + number as u32).to_string();
-        house.endpoint("un1", &format!("c{number}"), &["all"], &[&address]);
+        bed.endpoint("un1", &format!("c{number}"), &["all"], &[&address]);
     }
     let namespaces: Vec<_> = (0..CONTAINERS).map(|_| Namespace::new()).collect();
     let handles: Vec<_> = namespaces.iter().map(handle).collect();
     let before = procfs::rss(std::process::id()).unwrap();
-    let _guard = house.runtime.enter();
+    let _guard = bed.runtime.enter();
     let start = Instant::now();
     let serving: Vec<_> = (0..CONTAINERS)
         .map(|number| {
-            house
-                .resolver
+            bed.resolver
                 .serve(&handles[number], &format!("c{number}"), &ServeOptions::default())
                 .unwrap()
         })
@@ -47,7 +46,7 @@ fn a_thousand_servers_cost_less_than_64_mb_and_a_second() {
     let start = Instant::now();
     drop(serving);
     println!(
-        "{CONTAINERS} servers: {took:?}, {} KiB more; gone in {:?}",
+        "{CONTAINERS} servers: {took:?}, {} KiB more; stopped in {:?}",
         grown >> 10,
         start.elapsed()
     );

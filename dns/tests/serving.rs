@@ -1,7 +1,7 @@
-//! Servers in namespaces, with real clients, and other servers that this test plays.
+//! Servers in namespaces, with real clients and simulated upstream servers.
 //!
-//! Nothing leaves the namespaces that are made here: each has its loopback interface, and links to
-//! others of them where a test says so.
+//! No traffic leaves the namespaces of these tests. Each has a loopback interface, and links to
+//! other test namespaces where needed.
 
 #[path = "serving/abuse.rs"]
 mod abuse;

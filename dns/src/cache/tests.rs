@@ -1,14 +1,14 @@
 use super::*;
-use crate::answer::{Asked, Reading};
+use crate::answer::{Response, SentQuery};
 use std::time::Duration;
 
-/// An answer that holds for `ttl` seconds.
+/// A response with this TTL in seconds.
 fn answer(ttl: u8) -> Arc<Answer> {
     let head = [0, 7, 0x81, 0x80, 0, 1, 0, 1, 0, 0, 0, 0, 1, b'x', 0, 0, 1, 0, 1];
     let record = [0xc0, 12, 0, 1, 0, 1, 0, 0, 0, ttl, 0, 4, 192, 0, 2, 1];
     let message = [&head[..], &record].concat();
-    match (Asked { id: 7, name: b"\x01x\0"[..].into(), kind: 1, exact: false }).read(&message) {
-        Reading::Answer(answer) => Arc::new(answer),
+    match (SentQuery { id: 7, name: b"\x01x\0"[..].into(), kind: 1, exact: false }).read(&message) {
+        Response::Answer(answer) => Arc::new(answer),
         other => panic!("{other:?}"),
     }
 }
@@ -22,25 +22,25 @@ fn key(servers: u32, number: u16) -> Key {
     key_of(1, servers, number)
 }
 
-/// The bytes that an entry of these tests takes.
+/// Size of an entry of these tests.
 fn size() -> usize {
     answer(1).size() + 2 * 3 + OVERHEAD
 }
 
 #[test]
-fn an_answer_is_there_until_its_time_is_over() {
+fn an_entry_expires_after_its_lifetime() {
     let mut cache = Cache::new(10_000);
     let now = Instant::now();
     cache.put(key(0, 1), answer(10), now);
     assert!(cache.get(&key(0, 1), now + Duration::from_millis(9_999)).is_some());
     assert!(cache.get(&key(0, 1), now + Duration::from_secs(10)).is_none());
-    assert!(cache.get(&key(1, 1), now).is_none(), "other servers may say something else");
+    assert!(cache.get(&key(1, 1), now).is_none(), "another server list");
     cache.put(key(0, 2), answer(0), now);
     assert!(cache.get(&key(0, 2), now).is_none());
 }
 
 #[test]
-fn an_answer_to_one_partition_is_none_to_another() {
+fn partitions_do_not_share_entries() {
     let mut cache = Cache::new(10_000);
     let now = Instant::now();
     cache.put(key_of(1, 0, 1), answer(10), now);
@@ -50,7 +50,7 @@ fn an_answer_to_one_partition_is_none_to_another() {
 }
 
 #[test]
-fn a_full_cache_gives_up_what_ends_first() {
+fn a_full_cache_evicts_what_expires_first() {
     let now = Instant::now();
     let mut cache = Cache::new(3 * size());
     assert_eq!(cache.put(key(0, 1), answer(30), now), 0);
@@ -59,9 +59,9 @@ fn a_full_cache_gives_up_what_ends_first() {
     assert_eq!(cache.put(key(0, 4), answer(5), now), 1);
     assert!(cache.get(&key(0, 2), now).is_none());
     assert_eq!(cache.len(), 3);
-    assert_eq!(cache.put(key(0, 4), answer(50), now), 0, "in its own place");
+    assert_eq!(cache.put(key(0, 4), answer(50), now), 0, "it replaces the previous entry");
     let later = now + Duration::from_secs(25);
-    assert_eq!(cache.put(key(0, 5), answer(5), later), 0, "what is over makes room");
+    assert_eq!(cache.put(key(0, 5), answer(5), later), 0, "expired entries are removed first");
     assert_eq!(cache.len(), 3);
     for number in 0..1000 {
         cache.put(key(0, number), answer(9), now);
@@ -73,7 +73,7 @@ fn a_full_cache_gives_up_what_ends_first() {
 fn a_partition_that_floods_the_cache_evicts_its_own_entries() {
     let now = Instant::now();
     let mut cache = Cache::new(10 * size());
-    // What expires soonest of all, and is evicted only if its holder holds most.
+    // These expire first, but are evicted only if their partition holds most.
     for number in 0..3 {
         cache.put(key_of(1, 0, number), answer(5), now);
     }
@@ -90,7 +90,7 @@ fn a_partition_that_floods_the_cache_evicts_its_own_entries() {
     assert_eq!(
         (kept(&cache, 1), kept(&cache, 2), kept(&cache, 3)),
         (3, 4, 3),
-        "the largest yields"
+        "the largest partition loses entries"
     );
     assert_eq!(cache.sizes.len(), cache.shares.len());
     let all: usize = cache.shares.values().map(|share| share.size).sum();
@@ -98,7 +98,7 @@ fn a_partition_that_floods_the_cache_evicts_its_own_entries() {
 }
 
 #[test]
-fn an_answer_larger_than_every_share_is_not_kept() {
+fn a_response_larger_than_every_share_is_not_cached() {
     let now = Instant::now();
     let mut cache = Cache::new(3 * size());
     for network in 1..=3 {
@@ -107,11 +107,11 @@ fn an_answer_larger_than_every_share_is_not_kept() {
     let long = Key { name: vec![b'x'; 100].into(), ..key_of(4, 0, 1) };
     assert_eq!(cache.put(long.clone(), answer(50), now), 0);
     assert!(cache.get(&long, now).is_none());
-    assert_eq!(cache.put(key_of(4, 0, 1), answer(50), now), 1, "an equal one takes its turn");
+    assert_eq!(cache.put(key_of(4, 0, 1), answer(50), now), 1, "an entry of equal size evicts one");
 }
 
 #[test]
-fn what_servers_have_said_can_be_forgotten() {
+fn responses_of_a_server_list_can_be_dropped() {
     let mut cache = Cache::new(10_000);
     let now = Instant::now();
     cache.put(key(0, 1), answer(10), now);

@@ -1,24 +1,23 @@
-//! Source ports of questions to other servers.
+//! Source ports of upstream queries.
 //!
 //! A blind attacker has to guess the source port, the query ID and the case of the letters of the
 //! name (RFC 5452 section 4, draft-vixie-dnsext-dns0x20-00). All three are random; docs/dns.md has
 //! the arithmetic.
 //!
-//! - A source port serves one question and is closed with it. The kernel chooses it at random among
+//! - A source port serves one query and is closed with it. The kernel chooses it at random from
 //!   `net.ipv4.ip_local_port_range` (`udp_lib_get_port`).
-//! - The socket is connected: the kernel drops what does not come from the server's address and
-//!   port.
-//! - A datagram that came in by a bridge of our networks is dropped unless the server is on one of
-//!   them: a container can send any source address, if nothing at its bridge port prevents that.
-//! - [`MISMATCHES`] datagrams that answer nothing end the port: someone is guessing, and has found
-//!   it.
+//! - The socket is connected: the kernel drops datagrams from other addresses and ports.
+//! - A datagram that arrives on a bridge of a network is dropped unless the server is on a network:
+//!   a container can forge any source address if no guard at its bridge port prevents that.
+//! - After [`MAX_MISMATCHES`] mismatched datagrams the port is closed, because an attacker has
+//!   found it and is guessing.
 //!
-//! Sockets are bounded. A partition that has used up its share puts further questions on ports of
-//! its own, chosen at random: they are then as hard to guess as before, but a mismatch ends
-//! several.
+//! The number of sockets is limited. A partition at its share sends further queries from its open
+//! ports, chosen at random: guessing does not become easier, but mismatches close the port for
+//! several queries.
 
-use super::Word;
-use crate::answer::{Asked, Reading};
+use super::ServerResponse;
+use crate::answer::{Response, SentQuery};
 use crate::cache::Key;
 use crate::message::{Bits, mix_case, question};
 use crate::metrics::{Mismatch, Overload, ProcessMetrics};
@@ -41,15 +40,15 @@ use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
-/// Datagrams that answer nothing after which a source port is given up. A port has one question,
-/// and its repetitions are equal, so that an honest server has hardly anything else to say to it.
-pub(super) const MISMATCHES: u32 = 8;
+/// Mismatched datagrams after which a source port is closed. A port has one query, whose
+/// retransmissions are identical, so a correct server sends hardly anything else to it.
+pub(super) const MAX_MISMATCHES: u32 = 8;
 
 thread_local! {
     static RECEIVED: RefCell<RecvBatch> = RefCell::new(RecvBatch::new());
 }
 
-/// The indexes of the bridges of our networks, in the namespace that networks are in.
+/// Interface indexes of the bridges of all networks, in the namespace of the networks.
 #[derive(Debug, Default)]
 pub(crate) struct Bridges(RwLock<BTreeSet<u32>>);
 
@@ -63,18 +62,18 @@ impl Bridges {
     }
 }
 
-/// All source ports that are open.
+/// The open source ports.
 pub(super) struct Ports {
     open: Arc<Mutex<Open>>,
     metrics: Arc<ProcessMetrics>,
 }
 
-/// Whose port it is, to which server it is connected, and where.
+/// Partition, server and namespace of a port.
 type PortKey = (Partition, SocketAddr, NamespaceId);
 
 struct Open {
     shares: Shares,
-    /// By number.
+    /// Open ports by sequence number.
     ports: BTreeMap<PortKey, BTreeMap<u64, Weak<Port>>>,
     next: u64,
 }
@@ -98,8 +97,8 @@ struct Port {
 struct Shared {
     server: SocketAddr,
     socket: UdpSocket,
-    waiting: Mutex<Waiting>,
-    /// What comes in by one of these is forged.
+    awaited: Mutex<AwaitedResponses>,
+    /// Bridges on which a datagram is considered forged.
     bridges: Option<Arc<Bridges>>,
     metrics: Arc<ProcessMetrics>,
     open: Arc<Mutex<Open>>,
@@ -108,20 +107,20 @@ struct Shared {
 }
 
 #[derive(Default)]
-struct Waiting {
-    /// By ID.
-    questions: HashMap<u16, (Asked, mpsc::Sender<Word>)>,
+struct AwaitedResponses {
+    /// Outstanding queries by ID.
+    questions: HashMap<u16, (SentQuery, mpsc::Sender<ServerResponse>)>,
     mismatches: u32,
 }
 
-/// Where a question goes out from.
-pub(super) struct Way<'a> {
+/// The namespace from which a query is sent.
+pub(super) struct Egress<'a> {
     pub(super) namespace: &'a Namespace,
-    /// What comes in by these bridges is no answer.
+    /// Bridges on which no response is accepted.
     pub(super) bridges: Option<Arc<Bridges>>,
 }
 
-/// A question that has been asked. Its answer is no longer awaited when it is dropped.
+/// An outstanding query. Its response is ignored after it is dropped.
 pub(super) struct Outstanding {
     port: Arc<Port>,
     id: u16,
@@ -131,23 +130,23 @@ pub(super) struct Outstanding {
 }
 
 impl Ports {
-    /// None yet, and never more than `limit`.
+    /// Creates a set of at most `limit` ports.
     pub(super) fn new(limit: usize, metrics: Arc<ProcessMetrics>) -> Self {
         let open = Open { shares: Shares::new(limit), ports: BTreeMap::new(), next: 0 };
         Self { open: Arc::new(Mutex::new(open)), metrics }
     }
 
-    /// Prepares a question to `server`. What comes back goes to `heard`.
+    /// Prepares a query to `server`. Responses are sent to `responses`.
     pub(super) fn ask(
         &self,
-        way: Way<'_>,
+        egress: Egress<'_>,
         server: SocketAddr,
         key: &Key,
         form: Form,
-        heard: mpsc::Sender<Word>,
+        responses: mpsc::Sender<ServerResponse>,
     ) -> io::Result<Outstanding> {
-        let port = self.port(way, server, &key.partition)?;
-        let (id, name) = port.shared.expect(key, form, heard)?;
+        let port = self.port(egress, server, &key.partition)?;
+        let (id, name) = port.shared.register(key, form, responses)?;
         let mut message = Vec::with_capacity(name.len() + 32);
         question(id, &name, key.kind, Bits { edns: form.edns, ..key.bits }, &mut message);
         Ok(Outstanding { port, id, form, message, asked: super::now() })
@@ -155,11 +154,11 @@ impl Ports {
 
     fn port(
         &self,
-        way: Way<'_>,
+        egress: Egress<'_>,
         server: SocketAddr,
         partition: &Partition,
     ) -> io::Result<Arc<Port>> {
-        let key = (partition.clone(), server, way.namespace.id());
+        let key = (partition.clone(), server, egress.namespace.id());
         let number = {
             let mut open = lock(&self.open);
             if !open.shares.allows(partition) {
@@ -167,42 +166,43 @@ impl Ports {
                     return Ok(port);
                 }
                 if open.shares.free() == 0 {
-                    return Err(io::Error::other("all source ports for DNS questions are in use"));
+                    return Err(io::Error::other(
+                        "limit of source ports for upstream DNS queries reached",
+                    ));
                 }
             }
             open.shares.take(partition);
             open.next += 1;
             open.next
         };
-        match self.open_port(way, key.clone(), number) {
+        match self.open_port(egress, key.clone(), number) {
             Ok(port) => Ok(port),
             Err(error) => {
                 let mut open = lock(&self.open);
-                open.shares.give_back(partition, 1);
-                // Out of descriptors: a port that is shared is better than none.
+                open.shares.release(partition, 1);
+                // For example without free descriptors: a shared port is better than none.
                 shared_port(&open, &key).ok_or(error)
             }
         }
     }
 
-    fn open_port(&self, way: Way<'_>, key: PortKey, number: u64) -> io::Result<Arc<Port>> {
+    fn open_port(&self, egress: Egress<'_>, key: PortKey, number: u64) -> io::Result<Arc<Port>> {
         let server = key.1;
-        let socket = way.namespace.with(|| {
+        let socket = egress.namespace.with(|| {
             let kind = Type::DGRAM.nonblocking().cloexec();
             Socket::new_raw(Domain::for_address(server), kind, Some(Protocol::UDP))
         })??;
-        if way.bridges.is_some() {
+        if egress.bridges.is_some() {
             enable_packet_info(&socket, server.is_ipv6())?;
         }
-        // Chooses the port, lets nobody else's datagrams in, and has the kernel tell of a closed
-        // port.
+        // Chooses the port, filters by peer, and enables ICMP errors.
         socket.connect(&server.into())?;
         let socket = UdpSocket::from_std(socket.into())?;
         let shared = Arc::new(Shared {
             server,
             socket,
-            waiting: Mutex::default(),
-            bridges: way.bridges,
+            awaited: Mutex::default(),
+            bridges: egress.bridges,
             metrics: Arc::clone(&self.metrics),
             open: Arc::clone(&self.open),
             key,
@@ -216,58 +216,58 @@ impl Ports {
     }
 }
 
-/// One of the ports that `key` has open already, at random.
+/// An open port of `key`, chosen at random.
 fn shared_port(open: &Open, key: &PortKey) -> Option<Arc<Port>> {
     let ports = open.ports.get(key)?;
     let mut random = [0; 4];
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty()).ok()?;
     let first = u32::from_ne_bytes(random) as usize % ports.len();
-    // One whose last question is just over cannot be had any more.
+    // A port whose last query has just ended cannot be upgraded.
     ports.values().cycle().skip(first).take(ports.len()).find_map(Weak::upgrade)
 }
 
-/// With the last question that went out from it.
+/// Closes the port with its last query.
 impl Drop for Port {
     fn drop(&mut self) {
         self.reader.abort();
         let mut open = lock(&self.shared.open);
         open.unlist(&self.shared.key, self.shared.number);
-        open.shares.give_back(&self.shared.key.0, 1);
+        open.shares.release(&self.shared.key.0, 1);
     }
 }
 
 impl Shared {
-    /// Begins to await the answer to `key`; its ID, and the name as it is to be sent.
-    fn expect(
+    /// Registers a query for `key`. Returns its ID, and the name as it is sent.
+    fn register(
         &self,
         key: &Key,
         form: Form,
-        heard: mpsc::Sender<Word>,
+        responses: mpsc::Sender<ServerResponse>,
     ) -> io::Result<(u16, Box<[u8]>)> {
-        let mut waiting = lock(&self.waiting);
+        let mut awaited = lock(&self.awaited);
         loop {
             let mut random = [0; 34];
             rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
             let [first, second, case @ ..] = random;
             let id = u16::from_ne_bytes([first, second]);
-            if let Entry::Vacant(place) = waiting.questions.entry(id) {
+            if let Entry::Vacant(place) = awaited.questions.entry(id) {
                 let mut name = key.name.clone();
                 if form.mixed {
                     mix_case(&mut name, &case);
                 }
-                let asked = Asked { id, name: name.clone(), kind: key.kind, exact: form.mixed };
-                place.insert((asked, heard));
+                let asked = SentQuery { id, name: name.clone(), kind: key.kind, exact: form.mixed };
+                place.insert((asked, responses));
                 return Ok((id, name));
             }
         }
     }
 
     async fn read(self: Arc<Self>) {
-        // Word that nobody is there does not make a socket readable.
+        // An ICMP error does not make a socket readable.
         let either = Interest::READABLE | Interest::ERROR;
         loop {
             let Ok(ready) = self.socket.ready(either).await else { return };
-            // One at a time: `try_io` knows nothing of both.
+            // `try_io` accepts one interest at a time.
             let interest = if ready.is_error() { Interest::ERROR } else { Interest::READABLE };
             let received = self
                 .socket
@@ -276,66 +276,70 @@ impl Shared {
                 Ok(true) => {}
                 Ok(false) => return,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                // Nobody is at that port (`ECONNREFUSED`), or no way leads there: true of all
-                // questions that went out from here.
+                // The server is unreachable (`ECONNREFUSED` and others), which affects all queries
+                // of this port.
                 Err(error) => {
-                    tracing::trace!(server = %self.server, %error, "no answer can come");
-                    self.tell_all(&Reading::Unreachable);
+                    tracing::trace!(server = %self.server, %error, "DNS server unreachable");
+                    self.notify_all(&Response::Unreachable);
                 }
             }
         }
     }
 
-    /// Reads what has come. Whether more may come.
+    /// Receives one batch. Returns whether the port stays open.
     fn receive(&self, received: &mut RecvBatch) -> io::Result<bool> {
         let count = received.receive(&self.socket)?;
         for index in 0..count {
-            if !self.hear(&received.get(index)) {
+            if !self.handle(&received.get(index)) {
                 return Ok(false);
             }
         }
         if count < SLOTS { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(true) }
     }
 
-    /// Takes one datagram. Whether more may come.
-    fn hear(&self, datagram: &Datagram<'_>) -> bool {
+    /// Handles one datagram. Returns whether the port stays open.
+    fn handle(&self, datagram: &Datagram<'_>) -> bool {
         if self.bridges.as_ref().is_some_and(|bridges| bridges.contains(datagram.interface)) {
-            // Not counted as a guess: it is none that could succeed.
+            // Not counted as a mismatch that closes the port, because such a guess cannot succeed.
             self.metrics.mismatch(Mismatch::Bridge);
             return true;
         }
-        let mut waiting = lock(&self.waiting);
+        let mut awaited = lock(&self.awaited);
         let id = crate::message::short(datagram.payload, 0);
-        let known = id.and_then(|id| waiting.questions.get(&id));
-        let reading = known.map_or(Reading::Other, |(asked, _)| asked.read(datagram.payload));
-        let mismatch = match (&reading, known) {
-            (Reading::Other, None) => Some(Mismatch::Id),
-            (Reading::Other, Some(_)) => Some(Mismatch::Question),
-            (Reading::CaseChanged, _) => Some(Mismatch::Case),
+        let known = id.and_then(|id| awaited.questions.get(&id));
+        let response = known.map_or(Response::Unrelated, |(asked, _)| asked.read(datagram.payload));
+        let mismatch = match (&response, known) {
+            (Response::Unrelated, None) => Some(Mismatch::Id),
+            (Response::Unrelated, Some(_)) => Some(Mismatch::Question),
+            (Response::CaseChanged, _) => Some(Mismatch::Case),
             _ => None,
         };
-        if let Some((_, heard)) = known.filter(|_| reading != Reading::Other) {
-            // Who does not read has an answer already.
-            let _ = heard.try_send(Word { server: self.server, reading, same_case: None });
+        if let Some((_, responses)) = known.filter(|_| response != Response::Unrelated) {
+            // If the channel is full, the query has a response already.
+            let _ = responses.try_send(ServerResponse {
+                server: self.server,
+                response,
+                same_case: None,
+            });
         }
         let Some(reason) = mismatch else { return true };
         self.metrics.mismatch(reason);
-        waiting.mismatches += 1;
-        if waiting.mismatches < MISMATCHES {
+        awaited.mismatches += 1;
+        if awaited.mismatches < MAX_MISMATCHES {
             return true;
         }
-        drop(waiting);
+        drop(awaited);
         self.metrics.refused(Overload::Guesses, None);
         lock(&self.open).unlist(&self.key, self.number);
-        self.tell_all(&Reading::Flooded);
+        self.notify_all(&Response::Flooded);
         false
     }
 
-    fn tell_all(&self, reading: &Reading) {
-        for (_, heard) in lock(&self.waiting).questions.values() {
-            let _ = heard.try_send(Word {
+    fn notify_all(&self, response: &Response) {
+        for (_, responses) in lock(&self.awaited).questions.values() {
+            let _ = responses.try_send(ServerResponse {
                 server: self.server,
-                reading: reading.clone(),
+                response: response.clone(),
                 same_case: None,
             });
         }
@@ -355,16 +359,16 @@ impl Outstanding {
         self.asked
     }
 
-    /// Sends it, for the first time or again. Whether there was a way.
+    /// Sends the query, for the first time or again. Returns whether that succeeded.
     pub(super) fn send(&self) -> bool {
-        // Not by the runtime, which has not heard yet that a new socket has room.
+        // Without the runtime, which does not know yet that a new socket is writable.
         let send =
             || rustix::net::send(&self.port.shared.socket, &self.message, SendFlags::DONTWAIT);
         match send() {
             Ok(_) => true,
-            // Of an earlier datagram.
+            // The error of an earlier datagram.
             Err(Errno::CONNREFUSED) => {
-                self.port.shared.tell_all(&Reading::Unreachable);
+                self.port.shared.notify_all(&Response::Unreachable);
                 send().is_ok()
             }
             // A full buffer loses datagrams, as networks do.
@@ -375,11 +379,11 @@ impl Outstanding {
 
 impl Drop for Outstanding {
     fn drop(&mut self) {
-        lock(&self.port.shared.waiting).questions.remove(&self.id);
+        lock(&self.port.shared.awaited).questions.remove(&self.id);
     }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What is in there holds after every statement.
+    // Invariants hold after every statement, so a poisoned lock is usable.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,8 +1,7 @@
-//! Answers over TCP: those that are too long for a datagram (RFC 7766 section 5), and those to
-//! questions whose answers over UDP someone seems to forge. Nobody who does not see the
-//! connection's segments can forge in it.
+//! Upstream queries over TCP: for truncated responses (RFC 7766 section 5), and when responses over
+//! UDP may be forged. A blind attacker cannot forge a response over TCP.
 
-use crate::answer::{Asked, Reading};
+use crate::answer::{Response, SentQuery};
 use crate::cache::Key;
 use crate::message::{Bits, mix_case, question};
 use crate::upstream::Form;
@@ -12,14 +11,15 @@ use tidegate_netns::Namespace;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpSocket;
 
-/// Asks over a connection of its own. Also tells whether the answer repeats the case of the name.
+/// Queries `server` over a new connection. Returns the response, and whether it repeats the case of
+/// the name.
 pub(super) async fn fetch(
-    way: &Namespace,
+    namespace: &Namespace,
     server: SocketAddr,
     key: &Key,
     form: Form,
-) -> io::Result<(Reading, bool)> {
-    let socket = way.with(|| match server {
+) -> io::Result<(Response, bool)> {
+    let socket = namespace.with(|| match server {
         SocketAddr::V4(_) => TcpSocket::new_v4(),
         SocketAddr::V6(_) => TcpSocket::new_v6(),
     })??;
@@ -37,6 +37,6 @@ pub(super) async fn fetch(
     stream.write_all(&message).await?;
     let mut answer = vec![0; usize::from(stream.read_u16().await?)];
     stream.read_exact(&mut answer).await?;
-    let asked = Asked { id, name, kind: key.kind, exact: false };
-    Ok((asked.read(&answer), asked.has_same_case(&answer)))
+    let query = SentQuery { id, name, kind: key.kind, exact: false };
+    Ok((query.read(&answer), query.has_same_case(&answer)))
 }

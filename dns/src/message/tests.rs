@@ -3,8 +3,8 @@ use crate::name::Name;
 use hickory_server::proto::op::{Message, MessageType, ResponseCode};
 use hickory_server::proto::rr::{RData, RecordType};
 
-/// A question for `name`, with an OPT record of `payload` bytes if there is one.
-pub(crate) fn asking(name: &str, kind: u16, payload: Option<u16>) -> Vec<u8> {
+/// A query for `name`, with an OPT record of `payload` bytes if given.
+pub(crate) fn query(name: &str, kind: u16, payload: Option<u16>) -> Vec<u8> {
     let mut bytes = Vec::new();
     let bits = Bits { edns: payload.is_some(), ..Bits::default() };
     question(0x1234, Name::parse(name).unwrap().wire(), kind, bits, &mut bytes);
@@ -12,12 +12,12 @@ pub(crate) fn asking(name: &str, kind: u16, payload: Option<u16>) -> Vec<u8> {
         let at = bytes.len() - OPT + 3;
         set_short(&mut bytes, at, payload);
     }
-    // As a stub resolver asks: RD alone.
+    // A stub resolver sets RD only.
     set_short(&mut bytes, 2, flag::RECURSION_DESIRED);
     bytes
 }
 
-fn answered(reply: &Reply<'_>, question: &[u8], limit: usize) -> Message {
+fn encode(reply: &Reply<'_>, question: &[u8], limit: usize) -> Message {
     let mut out = vec![0xff; 3];
     reply.write(&Request::read(question).unwrap(), limit, &mut out);
     assert!(out.len() - 3 <= limit);
@@ -25,15 +25,15 @@ fn answered(reply: &Reply<'_>, question: &[u8], limit: usize) -> Message {
 }
 
 #[test]
-fn a_plain_question_is_read_in_place() {
-    let bytes = asking("Web.Example", kind::A, None);
+fn a_plain_query_is_parsed_in_place() {
+    let bytes = query("Web.Example", kind::A, None);
     let mut upper = bytes.clone();
     upper[13] = b'W';
     let request = Request::read(&upper).unwrap();
     assert_eq!((request.id, request.kind, request.edns), (0x1234, kind::A, None));
     assert_eq!(request.name(), b"\x03web\x07example\0");
     assert_eq!(&request.question[..4], b"\x03Web");
-    let with_edns = asking("web", kind::A, Some(1400));
+    let with_edns = query("web", kind::A, Some(1400));
     assert_eq!(
         Request::read(&with_edns).unwrap().edns,
         Some(Edns { payload: 1400, dnssec: false })
@@ -41,8 +41,8 @@ fn a_plain_question_is_read_in_place() {
 }
 
 #[test]
-fn what_is_not_plain_is_left_alone() {
-    let plain = asking("web", kind::A, Some(1232));
+fn other_messages_are_not_parsed() {
+    let plain = query("web", kind::A, Some(1232));
     let with = |at: usize, byte: u8| {
         let mut bytes = plain.clone();
         bytes[at] = byte;
@@ -50,16 +50,16 @@ fn what_is_not_plain_is_left_alone() {
     };
     assert!(Request::read(&plain).is_some());
     for (what, bytes) in [
-        ("an answer", with(2, 0x81)),
+        ("a response", with(2, 0x81)),
         ("a status request", with(2, 0x11)),
         ("two questions", with(5, 2)),
         ("an answer section", with(7, 1)),
-        ("a pointer for a name", with(12, 0xc0)),
+        ("a compressed name", with(12, 0xc0)),
         ("class CH", with(20, 3)),
         ("two additional records", with(11, 2)),
-        ("an OPT record that has a name", with(21, 1)),
+        ("an OPT record with a name", with(21, 1)),
         ("version 1", with(27, 1)),
-        ("cut short", plain[..plain.len() - 1].to_vec()),
+        ("truncated", plain[..plain.len() - 1].to_vec()),
     ] {
         assert!(Request::read(&bytes).is_none(), "{what}");
     }
@@ -72,10 +72,10 @@ fn what_is_not_plain_is_left_alone() {
 /// OPT record is present in a received request, compliant responders MUST include an OPT record in
 /// their respective responses."
 #[test]
-fn an_answer_repeats_question_and_flags() {
+fn a_response_repeats_question_and_flags() {
     let answers = [Data::A([10, 9, 0, 2].into()), Data::A([10, 9, 0, 3].into())];
     let reply = Reply { answers: &answers, ttl: 5, ..Reply::code(Rcode::NoError) };
-    let message = answered(&reply, &asking("web", kind::A, None), 512);
+    let message = encode(&reply, &query("web", kind::A, None), 512);
     let head = &message.metadata;
     assert_eq!((head.id, head.message_type), (0x1234, MessageType::Response));
     assert!(
@@ -88,16 +88,17 @@ fn an_answer_repeats_question_and_flags() {
     assert_eq!((message.answers[0].name.to_ascii(), message.answers[0].ttl), ("web.".into(), 5));
     assert_eq!(message.answers[1].data, RData::A(Ipv4Addr::new(10, 9, 0, 3).into()));
     assert!(message.edns.is_none());
-    let message = answered(&reply, &asking("web", kind::A, Some(4096)), 512);
+    let message = encode(&reply, &query("web", kind::A, Some(4096)), 512);
     assert_eq!(message.edns.unwrap().max_payload(), PAYLOAD);
 }
 
 /// RFC 2308 section 2.2: "NODATA is indicated by an answer with the RCODE set to NOERROR and no
-/// relevant answers in the answer section." Section 5: the SOA's last field is how long that holds.
+/// relevant answers in the answer section." Section 5: the MINIMUM field of the SOA record is the
+/// negative TTL.
 #[test]
-fn the_soa_of_an_empty_answer_says_how_long_it_holds() {
+fn an_empty_response_has_an_soa_record_with_the_negative_ttl() {
     let nothing = Reply { zone: Some(4), ttl: 7, ..Reply::code(Rcode::NxDomain) };
-    let message = answered(&nothing, &asking("web.un1", kind::AAAA, None), 512);
+    let message = encode(&nothing, &query("web.un1", kind::AAAA, None), 512);
     assert_eq!(message.metadata.response_code, ResponseCode::NXDomain);
     let [soa] = &message.authorities[..] else { panic!("one SOA") };
     let RData::SOA(data) = &soa.data else { panic!("an SOA") };
@@ -107,51 +108,51 @@ fn the_soa_of_an_empty_answer_says_how_long_it_holds() {
         ("un1.".into(), "nobody.invalid.".into())
     );
     let root = Reply { zone: Some(8), ttl: 7, ..Reply::code(Rcode::NxDomain) };
-    let message = answered(&root, &asking("web.un1", kind::AAAA, Some(512)), 512);
+    let message = encode(&root, &query("web.un1", kind::AAAA, Some(512)), 512);
     assert_eq!(message.authorities[0].name.to_ascii(), ".");
 }
 
 /// RFC 2181 section 9: "The TC bit should be set in responses only when an RRSet is required as a
 /// part of the response, but could not be included in its entirety."
 #[test]
-fn what_does_not_fit_is_left_out_and_said_to_be() {
+fn records_that_do_not_fit_are_omitted_and_tc_is_set() {
     let answers: Vec<_> =
         (0..300_u32).map(|number| Data::A((0x0a09_0000 + number).into())).collect();
     let reply = Reply { answers: &answers, ttl: 5, ..Reply::code(Rcode::NoError) };
     for (payload, limit) in [(None, 512), (Some(1232), 1232), (Some(1232), 600)] {
-        let message = answered(&reply, &asking("web", kind::A, payload), limit);
+        let message = encode(&reply, &query("web", kind::A, payload), limit);
         assert!(message.metadata.truncation);
         let room = limit - 12 - 9 - payload.map_or(0, |_| OPT);
         assert_eq!(message.answers.len(), room / 16);
         assert_eq!(message.edns.is_some(), payload.is_some());
     }
-    let whole = answered(&reply, &asking("web", kind::A, None), 65_535);
+    let whole = encode(&reply, &query("web", kind::A, None), 65_535);
     assert!(!whole.metadata.truncation);
     assert_eq!(whole.answers.len(), 300);
 }
 
-/// RFC 8914 section 3: a code says why, and goes to those who sent an OPT record.
+/// RFC 8914 section 3: extended errors go to clients that sent an OPT record.
 #[test]
-fn a_refusal_says_why_to_those_who_understand_it() {
+fn a_refusal_has_an_extended_error_for_clients_with_edns() {
     let reply = Reply { extended: Some(18), ..Reply::code(Rcode::Refused) };
-    let message = answered(&reply, &asking("example.com", kind::A, Some(1232)), 512);
+    let message = encode(&reply, &query("example.com", kind::A, Some(1232)), 512);
     assert_eq!(message.metadata.response_code, ResponseCode::Refused);
     assert!(message.edns.unwrap().option(15.into()).is_some());
-    let message = answered(&reply, &asking("example.com", kind::A, None), 512);
+    let message = encode(&reply, &query("example.com", kind::A, None), 512);
     assert!(message.edns.is_none());
 }
 
 #[test]
-fn pointers_to_names_are_written_as_names() {
+fn ptr_data_is_encoded_as_a_name() {
     let answers = [Data::Ptr(Name::parse("web.un1").unwrap().wire().into())];
     let reply = Reply { answers: &answers, ttl: 5, ..Reply::code(Rcode::NoError) };
-    let message = answered(&reply, &asking("2.0.9.10.in-addr.arpa", kind::PTR, None), 512);
+    let message = encode(&reply, &query("2.0.9.10.in-addr.arpa", kind::PTR, None), 512);
     assert_eq!(message.answers[0].record_type(), RecordType::PTR);
     assert_eq!(message.answers[0].data.to_string(), "web.un1.");
 }
 
 #[test]
-fn each_letter_of_a_name_has_a_case_of_its_own() {
+fn the_case_of_each_letter_is_independent() {
     let name = *b"\x041-Ab\x02zZ\0";
     let mixed = |random: u8| {
         let mut mixed = name;

@@ -21,23 +21,19 @@ fn answer(message: &[u8]) -> (Option<Rcode>, Option<Message>) {
 }
 
 #[test]
-fn answers_and_fragments_get_none() {
-    assert_eq!(
-        answer(&with(false, 2, 0x81)),
-        (None, None),
-        "two servers would answer each other for ever"
-    );
+fn responses_and_incomplete_headers_get_no_response() {
+    assert_eq!(answer(&with(false, 2, 0x81)), (None, None), "no loop between two servers");
     assert_eq!(answer(&plain(false)[..11]), (None, None));
     assert_eq!(answer(&[]), (None, None));
 }
 
 #[test]
-fn each_oddity_gets_its_code() {
+fn each_unsupported_message_gets_its_code() {
     for (what, message, expected) in [
         ("RFC 1035 section 4.1.1: status", with(false, 2, 0x11), Rcode::NotImp),
         ("RFC 2136: update", with(false, 2, 0x29), Rcode::NotImp),
         ("RFC 1996: notify", with(false, 2, 0x21), Rcode::NotImp),
-        ("an opcode that nobody has", with(false, 2, 0x79), Rcode::NotImp),
+        ("an unassigned opcode", with(false, 2, 0x79), Rcode::NotImp),
         (
             "RFC 9619: two questions",
             [&with(false, 5, 2)[..], &plain(false)[12..]].concat(),
@@ -54,7 +50,7 @@ fn each_oddity_gets_its_code() {
         ),
         ("RFC 6891 section 6.1.3: version 1", with(true, 27, 1), Rcode::BadVers),
         ("class CH", with(false, 20, 3), Rcode::Refused),
-        ("cut short", plain(false)[..18].to_vec(), Rcode::FormErr),
+        ("truncated", plain(false)[..18].to_vec(), Rcode::FormErr),
         ("a name that points to itself", with(false, 12, 0xc0), Rcode::FormErr),
     ] {
         let (rcode, message) = answer(&message);
@@ -65,9 +61,9 @@ fn each_oddity_gets_its_code() {
     }
 }
 
-/// RFC 6891 section 9: BADVERS is 16, so four of its bits are in the OPT record.
+/// RFC 6891 section 9: BADVERS is 16, so its upper bits are in the OPT record.
 #[test]
-fn a_version_that_is_not_ours_is_answered_in_ours() {
+fn an_unsupported_edns_version_is_answered_in_version_0() {
     let (_, message) = answer(&with(true, 27, 1));
     let message = message.unwrap();
     let edns = message.edns.unwrap();
@@ -75,7 +71,11 @@ fn a_version_that_is_not_ours_is_answered_in_ours() {
 }
 
 #[test]
-fn what_others_mean_is_told_by_the_operation_first() {
+fn the_opcode_is_checked_before_the_format() {
     let update = with(false, 2, 0x28);
-    assert_eq!(answer(&update[..20]).0, Some(Rcode::NotImp), "its form is not ours to judge");
+    assert_eq!(
+        answer(&update[..20]).0,
+        Some(Rcode::NotImp),
+        "the format of an update is not checked"
+    );
 }

@@ -26,22 +26,22 @@ fn example() -> Zones {
     )
 }
 
-/// What becomes of a question, as text.
+/// The resolution as text.
 fn ask(zones: &Zones, asker: &str, name: &str, kind: u16) -> String {
-    ask_in_turn(zones, asker, name, kind, 0)
+    ask_rotated(zones, asker, name, kind, 0)
 }
 
-fn ask_in_turn(zones: &Zones, asker: &str, name: &str, kind: u16, turn: u32) -> String {
+fn ask_rotated(zones: &Zones, asker: &str, name: &str, kind: u16, rotation: u32) -> String {
     let asker = Asker::Container(asker.into());
     let view = zones.view(&asker, [0; 4].into());
     let name = Name::parse(name).unwrap();
-    let zone = |at: usize| crate::name::Shown(&name.wire()[at..]).to_string();
-    match resolve(&view, Policy::default(), name.wire(), kind, turn) {
+    let zone = |at: usize| crate::name::DisplayName(&name.wire()[at..]).to_string();
+    match resolve(&view, Policy::default(), name.wire(), kind, rotation) {
         Resolution::Answer(answers) => {
             let text = |data: &Data| match data {
                 Data::A(ip) => ip.to_string(),
                 Data::Aaaa(ip) => ip.to_string(),
-                Data::Ptr(name) => crate::name::Shown(name).to_string(),
+                Data::Ptr(name) => crate::name::DisplayName(name).to_string(),
             };
             answers.iter().map(text).collect::<Vec<_>>().join(" ")
         }
@@ -56,7 +56,7 @@ fn ask_in_turn(zones: &Zones, asker: &str, name: &str, kind: u16, turn: u32) -> 
 }
 
 #[test]
-fn names_of_neighbours_are_answered_in_all_their_forms() {
+fn all_names_of_an_endpoint_resolve() {
     let zones = example();
     for name in ["web", "WEB", "web.un1", "Web.Un1", "dotted.example", "dotted.example.un1"] {
         assert_eq!(ask(&zones, "db", name, kind::A), "198.18.1.2", "{name}");
@@ -66,19 +66,19 @@ fn names_of_neighbours_are_answered_in_all_their_forms() {
 }
 
 #[test]
-fn those_who_share_a_name_take_turns() {
+fn addresses_of_a_shared_name_are_rotated() {
     let zones = example();
-    let turn = |turn| ask_in_turn(&zones, "web", "all", kind::A, turn);
-    assert_eq!(turn(0), "198.18.1.2 198.18.1.3 198.18.1.4");
-    assert_eq!(turn(1), "198.18.1.3 198.18.1.4 198.18.1.2");
-    assert_eq!(turn(2), "198.18.1.4 198.18.1.2 198.18.1.3");
-    assert_eq!(turn(u32::MAX), turn(u32::MAX % 3));
+    let rotation = |rotation| ask_rotated(&zones, "web", "all", kind::A, rotation);
+    assert_eq!(rotation(0), "198.18.1.2 198.18.1.3 198.18.1.4");
+    assert_eq!(rotation(1), "198.18.1.3 198.18.1.4 198.18.1.2");
+    assert_eq!(rotation(2), "198.18.1.4 198.18.1.2 198.18.1.3");
+    assert_eq!(rotation(u32::MAX), rotation(u32::MAX % 3));
 }
 
-/// RFC 2308 section 2.2: "NODATA", a name that exists without records of the type. A resolver that
-/// heard NXDOMAIN for AAAA would not ask for A (RFC 8020 section 2).
+/// RFC 2308 section 2.2: "NODATA", a name that exists without records of the type. After NXDOMAIN
+/// for AAAA, a resolver would not query A (RFC 8020 section 2).
 #[test]
-fn other_types_of_a_known_name_are_empty_and_stay_here() {
+fn other_types_of_a_local_name_are_nodata_and_not_forwarded() {
     let zones = example();
     for kind in [
         kind::AAAA,
@@ -100,9 +100,9 @@ fn other_types_of_a_known_name_are_empty_and_stay_here() {
     }
 }
 
-/// RFC 6895 section 3.1: types 128 to 254 are not of records but of questions and messages.
+/// RFC 6895 section 3.1: 128 to 254 are meta types.
 #[test]
-fn questions_about_messages_are_refused() {
+fn meta_types_are_refused() {
     let zones = example();
     for kind in [kind::OPT, 249, 250, 251, 252, 253, 254] {
         assert_eq!(ask(&zones, "db", "web", kind), "refused: Type", "{kind}");
@@ -111,7 +111,7 @@ fn questions_about_messages_are_refused() {
 }
 
 #[test]
-fn names_of_others_are_none_and_stay_here() {
+fn names_on_other_networks_do_not_exist_and_are_not_forwarded() {
     let zones = example();
     assert_eq!(ask(&zones, "web", "alone", kind::A), "no name in .");
     assert_eq!(ask(&zones, "web", "alone.own", kind::A), "no name in own");
@@ -119,17 +119,17 @@ fn names_of_others_are_none_and_stay_here() {
     assert_eq!(
         ask(&zones, "alone", "dotted.example", kind::A),
         "[192.0.2.53:53]",
-        "that may be someone on the Internet"
+        "the name may exist on the Internet"
     );
     assert_eq!(
         ask(&zones, "web", "other.own", kind::A),
         "host",
-        "a network may be called like a domain"
+        "a network may have the name of a public domain"
     );
 }
 
 #[test]
-fn names_of_services_that_are_being_restarted_stay_here() {
+fn names_of_removed_endpoints_are_not_forwarded() {
     let mut zones = example();
     zones.remove_endpoint("un1", "db", "db");
     assert_eq!(ask(&zones, "web", "db.un1", kind::A), "no name in un1");
@@ -137,7 +137,7 @@ fn names_of_services_that_are_being_restarted_stay_here() {
     assert_eq!(
         ask(&zones, "web", "never.un1", kind::A),
         "host",
-        "a network may be called like a domain"
+        "a network may have the name of a public domain"
     );
     for number in 0..1_000 {
         let name = format!("c{number}");
@@ -145,12 +145,16 @@ fn names_of_services_that_are_being_restarted_stay_here() {
         zones.remove_endpoint("un1", &name, &name);
     }
     assert_eq!(ask(&zones, "web", "c999.un1", kind::A), "no name in un1");
-    assert_eq!(ask(&zones, "web", "c0.un1", kind::A), "host", "of so many the last ones");
+    assert_eq!(
+        ask(&zones, "web", "c0.un1", kind::A),
+        "host",
+        "only the most recent names are remembered"
+    );
 }
 
 /// RFC 6761 section 6.3 (localhost), 6.4 (invalid), RFC 7686 (onion).
 #[test]
-fn reserved_names_are_nobody_elses_business() {
+fn reserved_names_are_not_forwarded() {
     let zones = example();
     assert_eq!(ask(&zones, "web", "localhost", kind::A), "127.0.0.1");
     assert_eq!(ask(&zones, "web", "app.localhost", kind::AAAA), "::1");
@@ -161,7 +165,7 @@ fn reserved_names_are_nobody_elses_business() {
 }
 
 #[test]
-fn single_labels_are_asked_of_nobody_but_what_validators_ask_of_domains() {
+fn single_labels_are_not_forwarded_except_zone_queries_of_validators() {
     let zones = example();
     for kind in [kind::A, kind::AAAA, kind::MX, kind::TXT, kind::HTTPS, kind::ANY] {
         assert_eq!(ask(&zones, "web", "nosuch", kind), "no name in .", "{kind}");
@@ -182,7 +186,7 @@ fn single_labels_are_asked_of_nobody_but_what_validators_ask_of_domains() {
 
 /// RFC 1035 section 3.5.
 #[test]
-fn addresses_of_neighbours_have_names() {
+fn addresses_of_endpoints_have_reverse_names() {
     let zones = example();
     assert_eq!(ask(&zones, "db", "2.1.18.198.in-addr.arpa", kind::PTR), "web.un1");
     assert_eq!(
@@ -192,20 +196,20 @@ fn addresses_of_neighbours_have_names() {
     assert_eq!(
         ask(&zones, "db", "77.1.18.198.in-addr.arpa", kind::PTR),
         "no name in 77.1.18.198.in-addr.arpa",
-        "in the subnet, and nobody's"
+        "in the subnet, without an endpoint"
     );
     assert_eq!(
         ask(&zones, "alone", "2.1.18.198.in-addr.arpa", kind::PTR),
         "no name in 2.1.18.198.in-addr.arpa",
-        "of a network that is not its own"
+        "of a network that the client is not on"
     );
     let v6 = format!("2.{}8.8.d.f.ip6.arpa", "0.".repeat(27));
     assert_eq!(ask(&zones, "svc-6", &v6, kind::PTR), "svc-6.un6");
 }
 
-/// RFC 6303 section 4: the zones that are answered where they are asked, for nobody else can.
+/// RFC 6303 section 4: locally served zones.
 #[test]
-fn the_reverse_of_private_addresses_never_leaves() {
+fn reverse_names_of_private_addresses_are_not_forwarded() {
     let zones = example();
     for (name, expected) in [
         ("9.9.9.10.in-addr.arpa", "no name in 10.in-addr.arpa"),
@@ -240,32 +244,27 @@ fn the_reverse_of_private_addresses_never_leaves() {
 }
 
 #[test]
-fn who_is_on_internal_networks_only_has_no_egress() {
+fn clients_on_internal_networks_only_have_no_egress() {
     let zones = example();
     assert_eq!(ask(&zones, "safe", "mixed", kind::A), "10.0.2.3");
-    assert_eq!(ask(&zones, "safe", "example.com", kind::A), "refused: NoWayOut");
-    assert_eq!(ask(&zones, "safe", "org", kind::NS), "refused: NoWayOut");
+    assert_eq!(ask(&zones, "safe", "example.com", kind::A), "refused: NoEgress");
+    assert_eq!(ask(&zones, "safe", "org", kind::NS), "refused: NoEgress");
     assert_eq!(
         ask(&zones, "mixed", "example.com", kind::A),
         "host",
-        "not to the servers of the internal one"
+        "not the servers of the internal network"
     );
-    assert_eq!(
-        ask(&zones, "nobody", "example.com", kind::A),
-        "refused: NoWayOut",
-        "on no network at all"
-    );
+    assert_eq!(ask(&zones, "nobody", "example.com", kind::A), "refused: NoEgress", "on no network");
 }
 
 #[test]
-fn a_network_may_have_servers_of_its_own() {
+fn the_servers_of_a_network_are_used() {
     assert_eq!(ask(&example(), "alone", "example.com", kind::A), "[192.0.2.53:53]");
 }
 
-/// CVE-2024-29018 again, at a gateway: an address that nobody has must not have more than an
-/// endpoint.
+/// CVE-2024-29018, at a gateway: an address without an endpoint must not get more than an endpoint.
 #[test]
-fn strangers_at_a_gateway_are_refused_whatever_they_ask() {
+fn unknown_clients_at_a_gateway_are_always_refused() {
     let zones = example();
     for network in ["un1", "shut"] {
         let asker = Asker::Network(network.into());
@@ -273,8 +272,8 @@ fn strangers_at_a_gateway_are_refused_whatever_they_ask() {
         for name in ["web", "safe", "example.com", "localhost", "2.1.18.198.in-addr.arpa"] {
             let name = Name::parse(name).unwrap();
             let resolution = resolve(&view, Policy::default(), name.wire(), kind::A, 0);
-            assert_eq!(resolution, Resolution::Refused(Refusal::Stranger), "{name}");
+            assert_eq!(resolution, Resolution::Refused(Refusal::UnknownClient), "{name}");
         }
-        assert!(view.stats().is_some(), "it is counted with the network");
+        assert!(view.stats().is_some(), "counted for the network");
     }
 }

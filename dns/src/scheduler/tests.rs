@@ -9,13 +9,13 @@ fn all(_: &Source) -> bool {
     true
 }
 
-/// The names of the endpoints whose turns come, one after the other, and what they had queued.
+/// Selects all items that may be forwarded now, in order.
 fn turns(scheduler: &mut Scheduler<u32>, now: Instant) -> Vec<(Source, u32)> {
     std::iter::from_fn(|| scheduler.next(now, all).map(|turn| (turn.source, turn.item))).collect()
 }
 
 #[test]
-fn partitions_take_turns_and_within_them_endpoints() {
+fn round_robin_over_partitions_and_their_endpoints() {
     let now = Instant::now();
     let mut scheduler = Scheduler::new(Rate::new(100));
     let [greedy, modest, other] = [source(1, "greedy"), source(1, "modest"), source(2, "other")];
@@ -50,7 +50,7 @@ fn an_endpoint_has_a_burst_and_then_its_rate() {
 }
 
 #[test]
-fn what_was_not_forwarded_costs_no_token_and_keeps_its_place() {
+fn put_back_restores_token_and_position() {
     let now = Instant::now();
     let mut scheduler = Scheduler::new(Rate::new(1));
     let one = source(1, "one");
@@ -64,7 +64,7 @@ fn what_was_not_forwarded_costs_no_token_and_keeps_its_place() {
 }
 
 #[test]
-fn endpoints_that_are_not_allowed_hold_up_nobody() {
+fn endpoints_that_are_not_allowed_do_not_block_others() {
     let now = Instant::now();
     let mut scheduler = Scheduler::new(Rate::new(100));
     let [blocked, free] = [source(1, "blocked"), source(1, "free")];
@@ -77,21 +77,21 @@ fn endpoints_that_are_not_allowed_hold_up_nobody() {
 }
 
 #[test]
-fn what_waits_too_long_is_taken_out_and_nothing_is_remembered_in_the_end() {
+fn expired_items_are_removed_and_no_state_is_left() {
     let start = Instant::now();
-    let patience = Duration::from_secs(2);
+    let max_wait = Duration::from_secs(2);
     let mut scheduler = Scheduler::new(Rate::new(1));
     let one = source(1, "one");
     for number in 0..3 {
         scheduler.push(&one, number, start);
     }
     assert_eq!(turns(&mut scheduler, start).len(), 1);
-    assert_eq!(scheduler.expire(start + patience / 2, patience), []);
-    let expired = scheduler.expire(start + patience, patience);
+    assert_eq!(scheduler.expire(start + max_wait / 2, max_wait), []);
+    let expired = scheduler.expire(start + max_wait, max_wait);
     assert_eq!(expired, [(one.clone(), 1), (one, 2)]);
-    let end = start + patience * 2;
+    let end = start + max_wait * 2;
     assert_eq!(turns(&mut scheduler, end), []);
-    scheduler.expire(end, patience);
+    scheduler.expire(end, max_wait);
     assert!(scheduler.is_empty() && scheduler.ring.is_empty() && scheduler.parked.is_empty());
 }
 
@@ -115,17 +115,17 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    /// Everything that is queued comes out once and in the order of its endpoint, no endpoint has
-    /// more than its rate allows, and nobody who may go is left out.
+    /// Every queued item is selected once and in the order of its endpoint, no endpoint exceeds its
+    /// rate, and no endpoint with a token is skipped.
     #[test]
-    fn nothing_is_lost_and_rates_hold(steps in prop::collection::vec(step(), 1..300)) {
+    fn no_item_is_lost_and_rates_hold(steps in prop::collection::vec(step(), 1..300)) {
         const RATE: u32 = 3;
         let name = |partition: u32, number: u8| source(partition, &number.to_string());
         let start = Instant::now();
         let mut now = start;
         let mut scheduler = Scheduler::new(Rate::new(RATE));
         let mut queues: BTreeMap<Source, VecDeque<u32>> = BTreeMap::new();
-        let mut gone: BTreeMap<Source, u32> = BTreeMap::new();
+        let mut selected: BTreeMap<Source, u32> = BTreeMap::new();
         let mut next = 0;
         for step in steps {
             match step {
@@ -150,7 +150,7 @@ proptest! {
                     Some(turn) => {
                         let expected = queues.get_mut(&turn.source).and_then(VecDeque::pop_front);
                         prop_assert_eq!(Some(turn.item), expected);
-                        *gone.entry(turn.source).or_default() += 1;
+                        *selected.entry(turn.source).or_default() += 1;
                     }
                     None => {
                         let waits = queues.values().any(|queue| !queue.is_empty());
@@ -160,10 +160,10 @@ proptest! {
             }
             let seconds = (now - start).as_secs_f64();
             let most = f64::from(RATE) * (1.0 + seconds) + 1.0;
-            prop_assert!(gone.values().all(|count| f64::from(*count) <= most));
+            prop_assert!(selected.values().all(|count| f64::from(*count) <= most));
             prop_assert_eq!(scheduler.queued(), queues.values().map(VecDeque::len).sum::<usize>());
         }
-        // In the end everything comes, in bounded time.
+        // All items are selected within a bounded time.
         for _ in 0..1_000 {
             while let Some(turn) = scheduler.next(now, all) {
                 let expected = queues.get_mut(&turn.source).and_then(VecDeque::pop_front);
@@ -174,10 +174,10 @@ proptest! {
         prop_assert!(queues.values().all(VecDeque::is_empty));
     }
 
-    /// Among endpoints that always have something queued, none gets two turns more than another one
-    /// of its partition, and no partition two more than another.
+    /// Of endpoints with items queued at all times, none gets more than one turn more than another
+    /// of its partition, and no partition more than one more than another.
     #[test]
-    fn turns_are_even(queued in prop::collection::vec((0_u32..3, 0_u8..4), 2..12), taken in 1_usize..200) {
+    fn turns_are_distributed_evenly(queued in prop::collection::vec((0_u32..3, 0_u8..4), 2..12), taken in 1_usize..200) {
         let now = Instant::now();
         let mut scheduler = Scheduler::new(Rate::new(1_000));
         let sources: BTreeSet<Source> =

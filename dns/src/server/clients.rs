@@ -1,6 +1,6 @@
-//! Who is connected, and who has to go for another one.
+//! The TCP clients of one server, and which of them is closed at the limit.
 
-use crate::handler::Site;
+use crate::handler::ServerContext;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::task::AbortHandle;
@@ -12,7 +12,7 @@ pub(super) struct Clients {
     clock: Arc<AtomicU64>,
 }
 
-/// When a client was last heard of, in messages of all of them.
+/// The last activity of a client, on a clock that counts the messages of all clients.
 pub(super) struct Activity {
     last: AtomicU64,
     clock: Arc<AtomicU64>,
@@ -25,8 +25,8 @@ impl Activity {
 }
 
 impl Clients {
-    /// Makes room for one more of at most `limit`: at the limit, who has been silent for longest
-    /// goes (RFC 7766 section 6.2.3). Whether somebody had to.
+    /// Makes room for one more of at most `limit` clients: at the limit, closes the one that was
+    /// idle longest (RFC 7766 section 6.2.3). Returns whether one was closed.
     pub(super) fn make_room(&mut self, limit: usize) -> bool {
         self.clients.retain(|(task, _)| !task.is_finished());
         if self.clients.len() < limit {
@@ -36,16 +36,16 @@ impl Clients {
             |(_, activity): &&(AbortHandle, Arc<Activity>)| activity.last.load(Ordering::Relaxed);
         let oldest = self.clients.iter().min_by_key(last).map(|(task, _)| task.id());
         self.clients.retain(|(task, _)| {
-            let goes = Some(task.id()) == oldest;
-            if goes {
+            let is_oldest = Some(task.id()) == oldest;
+            if is_oldest {
                 task.abort();
             }
-            !goes
+            !is_oldest
         });
         true
     }
 
-    /// What a new client notes its messages in.
+    /// The activity of a new client.
     pub(super) fn activity(&self) -> Arc<Activity> {
         let activity = Activity { last: AtomicU64::new(0), clock: Arc::clone(&self.clock) };
         activity.note();
@@ -57,7 +57,7 @@ impl Clients {
     }
 }
 
-/// The most clients of one server.
-pub(super) fn limit(site: &Site) -> usize {
-    site.shared.tcp_clients
+/// Maximum number of clients of one server.
+pub(super) fn limit(context: &ServerContext) -> usize {
+    context.shared.tcp_clients
 }

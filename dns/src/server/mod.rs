@@ -1,4 +1,4 @@
-//! Servers: one for each container, and for each gateway that is to be one.
+//! Servers of containers and gateways.
 
 mod clients;
 mod redirect;
@@ -8,14 +8,14 @@ mod tcp;
 mod udp;
 
 use crate::error::ServeError;
-use crate::handler::Site;
+use crate::handler::ServerContext;
 use crate::message::PAYLOAD;
 use crate::resolv_conf::{PORT, SERVER};
 use crate::resolver::Shared;
 use crate::servers::ServerList;
 use crate::zone::Asker;
 use redirect::Redirect;
-use sockets::Pair;
+use sockets::SocketPair;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -24,49 +24,49 @@ use tidegate_model::Feature;
 use tidegate_netns::Namespace;
 use tokio::task::AbortHandle;
 
-/// The most bytes of a datagram that stays on a loopback interface.
-const ON_LOOPBACK: u16 = 4096;
+/// Maximum size of a UDP response on the loopback interface, in bytes.
+const LOOPBACK_PAYLOAD: u16 = 4096;
 
-/// How a server gets to be at port 53 of 127.0.0.11.
+/// How a server gets queries to port 53 of 127.0.0.11.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Listen {
-    /// Redirected where the namespace has nftables, else directly.
+    /// `Redirected` if nftables is available in the namespace, `Direct` otherwise.
     #[default]
     Auto,
-    /// At ports of its own, to which a rule of nftables leads: the container may have a DNS server
-    /// on 0.0.0.0:53.
+    /// On ports chosen by the kernel, to which nftables rules redirect. The container may have a
+    /// DNS server on 0.0.0.0:53.
     Redirected,
-    /// At the port itself: nobody else in the container may have it, on 0.0.0.0 neither.
+    /// On port 53 itself. No other socket of the container may use the port, on 0.0.0.0 either.
     Direct,
 }
 
-/// A server of one container, or of one gateway. It ends when this is dropped, and what it has set
-/// up in the container's namespace goes with it.
+/// A running server of a container or a gateway. It stops on drop, and its nftables table is
+/// removed.
 ///
-/// To repair and to drop one takes as long as root in the container makes nftables take there: no
-/// matter for a thread that serves others.
+/// Root in the container can delay [`Self::repair`] and drop for any length of time (nftables
+/// transactions), so neither belongs on a thread that serves others.
 #[derive(Debug)]
 pub struct Serving {
     tasks: [AbortHandle; 2],
     redirect: Option<Redirect>,
     address: SocketAddr,
     shared: Arc<Shared>,
-    /// It serves in a namespace that questions go out from.
-    outside: bool,
+    /// Whether upstream queries are sent from the namespace of this server.
+    is_upstream_namespace: bool,
 }
 
 impl Serving {
-    /// Where it is asked.
+    /// The address at which clients query it.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Restores the table of nftables that leads there, if other software has removed or changed
-    /// it. Whether it had.
+    /// Restores the nftables table of the redirect if other software has removed or changed it.
+    /// Returns whether it had.
     ///
     /// # Errors
-    /// The kernel's.
+    /// Errors of nftables.
     pub fn repair(&mut self) -> Result<bool, tidegate_netfilter::Error> {
         match &mut self.redirect {
             Some(redirect) => redirect.repair(),
@@ -74,7 +74,7 @@ impl Serving {
         }
     }
 
-    /// Whether a rule of nftables leads there.
+    /// Whether port 53 is redirected by nftables.
     #[must_use]
     pub fn is_redirected(&self) -> bool {
         self.redirect.is_some()
@@ -86,8 +86,8 @@ impl Drop for Serving {
         for task in &self.tasks {
             task.abort();
         }
-        if self.outside {
-            self.shared.no_longer_ourselves(self.address);
+        if self.is_upstream_namespace {
+            self.shared.remove_own_address(self.address);
         }
         self.shared.metrics.containers.decrement(1.0);
     }
@@ -105,13 +105,14 @@ pub(crate) fn in_container(
     let failed =
         |source| ServeError::Socket { of: format!("container {container:?}"), address, source };
     let redirected = || {
-        let pair = Pair::open(namespace, SocketAddr::from((SERVER, 0)), None).map_err(failed)?;
+        let pair =
+            SocketPair::open(namespace, SocketAddr::from((SERVER, 0)), None).map_err(failed)?;
         let ports = pair.ports().map_err(failed)?;
         let redirect = Redirect::set_up(namespace, ports)
             .map_err(|source| ServeError::Redirect { container: container.to_owned(), source })?;
         Ok::<_, ServeError>((pair, Some(redirect)))
     };
-    let direct = || match Pair::open(namespace, address, None) {
+    let direct = || match SocketPair::open(namespace, address, None) {
         Ok(pair) => Ok((pair, None)),
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             Err(ServeError::InUse { container: container.to_owned(), address })
@@ -125,22 +126,22 @@ pub(crate) fn in_container(
         Listen::Auto => match redirected() {
             Ok(made) => made,
             Err(error) => {
-                tracing::debug!(endpoint = container, %error, "DNS is served at port 53 itself");
+                tracing::debug!(endpoint = container, %error, "DNS redirect unavailable; serving on port 53");
                 direct()?
             }
         },
     };
-    let site = Site {
+    let context = ServerContext {
         shared: Arc::clone(shared),
         asker: Asker::Container(container.into()),
         servers,
-        datagram: ON_LOOPBACK,
-        turn: AtomicU32::new(0),
+        datagram: LOOPBACK_PAYLOAD,
+        rotation: AtomicU32::new(0),
     };
-    start(pair, redirect, address, namespace, site).map_err(failed)
+    start(pair, redirect, address, namespace, context).map_err(failed)
 }
 
-/// Serves `network` at its gateway's address, to who comes in by `device`.
+/// Serves `network` at the address of its gateway, on interface `device` only.
 pub(crate) fn at_gateway(
     shared: &Arc<Shared>,
     namespace: &Namespace,
@@ -151,39 +152,41 @@ pub(crate) fn at_gateway(
     let address = SocketAddr::from((gateway, PORT));
     let failed =
         |source| ServeError::Socket { of: format!("network {network:?}"), address, source };
-    let pair = match Pair::open(namespace, address, Some(device)) {
+    let pair = match SocketPair::open(namespace, address, Some(device)) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             return Err(ServeError::GatewayInUse { network: network.to_owned(), address });
         }
         opened => opened.map_err(failed)?,
     };
-    let site = Site {
+    let context = ServerContext {
         shared: Arc::clone(shared),
         asker: Asker::Network(network.into()),
         servers: None,
         datagram: PAYLOAD,
-        turn: AtomicU32::new(0),
+        rotation: AtomicU32::new(0),
     };
-    start(pair, None, address, namespace, site).map_err(failed)
+    start(pair, None, address, namespace, context).map_err(failed)
 }
 
 fn start(
-    pair: Pair,
+    pair: SocketPair,
     redirect: Option<Redirect>,
     address: SocketAddr,
     namespace: &Namespace,
-    site: Site,
+    context: ServerContext,
 ) -> io::Result<Serving> {
-    let shared = Arc::clone(&site.shared);
-    let ((socket, of_udp), (listener, of_tcp)) = pair.register()?;
-    let site = Arc::new(site);
-    let udp = tokio::spawn(udp::serve(Arc::new(socket), of_udp, Arc::clone(&site))).abort_handle();
-    let tcp = tokio::spawn(tcp::serve(listener, of_tcp, site)).abort_handle();
-    let outside =
-        [&shared.ways.outside, &shared.ways.networks].iter().any(|way| way.id() == namespace.id());
-    if outside {
-        shared.ourselves(address);
+    let shared = Arc::clone(&context.shared);
+    let ((socket, udp_binding), (listener, tcp_binding)) = pair.register()?;
+    let context = Arc::new(context);
+    let udp = tokio::spawn(udp::serve(Arc::new(socket), udp_binding, Arc::clone(&context)))
+        .abort_handle();
+    let tcp = tokio::spawn(tcp::serve(listener, tcp_binding, context)).abort_handle();
+    let is_upstream_namespace = [&shared.namespaces.host, &shared.namespaces.networks]
+        .iter()
+        .any(|one| one.id() == namespace.id());
+    if is_upstream_namespace {
+        shared.add_own_address(address);
     }
     shared.metrics.containers.increment(1.0);
-    Ok(Serving { tasks: [udp, tcp], redirect, address, shared, outside })
+    Ok(Serving { tasks: [udp, tcp], redirect, address, shared, is_upstream_namespace })
 }

@@ -99,7 +99,7 @@ fn table((udp, tcp): (u16, u16)) -> Table {
                 is(side, Value::Port(from)),
             ],
             actions: vec![Action::SetPort { protocol, source, port: to }],
-            comment: "names of containers".to_owned(),
+            comment: "DNS of containers".to_owned(),
         };
         let ends = |port| if source { (port, PORT) } else { (PORT, port) };
         [(Transport::Udp, ends(udp)), (Transport::Tcp, ends(tcp))]

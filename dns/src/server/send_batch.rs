@@ -1,4 +1,4 @@
-//! Answers to many clients with one system call.
+//! Sends responses to several clients with one system call (sendmmsg).
 
 use socket2::SockAddr;
 use std::io;
@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 
-/// Answers that wait to be sent together.
+/// A batch of responses.
 #[derive(Default)]
 pub(super) struct SendBatch {
     bytes: Vec<u8>,
@@ -17,7 +17,7 @@ pub(super) struct SendBatch {
 }
 
 impl SendBatch {
-    /// Adds what `write` writes, for `client`, if it says that it is an answer.
+    /// Adds the response that `write` appends, for `client`, if it returns `true`.
     pub(super) fn push(&mut self, client: SocketAddr, write: impl FnOnce(&mut Vec<u8>) -> bool) {
         let start = self.bytes.len();
         if write(&mut self.bytes) {
@@ -27,7 +27,7 @@ impl SendBatch {
         }
     }
 
-    /// Sends all of them, without waiting. Returns how many were lost.
+    /// Sends all responses without blocking. Returns the number that was lost.
     pub(super) fn send(&mut self, socket: impl AsFd) -> usize {
         self.vectors.clear();
         self.headers.clear();
@@ -62,7 +62,7 @@ impl SendBatch {
             match usize::try_from(sent) {
                 Ok(sent) => next += sent,
                 Err(_) if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
-                // No room, or no way to this client: the others may have one.
+                // The send buffer is full or the client is unreachable; others may not be.
                 Err(_) => {
                     lost += 1;
                     next += 1;

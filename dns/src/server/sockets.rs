@@ -1,6 +1,6 @@
-//! The two sockets of a server, made where it is to be.
+//! The UDP and TCP sockets of a server, created in the namespace that it serves.
 
-use crate::handler::Site;
+use crate::handler::ServerContext;
 use socket2::{Domain, Protocol, Socket, Type};
 use std::io;
 use std::net::SocketAddr;
@@ -10,27 +10,28 @@ use tidegate_netns::Namespace;
 use tidegate_reactor::{revive_datagrams, revive_listener, says_destroyed};
 use tokio::net::{TcpListener, UdpSocket};
 
-/// Bytes of questions that may wait, as the kernel counts them: some 5,000. By default it is 277.
-const WAITING: usize = 4 << 20;
-/// Connections that may wait to be accepted.
+/// Receive buffer for queries in bytes as the kernel counts them: about 5,000 queries, instead of
+/// 277 by default.
+const RECEIVE_BUFFER: usize = 4 << 20;
+/// Length of the accept queue.
 const BACKLOG: i32 = 128;
 
-/// A datagram socket and a listener at one address.
-pub(super) struct Pair {
+/// A UDP socket and a TCP listener at one address.
+pub(super) struct SocketPair {
     udp: Socket,
     tcp: Socket,
     device: Option<Arc<str>>,
 }
 
-/// What a socket is bound to, for the case that somebody destroys it.
+/// The address and interface of a socket, to restore it after it was destroyed (`ss -K`).
 #[derive(Clone, Debug)]
-pub(super) struct Bound {
+pub(super) struct Binding {
     address: SocketAddr,
     device: Option<Arc<str>>,
 }
 
-impl Bound {
-    /// Has `listener` listen again, if `error` says that it was destroyed. Whether it was.
+impl Binding {
+    /// Restores `listener` if `error` says that it was destroyed. Returns whether it was.
     pub(super) fn revive_listener(
         &self,
         listener: &TcpListener,
@@ -42,7 +43,7 @@ impl Bound {
         revive_listener(listener, self.address, self.device.as_deref(), BACKLOG)
     }
 
-    /// Binds `socket` again, if `error` says that it was destroyed. Whether it was.
+    /// Restores `socket` if `error` says that it was destroyed. Returns whether it was.
     pub(super) fn revive_datagrams(
         &self,
         socket: &UdpSocket,
@@ -55,13 +56,18 @@ impl Bound {
     }
 }
 
-/// Logs what became of the `socket`, UDP or TCP, of `site` that failed with `error`, and counts it
-/// if it was destroyed and is `revived`.
-pub(super) fn report(site: &Site, socket: &str, revived: io::Result<bool>, error: &io::Error) {
-    let (endpoint, network) = (site.asker.endpoint(), site.asker.network());
+/// Logs the failure `error` of `socket` (`udp` or `tcp`), and counts it if the socket was destroyed
+/// and restored.
+pub(super) fn report(
+    context: &ServerContext,
+    socket: &str,
+    revived: io::Result<bool>,
+    error: &io::Error,
+) {
+    let (endpoint, network) = (context.asker.endpoint(), context.asker.network());
     match revived {
         Ok(true) => {
-            site.shared.metrics.revived.increment(1);
+            context.shared.metrics.revived.increment(1);
             tracing::warn!(
                 endpoint,
                 network,
@@ -71,7 +77,7 @@ pub(super) fn report(site: &Site, socket: &str, revived: io::Result<bool>, error
             );
         }
         Ok(false) => {
-            tracing::warn!(endpoint, network, socket, %error, "socket of the DNS server failed");
+            tracing::warn!(endpoint, network, socket, %error, "DNS server socket failed");
         }
         Err(error) => {
             tracing::error!(endpoint, network, kind = "dns", socket, %error, "destroyed by other software; not restored");
@@ -79,8 +85,8 @@ pub(super) fn report(site: &Site, socket: &str, revived: io::Result<bool>, error
     }
 }
 
-impl Pair {
-    /// Makes them in `namespace`; bound to `device`, they hear nobody who comes by another one.
+impl SocketPair {
+    /// Creates the sockets in `namespace`, bound to the interface `device` if given.
     pub(super) fn open(
         namespace: &Namespace,
         address: SocketAddr,
@@ -99,15 +105,18 @@ impl Pair {
                 Ok::<_, io::Error>(socket)
             };
             let udp = open(Type::DGRAM, Protocol::UDP)?;
-            // Beyond the limit that holds for everyone; without the privilege, up to it.
-            if rustix::net::sockopt::set_socket_recv_buffer_size_force(udp.as_fd(), WAITING / 2)
-                .is_err()
+            // Beyond `net.core.rmem_max` if privileged, up to it otherwise.
+            if rustix::net::sockopt::set_socket_recv_buffer_size_force(
+                udp.as_fd(),
+                RECEIVE_BUFFER / 2,
+            )
+            .is_err()
             {
-                let _ = udp.set_recv_buffer_size(WAITING / 2);
+                let _ = udp.set_recv_buffer_size(RECEIVE_BUFFER / 2);
             }
             udp.bind(&address.into())?;
             let tcp = open(Type::STREAM, Protocol::TCP)?;
-            // Connections of the server before this one keep the port for a minute otherwise.
+            // Connections of a previous server leave the port in TIME_WAIT.
             tcp.set_reuse_address(true)?;
             tcp.bind(&address.into())?;
             tcp.listen(BACKLOG)?;
@@ -115,7 +124,7 @@ impl Pair {
         })?
     }
 
-    /// The ports that they have: of UDP, of TCP.
+    /// The local ports (UDP, TCP).
     pub(super) fn ports(&self) -> io::Result<(u16, u16)> {
         let port = |socket: &Socket| {
             Ok(socket.local_addr()?.as_socket().map_or(0, |address| address.port()))
@@ -123,14 +132,14 @@ impl Pair {
         port(&self.udp).and_then(|udp| Ok::<_, io::Error>((udp, port(&self.tcp)?)))
     }
 
-    /// Hands them to the runtime, each with what it is bound to.
-    pub(super) fn register(self) -> io::Result<((UdpSocket, Bound), (TcpListener, Bound))> {
-        let bound = |socket: &Socket| {
+    /// Registers the sockets with the runtime. Returns each with its binding.
+    pub(super) fn register(self) -> io::Result<((UdpSocket, Binding), (TcpListener, Binding))> {
+        let binding = |socket: &Socket| {
             let address = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::InvalidData)?;
-            Ok::<_, io::Error>(Bound { address, device: self.device.clone() })
+            Ok::<_, io::Error>(Binding { address, device: self.device.clone() })
         };
-        let (of_udp, of_tcp) = (bound(&self.udp)?, bound(&self.tcp)?);
+        let (udp_binding, tcp_binding) = (binding(&self.udp)?, binding(&self.tcp)?);
         let udp = UdpSocket::from_std(self.udp.into())?;
-        Ok(((udp, of_udp), (TcpListener::from_std(self.tcp.into())?, of_tcp)))
+        Ok(((udp, udp_binding), (TcpListener::from_std(self.tcp.into())?, tcp_binding)))
     }
 }

@@ -1,12 +1,13 @@
-//! Connections (RFC 7766): several questions on one, answered as their answers are there.
+//! DNS over TCP (RFC 7766): pipelined queries, answered as responses become available.
 //!
-//! A client costs a task and what it has sent of an unfinished question. It is read from for as
-//! long as fewer than [`PIPELINE`] of its questions wait and it takes its answers; it goes when it
-//! is idle, or stops in the middle of a question, or does not read.
+//! A client costs a task and the bytes of an incomplete query. tidegate reads from it only while
+//! fewer than [`PIPELINE`] of its queries are outstanding and fewer than [`MAX_UNSENT`] bytes of
+//! responses are unsent. A client is closed when it is idle, stops within a query, or does not
+//! read.
 
 use super::clients::{Activity, Clients, limit};
-use super::sockets::{Bound, report};
-use crate::handler::{Channel, Outcome, Site};
+use super::sockets::{Binding, report};
+use crate::handler::{Channel, Outcome, ServerContext};
 use crate::metrics::Overload;
 use std::io;
 use std::net::SocketAddr;
@@ -17,21 +18,25 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
-/// How long a client may be silent (RFC 7766 section 6.2.3: "on the order of seconds").
-const IDLE: Duration = Duration::from_secs(10);
-/// How long a question may take to come in, once it has begun.
-const QUESTION: Duration = Duration::from_secs(2);
-/// Questions of one client that wait for other servers.
+/// Idle timeout (RFC 7766 section 6.2.3: "on the order of seconds").
+const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Timeout of an incomplete query.
+const QUERY_TIMEOUT: Duration = Duration::from_secs(2);
+/// Outstanding queries of one client.
 const PIPELINE: usize = 64;
-/// Bytes of answers that a client has not taken: one more is written beyond that.
-const UNTAKEN: usize = 64 << 10;
-/// The longest question: what comes after its length is not waited for.
-const LONGEST: usize = 4096;
-/// How long nobody is accepted after that has failed: descriptors come back.
-const REST: Duration = Duration::from_millis(100);
+/// Limit of unsent responses in bytes, which the last response may exceed.
+const MAX_UNSENT: usize = 64 << 10;
+/// Maximum size of a query in bytes. A longer length field closes the connection.
+const MAX_QUERY: usize = 4096;
+/// Pause after a failed accept, for example without free descriptors.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
-/// Serves clients of `listener` for as long as the task lives; they go with it.
-pub(super) async fn serve(mut listener: TcpListener, bound: Bound, site: Arc<Site>) {
+/// Serves clients of `listener` until the task is aborted, which closes them.
+pub(super) async fn serve(
+    mut listener: TcpListener,
+    binding: Binding,
+    context: Arc<ServerContext>,
+) {
     let mut clients = Clients::default();
     let mut tasks = JoinSet::new();
     loop {
@@ -42,80 +47,86 @@ pub(super) async fn serve(mut listener: TcpListener, bound: Bound, site: Arc<Sit
         let (stream, client) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                let revived = bound.revive_listener(&listener, &error);
+                let revived = binding.revive_listener(&listener, &error);
                 let is_revived = matches!(revived, Ok(true));
-                report(&site, "tcp", revived, &error);
+                report(&context, "tcp", revived, &error);
                 if is_revived {
-                    // To the runtime a socket that was closed (`EPOLLHUP`) remains so.
+                    // The runtime keeps the closed state (`EPOLLHUP`) of a registered socket, so it
+                    // is registered again.
                     match listener.into_std().and_then(TcpListener::from_std) {
                         Ok(registered) => listener = registered,
                         Err(error) => {
-                            return report(&site, "tcp", Err(error), &io::ErrorKind::Other.into());
+                            return report(
+                                &context,
+                                "tcp",
+                                Err(error),
+                                &io::ErrorKind::Other.into(),
+                            );
                         }
                     }
                 }
-                tokio::time::sleep(REST).await;
+                tokio::time::sleep(ACCEPT_BACKOFF).await;
                 continue;
             }
         };
-        let partition = site.shared.zones().view(&site.asker, client.ip()).partition();
-        let Some(admitted) = site.shared.admit(partition) else {
-            site.shared.metrics.refused(Overload::Clients, Some(&site.asker));
+        let partition = context.shared.zones().view(&context.asker, client.ip()).partition();
+        let Some(admitted) = context.shared.admit(partition) else {
+            context.shared.metrics.refused(Overload::Clients, Some(&context.asker));
             continue;
         };
-        if clients.make_room(limit(&site)) {
-            site.shared.metrics.refused(Overload::Clients, Some(&site.asker));
+        if clients.make_room(limit(&context)) {
+            context.shared.metrics.refused(Overload::Clients, Some(&context.asker));
             tracing::debug!(
-                endpoint = site.asker.endpoint(),
-                network = site.asker.network(),
-                "an idle DNS client makes room"
+                endpoint = context.asker.endpoint(),
+                network = context.asker.network(),
+                "idle DNS client closed for a new one"
             );
         }
         let activity = clients.activity();
-        let conversation =
-            Conversation::new(stream, client, Arc::clone(&site), Arc::clone(&activity));
+        let connection =
+            ClientConnection::new(stream, client, Arc::clone(&context), Arc::clone(&activity));
         let task = tasks.spawn(async move {
-            conversation.hold().await;
+            connection.run().await;
             drop(admitted);
         });
         clients.add(task, activity);
     }
 }
 
-/// One client.
-struct Conversation {
+/// The connection of one client.
+struct ClientConnection {
     stream: TcpStream,
     client: SocketAddr,
-    site: Arc<Site>,
+    context: Arc<ServerContext>,
     activity: Arc<Activity>,
-    /// What has come and is no whole question yet.
+    /// Received bytes of an incomplete query.
     inbox: Vec<u8>,
-    /// Answers with their lengths, and how much of that is sent.
+    /// Framed responses, of which `sent` bytes are sent.
     outbox: Vec<u8>,
     sent: usize,
-    /// Questions whose answers will come.
+    /// Outstanding queries.
     waiting: usize,
-    /// The client will send no more.
+    /// The client has closed its side.
     ended: bool,
-    /// When it has to go.
+    /// Time at which the connection is closed.
     until: Instant,
 }
 
-impl Conversation {
+impl ClientConnection {
     fn new(
         stream: TcpStream,
         client: SocketAddr,
-        site: Arc<Site>,
+        context: Arc<ServerContext>,
         activity: Arc<Activity>,
     ) -> Self {
-        // Answers are small and complete.
+        // Responses are small and complete, so Nagle's algorithm would only delay them.
         let _ = stream.set_nodelay(true);
-        let until = Instant::now() + IDLE;
+        let until = Instant::now() + IDLE_TIMEOUT;
         let (inbox, outbox) = (Vec::new(), Vec::new());
         Self {
             stream,
             client,
-            site,
+            context,
             activity,
             inbox,
             outbox,
@@ -126,17 +137,18 @@ impl Conversation {
         }
     }
 
-    async fn hold(mut self) {
+    async fn run(mut self) {
         let (sender, mut answers) = mpsc::channel::<Vec<u8>>(PIPELINE);
         loop {
             let unsent = self.sent < self.outbox.len();
-            let reads =
-                !self.ended && self.waiting < PIPELINE && self.outbox.len() - self.sent < UNTAKEN;
+            let may_read = !self.ended
+                && self.waiting < PIPELINE
+                && self.outbox.len() - self.sent < MAX_UNSENT;
             if self.ended && !unsent && self.waiting == 0 {
                 return;
             }
             let ready = tokio::select! {
-                ready = self.stream.readable(), if reads => ready.and_then(|()| self.read()),
+                ready = self.stream.readable(), if may_read => ready.and_then(|()| self.read()),
                 ready = self.stream.writable(), if unsent => ready.and_then(|()| self.write()),
                 Some(answer) = answers.recv(), if self.waiting > 0 => {
                     self.waiting -= 1;
@@ -145,22 +157,22 @@ impl Conversation {
                 }
                 () = sleep_until(self.until) => return,
             };
-            let kept = match ready {
+            let stays_open = match ready {
                 Err(error) if error.kind() != io::ErrorKind::WouldBlock => return,
-                _ => self.questions(&sender),
+                _ => self.handle_queries(&sender),
             };
-            if !kept {
+            if !stays_open {
                 return;
             }
         }
     }
 
     fn read(&mut self) -> io::Result<()> {
-        let mut buffer = [0; LONGEST];
+        let mut buffer = [0; MAX_QUERY];
         let length = self.stream.try_read(&mut buffer)?;
         self.ended = length == 0;
         if self.inbox.is_empty() {
-            self.until = Instant::now() + QUESTION;
+            self.until = Instant::now() + QUERY_TIMEOUT;
         }
         self.inbox.extend(&buffer[..length]);
         Ok(())
@@ -169,35 +181,35 @@ impl Conversation {
     fn write(&mut self) -> io::Result<()> {
         self.sent += self.stream.try_write(&self.outbox[self.sent..])?;
         if self.sent == self.outbox.len() {
-            // What one long answer took is given back.
+            // Frees the memory of a long response.
             self.outbox = Vec::new();
             self.sent = 0;
-        } else if self.sent >= UNTAKEN {
+        } else if self.sent >= MAX_UNSENT {
             self.outbox.drain(..std::mem::take(&mut self.sent));
         }
-        self.until = Instant::now() + IDLE;
+        self.until = Instant::now() + IDLE_TIMEOUT;
         Ok(())
     }
 
-    /// Handles the questions that are whole. Whether the client may stay.
-    fn questions(&mut self, sender: &mpsc::Sender<Vec<u8>>) -> bool {
+    /// Handles the complete queries. Returns whether the connection stays open.
+    fn handle_queries(&mut self, sender: &mpsc::Sender<Vec<u8>>) -> bool {
         let mut at = 0;
-        while self.waiting < PIPELINE && self.outbox.len() - self.sent < UNTAKEN {
+        while self.waiting < PIPELINE && self.outbox.len() - self.sent < MAX_UNSENT {
             let Some(length) = crate::message::short(&self.inbox, at).map(usize::from) else {
                 break;
             };
-            if length > LONGEST {
+            if length > MAX_QUERY {
                 return false;
             }
             let Some(message) = self.inbox.get(at + 2..at + 2 + length) else { break };
             at += 2 + length;
             self.activity.note();
-            self.until = Instant::now() + IDLE;
+            self.until = Instant::now() + IDLE_TIMEOUT;
             let start = self.outbox.len();
             self.outbox.extend([0; 2]);
-            let zones = self.site.shared.zones();
+            let zones = self.context.shared.zones();
             let channel = Channel::Stream(sender);
-            match self.site.handle(&zones, message, self.client, &channel, &mut self.outbox) {
+            match self.context.handle(&zones, message, self.client, &channel, &mut self.outbox) {
                 Outcome::Answered => {
                     let length = (self.outbox.len() - start - 2) as u16;
                     self.outbox[start..start + 2].copy_from_slice(&length.to_be_bytes());
@@ -212,13 +224,13 @@ impl Conversation {
         if self.inbox.is_empty() {
             self.inbox = Vec::new();
         } else if at > 0 {
-            self.until = Instant::now() + QUESTION;
+            self.until = Instant::now() + QUERY_TIMEOUT;
         }
         true
     }
 
     fn queue(&mut self, answer: &[u8]) {
-        self.until = Instant::now() + IDLE;
+        self.until = Instant::now() + IDLE_TIMEOUT;
         self.outbox.extend((answer.len() as u16).to_be_bytes());
         self.outbox.extend(answer);
     }

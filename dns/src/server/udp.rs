@@ -1,10 +1,11 @@
-//! Datagrams: as many questions as there are at once, and all their answers at once.
+//! DNS over UDP: a batch of queries is received, and its responses are sent, with one system call
+//! each.
 //!
-//! Buffers belong to the thread, not to the server: a thousand servers have one set.
+//! Buffers are per thread, not per server: a thousand servers share one set.
 
 use super::send_batch::SendBatch;
-use super::sockets::{Bound, report};
-use crate::handler::{Channel, Outcome, Site};
+use super::sockets::{Binding, report};
+use crate::handler::{Channel, Outcome, ServerContext};
 use crate::metrics::Overload;
 use std::cell::RefCell;
 use std::io;
@@ -14,12 +15,12 @@ use tidegate_reactor::batch::{RecvBatch, SLOTS};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
-/// A datagram that is longer is no question.
-const LONGEST: usize = 4096;
-/// How long a server rests whose socket fails: whatever is wrong may last.
-const REST: Duration = Duration::from_millis(100);
+/// Maximum size of a query in bytes. Longer datagrams are dropped.
+const MAX_QUERY: usize = 4096;
+/// Pause after a socket error, which may persist.
+const ERROR_BACKOFF: Duration = Duration::from_millis(100);
 
-/// A socket that is destroyed has an error (`EPOLLERR`) and nothing to read.
+/// A destroyed socket reports an error (`EPOLLERR`) and is not readable.
 const INTEREST: Interest = Interest::READABLE.add(Interest::ERROR);
 
 struct Scratch {
@@ -31,8 +32,8 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch { received: RecvBatch::new(), replies: SendBatch::default() });
 }
 
-/// Serves `socket` for as long as the task lives.
-pub(super) async fn serve(socket: Arc<UdpSocket>, bound: Bound, site: Arc<Site>) {
+/// Serves `socket` until the task is aborted.
+pub(super) async fn serve(socket: Arc<UdpSocket>, binding: Binding, context: Arc<ServerContext>) {
     let channel = Channel::Datagram(&socket);
     loop {
         let served = async {
@@ -42,25 +43,25 @@ pub(super) async fn serve(socket: Arc<UdpSocket>, bound: Bound, site: Arc<Site>)
                 return Err(error);
             }
             socket.try_io(Interest::READABLE, || {
-                SCRATCH.with_borrow_mut(|scratch| scratch.round(&socket, &channel, &site))
+                SCRATCH.with_borrow_mut(|scratch| scratch.round(&socket, &channel, &context))
             })
         };
         match served.await {
-            // There is more. The others have their turn.
+            // More queries are available. Other tasks run first.
             Ok(()) => tokio::task::yield_now().await,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => {
-                report(&site, "udp", bound.revive_datagrams(&socket, &error), &error);
-                tokio::time::sleep(REST).await;
+                report(&context, "udp", binding.revive_datagrams(&socket, &error), &error);
+                tokio::time::sleep(ERROR_BACKOFF).await;
             }
         }
     }
 }
 
-/// The error of `socket`, which is no longer ready because of it.
+/// Returns the pending error of `socket`, and clears the error readiness.
 fn take_error(socket: &UdpSocket) -> Option<io::Error> {
     let mut error = None;
-    // What is answered `WouldBlock` is not ready.
+    // `WouldBlock` clears the readiness.
     let _ = socket.try_io(Interest::ERROR, || {
         error = socket.take_error().unwrap_or_else(Some);
         Err::<(), _>(io::ErrorKind::WouldBlock.into())
@@ -69,24 +70,30 @@ fn take_error(socket: &UdpSocket) -> Option<io::Error> {
 }
 
 impl Scratch {
-    /// Answers what waits. `WouldBlock` says that nothing more does.
-    fn round(&mut self, socket: &UdpSocket, channel: &Channel<'_>, site: &Site) -> io::Result<()> {
+    /// Handles one batch. `WouldBlock` if no more queries are available.
+    fn round(
+        &mut self,
+        socket: &UdpSocket,
+        channel: &Channel<'_>,
+        context: &ServerContext,
+    ) -> io::Result<()> {
         let count = self.received.receive(socket)?;
         {
-            let zones = site.shared.zones();
+            let zones = context.shared.zones();
             for index in 0..count {
                 let datagram = self.received.get(index);
-                let Some(client) = datagram.source.filter(|_| datagram.payload.len() <= LONGEST)
+                let Some(client) = datagram.source.filter(|_| datagram.payload.len() <= MAX_QUERY)
                 else {
                     continue;
                 };
                 self.replies.push(client, |out| {
-                    site.handle(&zones, datagram.payload, client, channel, out) == Outcome::Answered
+                    context.handle(&zones, datagram.payload, client, channel, out)
+                        == Outcome::Answered
                 });
             }
         }
         for _ in 0..self.replies.send(socket) {
-            site.shared.metrics.refused(Overload::Socket, None);
+            context.shared.metrics.refused(Overload::Socket, None);
         }
         if count < SLOTS { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
     }

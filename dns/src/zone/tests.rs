@@ -32,11 +32,15 @@ fn addresses(zones: &Zones, asker: &str, name: &str) -> Vec<String> {
     let asker = Asker::Container(asker.into());
     let view = zones.view(&asker, [0; 4].into());
     let name = Name::parse(name).unwrap();
-    view.holders(name.wire()).flatten().flat_map(|one| &one.v4).map(ToString::to_string).collect()
+    view.endpoints_with_name(name.wire())
+        .flatten()
+        .flat_map(|one| &one.v4)
+        .map(ToString::to_string)
+        .collect()
 }
 
 #[test]
-fn a_name_is_one_to_those_on_its_network_alone() {
+fn a_name_resolves_on_its_network_only() {
     let zones = zones(
         &[network("a"), network("b")],
         &[
@@ -51,7 +55,7 @@ fn a_name_is_one_to_those_on_its_network_alone() {
     assert_eq!(
         addresses(&zones, "both", "both"),
         ["10.0.1.3", "10.0.2.3"],
-        "in the order in which it joined"
+        "in the order of joining"
     );
     assert_eq!(addresses(&zones, "both", "site.a"), ["10.0.1.2"]);
     assert_eq!(addresses(&zones, "both", "both.b"), ["10.0.2.3"]);
@@ -60,7 +64,7 @@ fn a_name_is_one_to_those_on_its_network_alone() {
 }
 
 #[test]
-fn what_has_gone_is_gone_with_all_its_names() {
+fn a_removed_endpoint_loses_all_its_names() {
     let mut zones = zones(
         &[network("a")],
         &[
@@ -78,7 +82,7 @@ fn what_has_gone_is_gone_with_all_its_names() {
 }
 
 #[test]
-fn a_container_that_comes_back_elsewhere_takes_its_place() {
+fn a_replaced_endpoint_keeps_the_order_of_networks() {
     let mut zones = zones(
         &[network("a"), network("b")],
         &[
@@ -90,14 +94,14 @@ fn a_container_that_comes_back_elsewhere_takes_its_place() {
     assert_eq!(
         addresses(&zones, "web", "web"),
         ["10.0.1.9", "10.0.2.2"],
-        "its networks stay in order"
+        "the order of networks is kept"
     );
     assert!(addresses(&zones, "web", "old").is_empty());
     assert_eq!(zones.endpoints, 2);
 }
 
 #[test]
-fn names_that_clash_are_told() {
+fn names_of_several_containers_are_reported() {
     let mut zones = zones(&[network("a")], &[("a", endpoint("web", &["x"], &["10.0.1.2"]))]);
     assert_eq!(
         zones.add_endpoint("a", &endpoint("db", &["x", "y"], &["10.0.1.3"])),
@@ -106,45 +110,45 @@ fn names_that_clash_are_told() {
 }
 
 #[test]
-fn limits_are_told_with_what_exceeds_them_and_change_nothing() {
+fn errors_name_the_object_and_change_nothing() {
     let mut zones = Zones::new(Limits { networks: 1, endpoints: 1, names: 4, addresses: 1 });
     let mut add = |name: &str| {
         let stats = Arc::new(NetworkStats::new(name));
         zones.add_network(&network(name), None, stats).map_err(|error| error.to_string())
     };
     assert_eq!(add("a"), Ok(()));
-    assert_eq!(add("A").unwrap_err(), "network \"A\" has names already", "names have no case");
-    assert_eq!(add("b").unwrap_err(), "network \"b\": there are names of 1 networks already");
+    assert_eq!(add("A").unwrap_err(), "network \"A\" already exists", "names are case-insensitive");
+    assert_eq!(add("b").unwrap_err(), "network \"b\": limit of 1 networks reached");
     assert_eq!(add("b..c").unwrap_err(), "name \"b..c\" has an empty label");
     let mut add = |spec: &EndpointSpec| {
         zones.add_endpoint("a", spec).map(drop).map_err(|error| error.to_string())
     };
     assert_eq!(
         add(&endpoint("web", &["1", "2", "3"], &[])).unwrap_err(),
-        "endpoint \"web\": more than 4 names"
+        "endpoint \"web\": limit of 4 names exceeded"
     );
     assert_eq!(
         add(&endpoint("web", &[], &["::1", "::2"])).unwrap_err(),
-        "endpoint \"web\": more than 1 addresses"
+        "endpoint \"web\": limit of 1 addresses exceeded"
     );
     assert_eq!(
         add(&endpoint("web", &[&"x".repeat(64)], &[])).unwrap_err(),
         format!("name {:?} has a label of more than 63 bytes", "x".repeat(64))
     );
     assert_eq!(add(&endpoint("web", &[], &[])), Ok(()));
-    assert_eq!(add(&endpoint("web", &["again"], &[])), Ok(()), "in its own place");
+    assert_eq!(add(&endpoint("web", &["again"], &[])), Ok(()), "it replaces the previous one");
     assert_eq!(
         add(&endpoint("db", &[], &[])).unwrap_err(),
-        "endpoint \"db\": more than 1 endpoints"
+        "endpoint \"db\": limit of 1 endpoints exceeded"
     );
     assert_eq!(
         zones.add_endpoint("z", &endpoint("web", &[], &[])).unwrap_err().to_string(),
-        "network \"z\" has no names"
+        "network \"z\" does not exist"
     );
 }
 
 #[test]
-fn who_asks_at_a_gateway_is_known_by_his_address() {
+fn a_client_at_a_gateway_is_identified_by_its_address() {
     let zones = zones(
         &[network("a"), network("b")],
         &[
@@ -156,23 +160,24 @@ fn who_asks_at_a_gateway_is_known_by_his_address() {
     let asker = Asker::Network("a".into());
     let sees = |source: [u8; 4]| {
         let view = zones.view(&asker, source.into());
-        [b"\x04both\0", &b"\x02db\0"[..]].map(|name| view.holders(name).flatten().next().is_some())
+        [b"\x04both\0", &b"\x02db\0"[..]]
+            .map(|name| view.endpoints_with_name(name).flatten().next().is_some())
     };
-    assert_eq!(sees([10, 0, 1, 2]), [true, true], "its other network too");
+    assert_eq!(sees([10, 0, 1, 2]), [true, true], "the other network of the client too");
     assert_eq!(sees([10, 0, 1, 9]), [false, false], "an address that no endpoint has");
-    assert!(zones.view(&asker, [10, 0, 1, 9].into()).is_stranger());
+    assert!(zones.view(&asker, [10, 0, 1, 9].into()).is_unknown_client());
     assert!(
-        zones.view(&asker, [10, 0, 2, 3].into()).is_stranger(),
+        zones.view(&asker, [10, 0, 2, 3].into()).is_unknown_client(),
         "an endpoint of another network"
     );
-    assert!(!zones.view(&asker, [10, 0, 1, 2].into()).is_stranger());
+    assert!(!zones.view(&asker, [10, 0, 1, 2].into()).is_unknown_client());
     let share = zones.view(&asker, [10, 0, 1, 2].into()).asker(&asker);
-    assert_eq!(share, Asker::Container("both".into()), "whose limits are the same at each server");
+    assert_eq!(share, Asker::Container("both".into()), "one share of limits at all servers");
 }
 
-/// An endpoint that may use any address may use a neighbour's.
+/// An endpoint that may use any address may use that of a neighbour.
 #[test]
-fn where_sources_are_not_verified_all_clients_of_a_gateway_have_the_least_privilege() {
+fn without_source_verification_all_clients_of_a_gateway_have_the_least_privilege() {
     let loose = NetworkSpec { sources_are_verified: false, ..network("a") };
     let shut = NetworkSpec { internal: true, ..loose.clone() };
     for (spec, forwards) in [(loose, true), (shut, false)] {
@@ -187,7 +192,7 @@ fn where_sources_are_not_verified_all_clients_of_a_gateway_have_the_least_privil
         let asker = Asker::Network("a".into());
         for source in [[10, 0, 1, 2], [10, 0, 1, 9]] {
             let view = zones.view(&asker, source.into());
-            let sees = |name: &[u8]| view.holders(name).flatten().count();
+            let sees = |name: &[u8]| view.endpoints_with_name(name).flatten().count();
             assert_eq!(
                 (sees(b"\x04both\0"), sees(b"\x02db\0")),
                 (1, 0),
@@ -195,13 +200,13 @@ fn where_sources_are_not_verified_all_clients_of_a_gateway_have_the_least_privil
             );
             assert_eq!(view.may_forward(), forwards);
             assert_eq!(view.partition(), Partition::of([0]));
-            assert_eq!(view.asker(&asker), asker, "all of them have one share");
+            assert_eq!(view.asker(&asker), asker, "all clients have one share");
         }
     }
 }
 
 #[test]
-fn those_on_exactly_the_same_networks_are_one_partition() {
+fn clients_on_exactly_the_same_networks_are_one_partition() {
     let mut zones = zones(
         &[network("a"), network("b")],
         &[
@@ -218,7 +223,7 @@ fn those_on_exactly_the_same_networks_are_one_partition() {
         zones.view(&Asker::Container(container.into()), [0; 4].into()).partition()
     };
     assert_eq!(of(&zones, "one"), of(&zones, "two"));
-    assert_eq!(of(&zones, "both"), of(&zones, "too"), "in whatever order they joined");
+    assert_eq!(of(&zones, "both"), of(&zones, "too"), "in any order of joining");
     assert_ne!(of(&zones, "one"), of(&zones, "other"));
     assert_ne!(of(&zones, "one"), of(&zones, "both"));
     zones.remove_endpoint("b", "both", "both");
@@ -227,11 +232,15 @@ fn those_on_exactly_the_same_networks_are_one_partition() {
     assert_eq!(of(&zones, "one"), of(&zones, "too"));
     zones.add_network(&network("b"), None, Arc::new(NetworkStats::new("b"))).unwrap();
     zones.add_endpoint("b", &endpoint("new", &[], &[])).unwrap();
-    assert_eq!(of(&zones, "new"), Partition::of([2]), "a name that comes back is another network");
+    assert_eq!(
+        of(&zones, "new"),
+        Partition::of([2]),
+        "a network that is created again is a new one"
+    );
 }
 
 #[test]
-fn a_host_name_with_dots_is_the_containers_own_affair() {
+fn a_host_name_with_dots_resolves_for_its_container_only() {
     let spec = |container: &str, hostname: &str| EndpointSpec {
         hostname: Some(hostname.into()),
         ..endpoint(container, &[], &["10.0.1.2"])
@@ -239,49 +248,46 @@ fn a_host_name_with_dots_is_the_containers_own_affair() {
     let zones =
         zones(&[network("a")], &[("a", spec("web", "www.example.com")), ("a", spec("db", "data"))]);
     assert_eq!(addresses(&zones, "web", "www.example.com"), ["10.0.1.2"]);
-    assert!(
-        addresses(&zones, "db", "www.example.com").is_empty(),
-        "the one on the Internet is meant"
-    );
+    assert!(addresses(&zones, "db", "www.example.com").is_empty(), "the public host is meant");
     assert_eq!(addresses(&zones, "web", "data"), ["10.0.1.2"]);
 }
 
 proptest! {
-    /// Whatever came and went, what is there is what a fresh start with the same endpoints would
-    /// have.
+    /// After any sequence of changes, the state equals that of a new instance with the same
+    /// endpoints.
     #[test]
-    fn no_history_shows(steps in proptest::collection::vec((0..3_usize, 0..4_usize, 0..3_usize, any::<bool>()), 0..60)) {
+    fn the_order_of_changes_does_not_matter(steps in proptest::collection::vec((0..3_usize, 0..4_usize, 0..3_usize, any::<bool>()), 0..60)) {
         const NETWORKS: [&str; 3] = ["a", "b", "c"];
         let container = |number: usize| format!("c{number}");
         let spec = |network: usize, number: usize, alias: usize| {
             endpoint(&container(number), &["x", "y", "z"][..alias], &[&format!("10.0.{network}.{number}")])
         };
-        let mut lived = zones(&NETWORKS.map(network), &[]);
-        let mut there: BTreeMap<(usize, usize), usize> = BTreeMap::new();
+        let mut changed = zones(&NETWORKS.map(network), &[]);
+        let mut present: BTreeMap<(usize, usize), usize> = BTreeMap::new();
         for (network, number, alias, adds) in steps {
             if adds {
-                lived.add_endpoint(NETWORKS[network], &spec(network, number, alias)).unwrap();
-                there.insert((network, number), alias);
+                changed.add_endpoint(NETWORKS[network], &spec(network, number, alias)).unwrap();
+                present.insert((network, number), alias);
             } else {
                 let name = container(number);
-                let was = there.remove(&(network, number)).is_some();
-                prop_assert_eq!(lived.remove_endpoint(NETWORKS[network], &name, &name), was);
+                let was = present.remove(&(network, number)).is_some();
+                prop_assert_eq!(changed.remove_endpoint(NETWORKS[network], &name, &name), was);
             }
         }
         let endpoints: Vec<_> =
-            there.iter().map(|((network, number), alias)| (NETWORKS[*network], spec(*network, *number, *alias))).collect();
+            present.iter().map(|((network, number), alias)| (NETWORKS[*network], spec(*network, *number, *alias))).collect();
         let fresh = zones(&NETWORKS.map(network), &endpoints);
-        prop_assert_eq!(lived.endpoints, there.len());
-        prop_assert_eq!(lived.containers.len(), fresh.containers.len());
+        prop_assert_eq!(changed.endpoints, present.len());
+        prop_assert_eq!(changed.containers.len(), fresh.containers.len());
         for asker in (0..4).map(container) {
             for name in ["c0", "c1", "c2", "c3", "x", "y", "z", "c0.a", "x.b", "c"] {
-                let [mut one, mut other] = [&lived, &fresh].map(|zones| addresses(zones, &asker, name));
+                let [mut one, mut other] = [&changed, &fresh].map(|zones| addresses(zones, &asker, name));
                 one.sort();
                 other.sort();
                 prop_assert_eq!(one, other, "{} of {}", name, asker);
             }
         }
-        for network in lived.networks.values() {
+        for network in changed.networks.values() {
             prop_assert_eq!(network.reverse.len(), network.endpoints.len());
             prop_assert!(network.names.values().all(|holders| !holders.is_empty()));
         }

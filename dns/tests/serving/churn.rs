@@ -1,7 +1,7 @@
-//! Networks that come and go while others are asked for.
+//! Networks are added and removed while others are queried.
 
 use crate::support::client::question;
-use crate::support::{House, endpoint};
+use crate::support::{TestBed, endpoint};
 use hickory_server::proto::op::Message;
 use hickory_server::proto::rr::RecordType;
 use std::net::UdpSocket;
@@ -12,13 +12,13 @@ use tidegate_dns::{NetworkSpec, ServeOptions};
 use tidegate_testbed::Namespace;
 
 #[test]
-fn no_question_is_lost_while_200_networks_come_and_go() {
+fn no_query_is_lost_while_200_networks_are_added_and_removed() {
     const NETWORKS: usize = 200;
-    let house = House::new(Namespace::new(), "");
-    house.network("steady");
-    house.endpoint("steady", "web", &[], &["172.30.1.2"]);
-    let asker = house.serve("web");
-    let socket = asker.namespace.run(|| UdpSocket::bind("127.0.0.1:0").unwrap());
+    let bed = TestBed::new(Namespace::new(), "");
+    bed.network("steady");
+    bed.endpoint("steady", "web", &[], &["172.30.1.2"]);
+    let client = bed.serve("web");
+    let socket = client.namespace.run(|| UdpSocket::bind("127.0.0.1:0").unwrap());
     socket.connect("127.0.0.11:53").unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
     let ends = Arc::new(AtomicBool::new(false));
@@ -43,34 +43,32 @@ fn no_question_is_lost_while_200_networks_come_and_go() {
         }
     });
     let namespaces: Vec<_> = (0..8).map(|_| Namespace::new()).collect();
-    let _guard = house.runtime.enter();
+    let _guard = bed.runtime.enter();
     for number in 0..NETWORKS {
         let name = format!("net{number}");
-        house
-            .resolver
+        bed.resolver
             .add_network(&NetworkSpec { name: name.clone(), ..NetworkSpec::default() })
             .unwrap();
         let mut serving = Vec::new();
         for (place, namespace) in namespaces.iter().enumerate() {
             let container = format!("c{number}-{place}");
-            house
-                .resolver
+            bed.resolver
                 .add_endpoint(&name, &endpoint(&container, &["web", "x"], &["10.1.0.2"]))
                 .unwrap();
             let namespace = crate::support::handle(namespace);
             serving.push(
-                house.resolver.serve(&namespace, &container, &ServeOptions::default()).unwrap(),
+                bed.resolver.serve(&namespace, &container, &ServeOptions::default()).unwrap(),
             );
         }
         drop(serving);
-        assert!(house.resolver.remove_network(&name));
+        assert!(bed.resolver.remove_network(&name));
     }
-    // A few seconds at least, however fast that was.
+    // At least one second, however fast the changes were.
     std::thread::sleep(Duration::from_secs(1));
     ends.store(true, Ordering::Relaxed);
     let (asked, answered, time) = asking.join().unwrap();
     println!(
-        "{answered} of {asked} questions in {time:?}, while {NETWORKS} networks with 8 servers each came and went"
+        "{answered} of {asked} queries answered in {time:?}, while {NETWORKS} networks with 8 servers each were added and removed"
     );
     assert_eq!(asked, answered);
     assert!(f64::from(asked) / time.as_secs_f64() > 900.0, "{asked} in {time:?}");

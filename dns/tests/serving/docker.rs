@@ -1,9 +1,9 @@
-//! What Docker's server answers, row by row, and where this one answers something else; docs/dns.md
-//! says why.
+//! Responses in comparison with the DNS server of Docker; docs/dns.md gives the reasons of
+//! differences.
 
-use crate::support::client::{question, read, told, with_edns, write};
-use crate::support::upstream::{Mood, Upstream};
-use crate::support::{Container, House, endpoint};
+use crate::support::client::{question, read, summary, with_edns, write};
+use crate::support::upstream::{Mode, Upstream};
+use crate::support::{Container, TestBed, endpoint};
 use hickory_server::proto::op::ResponseCode;
 use hickory_server::proto::rr::RecordType;
 use std::time::{Duration, Instant};
@@ -11,28 +11,29 @@ use tidegate_dns::EndpointSpec;
 
 const NONE: [String; 0] = [];
 
-/// `hosta` on `un1` asks, with two neighbours that share an alias; there is another network.
-fn scene() -> (House, Upstream, Container) {
-    let (house, upstream) = House::with_upstream();
+/// The client is `hosta` on `un1`, with two neighbours that share an alias. There are other
+/// networks.
+fn scene() -> (TestBed, Upstream, Container) {
+    let (bed, upstream) = TestBed::with_upstream();
     for network in ["un1", "un2", "un6"] {
-        house.network(network);
+        bed.network(network);
     }
     let own = EndpointSpec {
         hostname: Some("hosta".to_owned()),
         ..endpoint("svc-a", &["0123456789ab"], &["172.30.1.2"])
     };
-    house.resolver.add_endpoint("un1", &own).unwrap();
-    house.endpoint("un1", "svc-b", &["89abcdef0123", "both"], &["172.30.1.3"]);
-    house.endpoint("un1", "svc-c", &["both"], &["172.30.1.4"]);
-    house.endpoint("un2", "elsewhere", &[], &["172.30.2.2"]);
-    house.endpoint("un6", "svc-6", &[], &["172.30.6.2", "fd88::2"]);
-    let container = house.serve("svc-a");
-    (house, upstream, container)
+    bed.resolver.add_endpoint("un1", &own).unwrap();
+    bed.endpoint("un1", "svc-b", &["89abcdef0123", "both"], &["172.30.1.3"]);
+    bed.endpoint("un1", "svc-c", &["both"], &["172.30.1.4"]);
+    bed.endpoint("un2", "elsewhere", &[], &["172.30.2.2"]);
+    bed.endpoint("un6", "svc-6", &[], &["172.30.6.2", "fd88::2"]);
+    let container = bed.serve("svc-a");
+    (bed, upstream, container)
 }
 
 #[test]
 fn name_short_id_alias_and_host_name_are_answered() {
-    let (_house, upstream, asker) = scene();
+    let (_bed, upstream, client) = scene();
     for (name, address) in [
         ("svc-b", "172.30.1.3"),
         ("89abcdef0123", "172.30.1.3"),
@@ -41,155 +42,155 @@ fn name_short_id_alias_and_host_name_are_answered() {
         ("svc-b.un1", "172.30.1.3"),
         ("both.un1", "172.30.1.3 172.30.1.4"),
     ] {
-        let answer = asker.ask(name, RecordType::A);
-        let mut addresses: Vec<_> = told(&answer).split(' ').map(str::to_owned).collect();
+        let answer = client.ask(name, RecordType::A);
+        let mut addresses: Vec<_> = summary(&answer).split(' ').map(str::to_owned).collect();
         addresses.sort();
         assert_eq!(addresses.join(" "), address, "{name}");
         let head = &answer.metadata;
         assert!(head.recursion_desired && head.recursion_available, "qr rd ra");
         assert!(!head.authoritative && !head.authentic_data, "no aa");
         assert!(answer.edns.is_none());
-        // Docker: 600. Who asks again shall hear what is true.
+        // Docker: 600. A short TTL follows changes of addresses.
         assert_eq!(answer.answers[0].ttl, 5);
     }
     assert_eq!(upstream.names(), NONE);
 }
 
 #[test]
-fn those_who_share_an_alias_take_turns() {
-    let (_house, _upstream, asker) = scene();
-    let answers: Vec<_> = (0..4).map(|_| asker.told("both", RecordType::A)).collect();
+fn addresses_of_a_shared_alias_are_rotated() {
+    let (_bed, _upstream, client) = scene();
+    let answers: Vec<_> = (0..4).map(|_| client.resolve("both", RecordType::A)).collect();
     assert_eq!(answers[0], answers[2]);
     assert_eq!(answers[1], answers[3]);
     assert_ne!(answers[0], answers[1]);
 }
 
 #[test]
-fn the_owner_of_a_record_keeps_the_case_that_was_asked() {
-    let (_house, _upstream, asker) = scene();
-    let answer = asker.ask("SVC-B", RecordType::A);
+fn the_owner_name_has_the_case_of_the_query() {
+    let (_bed, _upstream, client) = scene();
+    let answer = client.ask("SVC-B", RecordType::A);
     assert_eq!(answer.answers[0].name.to_string(), "SVC-B.");
     assert_eq!(answer.queries[0].name().to_string(), "SVC-B.");
 }
 
 #[test]
-fn what_a_known_name_has_not_is_nothing_and_is_not_forwarded() {
-    let (_house, upstream, asker) = scene();
-    // Docker forwards TXT and ANY, and so tells the outside what services are called.
+fn other_types_of_a_local_name_are_nodata_and_not_forwarded() {
+    let (_bed, upstream, client) = scene();
+    // Docker forwards TXT and ANY, which discloses names of services.
     for kind in
         [RecordType::AAAA, RecordType::MX, RecordType::TXT, RecordType::HTTPS, RecordType::SRV]
     {
-        let answer = asker.ask("svc-b", kind);
-        assert_eq!(told(&answer), "nothing", "{kind}");
+        let answer = client.ask("svc-b", kind);
+        assert_eq!(summary(&answer), "nothing", "{kind}");
         assert_eq!(answer.authorities[0].record_type(), RecordType::SOA, "RFC 2308 section 3");
     }
-    assert_eq!(asker.told("svc-b", RecordType::ANY), "172.30.1.3");
+    assert_eq!(client.resolve("svc-b", RecordType::ANY), "172.30.1.3");
     assert_eq!(upstream.names(), NONE);
 }
 
 #[test]
-fn ipv6_has_names_both_ways() {
-    let (house, _upstream, _) = scene();
-    let asker = house.serve("svc-6");
-    assert_eq!(asker.told("svc-6", RecordType::AAAA), "fd88::2");
+fn ipv6_names_and_addresses_are_resolved() {
+    let (bed, _upstream, _) = scene();
+    let client = bed.serve("svc-6");
+    assert_eq!(client.resolve("svc-6", RecordType::AAAA), "fd88::2");
     let reverse = format!("2.{}8.8.d.f.ip6.arpa", "0.".repeat(27));
-    assert_eq!(asker.told(&reverse, RecordType::PTR), "svc-6.un6.");
+    assert_eq!(client.resolve(&reverse, RecordType::PTR), "svc-6.un6.");
 }
 
 #[test]
-fn a_containers_address_is_its_name_on_the_network() {
-    let (_house, _upstream, asker) = scene();
-    let answer = asker.ask("3.1.30.172.in-addr.arpa", RecordType::PTR);
-    assert_eq!(told(&answer), "svc-b.un1.");
+fn the_reverse_name_of_a_container_is_its_name_on_the_network() {
+    let (_bed, _upstream, client) = scene();
+    let answer = client.ask("3.1.30.172.in-addr.arpa", RecordType::PTR);
+    assert_eq!(summary(&answer), "svc-b.un1.");
     assert_eq!(answer.answers[0].ttl, 5);
 }
 
 #[test]
-fn names_of_other_networks_are_none_and_are_not_forwarded() {
-    let (_house, upstream, asker) = scene();
+fn names_on_other_networks_do_not_exist_and_are_not_forwarded() {
+    let (_bed, upstream, client) = scene();
     // Docker forwards both, and unknown names without a dot.
     for name in ["elsewhere", "elsewhere.un2", "nosuch"] {
-        assert_eq!(asker.told(name, RecordType::A), "NXDomain", "{name}");
+        assert_eq!(client.resolve(name, RecordType::A), "NXDomain", "{name}");
     }
     assert_eq!(upstream.names(), NONE);
 }
 
 #[test]
-fn localhost_is_here_and_the_docker_host_has_no_name() {
-    let (_house, upstream, asker) = scene();
+fn localhost_is_local_and_host_docker_internal_is_forwarded() {
+    let (_bed, upstream, client) = scene();
     // Docker forwards it.
-    assert_eq!(asker.told("localhost", RecordType::A), "127.0.0.1");
-    assert_eq!(asker.told("localhost", RecordType::AAAA), "::1");
+    assert_eq!(client.resolve("localhost", RecordType::A), "127.0.0.1");
+    assert_eq!(client.resolve("localhost", RecordType::AAAA), "::1");
     assert_eq!(upstream.names(), NONE);
-    assert_eq!(asker.told("host.docker.internal", RecordType::A), "192.0.2.1");
+    assert_eq!(client.resolve("host.docker.internal", RecordType::A), "192.0.2.1");
     assert_eq!(upstream.names(), ["host.docker.internal."]);
 }
 
 #[test]
-fn names_of_private_addresses_are_not_forwarded_those_of_others_are() {
-    let (_house, upstream, asker) = scene();
+fn only_reverse_names_of_public_addresses_are_forwarded() {
+    let (_bed, upstream, client) = scene();
     // Docker forwards all.
     for name in ["9.9.9.10.in-addr.arpa", "77.1.30.172.in-addr.arpa", "2.2.30.172.in-addr.arpa"] {
-        assert_eq!(asker.told(name, RecordType::PTR), "NXDomain", "{name}");
+        assert_eq!(client.resolve(name, RecordType::PTR), "NXDomain", "{name}");
     }
     assert_eq!(upstream.names(), NONE);
-    assert_eq!(asker.told("8.8.8.8.in-addr.arpa", RecordType::PTR), "nothing");
+    assert_eq!(client.resolve("8.8.8.8.in-addr.arpa", RecordType::PTR), "nothing");
     assert_eq!(upstream.names(), ["8.8.8.8.in-addr.arpa."]);
 }
 
 #[test]
-fn questions_over_tcp_are_served_and_forwarded_by_datagram() {
-    let (_house, upstream, asker) = scene();
-    let mut stream = asker.connect();
+fn queries_over_tcp_are_served_and_forwarded_over_udp() {
+    let (_bed, upstream, client) = scene();
+    let mut stream = client.connect();
     write(&mut stream, &question(1, "svc-b", RecordType::A));
-    assert_eq!(told(&read(&mut stream).unwrap()), "172.30.1.3");
+    assert_eq!(summary(&read(&mut stream).unwrap()), "172.30.1.3");
     write(&mut stream, &question(2, "example.com", RecordType::A));
-    assert_eq!(told(&read(&mut stream).unwrap()), "192.0.2.1");
+    assert_eq!(summary(&read(&mut stream).unwrap()), "192.0.2.1");
     // Docker forwards these over TCP.
     assert!(!upstream.seen()[0].tcp);
 }
 
 #[test]
 fn what_is_cut_short_upstream_is_fetched_whole() {
-    let (_house, upstream, asker) = scene();
-    let answer = asker.ask("many.example", RecordType::A);
+    let (_bed, upstream, client) = scene();
+    let answer = client.ask("many.example", RecordType::A);
     assert!(answer.metadata.truncation && answer.answers.is_empty(), "300 addresses in 512 bytes");
     let seen: Vec<_> = upstream.seen().iter().map(|seen| seen.tcp).collect();
-    // Docker passes the mark on, and leaves the rest to the client.
+    // Docker relays TC and leaves the rest to the client.
     assert_eq!(seen, [false, true]);
-    let mut stream = asker.connect();
+    let mut stream = client.connect();
     write(&mut stream, &question(1, "many.example", RecordType::A));
     assert_eq!(read(&mut stream).unwrap().answers.len(), 300);
-    assert_eq!(upstream.names(), NONE, "it is known by now");
+    assert_eq!(upstream.names(), NONE, "cached");
 }
 
 #[test]
-fn without_an_answer_upstream_it_is_servfail() {
-    let (_house, upstream, asker) = scene();
-    upstream.mood(Mood::Silent);
+fn without_an_upstream_response_the_client_gets_servfail() {
+    let (_bed, upstream, client) = scene();
+    upstream.set_mode(Mode::Silent);
     let start = Instant::now();
-    assert_eq!(asker.told("example.com", RecordType::A), "ServFail");
-    assert!(start.elapsed() < Duration::from_secs(5), "before a client of glibc asks again");
+    assert_eq!(client.resolve("example.com", RecordType::A), "ServFail");
+    assert!(start.elapsed() < Duration::from_secs(5), "before a glibc client retries");
 }
 
 #[test]
-fn who_sends_an_opt_record_gets_one_and_another_is_sent_upstream() {
-    let (_house, upstream, asker) = scene();
-    // Docker answers local names without, and forwards the client's.
-    let answer = asker.ask_message(&with_edns(question(1, "svc-b", RecordType::A), 4096));
+fn edns_is_negotiated_separately_with_client_and_server() {
+    let (_bed, upstream, client) = scene();
+    // Docker responds without EDNS for local names, and forwards the OPT record of the client.
+    let answer = client.ask_message(&with_edns(question(1, "svc-b", RecordType::A), 4096));
     assert_eq!(answer.edns.unwrap().max_payload(), 1232);
-    let answer = asker.ask_message(&with_edns(question(1, "example.com", RecordType::A), 4096));
+    let answer = client.ask_message(&with_edns(question(1, "example.com", RecordType::A), 4096));
     assert!(answer.edns.is_some());
     assert!(upstream.seen()[0].edns);
-    let answer = asker.ask("other.example.com", RecordType::A);
+    let answer = client.ask("other.example.com", RecordType::A);
     assert!(answer.edns.is_none());
-    assert!(upstream.seen()[0].edns, "between us and that server");
+    assert!(upstream.seen()[0].edns, "upstream EDNS is independent of the client");
 }
 
 #[test]
-fn a_code_from_upstream_is_passed_on() {
-    let (_house, _upstream, asker) = scene();
-    let answer = asker.ask("nx.example.com", RecordType::A);
+fn the_response_code_of_an_upstream_server_is_relayed() {
+    let (_bed, _upstream, client) = scene();
+    let answer = client.ask("nx.example.com", RecordType::A);
     assert_eq!(answer.metadata.response_code, ResponseCode::NXDomain);
     assert_eq!(answer.authorities.len(), 1);
 }

@@ -1,7 +1,7 @@
-//! A server at a network's gateway, as Podman's is.
+//! Servers at the gateway of a network, as with Podman.
 
-use crate::support::client::{question, send, told};
-use crate::support::{House, handle};
+use crate::support::client::{question, send, summary};
+use crate::support::{TestBed, handle};
 use hickory_server::proto::op::Message;
 use hickory_server::proto::rr::RecordType;
 use std::net::{IpAddr, UdpSocket};
@@ -9,33 +9,33 @@ use std::time::Duration;
 use tidegate_dns::NetworkSpec;
 use tidegate_testbed::{Namespace, Topology, addr, eventually};
 
-const PATIENCE: Duration = Duration::from_millis(500);
+const TIMEOUT: Duration = Duration::from_millis(500);
 
 fn ask(from: &Namespace, server: IpAddr, name: &str) -> Option<String> {
     let bytes = question(7, name, RecordType::A).to_vec().unwrap();
-    let answer = send(from, (server, 53).into(), &bytes, PATIENCE)?;
-    Some(told(&Message::from_vec(&answer).unwrap()))
+    let answer = send(from, (server, 53).into(), &bytes, TIMEOUT)?;
+    Some(summary(&Message::from_vec(&answer).unwrap()))
 }
 
 #[test]
-fn a_network_is_served_at_its_gateway_to_who_comes_by_its_bridge() {
+fn a_gateway_serves_clients_on_its_bridge_only() {
     let net = Topology::three();
     let neighbour = net.neighbour();
-    let house = House::new(net.host.clone(), "");
-    house.network("n1");
-    house.network("n2");
-    house.endpoint(
+    let bed = TestBed::new(net.host.clone(), "");
+    bed.network("n1");
+    bed.network("n2");
+    bed.endpoint(
         "n1",
         "ptwo",
         &["al1", "8307d39d06d4"],
         &[&addr::CONTAINER_V4.to_string(), &addr::CONTAINER_V6.to_string()],
     );
-    house.endpoint("n2", "ptwo", &[], &["172.31.0.2"]);
-    house.endpoint("n2", "other", &[], &["172.31.0.3"]);
-    let _guard = house.runtime.enter();
+    bed.endpoint("n2", "ptwo", &[], &["172.31.0.2"]);
+    bed.endpoint("n2", "other", &[], &["172.31.0.3"]);
+    let _guard = bed.runtime.enter();
     let host = handle(&net.host);
-    let v4 = house.resolver.serve_gateway(&host, "n1", addr::GATEWAY_V4.into(), "br0").unwrap();
-    let _v6 = house.resolver.serve_gateway(&host, "n1", addr::GATEWAY_V6.into(), "br0").unwrap();
+    let v4 = bed.resolver.serve_gateway(&host, "n1", addr::GATEWAY_V4.into(), "br0").unwrap();
+    let _v6 = bed.resolver.serve_gateway(&host, "n1", addr::GATEWAY_V6.into(), "br0").unwrap();
     let own = addr::CONTAINER_V4.to_string();
     for server in [IpAddr::from(addr::GATEWAY_V4), addr::GATEWAY_V6.into()] {
         for name in ["al1", "8307d39d06d4", "al1.n1"] {
@@ -44,11 +44,11 @@ fn a_network_is_served_at_its_gateway_to_who_comes_by_its_bridge() {
         assert_eq!(
             ask(&net.container, server, "other"),
             Some("172.31.0.3".to_owned()),
-            "it is on n2 too"
+            "the client is on n2 too"
         );
         for name in ["al1", "other", "example.com"] {
-            let told = ask(&neighbour, server, name);
-            assert_eq!(told, Some("Refused".to_owned()), "{name}: no endpoint has its address");
+            let summary = ask(&neighbour, server, name);
+            assert_eq!(summary, Some("Refused".to_owned()), "{name}: no endpoint has its address");
         }
         assert_eq!(
             ask(&net.client, server, "al1"),
@@ -63,37 +63,36 @@ fn a_network_is_served_at_its_gateway_to_who_comes_by_its_bridge() {
 }
 
 #[test]
-fn a_gateways_port_that_is_taken_is_told_with_the_network() {
+fn a_port_in_use_at_a_gateway_is_reported_with_the_network() {
     let net = Topology::three();
-    let house = House::new(net.host.clone(), "");
-    house.network("n1");
+    let bed = TestBed::new(net.host.clone(), "");
+    bed.network("n1");
     let taken = net.host.run(|| UdpSocket::bind("0.0.0.0:53").unwrap());
-    let _guard = house.runtime.enter();
+    let _guard = bed.runtime.enter();
     let error =
-        house.resolver.serve_gateway(&handle(&net.host), "n1", addr::GATEWAY_V4.into(), "br0");
+        bed.resolver.serve_gateway(&handle(&net.host), "n1", addr::GATEWAY_V4.into(), "br0");
     assert_eq!(
         error.unwrap_err().to_string(),
-        "network \"n1\": 172.30.0.1:53 is in use by another DNS server"
+        "network \"n1\": 172.30.0.1:53 is in use by another DNS server; stop it, or bind it to other addresses"
     );
     drop(taken);
 }
 
-/// A router in a container may use any address: nobody at that gateway is certain.
+/// A router in a container may use any address, so no client at its gateway is identified.
 #[test]
-fn where_sources_are_not_verified_a_gateway_tells_everybody_the_names_of_its_network_alone() {
+fn without_source_verification_a_gateway_resolves_names_of_its_network_only() {
     let net = Topology::three();
     let neighbour = net.neighbour();
-    let house = House::new(net.host.clone(), "");
+    let bed = TestBed::new(net.host.clone(), "");
     let spec = NetworkSpec { name: "n1".into(), internal: true, ..NetworkSpec::default() };
-    house.network_with(&NetworkSpec { sources_are_verified: false, ..spec });
-    house.network("n2");
-    house.endpoint("n1", "ptwo", &[], &[&addr::CONTAINER_V4.to_string()]);
-    house.endpoint("n2", "ptwo", &[], &["172.31.0.2"]);
-    house.endpoint("n2", "other", &[], &["172.31.0.3"]);
-    let _guard = house.runtime.enter();
+    bed.network_with(&NetworkSpec { sources_are_verified: false, ..spec });
+    bed.network("n2");
+    bed.endpoint("n1", "ptwo", &[], &[&addr::CONTAINER_V4.to_string()]);
+    bed.endpoint("n2", "ptwo", &[], &["172.31.0.2"]);
+    bed.endpoint("n2", "other", &[], &["172.31.0.3"]);
+    let _guard = bed.runtime.enter();
     let host = handle(&net.host);
-    let _serving =
-        house.resolver.serve_gateway(&host, "n1", addr::GATEWAY_V4.into(), "br0").unwrap();
+    let _serving = bed.resolver.serve_gateway(&host, "n1", addr::GATEWAY_V4.into(), "br0").unwrap();
     for client in [&net.container, &neighbour] {
         let ask = |name| ask(client, addr::GATEWAY_V4.into(), name).unwrap();
         assert_eq!(ask("ptwo"), addr::CONTAINER_V4.to_string());

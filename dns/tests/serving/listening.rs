@@ -1,7 +1,7 @@
-//! How port 53 is come by, and what is left behind: nothing.
+//! Access to port 53, and complete removal of sockets and rules.
 
 use crate::support::client::{SERVER, send};
-use crate::support::{House, at, handle};
+use crate::support::{TestBed, at, handle};
 use hickory_server::proto::rr::RecordType;
 use std::net::{TcpListener, UdpSocket};
 use std::time::Duration;
@@ -12,29 +12,29 @@ fn options(listen: Listen) -> ServeOptions {
     ServeOptions { listen, ..ServeOptions::default() }
 }
 
-fn scene() -> House {
-    let house = House::new(Namespace::new(), "");
-    house.network("un1");
-    house.endpoint("un1", "web", &[], &["172.30.1.2"]);
-    house
+fn scene() -> TestBed {
+    let bed = TestBed::new(Namespace::new(), "");
+    bed.network("un1");
+    bed.endpoint("un1", "web", &[], &["172.30.1.2"]);
+    bed
 }
 
 #[test]
 fn a_container_may_have_a_dns_server_of_its_own() {
-    let house = scene();
-    let container = house.serve("web");
+    let bed = scene();
+    let container = bed.serve("web");
     let serving = container.serving.as_ref().unwrap();
     assert!(serving.is_redirected());
     let own = || (UdpSocket::bind("0.0.0.0:53").unwrap(), TcpListener::bind("0.0.0.0:53").unwrap());
     let (udp, _tcp) = container.namespace.run(own);
-    assert_eq!(container.told("web", RecordType::A), "172.30.1.2");
+    assert_eq!(container.resolve("web", RecordType::A), "172.30.1.2");
     let mut stream = container.connect();
     crate::support::client::write(
         &mut stream,
         &crate::support::client::question(1, "web", RecordType::A),
     );
     assert!(crate::support::client::read(&mut stream).is_ok());
-    // Its own is asked at every other address.
+    // The server of the container is reachable at all other addresses.
     let asked = std::thread::scope(|scope| {
         scope.spawn(|| {
             send(&container.namespace, at("127.0.0.1:53"), b"own", Duration::from_millis(10))
@@ -47,9 +47,9 @@ fn a_container_may_have_a_dns_server_of_its_own() {
 }
 
 #[test]
-fn what_has_been_set_up_goes_with_the_server() {
-    let house = scene();
-    let mut container = house.serve("web");
+fn sockets_and_rules_are_removed_with_the_server() {
+    let bed = scene();
+    let mut container = bed.serve("web");
     let tables = || container.namespace.exec("nft", &["list", "ruleset"]);
     assert!(tables().contains("ip daddr 127.0.0.11 udp dport 53 udp dport set "), "{}", tables());
     assert!(tables().contains("ip saddr 127.0.0.11 tcp sport "), "{}", tables());
@@ -63,72 +63,70 @@ fn what_has_been_set_up_goes_with_the_server() {
 }
 
 #[test]
-fn a_server_comes_after_one_that_was_killed() {
-    let house = scene();
-    let mut container = house.serve("web");
-    // As if nothing had been reverted: its sockets are gone, its table is not.
+fn a_server_replaces_the_table_of_a_killed_one() {
+    let bed = scene();
+    let mut container = bed.serve("web");
+    // As after a crash: the sockets are closed, the table remains.
     std::mem::forget(container.serving.take());
-    let _guard = house.runtime.enter();
-    let serving = house
-        .resolver
-        .serve(&handle(&container.namespace), "web", &ServeOptions::default())
-        .unwrap();
-    assert_eq!(container.told("web", RecordType::A), "172.30.1.2");
+    let _guard = bed.runtime.enter();
+    let serving =
+        bed.resolver.serve(&handle(&container.namespace), "web", &ServeOptions::default()).unwrap();
+    assert_eq!(container.resolve("web", RecordType::A), "172.30.1.2");
     assert_eq!(container.namespace.exec("nft", &["list", "tables"]), "table inet tidegate_dns\n");
     drop(serving);
     assert_eq!(container.namespace.exec("nft", &["list", "tables"]), "");
 }
 
 #[test]
-fn without_nftables_the_port_itself_is_taken() {
-    let house = scene();
-    let container = house.serve_with("web", &options(Listen::Direct));
+fn direct_mode_binds_port_53() {
+    let bed = scene();
+    let container = bed.serve_with("web", &options(Listen::Direct));
     assert!(!container.serving.as_ref().unwrap().is_redirected());
     assert_eq!(container.namespace.exec("nft", &["list", "ruleset"]), "");
     assert!(
         container.namespace.is_bound(Protocol::Udp, 53)
             && container.namespace.is_bound(Protocol::Tcp, 53)
     );
-    assert_eq!(container.told("web", RecordType::A), "172.30.1.2");
+    assert_eq!(container.resolve("web", RecordType::A), "172.30.1.2");
 }
 
 #[test]
-fn a_port_that_is_taken_is_told_with_the_container() {
-    let house = scene();
+fn a_port_in_use_is_reported_with_the_container() {
+    let bed = scene();
     for taken in [true, false] {
         let namespace = Namespace::new();
         let _udp = taken.then(|| namespace.run(|| UdpSocket::bind("0.0.0.0:53").unwrap()));
         let _tcp = (!taken).then(|| namespace.run(|| TcpListener::bind(SERVER).unwrap()));
-        let _guard = house.runtime.enter();
+        let _guard = bed.runtime.enter();
         let error =
-            house.resolver.serve(&handle(&namespace), "web", &options(Listen::Direct)).unwrap_err();
+            bed.resolver.serve(&handle(&namespace), "web", &options(Listen::Direct)).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "container \"web\": 127.0.0.11:53 is in use by a DNS server in it, and nftables cannot redirect past that"
+            "container \"web\": 127.0.0.11:53 is in use by a DNS server in the container, and nftables is not available to redirect queries; stop that server, or bind it to another address"
         );
-        assert!(house.resolver.serve(&handle(&namespace), "web", &options(Listen::Auto)).is_ok());
+        assert!(bed.resolver.serve(&handle(&namespace), "web", &options(Listen::Auto)).is_ok());
     }
 }
 
 #[test]
-fn a_change_is_seen_by_the_next_question() {
-    let house = scene();
-    let container = house.serve("web");
+fn a_change_applies_to_the_next_query() {
+    let bed = scene();
+    let container = bed.serve("web");
     for number in 1..=50 {
         let name = format!("new-{number}");
-        assert_eq!(container.told(&name, RecordType::A), "NXDomain");
-        house.endpoint("un1", &name, &[], &["172.30.1.3"]);
-        assert_eq!(container.told(&name, RecordType::A), "172.30.1.3");
-        house.resolver.remove_endpoint("un1", &name, &name);
-        assert_eq!(container.told(&name, RecordType::A), "NXDomain");
+        assert_eq!(container.resolve(&name, RecordType::A), "NXDomain");
+        bed.endpoint("un1", &name, &[], &["172.30.1.3"]);
+        assert_eq!(container.resolve(&name, RecordType::A), "172.30.1.3");
+        bed.resolver.remove_endpoint("un1", &name, &name);
+        assert_eq!(container.resolve(&name, RecordType::A), "NXDomain");
     }
 }
 
 #[test]
-fn a_firewall_in_the_container_sees_port_53_both_ways() {
-    let house = scene();
-    let container = house.serve("web");
-    let rules = house.directory.path().join("rules");
+fn a_firewall_in_the_container_sees_port_53_in_both_directions() {
+    let bed = scene();
+    let container = bed.serve("web");
+    let rules = bed.directory.path().join("rules");
     std::fs::write(
         &rules,
         "table inet fw {
@@ -149,7 +147,7 @@ fn a_firewall_in_the_container_sees_port_53_both_ways() {
     .unwrap();
     container.namespace.exec("nft", &["-f", rules.to_str().unwrap()]);
     for _ in 0..3 {
-        assert_eq!(container.told("web", RecordType::A), "172.30.1.2");
+        assert_eq!(container.resolve("web", RecordType::A), "172.30.1.2");
         let mut stream = container.connect();
         for id in 0..3 {
             crate::support::client::write(
@@ -162,9 +160,9 @@ fn a_firewall_in_the_container_sees_port_53_both_ways() {
 }
 
 #[test]
-fn where_no_server_is_any_more_the_port_is_closed() {
-    let house = scene();
-    let mut container = house.serve("web");
+fn the_port_is_closed_when_the_server_stops() {
+    let bed = scene();
+    let mut container = bed.serve("web");
     drop(container.serving.take());
     let refused = || {
         let connected = container.namespace.run(|| std::net::TcpStream::connect(SERVER));
@@ -174,8 +172,8 @@ fn where_no_server_is_any_more_the_port_is_closed() {
 }
 
 #[test]
-fn where_rules_cannot_be_made_the_port_itself_is_taken() {
-    let house = scene();
+fn without_the_privilege_for_rules_port_53_is_bound() {
+    let bed = scene();
     let namespace = Namespace::new();
     let inside = handle(&namespace);
     let serve = |listen| {
@@ -184,17 +182,20 @@ fn where_rules_cannot_be_made_the_port_itself_is_taken() {
                 let mut has = rustix::thread::capabilities(None).unwrap();
                 has.effective.remove(rustix::thread::CapabilitySet::NET_ADMIN);
                 rustix::thread::set_capabilities(None, has).unwrap();
-                let _guard = house.runtime.enter();
-                house.resolver.serve(&inside, "web", &options(listen))
+                let _guard = bed.runtime.enter();
+                bed.resolver.serve(&inside, "web", &options(listen))
             };
             scope.spawn(without_privilege).join().unwrap()
         })
     };
     let error = serve(Listen::Redirected).unwrap_err().to_string();
-    assert!(error.starts_with("container \"web\": redirect DNS in its namespace: "), "{error}");
+    assert!(
+        error.starts_with("container \"web\": cannot redirect DNS in its namespace: "),
+        "{error}"
+    );
     let serving = serve(Listen::Auto).unwrap();
     assert!(!serving.is_redirected());
     assert_eq!(serving.address(), at(SERVER));
     let container = crate::support::Container { namespace, serving: Some(serving) };
-    assert_eq!(container.told("web", RecordType::A), "172.30.1.2");
+    assert_eq!(container.resolve("web", RecordType::A), "172.30.1.2");
 }

@@ -1,8 +1,8 @@
-//! Programs of others: dig, glibc's resolver, and the way musl's asks.
+//! Third-party clients: dig, the resolver of glibc, and queries as sent by musl.
 
 use crate::support::client::question;
 use crate::support::upstream::Upstream;
-use crate::support::{Container, House};
+use crate::support::{Container, TestBed};
 use hickory_server::proto::op::Message;
 use hickory_server::proto::rr::RecordType;
 use std::collections::BTreeMap;
@@ -13,19 +13,19 @@ use std::time::Duration;
 use tidegate_dns::{ResolvConf, SERVER};
 use tidegate_testbed::{Mounts, require_program};
 
-fn scene() -> (House, Upstream, Container) {
-    let (house, upstream) = House::with_upstream();
-    house.network("un1");
-    house.endpoint("un1", "web", &["site"], &["172.30.1.2"]);
-    house.endpoint("un1", "six", &[], &["172.30.1.3", "fd88::3"]);
-    let container = house.serve("web");
-    // glibc leaves out families that the host has no address of, and loopback's do not count.
+fn scene() -> (TestBed, Upstream, Container) {
+    let (bed, upstream) = TestBed::with_upstream();
+    bed.network("un1");
+    bed.endpoint("un1", "web", &["site"], &["172.30.1.2"]);
+    bed.endpoint("un1", "six", &[], &["172.30.1.3", "fd88::3"]);
+    let container = bed.serve("web");
+    // glibc omits address families without an address on an interface other than loopback.
     container.namespace.ip_all(
         "link add eth0 type bridge
          addr add 172.30.1.2/24 dev eth0
          link set eth0 up",
     );
-    (house, upstream, container)
+    (bed, upstream, container)
 }
 
 fn dig(container: &Container, args: &[&str]) -> String {
@@ -35,17 +35,17 @@ fn dig(container: &Container, args: &[&str]) -> String {
 }
 
 #[test]
-fn dig_is_content() {
-    let (_house, _upstream, asker) = scene();
-    assert_eq!(dig(&asker, &["+short", "web"]), "172.30.1.2\n");
-    assert_eq!(dig(&asker, &["+short", "-x", "172.30.1.2"]), "web.un1.\n");
-    assert_eq!(dig(&asker, &["+short", "six", "AAAA"]), "fd88::3\n");
-    assert_eq!(dig(&asker, &["+short", "+tcp", "site.un1"]), "172.30.1.2\n");
+fn dig_gets_valid_responses() {
+    let (_bed, _upstream, client) = scene();
+    assert_eq!(dig(&client, &["+short", "web"]), "172.30.1.2\n");
+    assert_eq!(dig(&client, &["+short", "-x", "172.30.1.2"]), "web.un1.\n");
+    assert_eq!(dig(&client, &["+short", "six", "AAAA"]), "fd88::3\n");
+    assert_eq!(dig(&client, &["+short", "+tcp", "site.un1"]), "172.30.1.2\n");
     assert_eq!(
-        dig(&asker, &["+short", "+tcp", "+keepopen", "web", "A", "six", "A"]),
+        dig(&client, &["+short", "+tcp", "+keepopen", "web", "A", "six", "A"]),
         "172.30.1.2\n172.30.1.3\n"
     );
-    let empty = dig(&asker, &["web", "AAAA"]);
+    let empty = dig(&client, &["web", "AAAA"]);
     assert!(
         empty.contains("status: NOERROR") && empty.contains("ANSWER: 0, AUTHORITY: 1"),
         "{empty}"
@@ -54,34 +54,34 @@ fn dig_is_content() {
         !empty.contains("WARNING") && !empty.contains("Malformed") && !empty.contains("malformed"),
         "{empty}"
     );
-    assert!(dig(&asker, &["+edns=1", "+noednsneg", "web"]).contains("status: BADVERS"));
-    assert!(dig(&asker, &["+opcode=status", "web"]).contains("status: NOTIMP"));
-    assert!(dig(&asker, &["version.bind", "TXT", "CH"]).contains("status: REFUSED"));
-    let forwarded = dig(&asker, &["example.com"]);
+    assert!(dig(&client, &["+edns=1", "+noednsneg", "web"]).contains("status: BADVERS"));
+    assert!(dig(&client, &["+opcode=status", "web"]).contains("status: NOTIMP"));
+    assert!(dig(&client, &["version.bind", "TXT", "CH"]).contains("status: REFUSED"));
+    let forwarded = dig(&client, &["example.com"]);
     assert!(
         forwarded.contains("192.0.2.1") && forwarded.contains("flags: qr rd ra;"),
         "{forwarded}"
     );
-    let cookie = dig(&asker, &["+cookie=0123456789abcdef", "web"]);
+    let cookie = dig(&client, &["+cookie=0123456789abcdef", "web"]);
     assert!(cookie.contains("172.30.1.2"), "{cookie}");
 }
 
-/// The container's own `resolv.conf`, and a program that uses it.
+/// Runs getent with the `resolv.conf` of the container.
 fn getent(
-    asker: &Container,
-    house: &House,
+    client: &Container,
+    bed: &TestBed,
     host: &str,
     options: &[String],
     args: &[&str],
 ) -> (bool, String) {
     require_program("getent");
     let text = ResolvConf::parse(host, &|_| None).for_container(SERVER.into(), &[], options);
-    let path = house.directory.path().join("inside.conf");
+    let path = bed.directory.path().join("inside.conf");
     fs::write(&path, text).unwrap();
-    // Whatever /etc/resolv.conf leads to is shown as the container's.
+    // Mounted over the target of /etc/resolv.conf, which may be a symbolic link.
     let target = fs::canonicalize("/etc/resolv.conf").unwrap();
-    let mounts = Mounts::builder().bind(&path, target).build(&asker.namespace);
-    let inside = asker.namespace.with_mounts(mounts);
+    let mounts = Mounts::builder().bind(&path, target).build(&client.namespace);
+    let inside = client.namespace.with_mounts(mounts);
     let output = inside.command("getent").args(args).stdin(Stdio::null()).output().unwrap();
     (
         output.status.success(),
@@ -90,16 +90,16 @@ fn getent(
 }
 
 #[test]
-fn a_program_of_glibc_finds_names() {
-    let (house, upstream, asker) = scene();
+fn glibc_resolves_names() {
+    let (bed, upstream, client) = scene();
     let host = "search example.test\nnameserver 127.0.0.53\n";
-    let get = |args: &[&str]| getent(&asker, &house, host, &[], args);
+    let get = |args: &[&str]| getent(&client, &bed, host, &[], args);
     assert_eq!(get(&["ahostsv4", "web"]).1.split(' ').next(), Some("172.30.1.2"));
     assert_eq!(get(&["hosts", "six"]).1, "fd88::3 six");
     assert_eq!(get(&["hosts", "172.30.1.3"]).1, "172.30.1.3 six.un1");
     assert!(upstream.names().iter().all(|name| !name.contains("web") && !name.contains("six")));
     assert!(get(&["ahostsv4", "www.example.com"]).1.starts_with("192.0.2.1 "));
-    // A name that nobody here has is looked for in the search domain, and nowhere else.
+    // An unknown name is queried in the search domain only.
     upstream.seen();
     assert!(get(&["ahostsv4", "printer"]).1.starts_with("192.0.2.1 "));
     let names = upstream.names();
@@ -111,21 +111,21 @@ fn a_program_of_glibc_finds_names() {
 }
 
 #[test]
-fn dots_are_counted_as_the_container_says() {
-    let (house, upstream, asker) = scene();
+fn ndots_of_the_container_applies() {
+    let (bed, upstream, client) = scene();
     let host = "search example.test\nnameserver 127.0.0.53\n";
     let options = ["ndots:2".to_owned()];
-    let get = |args: &[&str]| getent(&asker, &house, host, &options, args);
+    let get = |args: &[&str]| getent(&client, &bed, host, &options, args);
     assert!(get(&["ahostsv4", "www.example"]).1.starts_with("192.0.2.1 "));
     assert_eq!(upstream.names().first().map(String::as_str), Some("www.example.example.test."));
     assert!(!get(&["ahostsv4", "nx.web"]).0);
 }
 
-/// musl asks for both families at once from one socket, and takes the answers in any order.
+/// musl sends queries for both families from one socket, and accepts responses in any order.
 #[test]
 fn both_families_at_once_from_one_socket_are_answered() {
-    let (_house, _upstream, asker) = scene();
-    let socket = asker.namespace.run(|| UdpSocket::bind("0.0.0.0:0").unwrap());
+    let (_bed, _upstream, client) = scene();
+    let socket = client.namespace.run(|| UdpSocket::bind("0.0.0.0:0").unwrap());
     socket.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
     for (name, v4, v6) in [("web", 1, 0), ("six", 1, 1), ("example.com", 1, 0), ("nosuch", 0, 0)] {
         for (id, kind) in [(1, RecordType::A), (2, RecordType::AAAA)] {
@@ -135,7 +135,7 @@ fn both_families_at_once_from_one_socket_are_answered() {
         for _ in 0..2 {
             let mut buffer = [0; 512];
             let (length, from) = socket.recv_from(&mut buffer).unwrap();
-            assert_eq!(from.to_string(), "127.0.0.11:53", "musl takes answers from there alone");
+            assert_eq!(from.to_string(), "127.0.0.11:53", "musl requires this source address");
             let answer = Message::from_vec(&buffer[..length]).unwrap();
             counts.insert(answer.metadata.id, answer.answers.len());
         }

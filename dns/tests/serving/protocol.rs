@@ -1,7 +1,7 @@
-//! The protocol's corners.
+//! Protocol edge cases.
 
-use crate::support::client::{question, read, told, with_edns, write};
-use crate::support::{Container, House};
+use crate::support::client::{question, read, summary, with_edns, write};
+use crate::support::{Container, TestBed};
 use hickory_server::proto::op::{Message, MessageType, OpCode, ResponseCode};
 use hickory_server::proto::rr::{DNSClass, RecordType};
 use std::collections::BTreeMap;
@@ -9,19 +9,19 @@ use std::io::Write;
 use std::time::{Duration, Instant};
 use tidegate_testbed::Namespace;
 
-fn scene() -> (House, Container) {
-    let house = House::new(Namespace::new(), "");
-    house.network("un1");
-    house.endpoint("un1", "web", &[], &["172.30.1.2"]);
-    let container = house.serve("web");
-    (house, container)
+fn scene() -> (TestBed, Container) {
+    let bed = TestBed::new(Namespace::new(), "");
+    bed.network("un1");
+    bed.endpoint("un1", "web", &[], &["172.30.1.2"]);
+    let container = bed.serve("web");
+    (bed, container)
 }
 
 #[test]
-fn what_is_not_served_is_told_by_its_code() {
-    let (house, asker) = scene();
+fn unsupported_messages_get_their_response_code() {
+    let (bed, client) = scene();
     let plain = || question(1, "web", RecordType::A);
-    let code = |message: Message| asker.ask_message(&message).metadata.response_code;
+    let code = |message: Message| client.ask_message(&message).metadata.response_code;
     let mut update = plain();
     update.metadata.op_code = OpCode::Update;
     assert_eq!(code(update), ResponseCode::NotImp);
@@ -37,11 +37,11 @@ fn what_is_not_served_is_told_by_its_code() {
     assert_eq!(code(two), ResponseCode::FormErr);
     let mut future = with_edns(plain(), 1232);
     future.edns.as_mut().unwrap().set_version(1);
-    let answer = asker.ask_message(&future);
+    let answer = client.ask_message(&future);
     assert_eq!(u16::from(answer.metadata.response_code), 16, "BADVERS");
     assert_eq!(answer.edns.unwrap().version(), 0);
-    assert_eq!(told(&asker.ask("web", RecordType::A)), "172.30.1.2");
-    let page = house.page();
+    assert_eq!(summary(&client.ask("web", RecordType::A)), "172.30.1.2");
+    let page = bed.page();
     assert!(
         page.contains(
             "tidegate_dns_queries_total{network=\"un1\",qtype=\"other\",rcode=\"NOTIMP\"} 2"
@@ -57,37 +57,37 @@ fn what_is_not_served_is_told_by_its_code() {
 }
 
 #[test]
-fn what_is_malformed_is_told_so_and_answers_are_not_answered() {
-    let (_house, asker) = scene();
+fn malformed_messages_get_formerr_and_responses_get_none() {
+    let (_bed, client) = scene();
     let bytes = question(1, "web", RecordType::A).to_vec().unwrap();
-    let answer = asker.send(&bytes[..bytes.len() - 2]).unwrap();
+    let answer = client.send(&bytes[..bytes.len() - 2]).unwrap();
     assert_eq!((answer.len(), answer[3] & 15), (12, 1));
     let mut pointer = bytes.clone();
     pointer[12..14].copy_from_slice(&[0xc0, 12]);
-    assert_eq!(asker.send(&pointer).unwrap()[3] & 15, 1, "a name that is itself");
+    assert_eq!(client.send(&pointer).unwrap()[3] & 15, 1, "a name that points to itself");
     let mut answer = question(1, "web", RecordType::A);
     answer.metadata.message_type = MessageType::Response;
-    let patience = Duration::from_millis(200);
+    let timeout = Duration::from_millis(200);
     for silent in [&answer.to_vec().unwrap()[..], &bytes[..11], b""] {
         let server = "127.0.0.11:53".parse().unwrap();
-        assert_eq!(crate::support::client::send(&asker.namespace, server, silent, patience), None);
+        assert_eq!(crate::support::client::send(&client.namespace, server, silent, timeout), None);
     }
-    assert_eq!(told(&asker.ask("web", RecordType::A)), "172.30.1.2");
+    assert_eq!(summary(&client.ask("web", RecordType::A)), "172.30.1.2");
 }
 
 #[test]
-fn three_hundred_addresses_are_one_name() {
-    let (house, asker) = scene();
+fn a_name_can_have_three_hundred_addresses() {
+    let (bed, client) = scene();
     for number in 0..300_u32 {
         let address = std::net::Ipv4Addr::from(0xac1e_0a00 + number).to_string();
-        house.endpoint("un1", &format!("c{number}"), &["crowd"], &[&address]);
+        bed.endpoint("un1", &format!("c{number}"), &["crowd"], &[&address]);
     }
-    let cut = asker.ask("crowd", RecordType::A);
+    let cut = client.ask("crowd", RecordType::A);
     assert!(cut.metadata.truncation);
     assert_eq!(cut.answers.len(), (512 - 12 - 11) / 16);
-    let more = asker.ask_message(&with_edns(question(1, "crowd", RecordType::A), 4096));
+    let more = client.ask_message(&with_edns(question(1, "crowd", RecordType::A), 4096));
     assert!(more.metadata.truncation && more.answers.len() > 200);
-    let mut stream = asker.connect();
+    let mut stream = client.connect();
     write(&mut stream, &question(2, "crowd", RecordType::A));
     let whole = read(&mut stream).unwrap();
     assert!(!whole.metadata.truncation);
@@ -97,14 +97,14 @@ fn three_hundred_addresses_are_one_name() {
 /// RFC 7766 section 6.2.1.1: "clients SHOULD pipeline their queries"; section 7: servers "are
 /// RECOMMENDED to support the preparing of responses in parallel and sending them out of order".
 #[test]
-fn many_questions_on_one_connection_are_answered_as_answers_come() {
-    use crate::support::upstream::Mood;
-    let (house, upstream) = House::with_upstream();
-    house.network("un1");
-    house.endpoint("un1", "web", &[], &["172.30.1.2"]);
-    let asker = house.serve("web");
-    upstream.mood(Mood::Slow(Duration::from_millis(300)));
-    let mut stream = asker.connect();
+fn pipelined_queries_are_answered_out_of_order() {
+    use crate::support::upstream::Mode;
+    let (bed, upstream) = TestBed::with_upstream();
+    bed.network("un1");
+    bed.endpoint("un1", "web", &[], &["172.30.1.2"]);
+    let client = bed.serve("web");
+    upstream.set_mode(Mode::Slow(Duration::from_millis(300)));
+    let mut stream = client.connect();
     let mut all = Vec::new();
     for id in 0..200_u16 {
         let name = if id % 2 == 0 { format!("{id}.example") } else { "web".to_owned() };
@@ -115,33 +115,35 @@ fn many_questions_on_one_connection_are_answered_as_answers_come() {
     stream.write_all(&all).unwrap();
     let answers: Vec<_> = (0..200).map(|_| read(&mut stream).unwrap()).collect();
     let by_id: BTreeMap<_, _> =
-        answers.iter().map(|answer| (answer.metadata.id, told(answer))).collect();
+        answers.iter().map(|answer| (answer.metadata.id, summary(answer))).collect();
     assert_eq!(by_id.len(), 200);
     assert!(
-        by_id.iter().all(|(id, told)| told == if id % 2 == 0 { "192.0.2.1" } else { "172.30.1.2" })
+        by_id
+            .iter()
+            .all(|(id, summary)| summary == if id % 2 == 0 { "192.0.2.1" } else { "172.30.1.2" })
     );
-    assert_eq!(answers[0].metadata.id, 1, "a local one is first");
+    assert_eq!(answers[0].metadata.id, 1, "local responses come first");
 }
 
 #[test]
-fn a_client_that_ends_its_side_hears_the_rest() {
-    let (_house, asker) = scene();
-    let mut stream = asker.connect();
+fn a_half_closed_client_gets_its_responses() {
+    let (_bed, client) = scene();
+    let mut stream = client.connect();
     write(&mut stream, &question(1, "web", RecordType::A));
     stream.shutdown(std::net::Shutdown::Write).unwrap();
-    assert_eq!(told(&read(&mut stream).unwrap()), "172.30.1.2");
-    assert!(read(&mut stream).is_err(), "and then the end");
+    assert_eq!(summary(&read(&mut stream).unwrap()), "172.30.1.2");
+    assert!(read(&mut stream).is_err(), "then the connection is closed");
 }
 
 #[test]
-fn a_local_answer_takes_less_than_a_millisecond() {
-    let (_house, asker) = scene();
-    let socket = asker.namespace.run(|| std::net::UdpSocket::bind("127.0.0.1:0").unwrap());
+fn a_local_response_takes_less_than_a_millisecond() {
+    let (_bed, client) = scene();
+    let socket = client.namespace.run(|| std::net::UdpSocket::bind("127.0.0.1:0").unwrap());
     socket.connect("127.0.0.11:53").unwrap();
     let question = question(1, "web", RecordType::A).to_vec().unwrap();
     let mut times = Vec::new();
     let start = Instant::now();
-    // 1,000 a second, for two seconds.
+    // 1,000 queries per second for two seconds.
     for number in 1..=2_000_u32 {
         let sent = Instant::now();
         socket.send(&question).unwrap();
@@ -154,7 +156,8 @@ fn a_local_answer_takes_less_than_a_millisecond() {
     }
     times.sort_unstable();
     let (half, most) = (times[times.len() / 2], times[times.len() * 99 / 100]);
-    println!("half of the answers within {half:?}, 99 of 100 within {most:?}");
-    // The machine is shared with other tests: the benchmark holds it to a millisecond.
+    println!("median {half:?}, p99 {most:?}");
+    // The machine is shared with other tests, so only the median is checked; the benchmark checks
+    // p99.
     assert!(half < Duration::from_millis(1), "{half:?}");
 }

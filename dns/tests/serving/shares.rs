@@ -1,8 +1,8 @@
-//! A greedy container beside a modest one, whose lookups are compared with those of a calm time.
+//! Fairness: latency of one container while another floods the resolver.
 
 use crate::support::client::question;
-use crate::support::upstream::{Mood, Upstream};
-use crate::support::{Container, House};
+use crate::support::upstream::{Mode, Upstream};
+use crate::support::{Container, TestBed};
 use hickory_server::proto::op::ResponseCode;
 use hickory_server::proto::rr::RecordType;
 use std::io::ErrorKind;
@@ -13,21 +13,20 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tidegate_testbed::{Namespace, eventually};
 
-/// Questions that the greedy container asks in a second, each for a name that nobody has asked for.
-const GREED: usize = 20_000;
-/// Lookups of the modest one, each of a cached name, of one of its network and of one that is
-/// forwarded.
+/// Queries per second of the greedy container, each for a new name.
+const FLOOD_RATE: usize = 20_000;
+/// Lookups of the modest container, each of a cached, a local and a forwarded name.
 const LOOKUPS: usize = 150;
 
 const SOON: Duration = Duration::from_secs(10);
 
-/// A container that asks without end, until it is dropped.
+/// A container that sends queries until it is dropped.
 struct Greedy {
     ends: Arc<AtomicBool>,
     thread: Option<JoinHandle<Figures>>,
 }
 
-/// What a greedy container has asked, and what it was answered.
+/// Query and response counts of a greedy container.
 #[derive(Clone, Copy, Debug, Default)]
 struct Figures {
     asked: usize,
@@ -60,13 +59,13 @@ impl Drop for Greedy {
 fn flood(socket: &UdpSocket, over: &AtomicBool) -> Figures {
     let mut figures = Figures::default();
     let mut message = question(1, "00000000.greedy.example", RecordType::A).to_vec().unwrap();
-    // The header, and the length of the first label.
+    // Behind the header and the length of the first label.
     let digits = 13..21;
     let start = Instant::now();
     let mut answer = [0; 512];
     while !over.load(Ordering::Relaxed) && start.elapsed() < Duration::from_secs(60) {
-        let due = (start.elapsed().as_secs_f64() * GREED as f64) as usize;
-        // What it has missed on a busy machine it does not make up for at once.
+        let due = (start.elapsed().as_secs_f64() * FLOOD_RATE as f64) as usize;
+        // A backlog on a busy machine is not sent at once.
         for _ in figures.asked..due.min(figures.asked + 200) {
             message[digits.clone()].copy_from_slice(format!("{:08}", figures.asked).as_bytes());
             let _ = socket.send(&message);
@@ -83,7 +82,7 @@ fn flood(socket: &UdpSocket, over: &AtomicBool) -> Figures {
     figures
 }
 
-/// The times of lookups, the shortest first.
+/// Lookup times in ascending order.
 #[derive(Debug)]
 struct Times(Vec<Duration>);
 
@@ -97,8 +96,8 @@ impl Times {
     }
 }
 
-/// Looks up names as `container`, one after the other: cached ones, those of its network, and ones
-/// that are forwarded. Each has to be answered.
+/// Looks up names from `container` sequentially: cached, local and forwarded ones. Each has to be
+/// answered.
 fn look_up(container: &Container, round: &str) -> [Times; 3] {
     let mut times = [const { Vec::new() }; 3];
     let socket = container.namespace.run(|| UdpSocket::bind("127.0.0.1:0")).unwrap();
@@ -133,11 +132,11 @@ fn look_up(container: &Container, round: &str) -> [Times; 3] {
     })
 }
 
-/// Compares a modest container's lookups beside a greedy one with those of the calm time before.
+/// Compares the lookups of a modest container during a flood of a greedy one with those before it.
 fn compare(greedy: &Container, modest: &Container) {
     let calm = look_up(modest, "calm");
     let flooding = Greedy::start(greedy);
-    // Its burst is over, and what it may have waiting is there.
+    // Long enough to use up the burst and fill the queue.
     std::thread::sleep(Duration::from_millis(700));
     let beside = look_up(modest, "flood");
     let figures = flooding.stop();
@@ -145,70 +144,71 @@ fn compare(greedy: &Container, modest: &Container) {
         ["cached", "local", "forwarded"].iter().zip(calm.iter().zip(&beside))
     {
         println!(
-            "{what}: median {:?} calm, {:?} beside; p99 {:?}, {:?}",
+            "{what}: median {:?} idle, {:?} during the flood; p99 {:?}, {:?}",
             calm.median(),
             beside.median(),
             calm.p99(),
             beside.p99()
         );
-        // The greedy client, this one, the server and another server have two cores.
+        // The greedy client, this one, the server and the upstream server share two cores.
         let bound = calm.median() * 10 + Duration::from_millis(10);
-        assert!(beside.median() < bound, "{what}: {:?}, calm {:?}", beside.median(), calm.median());
+        assert!(beside.median() < bound, "{what}: {:?}, idle {:?}", beside.median(), calm.median());
         let bound = calm.p99() * 10 + Duration::from_millis(50);
-        assert!(beside.p99() < bound, "{what}: {:?}, calm {:?}", beside.p99(), calm.p99());
+        assert!(beside.p99() < bound, "{what}: {:?}, idle {:?}", beside.p99(), calm.p99());
     }
     println!("{figures:?}");
-    assert!(figures.answered > 500, "it has its share: {figures:?}");
+    assert!(figures.answered > 500, "the greedy container gets its share: {figures:?}");
 }
 
-fn scene() -> (House, Upstream) {
-    let (house, upstream) = House::with_upstream();
-    house.network("un1");
-    house.network("un2");
-    house.endpoint("un1", "greedy", &[], &["172.30.1.2"]);
-    (house, upstream)
+fn scene() -> (TestBed, Upstream) {
+    let (bed, upstream) = TestBed::with_upstream();
+    bed.network("un1");
+    bed.network("un2");
+    bed.endpoint("un1", "greedy", &[], &["172.30.1.2"]);
+    (bed, upstream)
 }
 
 #[test]
-fn a_greedy_container_costs_its_neighbour_little() {
-    let (house, _upstream) = scene();
-    house.endpoint("un1", "modest", &[], &["172.30.1.3"]);
-    compare(&house.serve("greedy"), &house.serve("modest"));
-    let page = house.page();
+fn a_flood_hardly_delays_another_container_of_the_network() {
+    let (bed, _upstream) = scene();
+    bed.endpoint("un1", "modest", &[], &["172.30.1.3"]);
+    compare(&bed.serve("greedy"), &bed.serve("modest"));
+    let page = bed.page();
     assert!(page.contains("tidegate_dns_endpoint_rate_limit 2000\n"), "{page}");
 }
 
 #[test]
-fn a_greedy_container_costs_another_network_little() {
-    let (house, _upstream) = scene();
-    house.endpoint("un2", "modest", &[], &["172.30.2.3"]);
-    compare(&house.serve("greedy"), &house.serve("modest"));
+fn a_flood_hardly_delays_another_network() {
+    let (bed, _upstream) = scene();
+    bed.endpoint("un2", "modest", &[], &["172.30.2.3"]);
+    compare(&bed.serve("greedy"), &bed.serve("modest"));
 }
 
-/// Servers that never answer it: everything that it may have outstanding is.
+/// An upstream server that never responds to the greedy container, which then has the maximum of
+/// outstanding queries.
 #[test]
-fn a_greedy_container_that_no_server_answers_leaves_the_servers_to_its_neighbour() {
-    let (house, upstream) = scene();
-    house.endpoint("un1", "modest", &[], &["172.30.1.3"]);
-    let (greedy, modest) = (house.serve("greedy"), house.serve("modest"));
-    upstream.mood(Mood::SilentAbout("greedy"));
+fn a_flood_of_unanswered_queries_does_not_block_another_container() {
+    let (bed, upstream) = scene();
+    bed.endpoint("un1", "modest", &[], &["172.30.1.3"]);
+    let (greedy, modest) = (bed.serve("greedy"), bed.serve("modest"));
+    upstream.set_mode(Mode::SilentAbout("greedy"));
     let flooding = Greedy::start(&greedy);
     let full = "tidegate_dns_endpoint_waiting_max 6144\n";
-    assert!(eventually(SOON, || house.page().contains(full)), "{}", house.page());
+    assert!(eventually(SOON, || bed.page().contains(full)), "{}", bed.page());
     look_up(&modest, "silent");
     let figures = flooding.stop();
     println!("{figures:?}");
-    assert!(figures.failed > 1_000, "what yields is told so: {figures:?}");
+    assert!(figures.failed > 1_000, "evicted queries get SERVFAIL: {figures:?}");
 }
 
 #[test]
-fn an_endpoint_is_forwarded_for_at_its_rate() {
+fn forwarding_for_an_endpoint_is_rate_limited() {
     let host = Namespace::new();
     let upstream = Upstream::start(&host, "127.0.0.53:53");
-    let house = House::with(host, "nameserver 127.0.0.53\n", |settings| settings.forward_rate = 50);
-    house.network("un1");
-    house.endpoint("un1", "greedy", &[], &["172.30.1.2"]);
-    let greedy = house.serve("greedy");
+    let bed = TestBed::with(host, "nameserver 127.0.0.53\n", |settings| settings.forward_rate = 50);
+    bed.network("un1");
+    bed.endpoint("un1", "greedy", &[], &["172.30.1.2"]);
+    let greedy = bed.serve("greedy");
     let start = Instant::now();
     let flooding = Greedy::start(&greedy);
     std::thread::sleep(Duration::from_secs(2));

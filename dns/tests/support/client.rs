@@ -1,4 +1,4 @@
-//! Clients as simple as they get.
+//! Simple DNS clients.
 
 use super::Container;
 use hickory_server::proto::op::{Edns, Message, MessageType, OpCode, Query, ResponseCode};
@@ -10,7 +10,7 @@ use tidegate_testbed::Namespace;
 
 pub(crate) const SERVER: &str = "127.0.0.11:53";
 
-/// A question as stub resolvers ask.
+/// A query as sent by stub resolvers.
 pub(crate) fn question(id: u16, name: &str, kind: RecordType) -> Message {
     let mut message = Message::new(id, MessageType::Query, OpCode::Query);
     message.metadata.recursion_desired = true;
@@ -28,7 +28,7 @@ pub(crate) fn with_edns(mut message: Message, payload: u16) -> Message {
 }
 
 impl Container {
-    /// Sends a message and waits for what comes back.
+    /// Sends a message over UDP and waits for the response.
     pub(crate) fn send(&self, message: &[u8]) -> Option<Vec<u8>> {
         send(&self.namespace, SERVER.parse().unwrap(), message, Duration::from_secs(7))
     }
@@ -48,12 +48,12 @@ impl Container {
         answer
     }
 
-    /// The records of an answer as text, or what there is instead of any.
-    pub(crate) fn told(&self, name: &str, kind: RecordType) -> String {
-        told(&self.ask(name, kind))
+    /// The records of the response as text, or its response code.
+    pub(crate) fn resolve(&self, name: &str, kind: RecordType) -> String {
+        summary(&self.ask(name, kind))
     }
 
-    /// Opens a connection to the server.
+    /// Opens a TCP connection to the server.
     pub(crate) fn connect(&self) -> TcpStream {
         let stream = self.namespace.run(|| TcpStream::connect(SERVER)).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(7))).unwrap();
@@ -62,24 +62,24 @@ impl Container {
     }
 }
 
-/// Sends a datagram to `server` from a port of its own, and waits for what comes back.
+/// Sends a datagram to `server` from a new port, and waits for the response.
 pub(crate) fn send(
     from: &Namespace,
     server: SocketAddr,
     message: &[u8],
-    patience: Duration,
+    timeout: Duration,
 ) -> Option<Vec<u8>> {
     let any: SocketAddr =
         if server.is_ipv4() { ([0; 4], 0).into() } else { ([0_u16; 8], 0).into() };
     let socket = from.run(|| UdpSocket::bind(any)).unwrap();
     socket.connect(server).unwrap();
-    socket.set_read_timeout(Some(patience)).unwrap();
+    socket.set_read_timeout(Some(timeout)).unwrap();
     socket.send(message).unwrap();
     let mut buffer = [0; 65_535];
     socket.recv(&mut buffer).ok().map(|length| buffer[..length].to_vec())
 }
 
-pub(crate) fn told(message: &Message) -> String {
+pub(crate) fn summary(message: &Message) -> String {
     let data = |data: &RData| match data {
         RData::A(ip) => ip.to_string(),
         RData::AAAA(ip) => ip.to_string(),
@@ -99,7 +99,7 @@ pub(crate) fn write(stream: &mut TcpStream, message: &Message) {
     stream.write_all(&[&(bytes.len() as u16).to_be_bytes()[..], &bytes].concat()).unwrap();
 }
 
-/// Reads one from it.
+/// Reads a message from a connection.
 pub(crate) fn read(stream: &mut TcpStream) -> std::io::Result<Message> {
     let mut length = [0; 2];
     stream.read_exact(&mut length)?;

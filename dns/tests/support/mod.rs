@@ -1,4 +1,4 @@
-//! A host with a resolver, containers, and servers that the host asks.
+//! A test host with a resolver, containers and upstream servers.
 
 #![allow(dead_code, reason = "every test crate uses a part of it")]
 
@@ -17,22 +17,22 @@ use tidegate_testbed::Namespace;
 use tokio::runtime::Runtime;
 use upstream::Upstream;
 
-/// The same namespace, as the product has it.
+/// The namespace as a handle of the product.
 pub(crate) fn handle(namespace: &Namespace) -> netns::Namespace {
     netns::Namespace::from_path(&namespace.path()).unwrap()
 }
 
-/// A host whose `resolv.conf` names servers of its own namespace.
-pub(crate) struct House {
-    // Servers end before the runtime that they run on.
+/// A host whose `resolv.conf` names servers in its own namespace.
+pub(crate) struct TestBed {
+    // Servers are dropped before their runtime.
     pub(crate) resolver: Arc<Resolver>,
     pub(crate) host: Namespace,
     pub(crate) directory: TempDir,
     pub(crate) runtime: Runtime,
 }
 
-impl House {
-    /// With one server, which answers.
+impl TestBed {
+    /// With one upstream server, which responds.
     pub(crate) fn with_upstream() -> (Self, Upstream) {
         let host = Namespace::new();
         let upstream = Upstream::start(&host, "127.0.0.53:53");
@@ -95,7 +95,7 @@ impl House {
         self.resolver.add_endpoint(network, &endpoint(container, aliases, addresses)).unwrap();
     }
 
-    /// Serves a container that has a namespace of its own.
+    /// Serves a container with a new namespace.
     pub(crate) fn serve(&self, container: &str) -> Container {
         self.serve_with(container, &ServeOptions::default())
     }
@@ -107,7 +107,7 @@ impl House {
         Container { namespace, serving: Some(serving) }
     }
 
-    /// What is told to Prometheus.
+    /// The metrics page.
     pub(crate) fn page(&self) -> String {
         let mut page = String::new();
         self.resolver.describe(&mut page).unwrap();
@@ -115,7 +115,7 @@ impl House {
     }
 }
 
-/// A container that is served.
+/// A container with a server.
 pub(crate) struct Container {
     pub(crate) namespace: Namespace,
     pub(crate) serving: Option<Serving>,

@@ -1,4 +1,4 @@
-//! A server that others ask, in any mood, and that remembers what it was asked.
+//! A simulated upstream server that records the queries that it receives.
 
 use hickory_server::proto::op::{Message, MessageType, ResponseCode};
 use hickory_server::proto::rr::rdata::SOA;
@@ -12,40 +12,41 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tidegate_testbed::Namespace;
 
-/// How it answers.
+/// How the server responds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Mood {
-    /// At once: 192.0.2.1 for every name, but those that begin with `nx` or `many`.
+pub(crate) enum Mode {
+    /// At once: 192.0.2.1 for every name, except those that begin with `nx` (NXDOMAIN) or `many`
+    /// (300 addresses).
     Good,
-    /// The same, later.
+    /// Like `Good`, after a delay.
     Slow(Duration),
-    /// Not at all.
+    /// No response.
     Silent,
-    /// Not at all to names with this in them, and to others as it should.
+    /// No response for names that contain this text; like `Good` for others.
     SilentAbout(&'static str),
-    /// With a wrong name, a wrong number and a wrong type, and then as it should.
-    Lying,
-    /// With nothing but a code.
+    /// Responses with a wrong name, ID or type, followed by the right one.
+    WrongThenRight,
+    /// With this response code only.
     Fails(ResponseCode),
-    /// It does not know EDNS.
-    Plain,
-    /// With bytes that are no message.
+    /// Without EDNS support.
+    NoEdns,
+    /// With bytes that are not a DNS message.
     Garbage,
-    /// With the name in lower case, however it was asked.
-    Folds,
-    /// The same over UDP only.
-    FoldsDatagrams,
-    /// With as many wrong IDs as there may be guesses, and not otherwise. Over TCP as it should.
-    Guessed,
+    /// With the name in lower case.
+    LowerCase,
+    /// With the name in lower case over UDP only.
+    LowerCaseUdp,
+    /// Eight wrong IDs over UDP, the limit of mismatches; like `Good` over TCP.
+    WrongIds,
 }
 
-/// One question that came.
+/// A received query.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Seen {
-    /// In lower case.
+pub(crate) struct ReceivedQuery {
+    /// The name in lower case.
     pub(crate) name: String,
-    /// As it came.
-    pub(crate) cased: String,
+    /// The name as received.
+    pub(crate) name_as_sent: String,
     pub(crate) kind: String,
     pub(crate) tcp: bool,
     pub(crate) from: SocketAddr,
@@ -54,8 +55,8 @@ pub(crate) struct Seen {
 }
 
 struct State {
-    mood: Mutex<Mood>,
-    seen: Mutex<Vec<Seen>>,
+    mode: Mutex<Mode>,
+    seen: Mutex<Vec<ReceivedQuery>>,
     ends: AtomicBool,
 }
 
@@ -64,20 +65,20 @@ pub(crate) struct Upstream {
     threads: Vec<JoinHandle<()>>,
 }
 
-/// How often a thread looks whether it shall end.
+/// Interval at which threads check whether to end.
 const TICK: Duration = Duration::from_millis(5);
 
 impl Upstream {
     pub(crate) fn start(namespace: &Namespace, address: &str) -> Self {
         let address: SocketAddr = address.parse().unwrap();
         let state = Arc::new(State {
-            mood: Mutex::new(Mood::Good),
+            mode: Mutex::new(Mode::Good),
             seen: Mutex::default(),
             ends: AtomicBool::new(false),
         });
         let (udp, tcp) = namespace
             .run(|| (UdpSocket::bind(address).unwrap(), TcpListener::bind(address).unwrap()));
-        // A burst of 5,000 questions fits.
+        // Room for a burst of 5,000 queries.
         socket2::SockRef::from(&udp).set_recv_buffer_size(8 << 20).unwrap();
         let _ = rustix::net::sockopt::set_socket_recv_buffer_size_force(&udp, 8 << 20);
         let (one, two) = (Arc::clone(&state), Arc::clone(&state));
@@ -88,18 +89,17 @@ impl Upstream {
         Self { state, threads }
     }
 
-    pub(crate) fn mood(&self, mood: Mood) {
-        *self.state.mood.lock().unwrap() = mood;
+    pub(crate) fn set_mode(&self, mode: Mode) {
+        *self.state.mode.lock().unwrap() = mode;
     }
 
-    /// What has come, and from now on only what comes later; without checks of whether it is alive,
-    /// which ask for the root.
-    pub(crate) fn seen(&self) -> Vec<Seen> {
+    /// Takes the queries received since the last call, except liveness checks (`.`).
+    pub(crate) fn seen(&self) -> Vec<ReceivedQuery> {
         let all = std::mem::take(&mut *self.state.seen.lock().unwrap());
         all.into_iter().filter(|seen| seen.name != ".").collect()
     }
 
-    /// The names that were asked for.
+    /// The names of these queries.
     pub(crate) fn names(&self) -> Vec<String> {
         self.seen().into_iter().map(|seen| seen.name).collect()
     }
@@ -114,7 +114,7 @@ impl Drop for Upstream {
     }
 }
 
-/// An answer to be sent later; the earliest is the greatest.
+/// A delayed response. The earliest is the greatest.
 #[derive(PartialEq, Eq)]
 struct Later(Instant, Vec<u8>, SocketAddr);
 
@@ -141,10 +141,10 @@ impl State {
         let mut buffer = [0; 4096];
         while !self.ends() {
             if let Ok((length, from)) = socket.recv_from(&mut buffer) {
-                let mood = *self.mood.lock().unwrap();
-                for answer in self.answers(&buffer[..length], from, false, mood) {
-                    match mood {
-                        Mood::Slow(time) => later.push(Later(Instant::now() + time, answer, from)),
+                let mode = *self.mode.lock().unwrap();
+                for answer in self.answers(&buffer[..length], from, false, mode) {
+                    match mode {
+                        Mode::Slow(time) => later.push(Later(Instant::now() + time, answer, from)),
                         _ => drop(socket.send_to(&answer, from)),
                     }
                 }
@@ -173,25 +173,25 @@ impl State {
             if stream.read_exact(&mut message).is_err() {
                 continue;
             }
-            let mood = *self.mood.lock().unwrap();
-            for answer in self.answers(&message, from, true, mood) {
+            let mode = *self.mode.lock().unwrap();
+            for answer in self.answers(&message, from, true, mode) {
                 let _ =
                     stream.write_all(&[&(answer.len() as u16).to_be_bytes()[..], &answer].concat());
             }
         }
     }
 
-    fn answers(&self, message: &[u8], from: SocketAddr, tcp: bool, mood: Mood) -> Vec<Vec<u8>> {
+    fn answers(&self, message: &[u8], from: SocketAddr, tcp: bool, mode: Mode) -> Vec<Vec<u8>> {
         let asked = Message::from_vec(message).unwrap();
         let mut query = asked.queries[0].clone();
-        let cased = query.name().to_string();
-        if mood == Mood::Folds || mood == Mood::FoldsDatagrams && !tcp {
+        let name_as_sent = query.name().to_string();
+        if mode == Mode::LowerCase || mode == Mode::LowerCaseUdp && !tcp {
             query.name = query.name().to_lowercase();
         }
         let (name, kind) = (query.name().clone(), query.query_type());
-        self.seen.lock().unwrap().push(Seen {
-            name: cased.to_lowercase(),
-            cased,
+        self.seen.lock().unwrap().push(ReceivedQuery {
+            name: name_as_sent.to_lowercase(),
+            name_as_sent,
             kind: kind.to_string(),
             tcp,
             from,
@@ -222,31 +222,33 @@ impl State {
             answer.metadata.truncation = true;
         }
         let bytes = |message: &Message| message.to_vec().unwrap();
-        match mood {
-            Mood::Good | Mood::Slow(_) | Mood::Folds | Mood::FoldsDatagrams => vec![bytes(&answer)],
-            Mood::Guessed if tcp => vec![bytes(&answer)],
-            Mood::Guessed => (1..=8)
+        match mode {
+            Mode::Good | Mode::Slow(_) | Mode::LowerCase | Mode::LowerCaseUdp => {
+                vec![bytes(&answer)]
+            }
+            Mode::WrongIds if tcp => vec![bytes(&answer)],
+            Mode::WrongIds => (1..=8)
                 .map(|guess| {
                     let mut lie = answer.clone();
                     lie.metadata.id = lie.metadata.id.wrapping_add(guess);
                     bytes(&lie)
                 })
                 .collect(),
-            Mood::SilentAbout(part) if !text.contains(part) => vec![bytes(&answer)],
-            Mood::Silent | Mood::SilentAbout(_) => Vec::new(),
-            Mood::Garbage => vec![[&bytes(&answer)[..30], &[0xff; 9]].concat()],
-            Mood::Plain if asked.edns.is_some() => {
+            Mode::SilentAbout(part) if !text.contains(part) => vec![bytes(&answer)],
+            Mode::Silent | Mode::SilentAbout(_) => Vec::new(),
+            Mode::Garbage => vec![[&bytes(&answer)[..30], &[0xff; 9]].concat()],
+            Mode::NoEdns if asked.edns.is_some() => {
                 answer.answers.clear();
                 answer.metadata.response_code = ResponseCode::FormErr;
                 vec![bytes(&answer)]
             }
-            Mood::Plain => vec![bytes(&answer)],
-            Mood::Fails(code) => {
+            Mode::NoEdns => vec![bytes(&answer)],
+            Mode::Fails(code) => {
                 answer.answers.clear();
                 answer.metadata.response_code = code;
                 vec![bytes(&answer)]
             }
-            Mood::Lying => {
+            Mode::WrongThenRight => {
                 let lie = |change: &dyn Fn(&mut Message)| {
                     let mut lie = answer.clone();
                     lie.answers = vec![Record::from_rdata(
