@@ -55,7 +55,8 @@ fn serve(listen: &str, resolv_conf: &Path) {
             .add_network(&NetworkSpec { name: "net".into(), ..NetworkSpec::default() })
             .expect("a network");
         for number in 0..=NAMES {
-            let name = if number == NAMES { "asker".to_owned() } else { format!("svc-{number}") };
+            let name =
+                if number == NAMES { "client_id".to_owned() } else { format!("svc-{number}") };
             let addresses = vec![std::net::Ipv4Addr::from(0x0a63_0100 + number).into()];
             let spec = EndpointSpec {
                 container: name.clone(),
@@ -67,7 +68,7 @@ fn serve(listen: &str, resolv_conf: &Path) {
         }
         let listen = if listen == "redirected" { Listen::Redirected } else { Listen::Direct };
         let options = ServeOptions { listen, ..ServeOptions::default() };
-        let _serving = resolver.serve(&here, "asker", &options).expect("a server");
+        let _serving = resolver.serve(&here, "client_id", &options).expect("a server");
         println!("serving");
         std::future::pending::<()>().await;
     });
@@ -162,7 +163,7 @@ fn compare() {
 /// Median and p99 latency in us, at 1,000 sequential queries per second for a container name.
 fn latency(contender: &Contender) -> (f64, f64) {
     const COUNT: u32 = 3_000;
-    let question = b"\0\x07\x01\0\0\x01\0\0\0\0\0\0\x05svc-7\0\0\x01\0\x01";
+    let query = b"\0\x07\x01\0\0\x01\0\0\0\0\0\0\x05svc-7\0\0\x01\0\x01";
     let socket =
         contender.namespace.run(|| UdpSocket::bind((bind(contender), 0)).expect("a socket"));
     socket.connect((contender.address, 53)).expect("a server");
@@ -171,7 +172,7 @@ fn latency(contender: &Contender) -> (f64, f64) {
     let mut times: Vec<f64> = (1..=COUNT)
         .map(|number| {
             let asked = Instant::now();
-            socket.send(question).expect("sent");
+            socket.send(query).expect("sent");
             socket.recv(&mut [0; 512]).expect("an answer");
             let took = asked.elapsed();
             let next = start + number * Duration::from_millis(1);
@@ -310,7 +311,7 @@ fn aardvark_dns(program: &Path, directory: &Path) -> Contender {
     for number in 0..NAMES {
         let _ = writeln!(network, "{number:064x} 10.99.1.{number}  svc-{number}");
     }
-    let _ = writeln!(network, "{:064x} {CLIENT}  asker", NAMES + 1);
+    let _ = writeln!(network, "{:064x} {CLIENT}  client_id", NAMES + 1);
     fs::write(config.join("net"), network).expect("its network");
     let mut command = on_core(&namespace, "0", program);
     command

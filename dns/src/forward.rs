@@ -18,7 +18,7 @@ use crate::pending::{Admission, Evicted, Limits, NextQuery, Pending};
 use crate::scheduler::Rate;
 use crate::servers::{HOST, ServerList};
 use crate::upstream::{Check, CheckStep, Failover, Figures, Form, Health, Step};
-use crate::zone::Asker;
+use crate::zone::ClientId;
 pub(crate) use port::Bridges;
 use port::{Egress, Outstanding, Ports};
 use rustix::net::SendFlags;
@@ -98,7 +98,7 @@ impl Drop for Running {
 struct ForwardedQuery {
     key: Key,
     /// The endpoint to which the query is charged.
-    owner: Asker,
+    owner: ClientId,
     /// The servers in subnets of networks.
     within: Arc<[SocketAddr]>,
 }
@@ -143,7 +143,7 @@ pub(crate) struct Forwarder {
 }
 
 /// Holder of TCP connections: a partition, or an endpoint of it.
-type TcpHolder = (Partition, Option<Asker>);
+type TcpHolder = (Partition, Option<ClientId>);
 
 struct State {
     cache: Cache,
@@ -253,14 +253,14 @@ impl Forwarder {
     }
 
     /// Resolves `request` for an endpoint of `partition` from the cache or the servers of `list`
-    /// (`None`: those of the host). `asker` returns the endpoint, `is_within` whether an address is
-    /// in the subnet of a network. `waiter` is called if the client has to wait.
+    /// (`None`: those of the host). `client_id` returns the endpoint, `is_within` whether an
+    /// address is in the subnet of a network. `waiter` is called if the client has to wait.
     pub(crate) fn ask(
         &self,
         request: &Request<'_>,
         partition: &Partition,
         list: Option<&ServerList>,
-        asker: impl FnOnce() -> Asker,
+        client_id: impl FnOnce() -> ClientId,
         is_within: impl Fn(IpAddr) -> bool,
         waiter: impl FnOnce() -> Waiter,
     ) -> Lookup {
@@ -281,15 +281,16 @@ impl Forwarder {
             let within = servers.iter().copied().filter(|server| is_within(server.ip())).collect();
             Route { servers, within }
         };
-        let (asker, mut evicted) = (asker(), EvictedWaiters::new());
-        let admission = state.pending.ask(&key, asker.clone(), now, waiter, route, &mut evicted);
+        let (client_id, mut evicted) = (client_id(), EvictedWaiters::new());
+        let admission =
+            state.pending.ask(&key, client_id.clone(), now, waiter, route, &mut evicted);
         drop(guard);
         self.fail_evicted(evicted);
         match admission {
             Admission::New => self.metrics.misses.increment(1),
             Admission::Joined => self.metrics.coalesced.increment(1),
             Admission::Refused => {
-                self.metrics.refused(Overload::Waiters, Some(&asker));
+                self.metrics.refused(Overload::Waiters, Some(&client_id));
                 return Lookup::Refused;
             }
         }
@@ -345,8 +346,8 @@ impl Forwarder {
             return;
         }
         let failure = Answer::failure();
-        for Evicted { waiter, asker, reason } in evicted {
-            self.metrics.refused(reason, Some(&asker));
+        for Evicted { waiter, client_id, reason } in evicted {
+            self.metrics.refused(reason, Some(&client_id));
             self.respond(&waiter, &failure);
         }
     }
@@ -662,7 +663,7 @@ impl Forwarder {
                 bits: Bits::default(),
                 name: [0].into(),
             };
-            let owner = Asker::Container(Arc::from(""));
+            let owner = ClientId::Container(Arc::from(""));
             this.run_check(&ForwardedQuery { key, owner, within }, &mut check).await;
             this.state().health.check_ended(check.server);
         });
@@ -671,12 +672,12 @@ impl Forwarder {
     async fn run_check(&self, query: &ForwardedQuery, check: &mut Check) {
         let server = check.server;
         let (responses, mut received) = mpsc::channel(RESPONSE_QUEUE);
-        let mut question: Option<Outstanding> = None;
+        let mut outstanding: Option<Outstanding> = None;
         let form = Form { edns: false, mixed: false };
         loop {
             let until = match check.step(now()) {
                 CheckStep::Ask => {
-                    if question.is_none() {
+                    if outstanding.is_none() {
                         let egress = self.egress(query, server);
                         let Ok(one) =
                             self.ports.ask(egress, server, &query.key, form, responses.clone())
@@ -684,10 +685,10 @@ impl Forwarder {
                             // Without a source port, the check says nothing about the server.
                             return;
                         };
-                        question = Some(one);
+                        outstanding = Some(one);
                     }
                     // A failure to send counts as no response.
-                    question.as_ref().map(Outstanding::send);
+                    outstanding.as_ref().map(Outstanding::send);
                     continue;
                 }
                 CheckStep::Fail => {

@@ -6,11 +6,11 @@
 use crate::answer::{Response, SentQuery};
 use crate::message::{Request, relay};
 use crate::metrics::NetworkStats;
-use crate::zone::{Asker, EndpointSpec, Limits, NetworkSpec, Zones};
+use crate::zone::{ClientId, EndpointSpec, Limits, NetworkSpec, Zones};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
-static ZONES: LazyLock<(Zones, Asker)> = LazyLock::new(|| {
+static ZONES: LazyLock<(Zones, ClientId)> = LazyLock::new(|| {
     let mut zones = Zones::new(Limits::default());
     let network = NetworkSpec {
         name: "un1".into(),
@@ -31,14 +31,14 @@ static ZONES: LazyLock<(Zones, Asker)> = LazyLock::new(|| {
         };
         let _ = zones.add_endpoint("un1", &spec);
     }
-    (zones, Asker::Container("web".into()))
+    (zones, ClientId::Container("web".into()))
 });
 
 /// Checks `data` as a client message (the response is valid, or there is none) and as an upstream
 /// response (what is relayed from it is valid).
 pub fn check_message(data: &[u8]) {
-    let (zones, asker) = &*ZONES;
-    crate::handler::check(zones, asker, data);
+    let (zones, client_id) = &*ZONES;
+    crate::handler::check(zones, client_id, data);
     check_answer(data);
 }
 
@@ -48,9 +48,9 @@ fn check_answer(data: &[u8]) {
     let name: &[u8] = b"\x03web\x07example\0";
     let query = SentQuery { id, name: name.into(), kind: 1, exact: false };
     let Response::Answer(answer) = query.read(data) else { return };
-    let mut question = Vec::new();
-    crate::message::question(7, name, 1, crate::message::Bits::default(), &mut question);
-    let Some(request) = Request::read(&question) else { return };
+    let mut message = Vec::new();
+    crate::message::encode_query(7, name, 1, crate::message::Bits::default(), &mut message);
+    let Some(request) = Request::read(&message) else { return };
     for limit in [512, usize::from(u16::MAX)] {
         let mut out = Vec::new();
         relay(&request, &answer.relayed(Duration::from_secs(1)), limit, &mut out);

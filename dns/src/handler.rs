@@ -9,7 +9,7 @@ use crate::non_query;
 use crate::resolve::{Resolution, resolve};
 use crate::resolver::Shared;
 use crate::servers::ServerList;
-use crate::zone::{Asker, Zones};
+use crate::zone::{ClientId, Zones};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// The context of one server: its client and its limits.
 pub(crate) struct ServerContext {
     pub(crate) shared: Arc<Shared>,
-    pub(crate) asker: Asker,
+    pub(crate) client_id: ClientId,
     /// The upstream servers of the container, if it has its own.
     pub(crate) servers: Option<ServerList>,
     /// Maximum size of a UDP response in bytes.
@@ -57,7 +57,7 @@ impl ServerContext {
             self.shared.metrics.non_queries.increment(1);
             return match non_query::refuse(message, out) {
                 Some(rcode) => {
-                    count(zones.view(&self.asker, client.ip()).stats(), 0, rcode);
+                    count(zones.view(&self.client_id, client.ip()).stats(), 0, rcode);
                     Outcome::Answered
                 }
                 None => Outcome::Silent,
@@ -67,11 +67,11 @@ impl ServerContext {
             Channel::Datagram(_) => request.limit(self.datagram),
             Channel::Stream(_) => usize::from(u16::MAX),
         };
-        let view = zones.view(&self.asker, client.ip());
+        let view = zones.view(&self.client_id, client.ip());
         let stats = view.stats();
         let rotation = self.rotation.fetch_add(1, Ordering::Relaxed);
         let resolution = resolve(&view, self.shared.policy, request.name(), request.kind, rotation);
-        tracing::debug!(endpoint = self.asker.endpoint(), network = self.asker.network(), name = %DisplayName(request.name()), kind = request.kind, ?resolution, "query resolved");
+        tracing::debug!(endpoint = self.client_id.endpoint(), network = self.client_id.network(), name = %DisplayName(request.name()), kind = request.kind, ?resolution, "query resolved");
         let rcode = match &resolution {
             Resolution::Forward(list) => {
                 let waiter = || Waiter {
@@ -85,11 +85,11 @@ impl ServerContext {
                 };
                 let list = self.servers.as_ref().or(*list);
                 let (partition, is_within) = (view.partition(), |ip| view.is_in_any_subnet(ip));
-                let asker = || view.asker(&self.asker);
+                let client_id = || view.client_id(&self.client_id);
                 match self
                     .shared
                     .forwarder
-                    .ask(&request, &partition, list, asker, is_within, waiter)
+                    .ask(&request, &partition, list, client_id, is_within, waiter)
                 {
                     Lookup::Pending => return Outcome::Waiting,
                     Lookup::Cached(answer, age) => {
@@ -137,7 +137,7 @@ fn count(stats: Option<&Arc<NetworkStats>>, kind: u16, rcode: Rcode) {
 }
 
 /// Checks the response to one message, on a network with a few endpoints, for the fuzz target.
-pub(crate) fn check(zones: &Zones, asker: &Asker, message: &[u8]) {
+pub(crate) fn check(zones: &Zones, client_id: &ClientId, message: &[u8]) {
     let mut out = Vec::new();
     let Some(request) = Request::read(message) else {
         if non_query::refuse(message, &mut out).is_some() {
@@ -146,7 +146,7 @@ pub(crate) fn check(zones: &Zones, asker: &Asker, message: &[u8]) {
         }
         return;
     };
-    let view = zones.view(asker, [10, 9, 0, 2].into());
+    let view = zones.view(client_id, [10, 9, 0, 2].into());
     let _ = Bits::of(&request);
     for limit in [512, usize::from(u16::MAX)] {
         out.clear();

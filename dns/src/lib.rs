@@ -72,4 +72,4 @@ pub use resolv_conf::{PORT, ResolvConf, SERVER};
 pub use resolv_conf_watch::{REST, Watch, servers};
 pub use resolver::{Resolver, ServeOptions, Settings};
 pub use server::{Listen, Serving};
-pub use zone::{Asker, EndpointSpec, Limits, NetworkSpec};
+pub use zone::{ClientId, EndpointSpec, Limits, NetworkSpec};

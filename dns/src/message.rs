@@ -333,7 +333,7 @@ pub(crate) fn mix_case(name: &mut [u8], random: &[u8; 32]) {
 }
 
 /// Appends an upstream query to `out`.
-pub(crate) fn question(id: u16, name: &[u8], kind: u16, bits: Bits, out: &mut Vec<u8>) {
+pub(crate) fn encode_query(id: u16, name: &[u8], kind: u16, bits: Bits, out: &mut Vec<u8>) {
     let checking = if bits.checking_disabled { flag::CHECKING_DISABLED } else { 0 };
     // RFC 6840 section 5.7: AD in a query requests AD in the response.
     let flags = flag::RECURSION_DESIRED | flag::AUTHENTIC | checking;

@@ -5,7 +5,7 @@
 
 use crate::message::{Rcode, kind};
 use crate::upstream::{BUCKETS, Figures};
-use crate::zone::Asker;
+use crate::zone::ClientId;
 use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
 use std::fmt::{self, Write};
 use std::net::SocketAddr;
@@ -409,13 +409,13 @@ impl ProcessMetrics {
         self.mismatches[reason as usize].increment(1);
     }
 
-    /// Counts a drop and logs it, at most once per interval and reason. `asker` is the client that
-    /// was evicted or refused.
-    pub(crate) fn refused(&self, reason: Overload, asker: Option<&Asker>) {
+    /// Counts a drop and logs it, at most once per interval and reason. `client_id` is the client
+    /// that was evicted or refused.
+    pub(crate) fn refused(&self, reason: Overload, client_id: Option<&ClientId>) {
         self.refused[reason as usize].increment(1);
         if self.logs[reason as usize].is_due(Instant::now()) {
             let (endpoint, network) =
-                (asker.and_then(Asker::endpoint), asker.and_then(Asker::network));
+                (client_id.and_then(ClientId::endpoint), client_id.and_then(ClientId::network));
             tracing::warn!(reason = reason.as_str(), endpoint, network, "DNS limit reached");
         }
     }

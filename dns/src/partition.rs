@@ -7,7 +7,7 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
-use crate::zone::Asker;
+use crate::zone::ClientId;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -82,7 +82,7 @@ impl Shares {
 pub(crate) struct Source {
     pub(crate) partition: Partition,
     /// At a gateway with unverified source addresses, all clients are one.
-    pub(crate) asker: Asker,
+    pub(crate) client_id: ClientId,
 }
 
 /// The units of a bounded resource that each endpoint holds, by partition.
@@ -92,7 +92,7 @@ pub(crate) struct Source {
 #[derive(Debug)]
 pub(crate) struct Holdings {
     shares: Shares,
-    by: BTreeMap<Partition, BTreeMap<Asker, usize>>,
+    by: BTreeMap<Partition, BTreeMap<ClientId, usize>>,
 }
 
 impl Holdings {
@@ -109,32 +109,32 @@ impl Holdings {
     /// or of the largest partition if nothing is free. `None` unless it holds at least two more
     /// than `source`.
     pub(crate) fn eviction_victim(&self, source: &Source) -> Option<Source> {
-        let total = |holders: &BTreeMap<Asker, usize>| holders.values().sum::<usize>();
+        let total = |holders: &BTreeMap<ClientId, usize>| holders.values().sum::<usize>();
         let (partition, holders) = if self.shares.free() == 0 {
             self.by.iter().max_by_key(|(_, holders)| total(holders))?
         } else {
             self.by.get_key_value(&source.partition)?
         };
-        let (asker, largest) = holders.iter().max_by_key(|(_, held)| **held)?;
+        let (client_id, largest) = holders.iter().max_by_key(|(_, held)| **held)?;
         (*largest > self.held(source) + 1)
-            .then(|| Source { partition: partition.clone(), asker: asker.clone() })
+            .then(|| Source { partition: partition.clone(), client_id: client_id.clone() })
     }
 
     /// Takes one unit for `source`.
     pub(crate) fn take(&mut self, source: &Source) {
         self.shares.take(&source.partition);
         let holders = self.by.entry(source.partition.clone()).or_default();
-        *holders.entry(source.asker.clone()).or_default() += 1;
+        *holders.entry(source.client_id.clone()).or_default() += 1;
     }
 
     /// Releases one unit of `source`.
     pub(crate) fn release(&mut self, source: &Source) {
         let Some(holders) = self.by.get_mut(&source.partition) else { return };
-        let Some(held) = holders.get_mut(&source.asker) else { return };
+        let Some(held) = holders.get_mut(&source.client_id) else { return };
         *held -= 1;
         self.shares.release(&source.partition, 1);
         if *held == 0 {
-            holders.remove(&source.asker);
+            holders.remove(&source.client_id);
             if holders.is_empty() {
                 self.by.remove(&source.partition);
             }
@@ -144,7 +144,7 @@ impl Holdings {
     pub(crate) fn held(&self, source: &Source) -> usize {
         self.by
             .get(&source.partition)
-            .and_then(|holders| holders.get(&source.asker))
+            .and_then(|holders| holders.get(&source.client_id))
             .copied()
             .unwrap_or(0)
     }
@@ -164,7 +164,10 @@ mod tests {
     use super::*;
 
     fn source(partition: u32, name: &str) -> Source {
-        Source { partition: Partition::of([partition]), asker: Asker::Container(name.into()) }
+        Source {
+            partition: Partition::of([partition]),
+            client_id: ClientId::Container(name.into()),
+        }
     }
 
     #[test]

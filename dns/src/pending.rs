@@ -25,7 +25,7 @@ use crate::cache::Key;
 use crate::metrics::Overload;
 use crate::partition::{Holdings, Source};
 use crate::scheduler::{Rate, Scheduler};
-use crate::zone::Asker;
+use crate::zone::ClientId;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
@@ -64,7 +64,7 @@ pub(crate) enum Admission {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Evicted<W> {
     pub(crate) waiter: W,
-    pub(crate) asker: Asker,
+    pub(crate) client_id: ClientId,
     pub(crate) reason: Overload,
 }
 
@@ -72,14 +72,14 @@ pub(crate) struct Evicted<W> {
 #[derive(Debug)]
 pub(crate) struct NextQuery<'a, R> {
     pub(crate) key: Key,
-    pub(crate) owner: Asker,
+    pub(crate) owner: ClientId,
     pub(crate) route: &'a R,
 }
 
 /// The table of pending queries. `W` is a waiter, `R` the route of a query, and `H` the handle of
 /// its task, which ends when the handle is dropped.
 pub(crate) struct Pending<W, R, H> {
-    questions: HashMap<Key, Question<W, R, H>>,
+    queries: HashMap<Key, PendingQuery<W, R, H>>,
     scheduler: Scheduler<Key>,
     in_flight: Holdings,
     waiters: Holdings,
@@ -90,11 +90,11 @@ pub(crate) struct Pending<W, R, H> {
     expired: Option<Instant>,
 }
 
-struct Question<W, R, H> {
+struct PendingQuery<W, R, H> {
     /// In order of arrival.
-    waiters: VecDeque<(Asker, W)>,
+    waiters: VecDeque<(ClientId, W)>,
     /// Number of waiters by client, without zeros.
-    askers: BTreeMap<Asker, usize>,
+    clients: BTreeMap<ClientId, usize>,
     route: R,
     in_flight: Option<InFlight<H>>,
 }
@@ -108,7 +108,7 @@ struct InFlight<H> {
 impl<W, R, H> Pending<W, R, H> {
     pub(crate) fn new(limits: Limits) -> Self {
         Self {
-            questions: HashMap::new(),
+            queries: HashMap::new(),
             scheduler: Scheduler::new(limits.rate),
             in_flight: Holdings::new(limits.in_flight),
             waiters: Holdings::new(limits.waiters),
@@ -140,18 +140,18 @@ impl<W, R, H> Pending<W, R, H> {
         self.scheduler.rate()
     }
 
-    /// Adds a waiter of `asker` for `key`. `waiter` is called if it is admitted, `route` for a new
-    /// entry. Evicted waiters are added to `evicted`.
+    /// Adds a waiter of `client_id` for `key`. `waiter` is called if it is admitted, `route` for a
+    /// new entry. Evicted waiters are added to `evicted`.
     pub(crate) fn ask(
         &mut self,
         key: &Key,
-        asker: Asker,
+        client_id: ClientId,
         now: Instant,
         waiter: impl FnOnce() -> W,
         route: impl FnOnce() -> R,
         evicted: &mut Vec<Evicted<W>>,
     ) -> Admission {
-        let source = Source { partition: key.partition.clone(), asker };
+        let source = Source { partition: key.partition.clone(), client_id };
         let made_room = if self.waiters.held(&source) >= self.waiters_per_endpoint {
             self.evict_oldest(&source, Overload::Share, evicted)
         } else {
@@ -165,17 +165,17 @@ impl<W, R, H> Pending<W, R, H> {
             return Admission::Refused;
         }
         self.waiters.take(&source);
-        let is_new = !self.questions.contains_key(key);
-        let question = self.questions.entry(key.clone()).or_insert_with(|| Question {
+        let is_new = !self.queries.contains_key(key);
+        let query = self.queries.entry(key.clone()).or_insert_with(|| PendingQuery {
             waiters: VecDeque::new(),
-            askers: BTreeMap::new(),
+            clients: BTreeMap::new(),
             route: route(),
             in_flight: None,
         });
-        question.waiters.push_back((source.asker.clone(), waiter()));
-        let asks = question.askers.entry(source.asker.clone()).or_default();
+        query.waiters.push_back((source.client_id.clone(), waiter()));
+        let asks = query.clients.entry(source.client_id.clone()).or_default();
         *asks += 1;
-        if *asks == 1 && question.in_flight.is_none() {
+        if *asks == 1 && query.in_flight.is_none() {
             self.scheduler.push(&source, key.clone(), now);
         }
         if is_new { Admission::New } else { Admission::Joined }
@@ -194,10 +194,10 @@ impl<W, R, H> Pending<W, R, H> {
                 in_flight.allows(&source.partition) || in_flight.eviction_victim(source).is_some()
             };
             let turn = self.scheduler.next(now, may)?;
-            let is_waiting = |question: &Question<W, R, H>| {
-                question.in_flight.is_none() && question.askers.contains_key(&turn.source.asker)
+            let is_waiting = |query: &PendingQuery<W, R, H>| {
+                query.in_flight.is_none() && query.clients.contains_key(&turn.source.client_id)
             };
-            if !self.questions.get(&turn.item).is_some_and(is_waiting) {
+            if !self.queries.get(&turn.item).is_some_and(is_waiting) {
                 // Already answered, in flight for another client, or evicted.
                 self.scheduler.refund(&turn.source, now);
                 continue;
@@ -212,29 +212,31 @@ impl<W, R, H> Pending<W, R, H> {
         let number = self.next;
         self.in_flight.take(&source);
         self.owned.insert((source.clone(), number), key.clone());
-        let question = self.questions.get_mut(&key)?;
-        question.in_flight = Some(InFlight { owner: source.clone(), number, _handle: None });
-        Some(NextQuery { key, owner: source.asker, route: &question.route })
+        let query = self.queries.get_mut(&key)?;
+        query.in_flight = Some(InFlight { owner: source.clone(), number, _handle: None });
+        Some(NextQuery { key, owner: source.client_id, route: &query.route })
     }
 
     /// Stores the handle of the task of `key`.
     pub(crate) fn set_handle(&mut self, key: &Key, handle: H) {
         if let Some(in_flight) =
-            self.questions.get_mut(key).and_then(|question| question.in_flight.as_mut())
+            self.queries.get_mut(key).and_then(|query| query.in_flight.as_mut())
         {
             in_flight._handle = Some(handle);
         }
     }
 
     /// Removes the entry of `key` and returns its waiters.
-    pub(crate) fn complete(&mut self, key: &Key) -> VecDeque<(Asker, W)> {
-        let Some(question) = self.questions.remove(key) else { return VecDeque::new() };
-        self.end_in_flight(question.in_flight);
-        for (asker, _) in &question.waiters {
-            self.waiters
-                .release(&Source { partition: key.partition.clone(), asker: asker.clone() });
+    pub(crate) fn complete(&mut self, key: &Key) -> VecDeque<(ClientId, W)> {
+        let Some(query) = self.queries.remove(key) else { return VecDeque::new() };
+        self.end_in_flight(query.in_flight);
+        for (client_id, _) in &query.waiters {
+            self.waiters.release(&Source {
+                partition: key.partition.clone(),
+                client_id: client_id.clone(),
+            });
         }
-        question.waiters
+        query.waiters
     }
 
     /// Evicts waiters that have been queued for [`QUEUE_TIME`]. Can be called at any time; examines
@@ -245,9 +247,10 @@ impl<W, R, H> Pending<W, R, H> {
         }
         self.expired = Some(now);
         for (source, key) in self.scheduler.expire(now, QUEUE_TIME) {
-            while self.questions.get(&key).is_some_and(|question| question.in_flight.is_none())
-                && self.evict_waiter(&key, &source.asker, Overload::Queue, evicted)
-            {}
+            while self.queries.get(&key).is_some_and(|query| query.in_flight.is_none())
+                && self.evict_waiter(&key, &source.client_id, Overload::Queue, evicted)
+            {
+            }
         }
     }
 
@@ -270,11 +273,10 @@ impl<W, R, H> Pending<W, R, H> {
         evicted: &mut Vec<Evicted<W>>,
     ) -> bool {
         while let Some(key) = self.scheduler.front(source).cloned() {
-            let is_queued =
-                self.questions.get(&key).is_some_and(|question| question.in_flight.is_none());
-            if is_queued && self.evict_waiter(&key, &source.asker, reason, evicted) {
-                let question = self.questions.get(&key);
-                if question.is_none_or(|question| !question.askers.contains_key(&source.asker)) {
+            let is_queued = self.queries.get(&key).is_some_and(|query| query.in_flight.is_none());
+            if is_queued && self.evict_waiter(&key, &source.client_id, reason, evicted) {
+                let query = self.queries.get(&key);
+                if query.is_none_or(|query| !query.clients.contains_key(&source.client_id)) {
                     self.scheduler.pop_front(source);
                 }
                 return true;
@@ -284,7 +286,7 @@ impl<W, R, H> Pending<W, R, H> {
         }
         let oldest = self.owned.range((source.clone(), 0)..).next();
         let oldest = oldest.filter(|((owner, _), _)| owner == source).map(|(_, key)| key.clone());
-        oldest.is_some_and(|key| self.evict_waiter(&key, &source.asker, reason, evicted))
+        oldest.is_some_and(|key| self.evict_waiter(&key, &source.client_id, reason, evicted))
     }
 
     /// Evicts until `source` may have one more entry in flight. Returns whether that succeeded.
@@ -299,52 +301,52 @@ impl<W, R, H> Pending<W, R, H> {
             let Some(key) = oldest else { return false };
             // When the last waiter of its owner is evicted, the entry ends or moves to another
             // client.
-            while self.questions.get(&key).is_some_and(|question| {
-                question.in_flight.as_ref().is_some_and(|in_flight| in_flight.owner == largest)
+            while self.queries.get(&key).is_some_and(|query| {
+                query.in_flight.as_ref().is_some_and(|in_flight| in_flight.owner == largest)
             }) {
-                if !self.evict_waiter(&key, &largest.asker, Overload::InFlight, evicted) {
+                if !self.evict_waiter(&key, &largest.client_id, Overload::InFlight, evicted) {
                     return false;
                 }
             }
             // The partition may still exceed its share, but one entry has ended for the new one.
-            if !self.questions.contains_key(&key) {
+            if !self.queries.contains_key(&key) {
                 return true;
             }
         }
         false
     }
 
-    /// Evicts the oldest waiter of `asker` for `key`. Returns whether there was one.
+    /// Evicts the oldest waiter of `client_id` for `key`. Returns whether there was one.
     fn evict_waiter(
         &mut self,
         key: &Key,
-        asker: &Asker,
+        client_id: &ClientId,
         reason: Overload,
         evicted: &mut Vec<Evicted<W>>,
     ) -> bool {
-        let Some(question) = self.questions.get_mut(key) else { return false };
-        let Some(at) = question.waiters.iter().position(|(one, _)| one == asker) else {
+        let Some(query) = self.queries.get_mut(key) else { return false };
+        let Some(at) = query.waiters.iter().position(|(one, _)| one == client_id) else {
             return false;
         };
-        let Some((asker, waiter)) = question.waiters.remove(at) else { return false };
-        let source = Source { partition: key.partition.clone(), asker };
+        let Some((client_id, waiter)) = query.waiters.remove(at) else { return false };
+        let source = Source { partition: key.partition.clone(), client_id };
         self.waiters.release(&source);
         let mut is_last = false;
-        if let Some(asks) = question.askers.get_mut(&source.asker) {
+        if let Some(asks) = query.clients.get_mut(&source.client_id) {
             *asks -= 1;
             is_last = *asks == 0;
         }
         if is_last {
-            question.askers.remove(&source.asker);
-            match question.waiters.front().map(|(asker, _)| asker.clone()) {
+            query.clients.remove(&source.client_id);
+            match query.waiters.front().map(|(client_id, _)| client_id.clone()) {
                 None => {
-                    let question = self.questions.remove(key);
-                    self.end_in_flight(question.and_then(|question| question.in_flight));
+                    let query = self.queries.remove(key);
+                    self.end_in_flight(query.and_then(|query| query.in_flight));
                 }
                 Some(next) => {
-                    let next = Source { partition: key.partition.clone(), asker: next };
+                    let next = Source { partition: key.partition.clone(), client_id: next };
                     if let Some(in_flight) =
-                        question.in_flight.as_mut().filter(|in_flight| in_flight.owner == source)
+                        query.in_flight.as_mut().filter(|in_flight| in_flight.owner == source)
                     {
                         self.in_flight.release(&source);
                         self.in_flight.take(&next);
@@ -355,7 +357,7 @@ impl<W, R, H> Pending<W, R, H> {
                 }
             }
         }
-        evicted.push(Evicted { waiter, asker: source.asker, reason });
+        evicted.push(Evicted { waiter, client_id: source.client_id, reason });
         true
     }
 

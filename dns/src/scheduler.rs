@@ -26,7 +26,7 @@
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
 use crate::partition::{Partition, Source};
-use crate::zone::Asker;
+use crate::zone::ClientId;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
@@ -85,9 +85,9 @@ pub(crate) struct Turn<T> {
 
 #[derive(Debug)]
 struct PartitionQueue<T> {
-    endpoints: BTreeMap<Asker, EndpointQueue<T>>,
+    endpoints: BTreeMap<ClientId, EndpointQueue<T>>,
     /// Ready endpoints.
-    ring: VecDeque<Asker>,
+    ring: VecDeque<ClientId>,
 }
 
 impl<T> Default for PartitionQueue<T> {
@@ -135,7 +135,7 @@ impl<T> Scheduler<T> {
     /// Appends `item` to the queue of `source`.
     pub(crate) fn push(&mut self, source: &Source, item: T, now: Instant) {
         let group = self.partitions.entry(source.partition.clone()).or_default();
-        let endpoint = group.endpoints.entry(source.asker.clone()).or_insert_with(|| {
+        let endpoint = group.endpoints.entry(source.client_id.clone()).or_insert_with(|| {
             EndpointQueue { queue: VecDeque::new(), due: now, state: State::Idle }
         });
         endpoint.queue.push_back((now, item));
@@ -145,7 +145,7 @@ impl<T> Scheduler<T> {
 
     /// The oldest queued item of `source`.
     pub(crate) fn front(&self, source: &Source) -> Option<&T> {
-        let endpoint = self.partitions.get(&source.partition)?.endpoints.get(&source.asker)?;
+        let endpoint = self.partitions.get(&source.partition)?.endpoints.get(&source.client_id)?;
         endpoint.queue.front().map(|(_, item)| item)
     }
 
@@ -153,7 +153,7 @@ impl<T> Scheduler<T> {
     pub(crate) fn pop_front(&mut self, source: &Source) -> Option<T> {
         // The endpoint stays in the ring and becomes idle when it is selected.
         let endpoint =
-            self.partitions.get_mut(&source.partition)?.endpoints.get_mut(&source.asker)?;
+            self.partitions.get_mut(&source.partition)?.endpoints.get_mut(&source.client_id)?;
         let (_, item) = endpoint.queue.pop_front()?;
         self.queued -= 1;
         Some(item)
@@ -189,15 +189,15 @@ impl<T> Scheduler<T> {
         let interval = self.rate.interval();
         let group = self.partitions.get_mut(partition)?;
         for _ in 0..group.ring.len() {
-            let asker = group.ring.pop_front()?;
-            let Some(endpoint) = group.endpoints.get_mut(&asker) else { continue };
+            let client_id = group.ring.pop_front()?;
+            let Some(endpoint) = group.endpoints.get_mut(&client_id) else { continue };
             if endpoint.queue.is_empty() {
                 endpoint.state = State::Idle;
                 continue;
             }
-            let source = Source { partition: partition.clone(), asker };
+            let source = Source { partition: partition.clone(), client_id };
             if !allows(&source) {
-                group.ring.push_back(source.asker);
+                group.ring.push_back(source.client_id);
                 continue;
             }
             let (at, item) = endpoint.queue.pop_front()?;
@@ -207,7 +207,7 @@ impl<T> Scheduler<T> {
             let place =
                 if endpoint.queue.is_empty() { None } else { Some(self.rate.place(endpoint, now)) };
             match place {
-                Some(None) => group.ring.push_back(source.asker.clone()),
+                Some(None) => group.ring.push_back(source.client_id.clone()),
                 Some(Some(until)) => drop(self.parked.insert((until, source.clone()))),
                 None => {}
             }
@@ -250,13 +250,13 @@ impl<T> Scheduler<T> {
     pub(crate) fn expire(&mut self, now: Instant, max_wait: Duration) -> Vec<(Source, T)> {
         let mut expired = Vec::new();
         for (partition, group) in &mut self.partitions {
-            for (asker, endpoint) in &mut group.endpoints {
+            for (client_id, endpoint) in &mut group.endpoints {
                 let is_late = |at: &Instant| now.saturating_duration_since(*at) >= max_wait;
                 while endpoint.queue.front().is_some_and(|(at, _)| is_late(at)) {
                     let Some((_, item)) = endpoint.queue.pop_front() else { break };
                     self.queued -= 1;
                     expired.push((
-                        Source { partition: partition.clone(), asker: asker.clone() },
+                        Source { partition: partition.clone(), client_id: client_id.clone() },
                         item,
                     ));
                 }
@@ -276,14 +276,16 @@ impl<T> Scheduler<T> {
     }
 
     fn endpoint(&mut self, source: &Source) -> Option<&mut EndpointQueue<T>> {
-        self.partitions.get_mut(&source.partition)?.endpoints.get_mut(&source.asker)
+        self.partitions.get_mut(&source.partition)?.endpoints.get_mut(&source.client_id)
     }
 
     /// Makes the endpoint of `source`, which has queued items, ready or parked.
     fn place(&mut self, source: &Source, now: Instant) {
         let Some(group) = self.partitions.get_mut(&source.partition) else { return };
-        let Some(endpoint) =
-            group.endpoints.get_mut(&source.asker).filter(|endpoint| endpoint.state == State::Idle)
+        let Some(endpoint) = group
+            .endpoints
+            .get_mut(&source.client_id)
+            .filter(|endpoint| endpoint.state == State::Idle)
         else {
             return;
         };
@@ -293,7 +295,7 @@ impl<T> Scheduler<T> {
                 if group.ring.is_empty() && !self.ring.contains(&source.partition) {
                     self.ring.push_back(source.partition.clone());
                 }
-                group.ring.push_back(source.asker.clone());
+                group.ring.push_back(source.client_id.clone());
             }
         }
     }

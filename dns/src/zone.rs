@@ -75,7 +75,7 @@ impl Default for NetworkSpec {
 /// An endpoint of a container on a network.
 #[derive(Clone, Debug, Default)]
 pub struct EndpointSpec {
-    /// The container, as in [`Asker::Container`].
+    /// The container, as in [`ClientId::Container`].
     pub container: String,
     /// The name of the container.
     pub name: String,
@@ -91,7 +91,7 @@ pub struct EndpointSpec {
 
 /// The client of a server.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Asker {
+pub enum ClientId {
     /// A container, identified by the socket.
     Container(Arc<str>),
     /// The clients at the gateway of a network: the endpoint with the source address of the query
@@ -100,7 +100,7 @@ pub enum Asker {
     Network(Arc<str>),
 }
 
-impl Asker {
+impl ClientId {
     /// The endpoint, for logs.
     pub(crate) fn endpoint(&self) -> Option<&str> {
         match self {
@@ -399,15 +399,15 @@ impl Zones {
         }
     }
 
-    /// The view of `asker` for a query from `source`.
-    pub(crate) fn view<'a>(&'a self, asker: &'a Asker, source: IpAddr) -> View<'a> {
-        match asker {
-            Asker::Container(container) => {
+    /// The view of `client_id` for a query from `source`.
+    pub(crate) fn view<'a>(&'a self, client_id: &'a ClientId, source: IpAddr) -> View<'a> {
+        match client_id {
+            ClientId::Container(container) => {
                 let membership = self.containers.get(container);
                 let visible = membership.map_or(Visibility::Nothing(None), Visibility::Joined);
                 View { zones: self, container: Some(container), visible }
             }
-            Asker::Network(name) => {
+            ClientId::Network(name) => {
                 let network =
                     self.by_name.get(&**name).and_then(|number| self.networks.get(number));
                 let Some(network) = network else {
@@ -479,10 +479,12 @@ impl<'a> View<'a> {
     }
 
     /// The holder of the share of limits that the query counts towards: the container, whichever
-    /// server it uses; `asker` if the container is not known.
-    pub(crate) fn asker(&self, asker: &Asker) -> Asker {
-        self.container
-            .map_or_else(|| asker.clone(), |container| Asker::Container(Arc::clone(container)))
+    /// server it uses; `client_id` if the container is not known.
+    pub(crate) fn client_id(&self, client_id: &ClientId) -> ClientId {
+        self.container.map_or_else(
+            || client_id.clone(),
+            |container| ClientId::Container(Arc::clone(container)),
+        )
     }
 
     /// The partition of the client.

@@ -35,9 +35,8 @@ fn a_thousand_servers_cost_less_than_64_mb_and_a_second() {
         .collect();
     let took = start.elapsed();
     assert!(serving.iter().all(tidegate_dns::Serving::is_redirected));
-    let bytes = support::client::question(1, "c7", hickory_server::proto::rr::RecordType::A)
-        .to_vec()
-        .unwrap();
+    let bytes =
+        support::client::query(1, "c7", hickory_server::proto::rr::RecordType::A).to_vec().unwrap();
     for namespace in namespaces.iter().step_by(10) {
         let server = support::client::SERVER.parse().unwrap();
         assert!(support::client::send(namespace, server, &bytes, Duration::from_secs(2)).is_some());

@@ -1,5 +1,5 @@
 use super::*;
-use crate::message::{Bits, Request, question, relay};
+use crate::message::{Bits, Request, encode_query, relay};
 use hickory_server::proto::op::{Edns, MessageType, OpCode, Query, ResponseCode};
 use hickory_server::proto::rr::rdata::SOA;
 use hickory_server::proto::rr::{Name, RData, Record as Rr, RecordType};
@@ -110,7 +110,7 @@ fn a_relayed_answer_has_reduced_ttls_and_no_upstream_opt_record() {
     given.set_edns(edns);
     let answer = accepted(&given);
     let mut bytes = Vec::new();
-    question(9, b"\x03wEb\x07exAmple\0", kind::A, Bits::default(), &mut bytes);
+    encode_query(9, b"\x03wEb\x07exAmple\0", kind::A, Bits::default(), &mut bytes);
     let request = Request::read(&bytes).unwrap();
     let mut out = vec![1; 5];
     relay(&request, &answer.relayed(Duration::from_secs(10)), 512, &mut out);
@@ -124,7 +124,7 @@ fn a_relayed_answer_has_reduced_ttls_and_no_upstream_opt_record() {
     assert_eq!(passed.answers[0].data, given.answers[0].data);
 
     let mut with_edns = Vec::new();
-    question(9, NAME, kind::A, Bits { edns: true, ..Bits::default() }, &mut with_edns);
+    encode_query(9, NAME, kind::A, Bits { edns: true, ..Bits::default() }, &mut with_edns);
     let request = Request::read(&with_edns).unwrap();
     out.clear();
     relay(&request, &answer.relayed(Duration::ZERO), 512, &mut out);

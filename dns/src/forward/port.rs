@@ -19,7 +19,7 @@
 use super::ServerResponse;
 use crate::answer::{Response, SentQuery};
 use crate::cache::Key;
-use crate::message::{Bits, mix_case, question};
+use crate::message::{Bits, encode_query, mix_case};
 use crate::metrics::{Mismatch, Overload, ProcessMetrics};
 use crate::partition::{Partition, Shares};
 use crate::upstream::Form;
@@ -109,7 +109,7 @@ struct Shared {
 #[derive(Default)]
 struct AwaitedResponses {
     /// Outstanding queries by ID.
-    questions: HashMap<u16, (SentQuery, mpsc::Sender<ServerResponse>)>,
+    queries: HashMap<u16, (SentQuery, mpsc::Sender<ServerResponse>)>,
     mismatches: u32,
 }
 
@@ -148,7 +148,7 @@ impl Ports {
         let port = self.port(egress, server, &key.partition)?;
         let (id, name) = port.shared.register(key, form, responses)?;
         let mut message = Vec::with_capacity(name.len() + 32);
-        question(id, &name, key.kind, Bits { edns: form.edns, ..key.bits }, &mut message);
+        encode_query(id, &name, key.kind, Bits { edns: form.edns, ..key.bits }, &mut message);
         Ok(Outstanding { port, id, form, message, asked: super::now() })
     }
 
@@ -250,7 +250,7 @@ impl Shared {
             rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
             let [first, second, case @ ..] = random;
             let id = u16::from_ne_bytes([first, second]);
-            if let Entry::Vacant(place) = awaited.questions.entry(id) {
+            if let Entry::Vacant(place) = awaited.queries.entry(id) {
                 let mut name = key.name.clone();
                 if form.mixed {
                     mix_case(&mut name, &case);
@@ -306,7 +306,7 @@ impl Shared {
         }
         let mut awaited = lock(&self.awaited);
         let id = crate::message::short(datagram.payload, 0);
-        let known = id.and_then(|id| awaited.questions.get(&id));
+        let known = id.and_then(|id| awaited.queries.get(&id));
         let response = known.map_or(Response::Unrelated, |(asked, _)| asked.read(datagram.payload));
         let mismatch = match (&response, known) {
             (Response::Unrelated, None) => Some(Mismatch::Id),
@@ -336,7 +336,7 @@ impl Shared {
     }
 
     fn notify_all(&self, response: &Response) {
-        for (_, responses) in lock(&self.awaited).questions.values() {
+        for (_, responses) in lock(&self.awaited).queries.values() {
             let _ = responses.try_send(ServerResponse {
                 server: self.server,
                 response: response.clone(),
@@ -379,7 +379,7 @@ impl Outstanding {
 
 impl Drop for Outstanding {
     fn drop(&mut self) {
-        lock(&self.port.shared.awaited).questions.remove(&self.id);
+        lock(&self.port.shared.awaited).queries.remove(&self.id);
     }
 }
 

@@ -3,7 +3,7 @@
 
 use crate::answer::{Response, SentQuery};
 use crate::cache::Key;
-use crate::message::{Bits, mix_case, question};
+use crate::message::{Bits, encode_query, mix_case};
 use crate::upstream::Form;
 use std::io;
 use std::net::SocketAddr;
@@ -31,7 +31,7 @@ pub(super) async fn fetch(
     mix_case(&mut name, &case);
     let mut stream = socket.connect(server).await?;
     let mut message = vec![0; 2];
-    question(id, &name, key.kind, Bits { edns: form.edns, ..key.bits }, &mut message);
+    encode_query(id, &name, key.kind, Bits { edns: form.edns, ..key.bits }, &mut message);
     let length = (message.len() - 2) as u16;
     message[..2].copy_from_slice(&length.to_be_bytes());
     stream.write_all(&message).await?;

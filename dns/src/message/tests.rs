@@ -7,7 +7,7 @@ use hickory_server::proto::rr::{RData, RecordType};
 pub(crate) fn query(name: &str, kind: u16, payload: Option<u16>) -> Vec<u8> {
     let mut bytes = Vec::new();
     let bits = Bits { edns: payload.is_some(), ..Bits::default() };
-    question(0x1234, Name::parse(name).unwrap().wire(), kind, bits, &mut bytes);
+    encode_query(0x1234, Name::parse(name).unwrap().wire(), kind, bits, &mut bytes);
     if let Some(payload) = payload {
         let at = bytes.len() - OPT + 3;
         set_short(&mut bytes, at, payload);

@@ -1,10 +1,10 @@
 use super::*;
-use crate::message::{Bits, PAYLOAD, question};
+use crate::message::{Bits, PAYLOAD, encode_query};
 use hickory_server::proto::op::Message;
 
 fn plain(edns: bool) -> Vec<u8> {
     let mut bytes = Vec::new();
-    question(0x1234, b"\x03web\0", 1, Bits { edns, ..Bits::default() }, &mut bytes);
+    encode_query(0x1234, b"\x03web\0", 1, Bits { edns, ..Bits::default() }, &mut bytes);
     bytes
 }
 

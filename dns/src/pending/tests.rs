@@ -18,8 +18,8 @@ fn key(partition: u32, name: u32) -> Key {
     }
 }
 
-fn asker(name: &str) -> Asker {
-    Asker::Container(name.into())
+fn client_id(name: &str) -> ClientId {
+    ClientId::Container(name.into())
 }
 
 fn table(in_flight: usize, waiters: usize, waiters_per_endpoint: usize, rate: u32) -> Table {
@@ -43,11 +43,11 @@ impl Scene {
     }
 
     fn ask(&mut self, key: &Key, name: &str, waiter: u32) -> Admission {
-        self.table.ask(key, asker(name), self.now, || waiter, || (), &mut self.evicted)
+        self.table.ask(key, client_id(name), self.now, || waiter, || (), &mut self.evicted)
     }
 
     /// Starts all queries that may start. Returns keys, owners and handles.
-    fn start(&mut self) -> Vec<(Key, Asker, Weak<()>)> {
+    fn start(&mut self) -> Vec<(Key, ClientId, Weak<()>)> {
         let mut started = Vec::new();
         while let Some(NextQuery { key, owner, .. }) =
             self.table.next_query(self.now, &mut self.evicted)
@@ -84,7 +84,7 @@ fn a_client_does_not_wait_in_the_queue_of_another_with_the_same_query() {
     }
     scene.ask(&key(1, 49), "modest", 100);
     let owners: Vec<_> = scene.start().into_iter().map(|(key, owner, _)| (key, owner)).collect();
-    assert_eq!(owners, [(key(1, 0), asker("greedy")), (key(1, 49), asker("modest"))]);
+    assert_eq!(owners, [(key(1, 0), client_id("greedy")), (key(1, 49), client_id("modest"))]);
 }
 
 #[test]
@@ -127,7 +127,7 @@ fn at_the_limit_of_queries_in_flight_the_largest_holder_loses_its_oldest() {
     scene.start();
     assert_eq!(reasons(&scene.evicted)[1..], [(1, Overload::InFlight), (2, Overload::InFlight)]);
     assert!(flights[1].2.upgrade().is_some() && flights[2].2.upgrade().is_none());
-    assert_eq!(scene.table.complete(&key(1, 1)), [(asker("modest"), 21)]);
+    assert_eq!(scene.table.complete(&key(1, 1)), [(client_id("modest"), 21)]);
 }
 
 #[test]
@@ -160,7 +160,7 @@ fn waiters_expire_in_the_queue() {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Ask { partition: u32, name: u32, asker: u8 },
+    Ask { partition: u32, name: u32, client_id: u8 },
     Start,
     Complete(u32, u32),
     Pass(u64),
@@ -169,7 +169,7 @@ enum Step {
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         6 => (0_u32..2, 0_u32..5, 0_u8..3)
-            .prop_map(|(partition, name, asker)| Step::Ask { partition, name, asker }),
+            .prop_map(|(partition, name, client_id)| Step::Ask { partition, name, client_id }),
         3 => Just(Step::Start),
         3 => (0_u32..2, 0_u32..5).prop_map(|(partition, name)| Step::Complete(partition, name)),
         1 => (0_u64..1_500).prop_map(Step::Pass),
@@ -189,8 +189,8 @@ proptest! {
         for step in steps {
             let before = scene.evicted.len();
             match step {
-                Step::Ask { partition, name, asker } => {
-                    let asked = scene.ask(&key(partition, name), &asker.to_string(), next);
+                Step::Ask { partition, name, client_id } => {
+                    let asked = scene.ask(&key(partition, name), &client_id.to_string(), next);
                     if asked != Admission::Refused {
                         waiting.insert(next);
                     }
@@ -215,10 +215,10 @@ proptest! {
             prop_assert_eq!(scene.table.waiters(), waiting.len());
             prop_assert!(waiting.len() <= waiters);
             prop_assert_eq!(scene.table.owned.len(), scene.table.in_flight());
-            for question in scene.table.questions.values() {
-                prop_assert_eq!(question.askers.values().sum::<usize>(), question.waiters.len());
-                let owner = question.in_flight.as_ref().map(|in_flight| &in_flight.owner.asker);
-                prop_assert!(owner.is_none_or(|owner| question.askers.contains_key(owner)));
+            for query in scene.table.queries.values() {
+                prop_assert_eq!(query.clients.values().sum::<usize>(), query.waiters.len());
+                let owner = query.in_flight.as_ref().map(|in_flight| &in_flight.owner.client_id);
+                prop_assert!(owner.is_none_or(|owner| query.clients.contains_key(owner)));
             }
         }
         // In the end every waiter gets a response.
@@ -242,6 +242,6 @@ proptest! {
             }
         }
         prop_assert!(waiting.is_empty(), "{waiting:?}");
-        prop_assert!(scene.table.is_idle() && scene.table.questions.is_empty());
+        prop_assert!(scene.table.is_idle() && scene.table.queries.is_empty());
     }
 }

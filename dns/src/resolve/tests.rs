@@ -1,7 +1,7 @@
 use super::*;
 use crate::name::Name;
 use crate::zone::tests::{endpoint, network, zones};
-use crate::zone::{Asker, NetworkSpec, Zones};
+use crate::zone::{ClientId, NetworkSpec, Zones};
 
 fn example() -> Zones {
     let un1 = NetworkSpec { subnets: vec!["198.18.1.0/24".parse().unwrap()], ..network("un1") };
@@ -27,13 +27,13 @@ fn example() -> Zones {
 }
 
 /// The resolution as text.
-fn ask(zones: &Zones, asker: &str, name: &str, kind: u16) -> String {
-    ask_rotated(zones, asker, name, kind, 0)
+fn ask(zones: &Zones, client_id: &str, name: &str, kind: u16) -> String {
+    ask_rotated(zones, client_id, name, kind, 0)
 }
 
-fn ask_rotated(zones: &Zones, asker: &str, name: &str, kind: u16, rotation: u32) -> String {
-    let asker = Asker::Container(asker.into());
-    let view = zones.view(&asker, [0; 4].into());
+fn ask_rotated(zones: &Zones, client_id: &str, name: &str, kind: u16, rotation: u32) -> String {
+    let client_id = ClientId::Container(client_id.into());
+    let view = zones.view(&client_id, [0; 4].into());
     let name = Name::parse(name).unwrap();
     let zone = |at: usize| crate::name::DisplayName(&name.wire()[at..]).to_string();
     match resolve(&view, Policy::default(), name.wire(), kind, rotation) {
@@ -173,8 +173,8 @@ fn single_labels_are_not_forwarded_except_zone_queries_of_validators() {
     for kind in [kind::NS, kind::SOA, kind::DS, kind::DNSKEY] {
         assert_eq!(ask(&zones, "web", "org", kind), "host", "{kind}");
     }
-    let asker = Asker::Container("web".into());
-    let view = zones.view(&asker, [0; 4].into());
+    let client_id = ClientId::Container("web".into());
+    let view = zones.view(&client_id, [0; 4].into());
     let open = Policy { forward_single_labels: true };
     assert_eq!(resolve(&view, open, b"\x06nosuch\0", kind::A, 0), Resolution::Forward(None));
     assert_eq!(
@@ -267,8 +267,8 @@ fn the_servers_of_a_network_are_used() {
 fn unknown_clients_at_a_gateway_are_always_refused() {
     let zones = example();
     for network in ["un1", "shut"] {
-        let asker = Asker::Network(network.into());
-        let view = zones.view(&asker, [198, 18, 1, 99].into());
+        let client_id = ClientId::Network(network.into());
+        let view = zones.view(&client_id, [198, 18, 1, 99].into());
         for name in ["web", "safe", "example.com", "localhost", "2.1.18.198.in-addr.arpa"] {
             let name = Name::parse(name).unwrap();
             let resolution = resolve(&view, Policy::default(), name.wire(), kind::A, 0);

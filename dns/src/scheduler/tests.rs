@@ -2,7 +2,7 @@ use super::*;
 use proptest::prelude::*;
 
 fn source(partition: u32, name: &str) -> Source {
-    Source { partition: Partition::of([partition]), asker: Asker::Container(name.into()) }
+    Source { partition: Partition::of([partition]), client_id: ClientId::Container(name.into()) }
 }
 
 fn all(_: &Source) -> bool {

@@ -13,7 +13,7 @@ use crate::message::PAYLOAD;
 use crate::resolv_conf::{PORT, SERVER};
 use crate::resolver::Shared;
 use crate::servers::ServerList;
-use crate::zone::Asker;
+use crate::zone::ClientId;
 use redirect::Redirect;
 use sockets::SocketPair;
 use std::io;
@@ -133,7 +133,7 @@ pub(crate) fn in_container(
     };
     let context = ServerContext {
         shared: Arc::clone(shared),
-        asker: Asker::Container(container.into()),
+        client_id: ClientId::Container(container.into()),
         servers,
         datagram: LOOPBACK_PAYLOAD,
         rotation: AtomicU32::new(0),
@@ -160,7 +160,7 @@ pub(crate) fn at_gateway(
     };
     let context = ServerContext {
         shared: Arc::clone(shared),
-        asker: Asker::Network(network.into()),
+        client_id: ClientId::Network(network.into()),
         servers: None,
         datagram: PAYLOAD,
         rotation: AtomicU32::new(0),

@@ -110,11 +110,11 @@ fn table((udp, tcp): (u16, u16)) -> Table {
         base: Some(Base { kind: Kind::Filter, hook: Hook::Output, priority }),
         rules: rules.into(),
     };
-    let questions = rules(Key::DestinationV4, Key::DestinationPort, false);
-    let answers = rules(Key::SourceV4, Key::SourcePort, true);
+    let queries = rules(Key::DestinationV4, Key::DestinationPort, false);
+    let responses = rules(Key::SourceV4, Key::SourcePort, true);
     let chains = vec![
-        chain("questions", AFTER_TRACKING, questions),
-        chain("answers", BEFORE_TRACKING, answers),
+        chain("questions", AFTER_TRACKING, queries),
+        chain("answers", BEFORE_TRACKING, responses),
     ];
     Table { name: NFTABLES_DNS_TABLE.to_owned(), sets: Vec::new(), chains }
 }

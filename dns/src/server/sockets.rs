@@ -64,7 +64,7 @@ pub(super) fn report(
     revived: io::Result<bool>,
     error: &io::Error,
 ) {
-    let (endpoint, network) = (context.asker.endpoint(), context.asker.network());
+    let (endpoint, network) = (context.client_id.endpoint(), context.client_id.network());
     match revived {
         Ok(true) => {
             context.shared.metrics.revived.increment(1);

@@ -69,16 +69,16 @@ pub(super) async fn serve(
                 continue;
             }
         };
-        let partition = context.shared.zones().view(&context.asker, client.ip()).partition();
+        let partition = context.shared.zones().view(&context.client_id, client.ip()).partition();
         let Some(admitted) = context.shared.admit(partition) else {
-            context.shared.metrics.refused(Overload::Clients, Some(&context.asker));
+            context.shared.metrics.refused(Overload::Clients, Some(&context.client_id));
             continue;
         };
         if clients.make_room(limit(&context)) {
-            context.shared.metrics.refused(Overload::Clients, Some(&context.asker));
+            context.shared.metrics.refused(Overload::Clients, Some(&context.client_id));
             tracing::debug!(
-                endpoint = context.asker.endpoint(),
-                network = context.asker.network(),
+                endpoint = context.client_id.endpoint(),
+                network = context.client_id.network(),
                 "idle DNS client closed for a new one"
             );
         }

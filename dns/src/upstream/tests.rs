@@ -144,7 +144,7 @@ fn an_unanswered_query_does_not_make_a_live_server_suspect() {
     for number in 0..50 {
         let (winner, _) = run(&mut health, &servers, start + ms(number * 10_000));
         assert_eq!(winner, Some(server(ALIVE)));
-        assert!(!is_suspect(&health, DEAD), "after {number} questions");
+        assert!(!is_suspect(&health, DEAD), "after {number} queries");
         let (failover, checks) = health.begin_failover(&[server(DEAD), server(ALIVE)], start);
         assert_eq!(failover.candidates[0].server, server(DEAD));
         assert!(checks.is_empty());

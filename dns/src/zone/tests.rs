@@ -28,9 +28,9 @@ pub(crate) fn zones(networks: &[NetworkSpec], endpoints: &[(&str, EndpointSpec)]
     zones
 }
 
-fn addresses(zones: &Zones, asker: &str, name: &str) -> Vec<String> {
-    let asker = Asker::Container(asker.into());
-    let view = zones.view(&asker, [0; 4].into());
+fn addresses(zones: &Zones, client_id: &str, name: &str) -> Vec<String> {
+    let client_id = ClientId::Container(client_id.into());
+    let view = zones.view(&client_id, [0; 4].into());
     let name = Name::parse(name).unwrap();
     view.endpoints_with_name(name.wire())
         .flatten()
@@ -157,22 +157,22 @@ fn a_client_at_a_gateway_is_identified_by_its_address() {
             ("b", endpoint("db", &[], &["10.0.2.3"])),
         ],
     );
-    let asker = Asker::Network("a".into());
+    let client_id = ClientId::Network("a".into());
     let sees = |source: [u8; 4]| {
-        let view = zones.view(&asker, source.into());
+        let view = zones.view(&client_id, source.into());
         [b"\x04both\0", &b"\x02db\0"[..]]
             .map(|name| view.endpoints_with_name(name).flatten().next().is_some())
     };
     assert_eq!(sees([10, 0, 1, 2]), [true, true], "the other network of the client too");
     assert_eq!(sees([10, 0, 1, 9]), [false, false], "an address that no endpoint has");
-    assert!(zones.view(&asker, [10, 0, 1, 9].into()).is_unknown_client());
+    assert!(zones.view(&client_id, [10, 0, 1, 9].into()).is_unknown_client());
     assert!(
-        zones.view(&asker, [10, 0, 2, 3].into()).is_unknown_client(),
+        zones.view(&client_id, [10, 0, 2, 3].into()).is_unknown_client(),
         "an endpoint of another network"
     );
-    assert!(!zones.view(&asker, [10, 0, 1, 2].into()).is_unknown_client());
-    let share = zones.view(&asker, [10, 0, 1, 2].into()).asker(&asker);
-    assert_eq!(share, Asker::Container("both".into()), "one share of limits at all servers");
+    assert!(!zones.view(&client_id, [10, 0, 1, 2].into()).is_unknown_client());
+    let share = zones.view(&client_id, [10, 0, 1, 2].into()).client_id(&client_id);
+    assert_eq!(share, ClientId::Container("both".into()), "one share of limits at all servers");
 }
 
 /// An endpoint that may use any address may use that of a neighbour.
@@ -189,9 +189,9 @@ fn without_source_verification_all_clients_of_a_gateway_have_the_least_privilege
                 ("b", endpoint("db", &[], &["10.0.2.3"])),
             ],
         );
-        let asker = Asker::Network("a".into());
+        let client_id = ClientId::Network("a".into());
         for source in [[10, 0, 1, 2], [10, 0, 1, 9]] {
-            let view = zones.view(&asker, source.into());
+            let view = zones.view(&client_id, source.into());
             let sees = |name: &[u8]| view.endpoints_with_name(name).flatten().count();
             assert_eq!(
                 (sees(b"\x04both\0"), sees(b"\x02db\0")),
@@ -200,7 +200,7 @@ fn without_source_verification_all_clients_of_a_gateway_have_the_least_privilege
             );
             assert_eq!(view.may_forward(), forwards);
             assert_eq!(view.partition(), Partition::of([0]));
-            assert_eq!(view.asker(&asker), asker, "all clients have one share");
+            assert_eq!(view.client_id(&client_id), client_id, "all clients have one share");
         }
     }
 }
@@ -220,7 +220,7 @@ fn clients_on_exactly_the_same_networks_are_one_partition() {
         ],
     );
     let of = |zones: &Zones, container: &str| {
-        zones.view(&Asker::Container(container.into()), [0; 4].into()).partition()
+        zones.view(&ClientId::Container(container.into()), [0; 4].into()).partition()
     };
     assert_eq!(of(&zones, "one"), of(&zones, "two"));
     assert_eq!(of(&zones, "both"), of(&zones, "too"), "in any order of joining");
@@ -279,12 +279,12 @@ proptest! {
         let fresh = zones(&NETWORKS.map(network), &endpoints);
         prop_assert_eq!(changed.endpoints, present.len());
         prop_assert_eq!(changed.containers.len(), fresh.containers.len());
-        for asker in (0..4).map(container) {
+        for client_id in (0..4).map(container) {
             for name in ["c0", "c1", "c2", "c3", "x", "y", "z", "c0.a", "x.b", "c"] {
-                let [mut one, mut other] = [&changed, &fresh].map(|zones| addresses(zones, &asker, name));
+                let [mut one, mut other] = [&changed, &fresh].map(|zones| addresses(zones, &client_id, name));
                 one.sort();
                 other.sort();
-                prop_assert_eq!(one, other, "{} of {}", name, asker);
+                prop_assert_eq!(one, other, "{} of {}", name, client_id);
             }
         }
         for network in changed.networks.values() {

@@ -1,6 +1,6 @@
 //! Abusive clients.
 
-use crate::support::client::{question, read, summary, write};
+use crate::support::client::{query, read, summary, write};
 use crate::support::{Container, TestBed};
 use hickory_server::proto::rr::RecordType;
 use std::io::{Read, Write};
@@ -34,7 +34,7 @@ fn a_thousand_idle_clients_do_not_affect_udp_and_new_clients() {
         assert!(start.elapsed() < Duration::from_millis(100));
     }
     let mut stream = client.connect();
-    write(&mut stream, &question(1, "web", RecordType::A));
+    write(&mut stream, &query(1, "web", RecordType::A));
     assert_eq!(summary(&read(&mut stream).unwrap()), "172.30.1.2");
     let open = || idle.iter().filter(|stream| is_open(stream)).count();
     assert!(eventually(Duration::from_secs(3), || open() <= 128), "{} are open", open());
@@ -47,7 +47,7 @@ fn the_client_that_is_idle_longest_is_closed() {
     let mut idle = Vec::new();
     for id in 0..400 {
         idle.push(client.connect());
-        write(&mut busy, &question(id, "web", RecordType::A));
+        write(&mut busy, &query(id, "web", RecordType::A));
         assert_eq!(summary(&read(&mut busy).unwrap()), "172.30.1.2", "after {id} others");
     }
 }
@@ -69,7 +69,7 @@ fn a_truncated_query_and_a_reset_end_the_connection() {
         assert!(start.elapsed() < Duration::from_millis(1_500), "{:?}", start.elapsed());
     }
     let mut stream = client.connect();
-    write(&mut stream, &question(1, "web", RecordType::A));
+    write(&mut stream, &query(1, "web", RecordType::A));
     assert_eq!(summary(&read(&mut stream).unwrap()), "172.30.1.2");
 }
 
@@ -109,7 +109,7 @@ fn no_queries_are_read_from_a_client_that_does_not_read() {
     }
     let mut stream = client.connect();
     stream.set_nonblocking(true).unwrap();
-    let bytes = question(1, "crowd", RecordType::A).to_vec().unwrap();
+    let bytes = query(1, "crowd", RecordType::A).to_vec().unwrap();
     let framed = [&(bytes.len() as u16).to_be_bytes()[..], &bytes].concat();
     let flood = framed.repeat(1_000);
     let before = tidegate_testbed::procfs::rss(std::process::id()).unwrap();

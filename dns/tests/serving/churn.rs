@@ -1,6 +1,6 @@
 //! Networks are added and removed while others are queried.
 
-use crate::support::client::question;
+use crate::support::client::query;
 use crate::support::{TestBed, endpoint};
 use hickory_server::proto::op::Message;
 use hickory_server::proto::rr::RecordType;
@@ -30,7 +30,7 @@ fn no_query_is_lost_while_200_networks_are_added_and_removed() {
             while !ends.load(Ordering::Relaxed) {
                 asked += 1;
                 let id = asked as u16;
-                socket.send(&question(id, "web", RecordType::A).to_vec().unwrap()).unwrap();
+                socket.send(&query(id, "web", RecordType::A).to_vec().unwrap()).unwrap();
                 let mut buffer = [0; 512];
                 if let Ok(length) = socket.recv(&mut buffer) {
                     let answer = Message::from_vec(&buffer[..length]).unwrap();

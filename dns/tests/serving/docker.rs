@@ -1,7 +1,7 @@
 //! Responses in comparison with the DNS server of Docker; docs/dns.md gives the reasons of
 //! differences.
 
-use crate::support::client::{question, read, summary, with_edns, write};
+use crate::support::client::{query, read, summary, with_edns, write};
 use crate::support::upstream::{Mode, Upstream};
 use crate::support::{Container, TestBed, endpoint};
 use hickory_server::proto::op::ResponseCode;
@@ -142,9 +142,9 @@ fn only_reverse_names_of_public_addresses_are_forwarded() {
 fn queries_over_tcp_are_served_and_forwarded_over_udp() {
     let (_bed, upstream, client) = scene();
     let mut stream = client.connect();
-    write(&mut stream, &question(1, "svc-b", RecordType::A));
+    write(&mut stream, &query(1, "svc-b", RecordType::A));
     assert_eq!(summary(&read(&mut stream).unwrap()), "172.30.1.3");
-    write(&mut stream, &question(2, "example.com", RecordType::A));
+    write(&mut stream, &query(2, "example.com", RecordType::A));
     assert_eq!(summary(&read(&mut stream).unwrap()), "192.0.2.1");
     // Docker forwards these over TCP.
     assert!(!upstream.seen()[0].tcp);
@@ -159,7 +159,7 @@ fn what_is_cut_short_upstream_is_fetched_whole() {
     // Docker relays TC and leaves the rest to the client.
     assert_eq!(seen, [false, true]);
     let mut stream = client.connect();
-    write(&mut stream, &question(1, "many.example", RecordType::A));
+    write(&mut stream, &query(1, "many.example", RecordType::A));
     assert_eq!(read(&mut stream).unwrap().answers.len(), 300);
     assert_eq!(upstream.names(), NONE, "cached");
 }
@@ -177,9 +177,9 @@ fn without_an_upstream_response_the_client_gets_servfail() {
 fn edns_is_negotiated_separately_with_client_and_server() {
     let (_bed, upstream, client) = scene();
     // Docker responds without EDNS for local names, and forwards the OPT record of the client.
-    let answer = client.ask_message(&with_edns(question(1, "svc-b", RecordType::A), 4096));
+    let answer = client.ask_message(&with_edns(query(1, "svc-b", RecordType::A), 4096));
     assert_eq!(answer.edns.unwrap().max_payload(), 1232);
-    let answer = client.ask_message(&with_edns(question(1, "example.com", RecordType::A), 4096));
+    let answer = client.ask_message(&with_edns(query(1, "example.com", RecordType::A), 4096));
     assert!(answer.edns.is_some());
     assert!(upstream.seen()[0].edns);
     let answer = client.ask("other.example.com", RecordType::A);

@@ -1,6 +1,6 @@
 //! Servers at the gateway of a network, as with Podman.
 
-use crate::support::client::{question, send, summary};
+use crate::support::client::{query, send, summary};
 use crate::support::{TestBed, handle};
 use hickory_server::proto::op::Message;
 use hickory_server::proto::rr::RecordType;
@@ -12,7 +12,7 @@ use tidegate_testbed::{Namespace, Topology, addr, eventually};
 const TIMEOUT: Duration = Duration::from_millis(500);
 
 fn ask(from: &Namespace, server: IpAddr, name: &str) -> Option<String> {
-    let bytes = question(7, name, RecordType::A).to_vec().unwrap();
+    let bytes = query(7, name, RecordType::A).to_vec().unwrap();
     let answer = send(from, (server, 53).into(), &bytes, TIMEOUT)?;
     Some(summary(&Message::from_vec(&answer).unwrap()))
 }

@@ -31,7 +31,7 @@ fn a_container_may_have_a_dns_server_of_its_own() {
     let mut stream = container.connect();
     crate::support::client::write(
         &mut stream,
-        &crate::support::client::question(1, "web", RecordType::A),
+        &crate::support::client::query(1, "web", RecordType::A),
     );
     assert!(crate::support::client::read(&mut stream).is_ok());
     // The server of the container is reachable at all other addresses.
@@ -152,7 +152,7 @@ fn a_firewall_in_the_container_sees_port_53_in_both_directions() {
         for id in 0..3 {
             crate::support::client::write(
                 &mut stream,
-                &crate::support::client::question(id, "web", RecordType::A),
+                &crate::support::client::query(id, "web", RecordType::A),
             );
             assert!(crate::support::client::read(&mut stream).is_ok());
         }

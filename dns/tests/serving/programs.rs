@@ -1,6 +1,6 @@
 //! Third-party clients: dig, the resolver of glibc, and queries as sent by musl.
 
-use crate::support::client::question;
+use crate::support::client::query;
 use crate::support::upstream::Upstream;
 use crate::support::{Container, TestBed};
 use hickory_server::proto::op::Message;
@@ -129,7 +129,7 @@ fn both_families_at_once_from_one_socket_are_answered() {
     socket.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
     for (name, v4, v6) in [("web", 1, 0), ("six", 1, 1), ("example.com", 1, 0), ("nosuch", 0, 0)] {
         for (id, kind) in [(1, RecordType::A), (2, RecordType::AAAA)] {
-            socket.send_to(&question(id, name, kind).to_vec().unwrap(), "127.0.0.11:53").unwrap();
+            socket.send_to(&query(id, name, kind).to_vec().unwrap(), "127.0.0.11:53").unwrap();
         }
         let mut counts = BTreeMap::new();
         for _ in 0..2 {

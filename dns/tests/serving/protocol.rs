@@ -1,6 +1,6 @@
 //! Protocol edge cases.
 
-use crate::support::client::{question, read, summary, with_edns, write};
+use crate::support::client::{query, read, summary, with_edns, write};
 use crate::support::{Container, TestBed};
 use hickory_server::proto::op::{Message, MessageType, OpCode, ResponseCode};
 use hickory_server::proto::rr::{DNSClass, RecordType};
@@ -20,7 +20,7 @@ fn scene() -> (TestBed, Container) {
 #[test]
 fn unsupported_messages_get_their_response_code() {
     let (bed, client) = scene();
-    let plain = || question(1, "web", RecordType::A);
+    let plain = || query(1, "web", RecordType::A);
     let code = |message: Message| client.ask_message(&message).metadata.response_code;
     let mut update = plain();
     update.metadata.op_code = OpCode::Update;
@@ -31,7 +31,7 @@ fn unsupported_messages_get_their_response_code() {
     let mut chaos = plain();
     chaos.queries[0].set_query_class(DNSClass::CH);
     assert_eq!(code(chaos), ResponseCode::Refused);
-    assert_eq!(code(question(1, "web", RecordType::AXFR)), ResponseCode::Refused);
+    assert_eq!(code(query(1, "web", RecordType::AXFR)), ResponseCode::Refused);
     let mut two = plain();
     two.queries.push(two.queries[0].clone());
     assert_eq!(code(two), ResponseCode::FormErr);
@@ -59,13 +59,13 @@ fn unsupported_messages_get_their_response_code() {
 #[test]
 fn malformed_messages_get_formerr_and_responses_get_none() {
     let (_bed, client) = scene();
-    let bytes = question(1, "web", RecordType::A).to_vec().unwrap();
+    let bytes = query(1, "web", RecordType::A).to_vec().unwrap();
     let answer = client.send(&bytes[..bytes.len() - 2]).unwrap();
     assert_eq!((answer.len(), answer[3] & 15), (12, 1));
     let mut pointer = bytes.clone();
     pointer[12..14].copy_from_slice(&[0xc0, 12]);
     assert_eq!(client.send(&pointer).unwrap()[3] & 15, 1, "a name that points to itself");
-    let mut answer = question(1, "web", RecordType::A);
+    let mut answer = query(1, "web", RecordType::A);
     answer.metadata.message_type = MessageType::Response;
     let timeout = Duration::from_millis(200);
     for silent in [&answer.to_vec().unwrap()[..], &bytes[..11], b""] {
@@ -85,10 +85,10 @@ fn a_name_can_have_three_hundred_addresses() {
     let cut = client.ask("crowd", RecordType::A);
     assert!(cut.metadata.truncation);
     assert_eq!(cut.answers.len(), (512 - 12 - 11) / 16);
-    let more = client.ask_message(&with_edns(question(1, "crowd", RecordType::A), 4096));
+    let more = client.ask_message(&with_edns(query(1, "crowd", RecordType::A), 4096));
     assert!(more.metadata.truncation && more.answers.len() > 200);
     let mut stream = client.connect();
-    write(&mut stream, &question(2, "crowd", RecordType::A));
+    write(&mut stream, &query(2, "crowd", RecordType::A));
     let whole = read(&mut stream).unwrap();
     assert!(!whole.metadata.truncation);
     assert_eq!(whole.answers.len(), 300);
@@ -108,7 +108,7 @@ fn pipelined_queries_are_answered_out_of_order() {
     let mut all = Vec::new();
     for id in 0..200_u16 {
         let name = if id % 2 == 0 { format!("{id}.example") } else { "web".to_owned() };
-        let bytes = question(id, &name, RecordType::A).to_vec().unwrap();
+        let bytes = query(id, &name, RecordType::A).to_vec().unwrap();
         all.extend((bytes.len() as u16).to_be_bytes());
         all.extend(bytes);
     }
@@ -129,7 +129,7 @@ fn pipelined_queries_are_answered_out_of_order() {
 fn a_half_closed_client_gets_its_responses() {
     let (_bed, client) = scene();
     let mut stream = client.connect();
-    write(&mut stream, &question(1, "web", RecordType::A));
+    write(&mut stream, &query(1, "web", RecordType::A));
     stream.shutdown(std::net::Shutdown::Write).unwrap();
     assert_eq!(summary(&read(&mut stream).unwrap()), "172.30.1.2");
     assert!(read(&mut stream).is_err(), "then the connection is closed");
@@ -140,13 +140,13 @@ fn a_local_response_takes_less_than_a_millisecond() {
     let (_bed, client) = scene();
     let socket = client.namespace.run(|| std::net::UdpSocket::bind("127.0.0.1:0").unwrap());
     socket.connect("127.0.0.11:53").unwrap();
-    let question = question(1, "web", RecordType::A).to_vec().unwrap();
+    let query = query(1, "web", RecordType::A).to_vec().unwrap();
     let mut times = Vec::new();
     let start = Instant::now();
     // 1,000 queries per second for two seconds.
     for number in 1..=2_000_u32 {
         let sent = Instant::now();
-        socket.send(&question).unwrap();
+        socket.send(&query).unwrap();
         let mut buffer = [0; 512];
         socket.recv(&mut buffer).unwrap();
         times.push(sent.elapsed());

@@ -1,6 +1,6 @@
 //! Fairness: latency of one container while another floods the resolver.
 
-use crate::support::client::question;
+use crate::support::client::query;
 use crate::support::upstream::{Mode, Upstream};
 use crate::support::{Container, TestBed};
 use hickory_server::proto::op::ResponseCode;
@@ -58,7 +58,7 @@ impl Drop for Greedy {
 
 fn flood(socket: &UdpSocket, over: &AtomicBool) -> Figures {
     let mut figures = Figures::default();
-    let mut message = question(1, "00000000.greedy.example", RecordType::A).to_vec().unwrap();
+    let mut message = query(1, "00000000.greedy.example", RecordType::A).to_vec().unwrap();
     // Behind the header and the length of the first label.
     let digits = 13..21;
     let start = Instant::now();
@@ -104,7 +104,7 @@ fn look_up(container: &Container, round: &str) -> [Times; 3] {
     socket.connect("127.0.0.11:53").unwrap();
     socket.set_read_timeout(Some(SOON)).unwrap();
     let ask = |id: u16, name: &str| {
-        let message = question(id, name, RecordType::A).to_vec().unwrap();
+        let message = query(id, name, RecordType::A).to_vec().unwrap();
         let start = Instant::now();
         socket.send(&message).unwrap();
         let mut answer = [0; 512];

@@ -1,6 +1,6 @@
 //! Upstream servers: failover, spoofing protection, cache, limits and isolation.
 
-use crate::support::client::{question, summary, with_edns};
+use crate::support::client::{query, summary, with_edns};
 use crate::support::upstream::{Mode, Upstream};
 use crate::support::{Container, SOON, TestBed, at};
 use hickory_server::proto::op::{Message, ResponseCode};
@@ -154,7 +154,7 @@ fn responses_from_other_addresses_are_not_accepted() {
         let end = Instant::now() + SOON;
         while Instant::now() < end {
             if let Some(seen) = first.seen().first() {
-                let mut lie = question(seen.id, &seen.name, RecordType::A);
+                let mut lie = query(seen.id, &seen.name, RecordType::A);
                 lie.metadata.message_type = hickory_server::proto::op::MessageType::Response;
                 lie.metadata.response_code = ResponseCode::NXDomain;
                 forger.send_to(&lie.to_vec().unwrap(), seen.from).unwrap();
@@ -197,9 +197,9 @@ fn each_query_has_its_own_source_port_below_the_limit() {
     let _ = rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, 1 << 20);
     socket.set_read_timeout(Some(SOON)).unwrap();
     for number in 0..COUNT {
-        let question =
-            question(number as u16, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
-        socket.send_to(&question, "127.0.0.11:53").unwrap();
+        let query =
+            query(number as u16, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
+        socket.send_to(&query, "127.0.0.11:53").unwrap();
     }
     for _ in 0..COUNT {
         socket.recv(&mut [0; 512]).unwrap();
@@ -267,9 +267,8 @@ fn concurrent_queries_detect_a_server_without_edns() {
     let socket = client.namespace.run(|| UdpSocket::bind("127.0.0.1:0").unwrap());
     socket.set_read_timeout(Some(SOON)).unwrap();
     for number in 0..50 {
-        let question =
-            question(number, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
-        socket.send_to(&question, "127.0.0.11:53").unwrap();
+        let query = query(number, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
+        socket.send_to(&query, "127.0.0.11:53").unwrap();
     }
     for _ in 0..50 {
         let mut buffer = [0; 512];
@@ -307,8 +306,8 @@ fn equal_queries_are_forwarded_once() {
         .collect();
     for (number, socket) in sockets.iter().enumerate() {
         let name = if number % 2 == 0 { "one.example" } else { "ONE.Example" };
-        let question = question(number as u16, name, RecordType::A).to_vec().unwrap();
-        socket.send_to(&question, "127.0.0.11:53").unwrap();
+        let query = query(number as u16, name, RecordType::A).to_vec().unwrap();
+        socket.send_to(&query, "127.0.0.11:53").unwrap();
     }
     for (number, socket) in sockets.iter().enumerate() {
         socket.set_read_timeout(Some(SOON)).unwrap();
@@ -340,9 +339,9 @@ fn five_thousand_queries_to_a_slow_server_are_all_answered() {
     }
     let start = Instant::now();
     for number in 0..COUNT {
-        let question =
-            question(number as u16, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
-        sockets[number % sockets.len()].send_to(&question, "127.0.0.11:53").unwrap();
+        let query =
+            query(number as u16, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
+        sockets[number % sockets.len()].send_to(&query, "127.0.0.11:53").unwrap();
     }
     let mut answers = [0; 2];
     let mut seen = BTreeSet::new();
@@ -374,9 +373,8 @@ fn queries_beyond_the_limit_are_queued_and_expire_and_local_names_resolve() {
     let socket = client.namespace.run(|| UdpSocket::bind("127.0.0.1:0").unwrap());
     socket.set_read_timeout(Some(SOON)).unwrap();
     for number in 0..15 {
-        let question =
-            question(number, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
-        socket.send_to(&question, "127.0.0.11:53").unwrap();
+        let query = query(number, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
+        socket.send_to(&query, "127.0.0.11:53").unwrap();
     }
     let start = Instant::now();
     assert_eq!(client.resolve("web", RecordType::A), "172.30.1.2");
@@ -465,8 +463,8 @@ fn one_network_cannot_exhaust_outstanding_queries() {
         let socket = flooder.namespace.run(|| UdpSocket::bind("127.0.0.1:0").unwrap());
         for number in 0..100 {
             let name = format!("{number}.greedy.example");
-            let question = question(number, &name, RecordType::A).to_vec().unwrap();
-            socket.send_to(&question, "127.0.0.11:53").unwrap();
+            let query = query(number, &name, RecordType::A).to_vec().unwrap();
+            socket.send_to(&query, "127.0.0.11:53").unwrap();
         }
         // Queries beyond the limit are queued and expire.
         socket.set_read_timeout(Some(SOON)).unwrap();
@@ -493,9 +491,8 @@ fn one_container_cannot_exhaust_waiting_clients() {
     let socket = greedy.namespace.run(|| UdpSocket::bind("127.0.0.1:0").unwrap());
     socket.set_read_timeout(Some(SOON)).unwrap();
     for number in 0..30 {
-        let question =
-            question(number, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
-        socket.send_to(&question, "127.0.0.11:53").unwrap();
+        let query = query(number, &format!("{number}.example"), RecordType::A).to_vec().unwrap();
+        socket.send_to(&query, "127.0.0.11:53").unwrap();
     }
     // For each query beyond the limit, the oldest gets SERVFAIL at once.
     let start = Instant::now();
@@ -529,7 +526,7 @@ fn queries_of_an_internal_network_are_not_forwarded() {
         ("org", RecordType::NS),
         ("8.8.8.8.in-addr.arpa", RecordType::PTR),
     ] {
-        let answer = client.ask_message(&with_edns(question(1, name, kind), 1232));
+        let answer = client.ask_message(&with_edns(query(1, name, kind), 1232));
         assert_eq!(answer.metadata.response_code, ResponseCode::Refused, "{name}");
         assert!(answer.edns.unwrap().option(15.into()).is_some(), "RFC 8914: the reason");
     }
@@ -631,7 +628,7 @@ fn a_response_on_a_bridge_is_dropped_unless_its_server_is_on_a_network() {
         let start = Instant::now();
         while !ends.load(std::sync::atomic::Ordering::Relaxed) && start.elapsed() < 2 * SOON {
             for seen in upstream.seen().iter().filter(|seen| seen.name.starts_with(name)) {
-                let mut lie = question(seen.id, &seen.name_as_sent, RecordType::A);
+                let mut lie = query(seen.id, &seen.name_as_sent, RecordType::A);
                 lie.metadata.message_type = hickory_server::proto::op::MessageType::Response;
                 lie.metadata.response_code = ResponseCode::NXDomain;
                 forger.send_to(&lie.to_vec().unwrap(), seen.from).unwrap();

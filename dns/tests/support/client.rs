@@ -11,7 +11,7 @@ use tidegate_testbed::Namespace;
 pub(crate) const SERVER: &str = "127.0.0.11:53";
 
 /// A query as sent by stub resolvers.
-pub(crate) fn question(id: u16, name: &str, kind: RecordType) -> Message {
+pub(crate) fn query(id: u16, name: &str, kind: RecordType) -> Message {
     let mut message = Message::new(id, MessageType::Query, OpCode::Query);
     message.metadata.recursion_desired = true;
     let mut name = Name::from_ascii(name).unwrap();
@@ -34,7 +34,7 @@ impl Container {
     }
 
     pub(crate) fn ask(&self, name: &str, kind: RecordType) -> Message {
-        self.ask_message(&question(4321, name, kind))
+        self.ask_message(&query(4321, name, kind))
     }
 
     pub(crate) fn ask_message(&self, message: &Message) -> Message {
