@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_in_lower_case_whatever_they_were() {
+    fn names_are_converted_to_lower_case() {
         assert_eq!(name("Web.Example.COM."), name("web.example.com"));
         assert_eq!(name("web").wire(), b"\x03web\0");
         assert_eq!(name("a_b-c").to_string(), "a_b-c");

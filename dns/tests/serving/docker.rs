@@ -151,7 +151,7 @@ fn queries_over_tcp_are_served_and_forwarded_over_udp() {
 }
 
 #[test]
-fn what_is_cut_short_upstream_is_fetched_whole() {
+fn a_truncated_upstream_response_is_fetched_over_tcp() {
     let (_bed, upstream, client) = scene();
     let answer = client.ask("many.example", RecordType::A);
     assert!(answer.metadata.truncation && answer.answers.is_empty(), "300 addresses in 512 bytes");
