@@ -120,8 +120,8 @@ pub(crate) struct Publisher {
 struct State {
     endpoints: BTreeMap<String, Endpoint>,
     ports: BTreeMap<PortId, Port>,
-    /// Ports without series that the NAT engine carries and that are being closed. Their counts are
-    /// not yet added to the sum of closed ports.
+    /// Ports without series that the NAT engine forwards and that are being closed. Their counts
+    /// are not yet added to the sum of closed ports.
     closing: BTreeMap<PortId, Arc<NatPort>>,
     /// The last assigned id.
     last: u32,
@@ -190,13 +190,13 @@ struct Port {
     view: OpenPort,
     /// The sockets of the proxy, including those on gateways.
     published: Vec<PublishedPort>,
-    /// The port in the NAT engine, if that carries it.
+    /// The port in the NAT engine, if that forwards it.
     nat_port: Option<Arc<NatPort>>,
     _descriptors: Vec<Permit>,
 }
 
-/// A port by the part that carries it.
-enum Carrier {
+/// A port by the part that forwards it.
+enum Forwarder {
     Proxy(PublishedPort),
     NatEngine(NatPort),
 }
@@ -234,8 +234,8 @@ impl Publisher {
         }
     }
 
-    /// Carries UDP ports through `nat`, the engine that provides egress, from now on.
-    pub(crate) fn come_in_by(&self, nat: Arc<Nat>) {
+    /// Sets the NAT engine. UDP ports published from now on are forwarded through it.
+    pub(crate) fn use_nat_engine(&self, nat: Arc<Nat>) {
         *self.nat_publish() = Some(NatPublisher::new(nat, Arc::clone(&self.engine)));
     }
 
@@ -390,26 +390,26 @@ impl Publisher {
         let nat_publish = self.nat_publish().clone();
         let by_engine =
             state.endpoints.get(endpoint).map(|endpoint| endpoint.behind_engine.as_slice());
-        let carriers = match (nat_publish, by_engine) {
-            (Some(nat_publish), Some(guests))
-                if protocol == Protocol::Udp && !guests.is_empty() =>
+        let forwarders = match (nat_publish, by_engine) {
+            (Some(nat_publish), Some(addresses))
+                if protocol == Protocol::Udp && !addresses.is_empty() =>
             {
                 let acl = &options.outside.gateway_acl;
-                let carry = |(listener, port)| {
-                    nat_publish.publish(listener, port, guests, acl).map(Carrier::NatEngine)
+                let forward = |(listener, port)| {
+                    nat_publish.publish(listener, port, addresses, acl).map(Forwarder::NatEngine)
                 };
-                listeners.into_iter().map(carry).collect::<io::Result<Vec<_>>>()
+                listeners.into_iter().map(forward).collect::<io::Result<Vec<_>>>()
             }
             _ => publish(listeners, &options.outside)
-                .map(|published| published.into_iter().map(Carrier::Proxy).collect()),
+                .map(|published| published.into_iter().map(Forwarder::Proxy).collect()),
         };
-        let published = carriers
-            .and_then(|carriers| Ok((carriers, publish(at_gateways, &options.at_gateways)?)));
-        let (carriers, at_gateways) = published.map_err(|error| {
+        let published = forwarders
+            .and_then(|forwarders| Ok((forwarders, publish(at_gateways, &options.at_gateways)?)));
+        let (forwarders, at_gateways) = published.map_err(|error| {
             self.close_in_firewall(&openings);
             PublishError::Engine(error)
         })?;
-        let (mut carriers, mut at_gateways) = (carriers.into_iter(), at_gateways.into_iter());
+        let (mut forwarders, mut at_gateways) = (forwarders.into_iter(), at_gateways.into_iter());
         let mut permits = permits.into_iter();
         let mut opened = Vec::with_capacity(labels.len());
         for ((label, container_port), count) in labels.into_iter().zip(counts) {
@@ -417,9 +417,9 @@ impl Publisher {
             let id = PortId(state.last);
             let view = OpenPort { id, endpoint: endpoint.to_owned(), label, container_port };
             opened.push(view.clone());
-            let (mut published, nat_port) = match carriers.next() {
-                Some(Carrier::Proxy(port)) => (vec![port], None),
-                Some(Carrier::NatEngine(port)) => (Vec::new(), Some(Arc::new(port))),
+            let (mut published, nat_port) = match forwarders.next() {
+                Some(Forwarder::Proxy(port)) => (vec![port], None),
+                Some(Forwarder::NatEngine(port)) => (Vec::new(), Some(Arc::new(port))),
                 None => (Vec::new(), None),
             };
             published.extend(at_gateways.by_ref().take(count));
@@ -665,7 +665,7 @@ impl Publisher {
                 upstream_to(&self.host_context, endpoint, namespace, addresses, missing)?;
             ready.insert(missing, upstream);
         };
-        // Neither is this, which removes state from the old namespace.
+        // Not under the lock either: this removes state from the old namespace.
         for (protocol, current) in relocated {
             if let Some(upstream) = ready.remove(&protocol) {
                 current.relocate(upstream, addresses);
@@ -700,7 +700,7 @@ impl Publisher {
 }
 
 impl State {
-    /// The ports that the NAT engine carries, including those that are being closed.
+    /// The ports that the NAT engine forwards, including those that are being closed.
     fn nat_ports(&self) -> impl Iterator<Item = &Arc<NatPort>> {
         self.ports.values().filter_map(|port| port.nat_port.as_ref()).chain(self.closing.values())
     }

@@ -1,4 +1,4 @@
-//! What is told on standard output once a project is up.
+//! Log events and the table on standard output once a project is up.
 
 use super::Running;
 use crate::bind::runs;
@@ -10,11 +10,11 @@ use std::sync::mpsc;
 use std::time::Duration;
 use tidegate_model::PublishLabel;
 
-/// How long the announcement is waited for, so that it comes before what services say.
-const PATIENCE: Duration = Duration::from_millis(500);
+/// Maximum wait until the table is written, so that it precedes the output of services.
+const WRITE_TIMEOUT: Duration = Duration::from_millis(500);
 
 impl Running {
-    /// Tells the log what is there.
+    /// Logs networks, attachments and published ports.
     pub(super) fn log(&self) {
         for network in &self.layout.desired.networks {
             tracing::info!(network = network.name, bridge = network.bridge.name, "network is up");
@@ -32,7 +32,7 @@ impl Running {
         }
     }
 
-    /// The published ports of each endpoint.
+    /// The published ports of each endpoint, each with its container port.
     fn published(&self) -> BTreeMap<String, Vec<(PublishLabel, u16)>> {
         let mut published: BTreeMap<String, Vec<(PublishLabel, u16)>> = BTreeMap::new();
         for port in self.publisher.ports() {
@@ -41,7 +41,10 @@ impl Running {
         published
     }
 
-    /// Tells what is there.
+    /// Prints networks, addresses and published ports of each service on standard output.
+    ///
+    /// # Errors
+    /// Standard output is closed, or its reader does not read.
     pub(super) fn announce(&self) -> anyhow::Result<()> {
         let published = self.published();
         let mut rows = vec![["SERVICE", "NETWORK", "ADDRESS", "PUBLISHED"].map(str::to_owned)];
@@ -58,17 +61,17 @@ impl Running {
             }
         }
         let text = table(&rows) + "Ctrl-C takes all of it down again.\n";
-        // On a thread of its own: where nobody reads, a write waits, and signals and the API are
-        // not to wait with it.
+        // On a separate thread: a write to a full pipe blocks, and must not block signals and the
+        // API.
         let (done, is_done) = mpsc::channel();
         std::thread::Builder::new().name("tidegate-announce".into()).spawn(move || {
             let mut out = std::io::stdout().lock();
-            // Whoever stopped listening does not miss it.
+            // Fails if the caller has timed out.
             let _ = done.send(out.write_all(text.as_bytes()).and_then(|()| out.flush()));
         })?;
-        match is_done.recv_timeout(PATIENCE) {
+        match is_done.recv_timeout(WRITE_TIMEOUT) {
             Ok(written) => Ok(written?),
-            Err(_) => bail!("nobody reads it"),
+            Err(_) => bail!("write timed out"),
         }
     }
 }

@@ -1,21 +1,21 @@
-//! While a project runs: its end is waited for, orders are carried out, and containers that come
-//! back are re-attached.
+//! The main loop of a running project: waits for its end, executes orders of the API, repairs
+//! networks and re-attaches restarted containers.
 //!
-//! An adopted namespace is a container of somebody else's. When that is restarted, the path it was
-//! adopted by leads to another namespace: that is looked for once a second, since nothing announces
-//! it. The old namespace cannot be mistaken for a new one meanwhile, because our handle keeps it,
-//! and with it its number.
+//! An adopted namespace belongs to a container of another runtime. After a restart of the
+//! container, its path refers to a new namespace. The kernel sends no notification of that, so the
+//! path is polled once a second. Our handle keeps the old namespace alive, so its inode number
+//! cannot be reused meanwhile.
 //!
-//! Other software removes objects of ours: a daemon that flushes policy rules when it starts
-//! (systemd-networkd does with those it does not know) or that switches forwarding on everywhere
-//! opens what is closed, and processes of a container can remove its addresses. The kernel
-//! announces changes of links, addresses, routes, rules and nftables, on the host and in each
-//! endpoint's namespace; programs and sysctls, of which it announces nothing, are looked at every
-//! [`SILENT_CHANGES`]. What is missing is restored ([`repair_schedule`](super::repair_schedule)
-//! says when), logged and counted.
+//! Other software removes objects of ours. A daemon that flushes unknown policy rules when it
+//! starts (systemd-networkd), or that enables forwarding on all links, breaks isolation. Processes
+//! of a container can remove its addresses. The kernel notifies of changes to links, addresses,
+//! routes, rules and nftables, on the host and in each endpoint's namespace. It does not notify of
+//! changes to BPF programs and sysctls, which are polled every [`SILENT_POLL_INTERVAL`]. Missing
+//! objects are restored when [`repair_schedule`](super::repair_schedule) says so, logged and
+//! counted.
 //!
-//! A path below `/proc` names a process and not a container. What it leads to once that process has
-//! ended is a stranger's.
+//! A path below `/proc` names a process, not a container. Once that process has ended, its PID can
+//! be reused, and the path can refer to the namespace of an unrelated process.
 
 use super::endpoint_watch::EndpointWatch;
 use super::endpoint_work::{EndpointWork, Progress};
@@ -49,97 +49,98 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout_at};
 
-/// How often adopted namespaces are looked after.
-const LOOK: Duration = Duration::from_secs(1);
+/// Poll interval of the paths of adopted namespaces.
+const ADOPTED_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How often that is looked at which the kernel announces to nobody.
-const SILENT_CHANGES: Duration = Duration::from_millis(500);
+/// Poll interval of objects without change notifications.
+const SILENT_POLL_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Endpoints whose sysctls are read at a time, which takes the kernel some 20 µs for each.
-const ENDPOINTS_AT_A_TIME: usize = 64;
+/// Endpoints whose sysctls are read in one poll. Each takes about 20 µs.
+const ENDPOINTS_PER_POLL: usize = 64;
 
-/// How often rules are looked at where the kernel sends no word of changes.
-const LOOK_AT_RULES: Duration = Duration::from_millis(200);
+/// Poll interval of firewall rules without change notifications.
+const RULES_POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Every how many looks default routes are looked for where the kernel publishes, and DOCKER-USER
-/// is read where the legacy variant of iptables is in use, which takes two runs of a program.
-const LOOK_AT_LEGACY: u32 = 5;
+/// Default routes (where the kernel publishes ports) and DOCKER-USER (where legacy iptables is in
+/// use) are read every this many [`ADOPTED_POLL_INTERVAL`]s. Legacy rules take two runs of
+/// iptables-save.
+const SLOW_POLL_TICKS: u32 = 5;
 
 /// Maximum time that shutdown waits for cleanup in the namespaces of endpoints.
-const PARTING: Duration = Duration::from_secs(2);
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What came of work in the namespace of an endpoint.
+/// Result of work in the namespace of an endpoint.
 #[derive(Debug)]
 pub(super) enum Outcome {
-    /// What published ports and the DNS server have there was checked.
+    /// The objects of published ports and of the DNS server were checked.
     Checked(Checked),
-    /// Its ports, and unless that failed its DNS server, lead to the namespace that the endpoint
-    /// was attached to.
+    /// An attempt to relocate the ports and the DNS server to the endpoint's new namespace.
     Attached {
-        /// Whether its ports do.
+        /// Whether the ports were relocated.
         relocated: Result<(), Problem>,
-        /// The server there; where ports could not be relocated, the one from before.
+        /// The new DNS server, or the previous one if the ports were not relocated.
         serving: anyhow::Result<Option<Serving>>,
     },
-    /// It has a DNS server, or not.
+    /// An attempt to start the DNS server.
     Served(anyhow::Result<Serving>),
-    /// Its DNS server has ended.
+    /// The DNS server was closed.
     Ended,
 }
 
-/// What a check beyond facts has found.
+/// Result of a check of the objects that are not [facts](tidegate_netsetup) of the setup: those of
+/// published ports and of the DNS server.
 #[derive(Debug)]
 pub(super) struct Checked {
-    /// What the check of its facts had found.
+    /// Result of the preceding check of the endpoint's facts.
     facts: Check,
-    /// The server, which was lent for it.
+    /// The DNS server, which was borrowed for the check.
     serving: Option<Serving>,
     restored: Vec<(RepairKind, String)>,
     failed: Option<anyhow::Error>,
 }
 
-/// An endpoint that was attached to a namespace, to which its ports do not lead yet.
+/// An endpoint that is attached to a new namespace and whose ports are being relocated.
 #[derive(Debug)]
 pub(super) struct Attaching {
     path: PathBuf,
     namespace: Namespace,
-    /// Told what comes of it, if somebody has ordered it.
+    /// Receives the result, if an API client requested the attachment.
     done: Option<oneshot::Sender<Result<(), Problem>>>,
 }
 
-/// What tells that rules of the firewall have changed.
-enum Rules {
-    /// There are none.
-    None,
-    /// Word of the kernel's.
-    Word(AsyncFd<ChangeListener>),
-    /// Nothing does.
-    Look,
+/// How changes of firewall rules are noticed.
+enum RuleChanges {
+    /// They are not.
+    Unobserved,
+    /// By notifications of the kernel.
+    Notified(AsyncFd<ChangeListener>),
+    /// By reading the rules every [`RULES_POLL_INTERVAL`].
+    Polled,
 }
 
-impl Rules {
-    /// What others do, if the kernel tells.
-    fn heard_of(host: &Namespace) -> io::Result<Self> {
-        Self::word(host.with(ChangeListener::of_rules)??)
+impl RuleChanges {
+    /// Changes of the rules of other software, by notification.
+    fn of_host(host: &Namespace) -> io::Result<Self> {
+        Self::notified(host.with(ChangeListener::of_rules)??)
     }
 
-    fn word(changes: ChangeListener) -> io::Result<Self> {
-        // SAFETY: its descriptor is its own, and the same for as long as it lives.
-        Ok(Self::Word(unsafe { AsyncFd::register_with_interest(changes, Interest::READABLE) }?))
+    fn notified(changes: ChangeListener) -> io::Result<Self> {
+        // SAFETY: the listener owns its descriptor and returns the same one until it is dropped.
+        Ok(Self::Notified(unsafe { AsyncFd::register_with_interest(changes, Interest::READABLE) }?))
     }
 
     fn of(firewall: &Firewall) -> io::Result<Self> {
-        let Some(changes) = firewall.changes()? else { return Ok(Self::Look) };
-        Self::word(changes)
+        let Some(changes) = firewall.changes()? else { return Ok(Self::Polled) };
+        Self::notified(changes)
     }
 
-    /// Returns when it is time to look.
+    /// Waits until rules have changed or, without notifications, are to be read.
     async fn changed(&self) {
         match self {
-            Self::None => std::future::pending().await,
-            Self::Look => tokio::time::sleep(LOOK_AT_RULES).await,
-            Self::Word(word) => {
-                if let Ok(mut changed) = word.readable().await {
+            Self::Unobserved => std::future::pending().await,
+            Self::Polled => tokio::time::sleep(RULES_POLL_INTERVAL).await,
+            Self::Notified(listener) => {
+                if let Ok(mut changed) = listener.readable().await {
                     changed.get_inner().drain();
                     changed.clear_ready();
                 }
@@ -149,30 +150,31 @@ impl Rules {
 }
 
 impl Instance {
-    /// Waits for the services to end, or a signal. Whether all is well.
-    pub(super) async fn follow(&mut self, signals: &mut Signals) -> bool {
+    /// Runs until all services have ended or a signal arrives. Returns whether every service ended
+    /// successfully, or true after a signal.
+    pub(super) async fn supervise(&mut self, signals: &mut Signals) -> bool {
         let rules = match &self.chosen.firewall {
-            Some(firewall) => Rules::of(firewall).unwrap_or_else(|error| {
-                tracing::warn!(%error, "rules of the firewall that others remove are looked for now and then only");
-                Rules::Look
+            Some(firewall) => RuleChanges::of(firewall).unwrap_or_else(|error| {
+                tracing::warn!(%error, "no notifications of firewall changes; rules are polled");
+                RuleChanges::Polled
             }),
-            // Of those that ports pass by one is told.
-            None => Rules::heard_of(&self.host).unwrap_or(Rules::None),
+            // For reports of DOCKER-USER rules that published ports bypass.
+            None => RuleChanges::of_host(&self.host).unwrap_or(RuleChanges::Unobserved),
         };
         let has_services = !self.up.supervisor.statuses().is_empty();
-        let mut ticks = interval(LOOK);
+        let mut ticks = interval(ADOPTED_POLL_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut silent = interval(SILENT_CHANGES);
+        let mut silent = interval(SILENT_POLL_INTERVAL);
         silent.set_missed_tick_behavior(MissedTickBehavior::Delay);
         // The endpoint whose sysctls were read last.
-        let mut looked_at = String::new();
+        let mut last_polled = String::new();
         let mut rules_changed = false;
         let mut ticked = 0;
-        // The rules of DOCKER-USER that were reported, so that each is reported once.
+        // The reported rules of DOCKER-USER. Each is reported once.
         let mut reported = BTreeSet::new();
         let mut mark_setters = BTreeSet::new();
-        // What is there already is reported too.
-        self.look_at_marks(&mut mark_setters);
+        // Chains that exist at startup are reported too.
+        self.report_mark_setters(&mut mark_setters);
         loop {
             tokio::select! {
                 changed = self.changes.readable(), if !self.schedule.awaits_host() => {
@@ -198,10 +200,10 @@ impl Instance {
                     self.repair().await;
                 },
                 progress = self.work.next() => self.note_progress(progress),
-                _ = silent.tick() => self.look_for_silent_changes(&mut looked_at).await,
+                _ = silent.tick() => self.poll_silent_changes(&mut last_polled).await,
                 ended = self.up.supervisor.wait(), if has_services => return ended.success(),
                 () = signals.next() => return true,
-                Some(order) = self.orders.recv() => self.carry_out(order).await,
+                Some(order) = self.orders.recv() => self.execute(order).await,
                 Ok(()) = self.up.resolvers.changed() => {
                     let resolvers = Arc::clone(&self.up.resolvers.borrow_and_update());
                     if let Some(egress) = &mut self.up.egress {
@@ -209,21 +211,21 @@ impl Instance {
                     }
                 },
                 _ = ticks.tick() => {
-                    // The kernel sends no word of changes of legacy rules, and of routes none is
-                    // heard.
-                    ticked = (ticked + 1) % LOOK_AT_LEGACY;
+                    // The kernel sends no notifications about legacy rules, and `Topic::Routes`
+                    // does not cover the default routes of other software.
+                    ticked = (ticked + 1) % SLOW_POLL_TICKS;
                     if ticked == 0 && self.up.publisher.translates() {
                         self.schedule.host_changed(Instant::now());
                     }
-                    rules_changed |= ticked == 0 && !self.apart && Firewall::legacy_is_in_use(&self.host);
+                    rules_changed |= ticked == 0 && !self.rootless && Firewall::legacy_is_in_use(&self.host);
                     if std::mem::take(&mut rules_changed) {
-                        self.look_at_docker_user(&mut reported).await;
-                        self.look_at_marks(&mut mark_setters);
+                        self.enforce_docker_user(&mut reported).await;
+                        self.report_mark_setters(&mut mark_setters);
                     }
                     if let Some(Err(error)) = self.chosen.firewall.as_ref().map(|firewall| firewall.record_fingerprint()) {
-                        tracing::debug!(%error, "a look at the firewall's rules");
+                        tracing::debug!(%error, "firewall rules cannot be read");
                     }
-                    self.look_after_adopted().await;
+                    self.poll_adopted().await;
                 },
             }
         }
@@ -237,7 +239,7 @@ impl Instance {
         }
     }
 
-    /// Whether the namespace of `endpoint` is in use: a container that has ended is not repaired.
+    /// Whether the namespace of `endpoint` is in use. That of an ended container is not repaired.
     fn is_in_use(&self, endpoint: &str) -> bool {
         if self.up.adopted.get(endpoint).is_some_and(|(_, gone)| gone) {
             return false;
@@ -247,17 +249,17 @@ impl Instance {
         !status.is_some_and(|status| matches!(status.state, State::Ended(_)))
     }
 
-    /// Looks at what the kernel announces to nobody. Of many endpoints, those that follow `last`
-    /// are looked at.
-    async fn look_for_silent_changes(&mut self, last: &mut String) {
+    /// Checks objects without change notifications: those of the host, and of the next
+    /// [`ENDPOINTS_PER_POLL`] endpoints after `last`.
+    async fn poll_silent_changes(&mut self, last: &mut String) {
         let endpoints = &self.up.layout.desired.endpoints;
         let mut names: Vec<String> =
             endpoints.iter().map(|endpoint| endpoint.name.clone()).collect();
-        if names.len() > ENDPOINTS_AT_A_TIME {
+        if names.len() > ENDPOINTS_PER_POLL {
             names.sort_unstable();
             let next = names.partition_point(|name| *name <= *last) % names.len();
             names.rotate_left(next);
-            names.truncate(ENDPOINTS_AT_A_TIME);
+            names.truncate(ENDPOINTS_PER_POLL);
             if let Some(name) = names.last() {
                 last.clone_from(name);
             }
@@ -285,13 +287,13 @@ impl Instance {
         }
     }
 
-    /// Rules have changed: reports chains, each once, that may change the mark of the gates behind
-    /// ours.
-    fn look_at_marks(&self, known: &mut BTreeSet<String>) {
+    /// Reports new chains that run after ours and can change the packet mark of the gates. `known`
+    /// holds the chains that were reported.
+    fn report_mark_setters(&self, known: &mut BTreeSet<String>) {
         let setters = self.chosen.firewall.as_ref().map(|firewall| firewall.mark_setters_behind());
         let setters = match setters.transpose() {
             Ok(setters) => setters.unwrap_or_default().into_iter().collect(),
-            Err(error) => return tracing::debug!(%error, "chains that set packet marks"),
+            Err(error) => return tracing::debug!(%error, "chains that set packet marks unknown"),
         };
         for chain in BTreeSet::difference(&setters, known) {
             tracing::warn!(
@@ -303,12 +305,13 @@ impl Instance {
         *known = setters;
     }
 
-    /// Rules have changed: has DOCKER-USER one that published ports bypass? Then the kernel
-    /// publishes them from here on; what it cannot publish is reported, and goes on.
-    async fn look_at_docker_user(&self, reported: &mut BTreeSet<String>) {
+    /// Enforces the rules of DOCKER-USER that published ports bypass: switches the ports from the
+    /// proxy to the kernel. Ports that the kernel cannot publish stay with the proxy and are
+    /// reported, each once per rule (`reported`).
+    async fn enforce_docker_user(&self, reported: &mut BTreeSet<String>) {
         let kind = self.chosen.firewall.as_ref().map(|firewall| firewall.kind());
         let (host, publisher) = (self.host.clone(), Arc::clone(&self.up.publisher));
-        // Programs are asked, which take their time.
+        // On another thread: reading legacy rules runs programs.
         let enforce = move || -> Result<_, PublishError> {
             let bypassed = BypassedRules::observe(kind, &host).map_err(PublishError::DockerUser)?;
             let (changed, left) = publisher.enforce(&bypassed)?;
@@ -339,18 +342,18 @@ impl Instance {
         }
     }
 
-    /// Restores what is missing at the places that are due.
+    /// Restores missing objects at the places that are due.
     async fn repair(&mut self) {
         let (host, mut endpoints) = self.schedule.take(Instant::now());
         endpoints.retain(|name| self.is_in_use(name));
         if host {
-            // A bridge that is missing has to be known to be before it is made again: its members
-            // would pass for outsiders otherwise.
+            // Before the repair, so that access checks know which bridges are missing. They would
+            // take clients on a new bridge for external ones otherwise.
             self.update_bridge_indexes();
         }
         let mut repaired = self.restore(host, &endpoints).await;
         if !repaired.failed.is_empty() {
-            // A link about to go is still listed for a moment, and nothing can be put on it.
+            // The kernel still lists a link that is being deleted, but rejects changes to it.
             tokio::time::sleep(SETTLE).await;
             let failed: BTreeSet<_> =
                 repaired.failed.iter().map(|(endpoint, _)| endpoint.clone()).collect();
@@ -368,14 +371,14 @@ impl Instance {
             self.update_bridge_indexes();
             if self.schedule.host_checked(found(&repaired, None), now) {
                 tracing::warn!(
-                    "objects on the host are removed again and again; they are restored five times a second at most"
+                    "objects on the host are removed repeatedly; repairs limited to five per second"
                 );
             }
         }
         for endpoint in &endpoints {
             match found(&repaired, Some(endpoint)) {
                 Check::Failed => self.note_check(endpoint, Check::Failed),
-                facts => self.begin_check_beyond_facts(endpoint, facts),
+                facts => self.start_service_check(endpoint, facts),
             }
         }
         for fact in &repaired.restored {
@@ -394,30 +397,30 @@ impl Instance {
         }
     }
 
-    /// Notes what a check of `endpoint` has found.
+    /// Records the result of a check of `endpoint`.
     fn note_check(&mut self, endpoint: &str, found: Check) {
         if self.schedule.endpoint_checked(endpoint, found, Instant::now()) {
             tracing::warn!(
                 endpoint,
-                "objects of the endpoint are removed again and again; they are restored less and less often"
+                "objects of the endpoint are removed repeatedly; repairs back off"
             );
         }
     }
 
-    /// Begins to restore what published ports and the DNS server have in the namespace of
-    /// `endpoint`, where a check of its facts has found `facts`.
-    fn begin_check_beyond_facts(&mut self, endpoint: &str, facts: Check) {
+    /// Starts a check of the objects that published ports and the DNS server have in the namespace
+    /// of `endpoint`. `facts` is the result of the check of its facts.
+    fn start_service_check(&mut self, endpoint: &str, facts: Check) {
         let Some(namespace) = self.up.publisher.namespace(endpoint) else {
             return self.note_check(endpoint, facts);
         };
         let (name, serving) = (endpoint.to_owned(), self.up.names.lend(endpoint));
-        self.begin_work(endpoint, move || {
-            Outcome::Checked(check_beyond_facts(&name, namespace.id(), facts, serving))
+        self.start_work(endpoint, move || {
+            Outcome::Checked(check_services(&name, namespace.id(), facts, serving))
         });
     }
 
-    /// Begins `work` in the namespace of `endpoint`, which is not repaired until that is done.
-    fn begin_work(&mut self, endpoint: &str, work: impl FnOnce() -> Outcome + Send + 'static) {
+    /// Starts `work` in the namespace of `endpoint`, which is not repaired until that is done.
+    fn start_work(&mut self, endpoint: &str, work: impl FnOnce() -> Outcome + Send + 'static) {
         self.schedule.hold(endpoint);
         self.work.start(endpoint, work);
     }
@@ -442,7 +445,7 @@ impl Instance {
         }
     }
 
-    /// Notes what a check of `endpoint` beyond facts has found.
+    /// Records the result of [`Self::start_service_check`].
     fn note_checked(&mut self, endpoint: &str, checked: Checked) {
         let Checked { facts, serving, restored, failed } = checked;
         if let Some(serving) = serving {
@@ -472,13 +475,13 @@ impl Instance {
         self.note_check(endpoint, found);
     }
 
-    /// Notes which index each bridge has now: access lists depend on it, and DNS servers at
-    /// gateways are bound to it.
+    /// Reads the index of each bridge again. ACLs contain these indexes, and the sockets of DNS
+    /// servers at gateways are bound to them.
     fn update_bridge_indexes(&mut self) {
         let indexes = match bridge_indexes(&self.up.layout, &self.host) {
             Ok(indexes) => indexes,
             Err(error) => {
-                tracing::warn!(%error, "bridge indexes unknown; access lists unchanged");
+                tracing::warn!(%error, "bridge indexes unknown; ACLs unchanged");
                 return;
             }
         };
@@ -490,7 +493,7 @@ impl Instance {
         }
     }
 
-    /// Restores what is missing on the host, with `host`, and at `endpoints`.
+    /// Restores missing objects of `endpoints`, and of the host if `host` is set.
     async fn restore(&mut self, host: bool, endpoints: &BTreeSet<String>) -> Repaired {
         let adapted = if host { self.adapt_to_host().await } else { Ok(()) };
         let mut repaired = self.setup.repair(&self.up.layout.desired, host, endpoints).await;
@@ -498,7 +501,7 @@ impl Instance {
         repaired
     }
 
-    /// Adapts networks to links, routes and rules of others that have come and gone.
+    /// Adapts the networks to changed links, routes and rules of other software.
     async fn adapt_to_host(&mut self) -> Result<(), SetupError> {
         let observed = self.setup.surroundings().await?;
         self.up.gateway_networks.set_foreign_networks(foreign_networks(&observed));
@@ -508,7 +511,7 @@ impl Instance {
             desired.rules_ahead = ahead;
             tracing::info!(
                 rules_of_others = observed.first_rule_of_others,
-                "policy rules moved, to precede those of others"
+                "policy rules moved ahead of those of other software"
             );
             self.setup.change(desired).await?;
         }
@@ -528,41 +531,45 @@ impl Instance {
             let bridges = foreign_bridges(&observed, desired);
             let rules_change = firewall.set_uplinks(&uplinks, bridges);
             if rules_change || uplinks != desired.uplinks || reply_paths != desired.reply_paths {
-                // A new link, or the host has begun to forward: not our networks that someone has
-                // changed.
+                // The host has a new uplink or forwards by itself now. An update, not a repair:
+                // our objects are unmodified.
                 (desired.uplinks, desired.reply_paths) = (uplinks, reply_paths);
                 firewall.set_reply_paths(&desired.reply_paths);
                 self.setup.update(desired).await?;
             }
         }
-        if let Some(egress) = self.up.egress.as_mut().filter(|_| !self.apart) {
-            // Networks of others may have come.
-            egress.look_again(&self.up.layout, &observed);
+        if let Some(egress) = self.up.egress.as_mut().filter(|_| !self.rootless) {
+            // Other software may have added container networks, to which the engine denies access.
+            egress.update_policy(&self.up.layout, &observed);
         }
         Ok(())
     }
 
-    async fn carry_out(&mut self, order: Order) {
+    async fn execute(&mut self, order: Order) {
         match order {
             Order::Reattach { endpoint, netns, done } => {
                 match self.namespace_to_attach(&endpoint, &netns) {
                     Ok(namespace) => {
                         self.reattach(&endpoint, netns, namespace, Some(done)).await;
                     }
-                    // Who has gone meanwhile does not hear of it.
+                    // The receiver is gone if the client has disconnected.
                     Err(problem) => drop(done.send(Err(problem))),
                 }
             }
         }
     }
 
-    /// The namespace at `netns`, if `endpoint` may be attached there.
+    /// Opens the namespace at `netns` for attaching `endpoint`.
+    ///
+    /// # Errors
+    /// There is no such endpoint or namespace, the endpoint is not adopted, or it is being attached
+    /// already.
     fn namespace_to_attach(&self, endpoint: &str, netns: &Path) -> Result<Namespace, Problem> {
         if self.up.adopted.get(endpoint).is_none() {
             let known = self.up.layout.desired.endpoints.iter().any(|one| one.name == endpoint);
             return Err(if known {
                 Problem::conflict(&format!(
-                    "endpoint {endpoint:?} is in a namespace that tidegate made; only adopted ones (x-netns) can be attached elsewhere"
+                    "endpoint {endpoint:?} is in a namespace that tidegate created; only adopted ones (x-netns) can be re-attached"
                 ))
             } else {
                 Problem::not_found(&format!("there is no endpoint {endpoint:?}"))
@@ -576,7 +583,7 @@ impl Instance {
         Namespace::from_path(netns).map_err(|error| Problem::bad_request(&error))
     }
 
-    /// Attaches `endpoint` to `namespace`, which is at `path`, and starts to relocate its ports.
+    /// Attaches `endpoint` to `namespace`, which is at `path`, and starts relocating its ports.
     /// `done` receives the result.
     async fn reattach(
         &mut self,
@@ -594,11 +601,11 @@ impl Instance {
         if let Err(problem) = attached {
             return self.note_failed_attachment(endpoint, problem, done);
         }
-        // Before its ports are relocated: if that fails, the next check tries this path again. An
-        // endpoint that was gone stays so until its ports answer.
+        // Before its ports are relocated: if that fails, the next poll retries with this path. An
+        // endpoint that was reported as gone stays so until its ports accept connections.
         let gone = self.up.adopted.get(endpoint).is_some_and(|(_, gone)| gone);
         self.up.adopted.set(endpoint, path.clone(), gone);
-        // What goes on is a check of the namespace that it has left.
+        // Running work is a check of the previous namespace.
         self.work.abandon(endpoint);
         let old = self.up.publisher.namespace(endpoint).map(|namespace| namespace.id());
         let server_ends_first = old == Some(namespace.id());
@@ -607,22 +614,22 @@ impl Instance {
         let (publisher, serving) = (Arc::clone(&self.up.publisher), self.up.names.lend(endpoint));
         let server = self.up.names.new_server(endpoint, &namespace);
         self.attaching.insert(endpoint.to_owned(), Attaching { path, namespace, done });
-        self.begin_work(endpoint, move || {
+        self.start_work(endpoint, move || {
             if let Err(error) = publisher.relocate(&name, &there, &addresses) {
                 return Outcome::Attached { relocated: Err(error.into()), serving: Ok(serving) };
             }
             if server_ends_first {
                 drop(serving);
             } else {
-                // In a namespace that may never answer.
+                // Closing it changes nftables of the old namespace, which can block.
                 drop_in_background(serving);
             }
-            let serving = server.map(NewServer::make).transpose();
+            let serving = server.map(NewServer::start).transpose();
             Outcome::Attached { relocated: Ok(()), serving }
         });
     }
 
-    /// Notes that the ports of `endpoint` lead to the namespace that it was attached to, or not.
+    /// Records the result of relocating the ports and the DNS server of `endpoint`.
     fn note_attached(
         &mut self,
         endpoint: &str,
@@ -663,37 +670,38 @@ impl Instance {
         }
     }
 
-    /// Notes whether all is well with the container of `endpoint`. What is not is logged once, and
-    /// not with every look.
+    /// Records the health of `endpoint`: `None`, or the problem of its container. A problem is
+    /// logged once, not with every poll.
     fn note_health(&mut self, endpoint: String, unhealthy: Option<String>) {
         match unhealthy {
             None => drop(self.unhealthy.remove(&endpoint)),
             Some(reason) if self.unhealthy.get(&endpoint) == Some(&reason) => {}
             Some(reason) => {
-                tracing::warn!(endpoint, "not all is well with its container: {reason}");
+                tracing::warn!(endpoint, "endpoint unhealthy: {reason}");
                 self.unhealthy.insert(endpoint, reason);
             }
         }
     }
 
-    /// Plugs those in again whose containers have come back.
-    async fn look_after_adopted(&mut self) {
+    /// Polls the paths of adopted namespaces. Re-attaches endpoints whose containers were restarted
+    /// and starts missing DNS servers.
+    async fn poll_adopted(&mut self) {
         for (endpoint, path) in self.up.adopted.paths() {
             if self.attaching.contains_key(&endpoint) {
                 continue;
             }
             let Some(known) = self.up.publisher.namespace(&endpoint) else { continue };
-            match look(&path, known.id()) {
+            match replacement(&path, known.id()) {
                 Ok(None) => {
                     self.up.adopted.set(&endpoint, path, false);
                     if self.work.is_busy(&endpoint) {
                         continue;
                     }
-                    // Its server may have found the port taken, or no descriptor.
+                    // The last attempt may have failed: address in use, or no descriptor left.
                     let server = self.up.names.new_server(&endpoint, &known);
                     match server.filter(|_| !self.up.names.serves(&endpoint)) {
                         Some(server) => {
-                            self.begin_work(&endpoint, || Outcome::Served(server.make()));
+                            self.start_work(&endpoint, || Outcome::Served(server.start()));
                         }
                         None => self.note_health(endpoint, None),
                     }
@@ -708,8 +716,9 @@ impl Instance {
     }
 }
 
-/// Restores what published ports and the DNS server have in `namespace`, that of `endpoint`.
-fn check_beyond_facts(
+/// Restores the objects of published ports and of the DNS server in `namespace`, that of
+/// `endpoint`: an nftables table, and policy routes with their sysctls.
+fn check_services(
     endpoint: &str,
     namespace: NamespaceId,
     facts: Check,
@@ -720,7 +729,7 @@ fn check_beyond_facts(
         if let Some(serving) = &mut serving {
             let repaired = serving.repair();
             if repaired.with_context(|| format!("DNS of container {endpoint:?}"))? {
-                let table = "table of nftables that leads to the DNS server";
+                let table = "nftables table that redirects to the DNS server";
                 restored.push((RepairKind::Dns, table.to_owned()));
             }
         }
@@ -740,12 +749,12 @@ fn check_beyond_facts(
 fn warn_of_slow_namespace(endpoint: &str) {
     tracing::warn!(
         endpoint,
-        "network namespace answers slowly; repairs of this endpoint are delayed, those of others are not"
+        "network namespace responds slowly; repairs of this endpoint are delayed"
     );
 }
 
-/// Ends all servers of `names`, each on a thread of its own, once the `work` that has some of them
-/// is done. What takes longer than [`PARTING`] is left behind.
+/// Closes all servers of `names`, each on its own thread. Servers that `work` has borrowed are
+/// closed once it is done. Gives up after [`CLEANUP_TIMEOUT`].
 pub(super) async fn end_servers(mut work: EndpointWork<Outcome>, mut names: NameServers) {
     let end = |work: &mut EndpointWork<Outcome>, endpoint: &str, serving: Serving| {
         work.start(endpoint, || {
@@ -758,7 +767,7 @@ pub(super) async fn end_servers(mut work: EndpointWork<Outcome>, mut names: Name
             end(&mut work, &service, serving);
         }
     }
-    let until = Instant::now() + PARTING;
+    let until = Instant::now() + CLEANUP_TIMEOUT;
     while !work.is_idle() {
         match timeout_at(until, work.next()).await {
             Ok(Progress::Overdue { .. }) => {}
@@ -775,7 +784,7 @@ pub(super) async fn end_servers(mut work: EndpointWork<Outcome>, mut names: Name
             }
             Err(_) => {
                 tracing::warn!(
-                    "network namespaces of containers answer slowly; tables of nftables that lead to DNS are left there"
+                    "network namespaces of containers respond slowly; nftables tables that redirect to DNS were left there"
                 );
                 return;
             }
@@ -783,14 +792,14 @@ pub(super) async fn end_servers(mut work: EndpointWork<Outcome>, mut names: Name
     }
 }
 
-/// Watches `endpoint` in `namespace` from here on.
+/// Watches `namespace` as that of `endpoint`.
 fn watch(watch: &mut EndpointWatch, endpoint: &str, namespace: &Namespace) {
     if let Err(error) = watch.watch(endpoint, namespace) {
-        tracing::warn!(endpoint, %error, "objects removed in the endpoint's namespace are not noticed");
+        tracing::warn!(endpoint, %error, "endpoint's namespace not watched; removed objects are not restored");
     }
 }
 
-/// What a check of a place, the host or an `endpoint`, has found.
+/// The result for `endpoint`, or for the host if it is `None`.
 fn found(repaired: &Repaired, endpoint: Option<&str>) -> Check {
     if repaired.failed.iter().any(|(failed, _)| failed.as_deref() == endpoint) {
         Check::Failed
@@ -801,19 +810,23 @@ fn found(repaired: &Repaired, endpoint: Option<&str>) -> Check {
     }
 }
 
-/// What `path` leads to, unless it still is the namespace `known`.
+/// Opens the namespace that has replaced `known` at `path`. `None` if `known` is still there.
 ///
 /// # Errors
-/// Why it leads to none that the container could have come back in.
-fn look(path: &Path, known: NamespaceId) -> Result<Option<Namespace>, String> {
-    // Without opening it, which is more work for everyone.
-    let there =
-        fs::metadata(path).map(|there| NamespaceId { device: there.dev(), inode: there.ino() });
-    if there.is_ok_and(|there| there == known) {
+/// There is no namespace at `path`, or `path` is below `/proc` and its process has ended or changed
+/// its network namespace.
+fn replacement(path: &Path, known: NamespaceId) -> Result<Option<Namespace>, String> {
+    // stat() is cheaper than opening the namespace.
+    let current =
+        fs::metadata(path).map(|file| NamespaceId { device: file.dev(), inode: file.ino() });
+    if current.is_ok_and(|current| current == known) {
         return Ok(None);
     }
     if path.starts_with("/proc") {
-        return Err(format!("the process of {} is another one now, or none", path.display()));
+        return Err(format!(
+            "the process of {} has ended or changed its network namespace",
+            path.display()
+        ));
     }
     Namespace::from_path(path).map(Some).map_err(|error| error.to_string())
 }
@@ -823,17 +836,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_path_leads_where_it_did_or_elsewhere_or_nowhere() {
+    fn a_replacement_is_found_except_below_proc() {
         let own = Namespace::current().unwrap();
         let other = NamespaceId { device: own.id().device, inode: 1 };
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("box");
-        assert!(look(&path, own.id()).unwrap_err().starts_with("no such namespace "));
+        assert!(replacement(&path, own.id()).unwrap_err().starts_with("no such namespace "));
         std::os::unix::fs::symlink(format!("/proc/{}/ns/net", std::process::id()), &path).unwrap();
-        assert!(look(&path, own.id()).unwrap().is_none());
-        assert_eq!(look(&path, other).unwrap().unwrap().id(), own.id());
+        assert!(replacement(&path, own.id()).unwrap().is_none());
+        assert_eq!(replacement(&path, other).unwrap().unwrap().id(), own.id());
         let of_a_process = format!("/proc/{}/ns/net", std::process::id());
-        assert!(look(Path::new(&of_a_process), own.id()).unwrap().is_none());
-        assert!(look(Path::new(&of_a_process), other).is_err(), "a stranger");
+        assert!(replacement(Path::new(&of_a_process), own.id()).unwrap().is_none());
+        assert!(replacement(Path::new(&of_a_process), other).is_err(), "an unrelated process");
     }
 }

@@ -1,9 +1,8 @@
-//! Egress of a project's networks where no firewall masquerades: the NAT engine, behind a TUN
-//! device.
+//! Egress of a project's networks without a firewall: the NAT engine, behind a TUN device.
 //!
-//! To containers it is the host, at an address of its own ([`registry::ENGINE_ADDRESSES`]): there
-//! it answers DNS with what the host's servers say, and, if that was asked for, what the host has
-//! on its loopback. By the same device come datagrams for published ports
+//! Containers reach the host at an address of the engine ([`registry::ENGINE_ADDRESSES`]). There it
+//! forwards DNS queries to the host's servers and, with `--allow-host-loopback`, connections to the
+//! host's loopback. The device also carries the datagrams of UDP ports that the engine publishes
 //! ([`NatPublisher`](crate::nat_publish::NatPublisher)).
 
 use super::layout::{Layout, fnv};
@@ -22,20 +21,20 @@ use tidegate_netns::{Family, Namespace, interface_index};
 use tidegate_netsetup::{EngineDevice, NatIsolation, Network, Observed};
 use tidegate_reactor::Descriptors;
 
-/// Tables that are tried.
-const ATTEMPTS: u32 = 16;
+/// Maximum number of routing tables to try.
+const MAX_TABLE_ATTEMPTS: u32 = 16;
 
-/// Descriptors that the engine may have at most: one for each flow.
-const MOST_DESCRIPTORS: usize = 16_384;
+/// Maximum number of file descriptors of the engine. Each flow uses one.
+const MAX_DESCRIPTORS: usize = 16_384;
 
-/// How many flows containers may have, as far as can be set.
+/// Configurable flow limits of the NAT engine.
 #[derive(Clone, Copy, Debug)]
 pub struct NatLimits {
-    /// In all.
+    /// All flows. Default: 65536.
     pub flows: u32,
-    /// Of one endpoint.
+    /// Flows of one endpoint. Default: 16384.
     pub endpoint_flows: u32,
-    /// Of one endpoint, those that nobody has answered.
+    /// Unanswered flows of one endpoint. Default: 1024.
     pub unanswered: u32,
 }
 
@@ -45,7 +44,7 @@ impl Default for NatLimits {
     }
 }
 
-/// The device, before there are networks.
+/// The TUN device, before the engine runs.
 #[derive(Debug)]
 pub(super) struct Device {
     project: Arc<str>,
@@ -54,13 +53,13 @@ pub(super) struct Device {
     link: Arc<DeviceLink>,
 }
 
-/// What the link of the device is made by, again if it has gone.
+/// Recreates the link of the device if it is removed.
 #[derive(Debug)]
 pub(super) struct DeviceLink {
     namespace: Namespace,
     options: TunOptions,
     index: u32,
-    /// Set once the engine runs. It ends when its owners let it go.
+    /// Set once the engine runs. Weak, so that it does not keep the engine alive.
     nat: OnceLock<Weak<Nat>>,
 }
 
@@ -70,7 +69,8 @@ impl DeviceLink {
         let index = namespace.with(|| interface_index(&options.name)).flatten();
         let index =
             index.map_err(|source| StartError::Interface { name: options.name.clone(), source })?;
-        // Programs at bridges know the device by its index. Its routes come after it.
+        // BPF programs at bridges refer to the device by its index, so it has to stay the same. A
+        // repair adds the routes after the device.
         let options = TunOptions { index: Some(index), default_routes: Vec::new(), ..options };
         Ok((tun, Self { namespace: namespace.clone(), options, index, nat: OnceLock::new() }))
     }
@@ -82,12 +82,12 @@ impl EngineDevice for DeviceLink {
     }
 
     fn reopen(&self) -> io::Result<()> {
-        // The engine's device may have another name now, and is not closed for one that cannot be
-        // made.
+        // If the name is taken, the new device cannot be created. The engine then keeps its current
+        // one, which may have been renamed.
         if self.namespace.with(|| interface_index(&self.options.name)).flatten().is_ok() {
             return Err(io::Error::new(
                 io::ErrorKind::AlreadyExists,
-                "another interface has its name",
+                format!("interface name {:?} is in use", self.options.name),
             ));
         }
         let nat = self.nat.get().and_then(Weak::upgrade).ok_or(io::ErrorKind::NotConnected)?;
@@ -96,10 +96,10 @@ impl EngineDevice for DeviceLink {
 }
 
 impl Device {
-    /// Makes the device of `project` where its networks will be.
+    /// Creates the device of `project` in the namespace of its networks.
     ///
     /// # Errors
-    /// What is missing.
+    /// There is no `/dev/net/tun`, or the device or its routes cannot be created.
     pub(super) fn open(host_context: &HostContext, project: &Project) -> Result<Self, StartError> {
         if Feature::Tun.is_forced_off() {
             return Err(StartError::Device(io::ErrorKind::NotFound.into()));
@@ -120,9 +120,10 @@ impl Device {
                 ..TunOptions::new(name.clone())
             };
             match DeviceLink::open(host_context.networks(), options) {
-                // Another project has its routes there.
+                // Another project uses this table.
                 Err(StartError::Interface { source, .. })
-                    if source.kind() == io::ErrorKind::AlreadyExists && attempt < ATTEMPTS => {}
+                    if source.kind() == io::ErrorKind::AlreadyExists
+                        && attempt < MAX_TABLE_ATTEMPTS => {}
                 opened => {
                     let (project, (tun, link)) = (project.name.as_str().into(), opened?);
                     return Ok(Self { project, tun, table, link: Arc::new(link) });
@@ -133,22 +134,21 @@ impl Device {
         Err(StartError::Name(name))
     }
 
-    /// How networks are led to it.
+    /// The isolation that routes egress of networks to the device.
     pub(super) fn isolation(&self) -> NatIsolation {
         let device = self.tun.name().to_owned();
         NatIsolation { device, table: self.table, programs: bridge_programs() }
     }
 
-    /// What restores its link.
+    /// The handle that recreates the device.
     pub(super) fn link(&self) -> Arc<DeviceLink> {
         Arc::clone(&self.link)
     }
 
-    /// Starts the engine for the networks of `layout`, on a host that has what was `observed`.
-    /// `floods` hears which endpoints flood.
+    /// Starts the engine for the networks of `layout`. `floods` is notified of flooding endpoints.
     ///
     /// # Errors
-    /// What is missing.
+    /// The host lacks a resource for the engine.
     pub(super) fn start(
         self,
         layout: &Layout,
@@ -163,21 +163,21 @@ impl Device {
         settings.floods = floods;
         let policy = Policy { host_loopback, ..policy(layout, observed) };
         settings.policy.clone_from(&policy);
-        // No container has more than a quarter of all flows, or a few could keep the others from
-        // having any.
+        // At most a quarter of all flows for one endpoint, so that a few endpoints cannot exhaust
+        // the engine.
         let share = (descriptors() / 4).max(1);
         settings.limits.flows = limits.flows as usize;
         settings.limits.flows_per_source = share.min(limits.endpoint_flows as usize);
         settings.limits.unanswered_per_source = limits.unanswered as usize;
         let descriptors = Arc::new(Descriptors::new(descriptors()));
         let nat = Arc::new(Nat::start(settings, self.tun, host_context.ports(), descriptors)?);
-        // Nobody else sets it.
+        // Cannot fail: this is the only call.
         let _ = self.link.nat.set(Arc::downgrade(&nat));
         Ok(Egress { nat, policy })
     }
 }
 
-/// A running engine, and who may go where by it.
+/// A running engine with its access policy.
 pub(super) struct Egress {
     nat: Arc<Nat>,
     policy: Policy,
@@ -189,13 +189,13 @@ impl Egress {
         &self.nat
     }
 
-    /// What containers are to reach as little as before, on a host that has what was `observed`.
-    pub(super) fn look_again(&mut self, layout: &Layout, observed: &Observed) {
+    /// Denies access to the container networks of other software that were `observed`.
+    pub(super) fn update_policy(&mut self, layout: &Layout, observed: &Observed) {
         let Policy { host_loopback, resolvers, .. } = std::mem::take(&mut self.policy);
         self.set(Policy { host_loopback, resolvers, ..policy(layout, observed) });
     }
 
-    /// The host's DNS servers from here on.
+    /// Sets the host's DNS servers.
     pub(super) fn set_resolvers(&mut self, resolvers: &[SocketAddr]) {
         let policy = std::mem::take(&mut self.policy);
         self.set(Policy { resolvers: resolvers.to_vec(), ..policy });
@@ -207,24 +207,25 @@ impl Egress {
     }
 }
 
-/// The addresses of `endpoint` from which its answers go to the engine: those of the network that
-/// its default route leads into.
-pub(super) fn behind_it(layout: &Layout, endpoint: &str) -> Vec<IpAddr> {
+/// The addresses of `endpoint` from which replies reach the engine: those on the network of its
+/// default route.
+pub(super) fn addresses_behind_engine(layout: &Layout, endpoint: &str) -> Vec<IpAddr> {
     let endpoint = layout.desired.endpoints.iter().find(|one| one.name == endpoint);
     let attachments = endpoint.map(|one| one.attachments.as_slice()).unwrap_or_default();
-    let there = attachments.iter().filter(|one| one.default_route);
-    there.flat_map(|one| &one.addresses).map(ipnet::IpNet::addr).collect()
+    let egress = attachments.iter().filter(|one| one.default_route);
+    egress.flat_map(|one| &one.addresses).map(ipnet::IpNet::addr).collect()
 }
 
-/// How many descriptors the engine may have: a quarter of what the process may.
+/// File descriptor budget of the engine: a quarter of RLIMIT_NOFILE, at most [`MAX_DESCRIPTORS`].
 pub(super) fn descriptors() -> usize {
     let limit =
-        getrlimit(Resource::Nofile).current.map_or(MOST_DESCRIPTORS, |limit| limit as usize / 4);
-    limit.min(MOST_DESCRIPTORS)
+        getrlimit(Resource::Nofile).current.map_or(MAX_DESCRIPTORS, |limit| limit as usize / 4);
+    limit.min(MAX_DESCRIPTORS)
 }
 
-/// The engine's connects are the host's own: what networks shall not reach by way of the host has
-/// to be refused here.
+/// The access policy of the engine. Its sockets belong to the host, so no forwarding rule of the
+/// host applies to them. The policy therefore denies access to all container networks, of
+/// tidegate and of other software.
 pub(super) fn policy(layout: &Layout, observed: &Observed) -> Policy {
     let networks = &layout.desired.networks;
     let subnets = |internal: bool| {
@@ -235,24 +236,24 @@ pub(super) fn policy(layout: &Layout, observed: &Observed) -> Policy {
         |link: &str| is_bridge_of_containers(link) || observed.bridges.contains_key(link);
     let of_others = observed.routes.iter().filter(|(_, link)| is_containers(link));
     let with_egress = networks.iter().filter(|network| !network.internal);
-    let own_share = |network: &Network| PolicyNetwork {
+    let policy_network = |network: &Network| PolicyNetwork {
         name: network.name.clone(),
         subnets: network.subnets.iter().map(|one| one.subnet.trunc()).collect(),
     };
     Policy {
         sources: subnets(false).collect(),
-        networks: with_egress.map(own_share).collect(),
+        networks: with_egress.map(policy_network).collect(),
         gateways: registry::ENGINE_ADDRESSES.to_vec(),
         refused: subnets(true).chain(of_others.map(|(net, _)| net.trunc())).collect::<CidrSet>(),
-        // As with a firewall: what the host reaches.
+        // The metadata service of the cloud is reachable, as it is with a firewall.
         metadata: true,
         ..Policy::default()
     }
 }
 
-/// Whether `link` is a bridge that containers are on, somebody else's or ours.
+/// Whether `link` has the name of a container bridge, of tidegate or of other software.
 pub(super) fn is_bridge_of_containers(link: &str) -> bool {
-    // Docker's are `br-` and twelve digits; others call their own uplink `br-lan`.
+    // Docker uses `br-` and 12 hexadecimal digits. `br-lan` is a usual name for an uplink.
     if let Some(id) = link.strip_prefix("br-") {
         return id.len() == 12 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
     }
@@ -267,14 +268,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bridges_of_others_are_known_by_their_names() {
-        for (link, is) in [
-            ("docker0", true),
-            ("br-0123456789ab", true),
-            ("virbr0", true),
-            ("tg-front-1a2b", true),
-        ] {
-            assert_eq!(is_bridge_of_containers(link), is, "{link}");
+    fn container_bridges_are_recognized_by_name() {
+        for link in ["docker0", "br-0123456789ab", "virbr0", "tg-front-1a2b"] {
+            assert!(is_bridge_of_containers(link), "{link}");
         }
         for link in ["eth0", "br0", "wg0", "docker01", "br-lan", "br-ex"] {
             assert!(!is_bridge_of_containers(link), "{link}");

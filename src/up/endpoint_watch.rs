@@ -1,5 +1,5 @@
-//! Word of changes in the namespaces of endpoints: a task for each, that waits at a routing socket
-//! and at one of nftables there.
+//! Change notifications from the namespaces of endpoints. One task per endpoint reads a routing
+//! socket and an nftables socket there.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -11,14 +11,14 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
-/// Descriptors for each endpoint.
+/// File descriptors per endpoint.
 pub(super) const DESCRIPTORS: usize = 2;
 
-/// How long a task rests after a change: processes of an endpoint can make thousands of changes a
+/// Pause of a task after a notification. Processes of an endpoint can cause thousands of them per
 /// second.
-const REST: Duration = Duration::from_millis(50);
+const PAUSE: Duration = Duration::from_millis(50);
 
-/// The endpoints that have changed.
+/// Changed endpoints that were not taken yet.
 #[derive(Debug, Default)]
 struct Changed {
     names: Mutex<BTreeSet<String>>,
@@ -33,25 +33,25 @@ pub(super) struct EndpointWatch {
 }
 
 impl EndpointWatch {
-    /// Watches `endpoint` in `namespace` from here on, and no longer where it was.
+    /// Watches `namespace` as that of `endpoint`. Replaces a previous watch of the endpoint.
     ///
     /// # Errors
-    /// The namespace cannot be entered, or no descriptor is left.
+    /// The namespace cannot be entered, or no file descriptor is left.
     pub(super) fn watch(&mut self, endpoint: &str, namespace: &Namespace) -> io::Result<()> {
         if let Some(task) = self.tasks.remove(endpoint) {
             task.abort();
         }
         let topics = [Topic::Links, Topic::Addresses, Topic::Routes, Topic::Rules, Topic::Settings];
         let links = register(ChangeListener::of(namespace, &topics)?)?;
-        // Without nftables there is no table to lose.
+        // Fails on a kernel without nftables, where there is no table to watch.
         let rules = namespace.with(ChangeListener::of_rules)?.and_then(RuleListener::new).ok();
         let task =
-            tokio::spawn(follow(endpoint.to_owned(), links, rules, Arc::clone(&self.changed)));
+            tokio::spawn(watch(endpoint.to_owned(), links, rules, Arc::clone(&self.changed)));
         self.tasks.insert(endpoint.to_owned(), task.abort_handle());
         Ok(())
     }
 
-    /// Returns when endpoints have changed.
+    /// Waits for changes. Returns the changed endpoints. Cancel safe.
     pub(super) async fn changed(&self) -> BTreeSet<String> {
         loop {
             let names = std::mem::take(
@@ -71,8 +71,8 @@ impl Drop for EndpointWatch {
     }
 }
 
-/// Word of changes of nftables. Closing the socket waits for transactions of the namespace, and is
-/// done elsewhere.
+/// Notifications of nftables changes. Closing the socket waits for running nftables transactions of
+/// the namespace, so it happens in the background.
 struct RuleListener(Option<AsyncFd<ChangeListener>>);
 
 impl RuleListener {
@@ -90,11 +90,11 @@ impl Drop for RuleListener {
 }
 
 fn register(changes: ChangeListener) -> io::Result<AsyncFd<ChangeListener>> {
-    // SAFETY: its descriptor is its own, and the same for as long as it lives.
+    // SAFETY: the listener owns its descriptor and returns the same one until it is dropped.
     Ok(unsafe { AsyncFd::register_with_interest(changes, Interest::READABLE) }?)
 }
 
-async fn follow(
+async fn watch(
     endpoint: String,
     links: AsyncFd<ChangeListener>,
     rules: Option<RuleListener>,
@@ -103,25 +103,25 @@ async fn follow(
     loop {
         let rules_changed = async {
             match &rules {
-                Some(RuleListener(Some(rules))) => heard(rules).await,
+                Some(RuleListener(Some(rules))) => notified(rules).await,
                 _ => std::future::pending().await,
             }
         };
         let has_changed = tokio::select! {
-            changed = heard(&links) => changed,
+            changed = notified(&links) => changed,
             changed = rules_changed => changed,
         };
         if has_changed {
             changed.names.lock().unwrap_or_else(PoisonError::into_inner).insert(endpoint.clone());
             changed.notify.notify_one();
         }
-        // After word of no interest too: a container can send as much of it as it likes.
-        tokio::time::sleep(REST).await;
+        // After irrelevant notifications too, since a container can cause any number of them.
+        tokio::time::sleep(PAUSE).await;
     }
 }
 
-/// Waits for word. Whether it is of interest.
-async fn heard(changes: &AsyncFd<ChangeListener>) -> bool {
+/// Waits for notifications. Returns whether any of them is relevant.
+async fn notified(changes: &AsyncFd<ChangeListener>) -> bool {
     let Ok(mut ready) = changes.readable().await else { return std::future::pending().await };
     let changed = ready.get_inner().drain();
     ready.clear_ready();

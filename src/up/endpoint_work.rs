@@ -1,11 +1,11 @@
-//! Work in the namespaces of endpoints whose duration root in a container decides: a thread for
-//! each endpoint, as long as there is work for it.
+//! Work in the namespaces of endpoints, on one thread per busy endpoint. Root in a container can
+//! make such work slow.
 //!
-//! The kernel carries out one transaction of nftables in a namespace at a time, and each visits all
-//! chains that the namespace has. Policy rules are a list that is walked for every new one. With
-//! 100,000 of either, or with transactions without end, a container makes what we do there take
-//! seconds. That cannot be interrupted, so nobody waits for it but the endpoint itself, and what
-//! takes longer than [`DEADLINE`] is reported.
+//! The kernel runs one nftables transaction per namespace at a time, and each visits all chains of
+//! the namespace. Policy rules are a list that the kernel walks for every new rule. With 100,000
+//! of either, or with continuous transactions, our requests in the namespace take seconds and
+//! cannot be interrupted. Each endpoint therefore delays only itself. Work that takes longer than
+//! [`DEADLINE`] is reported.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,28 +15,19 @@ use tidegate_netns::drop_in_background;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::{Instant, sleep_until};
 
-/// How long work in a namespace may take before it is reported. On an idle machine it is a
-/// millisecond.
+/// Duration of work after which it is reported. It takes about 1 ms on an idle machine.
 pub(super) const DEADLINE: Duration = Duration::from_secs(1);
 
-/// What has become of work.
+/// An event of [`EndpointWork`].
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Progress<T> {
-    /// It is done.
-    Done {
-        /// Of which endpoint.
-        endpoint: String,
-        /// What came of it.
-        outcome: T,
-    },
-    /// It takes longer than [`DEADLINE`], and goes on.
-    Overdue {
-        /// Of which endpoint.
-        endpoint: String,
-    },
+    /// Work of `endpoint` is done.
+    Done { endpoint: String, outcome: T },
+    /// Work of `endpoint` takes longer than [`DEADLINE`] and continues.
+    Overdue { endpoint: String },
 }
 
-/// Runs work of type `T`, for each endpoint one piece at a time.
+/// Runs work with results of type `T`, one item per endpoint at a time.
 pub(super) struct EndpointWork<T> {
     table: WorkTable,
     sender: UnboundedSender<(String, u64, T)>,
@@ -55,57 +46,56 @@ impl<T: Send + 'static> EndpointWork<T> {
         Self { table: WorkTable::default(), sender, receiver }
     }
 
-    /// Whether work of `endpoint` goes on.
     pub(super) fn is_busy(&self, endpoint: &str) -> bool {
         self.table.running.contains_key(endpoint)
     }
 
-    /// Whether work of any endpoint goes on.
+    /// Whether no endpoint is busy.
     pub(super) fn is_idle(&self) -> bool {
         self.table.running.is_empty()
     }
 
-    /// Begins `work` of `endpoint`, which is not busy. It is done here and now if no thread can be
-    /// started.
+    /// Starts `work` of `endpoint`, which must not be busy. Runs it on the calling thread if no
+    /// thread can be created.
     pub(super) fn start(&mut self, endpoint: &str, work: impl FnOnce() -> T + Send + 'static) {
         let number = self.table.begin(endpoint, Instant::now());
         let (sender, name) = (self.sender.clone(), endpoint.to_owned());
         let run = move || {
-            // Who has abandoned it and gone does not hear of it.
+            // Fails if the receiver was dropped, at shutdown.
             let _ = sender.send((name, number, work()));
         };
-        // A closure that no thread could be started for is lost otherwise.
+        // Shared, because a failing `spawn` drops the closure that it was given.
         let run = Arc::new(Mutex::new(Some(run)));
-        let theirs = Arc::clone(&run);
+        let shared = Arc::clone(&run);
         let started = std::thread::Builder::new().name("tidegate-inside".into()).spawn(move || {
-            if let Some(run) = take(&theirs) {
+            if let Some(run) = take(&shared) {
                 run();
             }
         });
         if let Err(error) = started {
-            tracing::debug!(endpoint, %error, "no thread for work in its namespace");
+            tracing::debug!(endpoint, %error, "no thread for work in the endpoint's namespace");
             if let Some(run) = take(&run) {
                 run();
             }
         }
     }
 
-    /// Forgets the work of `endpoint`, which goes on: nobody hears what comes of it.
+    /// Marks `endpoint` as not busy. Its work continues, and its result is discarded.
     pub(super) fn abandon(&mut self, endpoint: &str) {
         self.table.running.remove(endpoint);
     }
 
-    /// Waits until work is done or overdue. May be cancelled.
+    /// Waits until work is done or overdue. Cancel safe.
     pub(super) async fn next(&mut self) -> Progress<T> {
         loop {
             let deadline = self.table.next_deadline();
             tokio::select! {
-                // The channel does not end: there is a sender here.
+                // The channel stays open: `self` holds a sender.
                 Some((endpoint, number, outcome)) = self.receiver.recv() => {
                     if self.table.end(&endpoint, number) {
                         return Progress::Done { endpoint, outcome };
                     }
-                    // It may hold what takes as long to take back.
+                    // Dropping it can take as long as the work did: it may hold a DNS server.
                     drop_in_background(outcome);
                 }
                 () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
@@ -122,11 +112,11 @@ fn take<T>(slot: &Mutex<Option<T>>) -> Option<T> {
     slot.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
-/// Which endpoints are busy since when. Pure.
+/// Busy endpoints with their start times. Pure.
 #[derive(Debug, Default)]
 struct WorkTable {
     running: BTreeMap<String, Running>,
-    /// The last number that was given out.
+    /// The last assigned work number.
     last: u64,
 }
 
@@ -138,7 +128,7 @@ struct Running {
 }
 
 impl WorkTable {
-    /// Notes that work of `endpoint` begins. Returns its number.
+    /// Records the start of work. Returns its number.
     fn begin(&mut self, endpoint: &str, now: Instant) -> u64 {
         self.last += 1;
         let running = Running { number: self.last, since: now, is_reported: false };
@@ -146,19 +136,19 @@ impl WorkTable {
         self.last
     }
 
-    /// Notes that work `number` of `endpoint` has ended. False if it was abandoned.
+    /// Records the end of work `number` of `endpoint`. Returns false if it was abandoned.
     fn end(&mut self, endpoint: &str, number: u64) -> bool {
         let is_it = self.running.get(endpoint).is_some_and(|running| running.number == number);
         is_it && self.running.remove(endpoint).is_some()
     }
 
-    /// When the next work is overdue that was not reported.
+    /// When the next work becomes overdue. Reported work is not considered.
     fn next_deadline(&self) -> Option<Instant> {
         let waiting = self.running.values().filter(|running| !running.is_reported);
         waiting.map(|running| running.since + DEADLINE).min()
     }
 
-    /// An endpoint whose work is overdue at `now`, each once.
+    /// An endpoint whose work is overdue at `now`. Returns each work once.
     fn overdue(&mut self, now: Instant) -> Option<String> {
         let is_overdue =
             |running: &Running| !running.is_reported && running.since + DEADLINE <= now;
@@ -175,7 +165,7 @@ mod tests {
     use std::sync::mpsc::channel;
 
     #[test]
-    fn overdue_work_is_reported_once_and_abandoned_work_never_ends() {
+    fn overdue_work_is_reported_once_and_abandoned_work_is_ignored() {
         let (mut table, start) = (WorkTable::default(), Instant::now());
         let first = table.begin("web", start);
         assert_eq!(table.next_deadline(), Some(start + DEADLINE));
@@ -184,13 +174,13 @@ mod tests {
         assert_eq!(table.overdue(start + 2 * DEADLINE), None);
         assert_eq!(table.next_deadline(), None);
         let second = table.begin("web", start + 2 * DEADLINE);
-        assert!(!table.end("web", first), "another one has taken its place");
+        assert!(!table.end("web", first), "replaced by the second");
         assert!(table.end("web", second));
         assert!(!table.end("web", second));
     }
 
     #[tokio::test]
-    async fn an_endpoint_that_is_slow_delays_no_other() {
+    async fn a_slow_endpoint_does_not_delay_others() {
         let mut work = EndpointWork::new();
         let (go, wait) = channel::<()>();
         work.start("slow", move || {
@@ -209,7 +199,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_comes_of_abandoned_work_is_not_told() {
+    async fn the_outcome_of_abandoned_work_is_discarded() {
         let mut work = EndpointWork::new();
         let (go, wait) = channel::<()>();
         work.start("web", move || {

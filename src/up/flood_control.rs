@@ -1,11 +1,12 @@
-//! Floods end at the bridge port of the endpoint that sends them.
+//! Polices SYN floods at the bridge port of the flooding endpoint.
 //!
-//! The NAT engine refuses flows beyond an endpoint's budget as it reads them, but by then each
-//! packet has crossed the bridge, the host's routing and the TUN device, on the cores that the
-//! other endpoints need too. So while the engine refuses SYNs of an endpoint, the port guard of the
-//! endpoint polices them. In a second as many pass as the endpoint may have unanswered flows, which
-//! is twice what the engine admits then: the engine's budget, not the policer, decides which. The
-//! policer is lifted once it has had little to drop for [`CHECK`].
+//! The NAT engine refuses flows beyond an endpoint's budget when it reads their first packet. By
+//! then the packet has crossed the bridge, the host's routing and the TUN device, on cores that
+//! other endpoints share. While the engine refuses SYNs of an endpoint, the port guard of the
+//! endpoint therefore polices them. The rate per second equals the endpoint's limit of unanswered
+//! flows, which is twice what the engine admits during a flood. The engine's budget, not the
+//! policer, thus selects the admitted flows. The policer is removed once it drops at most
+//! [`CALM_FRAMES`] frames per [`CHECK_INTERVAL`].
 
 use crate::host_context::HostContext;
 use ipnet::IpNet;
@@ -20,16 +21,16 @@ use tidegate_nat::FloodListener;
 use tidegate_netfilter::{Mechanism, PortGuards};
 use tidegate_netsetup::Desired;
 
-/// How often a policer is looked at.
-const CHECK: Duration = Duration::from_secs(1);
+/// Interval between two checks of a policer.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Frames dropped in that time that are no flood any more.
-const FEW: u64 = 64;
+/// Frames dropped per [`CHECK_INTERVAL`] up to which an endpoint does not flood.
+const CALM_FRAMES: u64 = 64;
 
-/// Reports that wait. More of them say the same.
-const REPORTS: usize = 16;
+/// Capacity of the report queue. Reports beyond it are dropped, because the engine repeats them.
+const REPORT_QUEUE: usize = 16;
 
-/// The engine's end: hands reports to the thread that polices, and never waits for it.
+/// Passes the engine's reports to the policing thread without blocking.
 #[derive(Debug)]
 struct Reports(SyncSender<IpAddr>);
 
@@ -43,17 +44,18 @@ impl FloodListener for Reports {
 #[derive(Clone, Debug)]
 struct BridgePort {
     endpoint: String,
+    /// The name of its interface.
     link: String,
     addresses: Vec<IpAddr>,
-    /// The subnets of its network, if it may send from any address.
+    /// The subnets of its network, if it may send from any source address.
     any_of: Vec<IpNet>,
 }
 
-/// Starts the thread that polices with `rate`, if `guards` can. It ends with the engine that has
-/// the listener.
+/// Starts the policing thread. `rate` is in SYNs per second and bridge port. Returns `None` if the
+/// mechanism of `guards` has no policer. The thread ends when the engine drops the listener.
 ///
 /// # Errors
-/// No thread can be started.
+/// The thread cannot be created.
 pub(super) fn start(
     desired: &Desired,
     guards: &Arc<PortGuards>,
@@ -63,14 +65,14 @@ pub(super) fn start(
     if guards.mechanism() == Mechanism::Classic {
         return Ok(None);
     }
-    let (sender, reports) = sync_channel(REPORTS);
+    let (sender, reports) = sync_channel(REPORT_QUEUE);
     let (guards, host) = (Arc::clone(guards), host_context.networks().clone());
     let ports = bridge_ports(desired);
     std::thread::Builder::new().name("tidegate-flood".into()).spawn(move || {
         let entered = if host.is_current() { Ok(()) } else { host.enter() };
         match entered {
             Ok(()) => Policer { guards, rate, ports, policed: BTreeMap::new() }.run(&reports),
-            Err(error) => tracing::warn!(%error, "floods are not policed at bridge ports"),
+            Err(error) => tracing::warn!(%error, "floods not policed at bridge ports"),
         }
     })?;
     Ok(Some(Arc::new(Reports(sender))))
@@ -98,8 +100,8 @@ fn bridge_ports(desired: &Desired) -> Vec<BridgePort> {
     desired.endpoints.iter().flat_map(of_endpoint).collect()
 }
 
-/// The bridge ports by which packets from `source` may come in: that of its endpoint, and those of
-/// endpoints of its network that may send from any address.
+/// The bridge ports that accept packets from `source`: that of its endpoint, and those of endpoints
+/// on its network that may send from any source address.
 fn ports_of(ports: &[BridgePort], source: IpAddr) -> Vec<&BridgePort> {
     let may_send = |port: &&BridgePort| {
         port.addresses.contains(&source) || port.any_of.iter().any(|net| net.contains(&source))
@@ -109,10 +111,10 @@ fn ports_of(ports: &[BridgePort], source: IpAddr) -> Vec<&BridgePort> {
 
 struct Policer {
     guards: Arc<PortGuards>,
-    /// Policed frames that pass in a second.
+    /// SYNs per second that pass at a policed port.
     rate: NonZeroU32,
     ports: Vec<BridgePort>,
-    /// The frames that were dropped at each policed link when it was looked at last.
+    /// Policed links, each with its dropped frames at the last check.
     policed: BTreeMap<String, u64>,
 }
 
@@ -122,7 +124,7 @@ impl Policer {
         loop {
             let report = if self.policed.is_empty() {
                 let report = reports.recv().map_err(|_| RecvTimeoutError::Disconnected);
-                check = Instant::now() + CHECK;
+                check = Instant::now() + CHECK_INTERVAL;
                 report
             } else {
                 reports.recv_timeout(check.saturating_duration_since(Instant::now()))
@@ -133,8 +135,8 @@ impl Policer {
                 Err(RecvTimeoutError::Timeout) => {}
             }
             if check <= Instant::now() {
-                self.lift();
-                check = Instant::now() + CHECK;
+                self.remove_idle();
+                check = Instant::now() + CHECK_INTERVAL;
             }
         }
     }
@@ -151,7 +153,7 @@ impl Policer {
                     self.policed.insert(link.clone(), dropped);
                     tracing::warn!(
                         endpoint,
-                        "endpoint floods; new TCP connections limited at its bridge port"
+                        "endpoint floods; new TCP connections policed at its bridge port"
                     );
                 }
                 Err(error) => tracing::debug!(endpoint, %error, "flood cannot be policed"),
@@ -159,14 +161,14 @@ impl Policer {
         }
     }
 
-    /// Takes the policers off that have had little to drop.
-    fn lift(&mut self) {
+    /// Removes the policers of endpoints that no longer flood.
+    fn remove_idle(&mut self) {
         let dropped = self.guards.dropped();
         let guards = &self.guards;
         self.policed.retain(|link, before| {
             let now = dropped.get(link).map_or(0, |dropped| dropped.policed);
-            let floods = now.saturating_sub(std::mem::replace(before, now)) > FEW;
-            // A link without a guard has no policer.
+            let floods = now.saturating_sub(std::mem::replace(before, now)) > CALM_FRAMES;
+            // Not found: the link has no guard any more, and thus no policer.
             floods
                 || guards
                     .police(link, None)
@@ -189,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_belongs_to_its_endpoint_or_to_those_that_may_invent_it() {
+    fn a_source_maps_to_its_endpoint_and_to_those_that_may_spoof_it() {
         let ports = [
             port("web", "10.1.0.2", &[]),
             port("router", "10.1.0.3", &["10.1.0.0/24"]),
@@ -199,7 +201,7 @@ mod tests {
             let found = ports_of(&ports, source.parse().unwrap());
             found.into_iter().map(|port| port.endpoint.as_str()).collect::<Vec<_>>()
         };
-        assert_eq!(of("10.1.0.2"), ["web", "router"], "a router may have forged it");
+        assert_eq!(of("10.1.0.2"), ["web", "router"], "a router may have spoofed it");
         assert_eq!(of("10.2.0.2"), ["other"]);
         assert_eq!(of("10.1.0.9"), ["router"]);
         assert_eq!(of("10.3.0.1"), [""; 0]);

@@ -1,16 +1,16 @@
-//! The thread that answers: DNS and the API have a runtime of their own.
+//! The thread of DNS and the API, with its own runtime.
 //!
-//! Changes of networks are system calls that block. rtnetlink requests wait for one lock of all
-//! namespaces (`rtnl_mutex`), which root in a container can keep busy: a link that has 100,000
-//! addresses and is set up and down is enough. So they are made on another thread, and no answer
-//! waits for one.
+//! Network changes are blocking system calls. rtnetlink requests wait for a lock that all
+//! namespaces share (`rtnl_mutex`). Root in a container can hold it for long, for example by
+//! setting a link with 100,000 addresses up and down. Network changes therefore run on another
+//! thread, and DNS and the API do not wait for them.
 
 use std::io;
 use std::thread::{self, JoinHandle};
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::oneshot;
 
-/// The runtime of DNS and the API. Dropped, it ends, and all that it runs with it.
+/// The runtime of DNS and the API. Dropping it ends the runtime with all its tasks.
 #[derive(Debug)]
 pub(super) struct FrontEnd {
     runtime: Handle,
@@ -22,13 +22,13 @@ impl FrontEnd {
     /// Starts the thread.
     ///
     /// # Errors
-    /// No thread, or no descriptor, is left.
+    /// The limit of threads or file descriptors is reached.
     pub(super) fn start() -> io::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
         let (stop, stopped) = oneshot::channel::<()>();
         let run = move || {
-            // It ends when the sender is dropped.
+            // Returns when the sender is dropped.
             let _ = runtime.block_on(stopped);
             runtime.shutdown_background();
         };
@@ -36,7 +36,7 @@ impl FrontEnd {
         Ok(Self { runtime: handle, stop: Some(stop), thread: Some(thread) })
     }
 
-    /// What is to answer belongs to this runtime: it is made while this is entered.
+    /// The runtime. Sockets of DNS and the API must be created while it is entered.
     pub(super) fn runtime(&self) -> &Handle {
         &self.runtime
     }

@@ -1,5 +1,5 @@
-//! From a Compose file to networks with names, addresses and interfaces: pure, but for what is
-//! passed in.
+//! Assigns names, subnets, addresses and interfaces to the networks and services of a Compose file.
+//! Pure: the state of the host, time and randomness are arguments.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
@@ -16,18 +16,18 @@ use tidegate_netsetup::{
 };
 use tidegate_proxy::{Bridge, ForeignNetwork, GatewayNetwork};
 
-/// What a network's packets hold where the host has no egress to take the figure from.
+/// MTU of a network in bytes, if the host has no default route to take it from.
 const MTU: u32 = 1500;
 
-/// A project on this host.
+/// The networks and endpoints of a project on this host.
 #[derive(Debug)]
 pub(super) struct Layout {
     pub(super) desired: Desired,
-    /// The addresses of each service, in the order of its networks, IPv4 first.
+    /// The addresses of each service, in the order of its networks. IPv4 precedes IPv6 on each.
     pub(super) addresses: BTreeMap<String, Vec<IpAddr>>,
 }
 
-/// Why a project finds no place.
+/// A project cannot be laid out.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum LayoutError {
     #[error("network {network:?}: {source}")]
@@ -36,19 +36,19 @@ pub(super) enum LayoutError {
     NoAddress { service: String, network: String, source: IpamError },
 }
 
-/// What a layout is made with.
+/// Inputs of [`layout()`] from outside the project.
 pub(super) struct Surroundings<'a> {
-    /// What the host has.
+    /// Routes, bridges and MTU of the host.
     pub(super) observed: &'a Observed,
-    /// Distinguishes this host from others, for IPv6 prefixes.
+    /// Identifies this host: the global ID of its unique local IPv6 prefix (RFC 4193, section 3.2).
     pub(super) host_id: [u8; 5],
-    /// For hardware addresses and the names of veth ends.
+    /// Random bytes for MAC addresses and veth names.
     pub(super) random: &'a mut dyn FnMut() -> [u8; 6],
-    /// The time, for the quarantine of addresses.
+    /// Current time, for the quarantine of addresses.
     pub(super) now: Instant,
 }
 
-/// The networks of tidegate on this host, of all projects, as access to ports depends on them.
+/// The networks of all projects on this host, by bridge index, for the ACLs of published ports.
 pub(super) fn foreign_networks(observed: &Observed) -> BTreeMap<u32, ForeignNetwork> {
     let network = |bridge: &ObservedBridge| ForeignNetwork {
         internal: bridge.internal,
@@ -57,10 +57,10 @@ pub(super) fn foreign_networks(observed: &Observed) -> BTreeMap<u32, ForeignNetw
     observed.bridges.values().map(|bridge| (bridge.index, network(bridge))).collect()
 }
 
-/// Gives every network its subnets and bridge, and every service its interfaces and addresses.
+/// Assigns subnets and a bridge to every network, and interfaces and addresses to every service.
 ///
 /// # Errors
-/// [`LayoutError`]: subnets or addresses have run out, or a fixed one is taken.
+/// [`LayoutError`]: no subnet or address is free, or a fixed address is in use.
 pub(super) fn layout(
     project: &Project,
     with: &mut Surroundings<'_>,
@@ -68,8 +68,8 @@ pub(super) fn layout(
     let (networks, mut pools) = networks(project, with)?;
     let mut desired = Desired { networks, ..Desired::default() };
     let mut addresses = BTreeMap::new();
-    // Fixed addresses first, whatever the order of the file: nobody shall be given one that another
-    // has asked for.
+    // Fixed addresses first, regardless of the order in the file, so that none of them is assigned
+    // to another service dynamically.
     for service in &project.services {
         for attachment in &service.networks {
             let failed = |source| no_address(&service.name, &attachment.network, source);
@@ -121,8 +121,8 @@ pub(super) fn layout(
 }
 
 impl Layout {
-    /// The networks, as access to our ports depends on them. `indexes` has the index of each
-    /// bridge, by the name of its network.
+    /// The networks of this project for the ACLs of published ports. `indexes` holds the index of
+    /// each bridge by network name.
     pub(super) fn gateway_networks(&self, indexes: &BTreeMap<String, u32>) -> Vec<GatewayNetwork> {
         let of = |network: &Network| GatewayNetwork {
             name: network.name.clone(),
@@ -193,8 +193,9 @@ fn networks(
     Ok((networks, addresses))
 }
 
-/// Whether `route` is a part of a default route: VPNs set up halves (0.0.0.0/1, 128.0.0.0/1),
-/// quarters or eighths of all addresses, which precede a default route without replacing it.
+/// Whether `route` is a default route or a part of one. VPNs add routes for halves (0.0.0.0/1,
+/// 128.0.0.0/1), quarters or eighths of the address space. These take precedence over a default
+/// route without replacing it.
 fn is_default(route: &IpNet) -> bool {
     route.prefix_len() <= 3
 }
@@ -216,8 +217,8 @@ fn no_address(service: &str, network: &str, source: IpamError) -> LayoutError {
     LayoutError::NoAddress { service: service.to_owned(), network: network.to_owned(), source }
 }
 
-/// `tg-`, what fits of the network's name, and what tells projects apart: the same every time, for
-/// those who capture packets.
+/// The bridge name: `tg-`, up to seven characters of the network's name, and four hexadecimal
+/// digits of a hash of project and network. It stays the same across restarts, for packet captures.
 fn bridge_name(project: &str, network: &str) -> String {
     let readable = network.chars().filter(char::is_ascii_alphanumeric).take(7);
     let id = fnv(format!("{project}/{network}").as_bytes()) as u16;
@@ -228,7 +229,7 @@ fn bridge_name(project: &str, network: &str) -> String {
     )
 }
 
-/// `tgv` and what nobody else has.
+/// `tgv` and twelve random hexadecimal digits: 15 bytes, the maximum (IFNAMSIZ - 1).
 fn veth_name(random: [u8; 6]) -> String {
     let mut name = format!("{}v", registry::INTERFACE_PREFIX);
     for byte in random {
@@ -237,7 +238,7 @@ fn veth_name(random: [u8; 6]) -> String {
     name
 }
 
-/// A hash whose lower half is as good as all of it, for those who take less.
+/// FNV-1a, with the upper half folded into the lower one for callers that truncate the hash.
 pub(super) fn fnv(bytes: &[u8]) -> u64 {
     let hash = registry::fnv1a(bytes);
     hash ^ (hash >> 32)
@@ -289,7 +290,7 @@ services:
     }
 
     #[test]
-    fn networks_and_services_get_what_the_file_leaves_open() {
+    fn subnets_bridges_and_addresses_are_assigned_where_the_file_has_none() {
         let observed = Observed {
             routes: vec![("172.28.0.0/24".parse().unwrap(), "eth0".into())],
             default_mtu: Some(1400),
@@ -302,39 +303,39 @@ services:
             back.subnets.iter().map(|one| one.subnet.to_string()).collect::<Vec<_>>(),
             ["10.77.0.0/24", "fd01:203:405::/64"]
         );
-        assert_eq!(front.subnets[0].subnet.to_string(), "172.28.1.0/24", "the first that is free");
+        assert_eq!(front.subnets[0].subnet.to_string(), "172.28.1.0/24", "the first free one");
         assert_eq!((front.mtu, back.internal, front.internal), (1400, true, false));
         assert_eq!(front.bridge.name.len(), "tg-front-0000".len());
         let web = &laid_out.desired.endpoints[0].attachments;
         assert_eq!(
             web.iter().map(|one| one.default_route).collect::<Vec<_>>(),
             [false, true],
-            "not by the internal one"
+            "not on the internal network"
         );
         assert_eq!(
             laid_out.addresses["web"],
             ["10.77.0.3", "fd01:203:405::2", "172.28.1.2"].map(|ip| ip.parse::<IpAddr>().unwrap()),
-            "10.77.0.2 is spoken for"
+            "10.77.0.2 is a fixed address of db"
         );
         assert_eq!(
             super::super::names::hosts(&laid_out, "db", "data"),
             "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n\
              10.77.0.2\tdata db\nfd01:203:405::3\tdata db\n",
-            "others have names of their own"
+            "names of other services are not in /etc/hosts"
         );
     }
 
     #[test]
-    fn members_of_an_internal_network_are_answered_by_its_own_endpoints_alone() {
+    fn clients_on_an_internal_network_reach_only_its_own_endpoints() {
         let text = "
-networks: { open: {}, shut: { internal: true } }
+networks: { external: {}, internal: { internal: true } }
 services:
-  inside: { command: x, networks: [ shut ] }
-  outside: { command: x, networks: [ open ] }
+  inside: { command: x, networks: [ internal ] }
+  outside: { command: x, networks: [ external ] }
 ";
         let layout = lay_out(text, &Observed::default()).1.unwrap();
-        let [open, shut] = &layout.desired.networks[..] else { panic!("two networks") };
-        let indexes = BTreeMap::from([(open.name.clone(), 7), (shut.name.clone(), 8)]);
+        let [external, internal] = &layout.desired.networks[..] else { panic!("two networks") };
+        let indexes = BTreeMap::from([(external.name.clone(), 7), (internal.name.clone(), 8)]);
         let networks = Arc::new(GatewayNetworks::new(layout.gateway_networks(&indexes)));
         let denies = |endpoint: &str, network: &Network, client: IpAddr| {
             GatewayAcl::new(Arc::clone(&networks), layout.networks_of(endpoint)).denies(&Ingress {
@@ -345,20 +346,20 @@ services:
                 handshake: false,
             })
         };
-        for (endpoint, from, answered) in [
-            ("inside", shut, true),
-            ("outside", shut, false),
-            ("outside", open, true),
-            ("inside", open, true),
+        for (endpoint, from, allowed) in [
+            ("inside", internal, true),
+            ("outside", internal, false),
+            ("outside", external, true),
+            ("inside", external, true),
         ] {
             let client = from.subnets[0].subnet.hosts().nth(5).unwrap();
-            assert_eq!(!denies(endpoint, from, client), answered, "{endpoint} from {}", from.name);
+            assert_eq!(!denies(endpoint, from, client), allowed, "{endpoint} from {}", from.name);
         }
-        assert!(!denies("outside", shut, shut.subnets[0].gateway), "the host itself");
+        assert!(!denies("outside", internal, internal.subnets[0].gateway), "the host itself");
     }
 
     #[test]
-    fn names_fit_the_kernel_and_differ_between_projects() {
+    fn interface_names_have_15_bytes_at_most_and_differ_between_projects() {
         for network in ["a", "default", "a-very-long-name-of-a-network"] {
             assert!(bridge_name("demo", network).len() <= 15);
             assert_ne!(bridge_name("demo", network), bridge_name("other", network));
@@ -367,7 +368,7 @@ services:
     }
 
     #[test]
-    fn a_full_subnet_is_told_with_the_service_that_finds_no_room() {
+    fn the_error_of_a_full_subnet_names_the_service() {
         let text = "
 networks: { tiny: { ipam: { config: [ { subnet: 10.77.0.0/30 } ] } } }
 services:

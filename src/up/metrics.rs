@@ -1,5 +1,5 @@
-//! `tidegate_network_*`: rendered at each scrape from what there is then, so that a family's series
-//! go with their object.
+//! Metric families `tidegate_network_*`. They are rendered from the current state at each scrape,
+//! so the series of an object end with the object.
 
 use crate::publisher::Publisher;
 use crate::services::Observer;
@@ -12,58 +12,51 @@ use tidegate_netfilter::{Dropped, Mechanism, PortGuards, SpoofReason};
 use tidegate_netns::Namespace;
 use tidegate_netsetup::{Change, Desired, Firewall, Network, RepairKind, capacity};
 
-/// A family: its name, its type, and what it tells.
+/// A metric family: name, type and help text.
 type Family = (&'static str, &'static str, &'static str);
 
 const INFO: Family = (
     "tidegate_network_info",
     "gauge",
-    "Always 1 for a network that is there; its labels name its bridge.",
+    "Always 1. The label bridge names the interface of the network on the host.",
 );
 const ENDPOINTS: Family = ("tidegate_network_endpoints", "gauge", "Endpoints on a network.");
 const USED: Family = (
     "tidegate_network_addresses_used",
     "gauge",
-    "Addresses of a network that are taken, the gateway's included.",
+    "Addresses of a network in use, including the gateway.",
 );
-const FREE: Family = (
-    "tidegate_network_addresses_free",
-    "gauge",
-    "Addresses of a network that are left to give out.",
-);
+const FREE: Family = ("tidegate_network_addresses_free", "gauge", "Free addresses of a network.");
 const ATTACHED: Family =
-    ("tidegate_network_endpoint_info", "gauge", "Always 1 for an endpoint on a network.");
-const PORTS: Family = (
-    "tidegate_network_endpoint_ports",
-    "gauge",
-    "Ports published for an endpoint, one for each socket.",
-);
+    ("tidegate_network_endpoint_info", "gauge", "Always 1: the endpoint is on the network.");
+const PORTS: Family =
+    ("tidegate_network_endpoint_ports", "gauge", "Published ports of an endpoint, one per socket.");
 const RELOCATIONS: Family = (
     "tidegate_network_endpoint_relocations_total",
     "counter",
-    "Times that an endpoint was attached to another namespace because its container had come back.",
+    "Times that an endpoint was re-attached because its container returned in another namespace.",
 );
 
 const RESTARTS: Family = (
     "tidegate_network_endpoint_restarts_total",
     "counter",
-    "Times that the command of an endpoint's service was started again.",
+    "Restarts of the command of an endpoint's service.",
 );
 const UPDATES: Family = (
     "tidegate_network_ruleset_update_seconds",
     "histogram",
-    "Time that the firewall took to change our rules: all of them, or those of ports that come and go.",
+    "Duration of firewall updates: all rules, or those of ports that are published or closed.",
 );
 const UPDATES_FAILED: Family = (
     "tidegate_network_ruleset_update_failures_total",
     "counter",
-    "Changes of our rules that the firewall has refused.",
+    "Updates that the firewall rejected.",
 );
 
 const SPOOFED: Family = (
     "tidegate_network_spoofed_frames_total",
     "counter",
-    "Frames of an endpoint that its port guard dropped: their source was not the endpoint's.",
+    "Frames of an endpoint that its port guard dropped because of a spoofed source.",
 );
 
 const POLICED: Family = (
@@ -83,7 +76,7 @@ impl Repairs {
     pub(super) fn new() -> Self {
         const FAILED: &str = "tidegate_network_repair_failures_total";
         describe_counter!(registry::REPAIRS_METRIC, registry::REPAIRS_HELP);
-        describe_counter!(FAILED, "Times that objects could not be restored; that is tried again.");
+        describe_counter!(FAILED, "Failed attempts to restore objects. They are retried.");
         let restored =
             RepairKind::ALL.map(|kind| counter!(registry::REPAIRS_METRIC, "kind" => kind.as_str()));
         Self { restored, failed: counter!(FAILED) }
@@ -98,8 +91,8 @@ impl Repairs {
     }
 }
 
-/// Writes the families of `firewall` in the text format of Prometheus (exposition format 0.0.4).
-/// Without one they have no series.
+/// Appends the families of `firewall` to `page`, in the Prometheus text format (exposition format
+/// 0.0.4). Without a firewall they have no series.
 pub(super) fn ruleset_families(firewall: Option<&Firewall>, page: &mut String) {
     // Writing to a String does not fail.
     let _ = render_updates(firewall, page);
@@ -130,8 +123,8 @@ fn render_updates(firewall: Option<&Firewall>, page: &mut String) -> fmt::Result
     Ok(())
 }
 
-/// Writes the families of the networks and endpoints of `desired` in the text format of Prometheus
-/// (exposition format 0.0.4).
+/// Appends the families of the networks and endpoints of `desired` to `page`, in the Prometheus
+/// text format (exposition format 0.0.4).
 pub(super) fn families(
     desired: &Desired,
     publisher: &Publisher,
@@ -149,8 +142,8 @@ pub(super) fn families(
     let _ = render(desired, &ports, &publisher.relocations(), &restarts, page);
 }
 
-/// Writes what `guards`, at the ports of bridges in `host`, have dropped of the endpoints of
-/// `desired`. Classic BPF counts nothing by reason, and has no series.
+/// Appends the counters of frames that `guards`, at bridge ports in `host`, dropped from endpoints
+/// of `desired`. Classic BPF does not count by reason and has no series.
 pub(super) fn spoofed_families(
     desired: &Desired,
     guards: &PortGuards,
@@ -224,11 +217,11 @@ fn render(
     for family in [USED, FREE] {
         head(family, page)?;
         for network in &desired.networks {
-            for (word, used, free) in addresses(desired, network) {
+            for (address_family, used, free) in addresses(desired, network) {
                 let value = if family == USED { used } else { free };
                 writeln!(
                     page,
-                    "{}{{network=\"{}\",family=\"{word}\"}} {value}",
+                    "{}{{network=\"{}\",family=\"{address_family}\"}} {value}",
                     family.0, network.name
                 )?;
             }
@@ -255,7 +248,7 @@ fn head((name, kind, help): Family, page: &mut String) -> fmt::Result {
     writeln!(page, "# HELP {name} {help}\n# TYPE {name} {kind}")
 }
 
-/// How many addresses of each family are taken and how many are not.
+/// Label, used addresses and free addresses of each subnet of `network`.
 fn addresses(desired: &Desired, network: &Network) -> Vec<(&'static str, u128, u128)> {
     let count = |subnet: IpNet| {
         let attachments = desired.endpoints.iter().flat_map(|endpoint| &endpoint.attachments);
@@ -263,8 +256,8 @@ fn addresses(desired: &Desired, network: &Network) -> Vec<(&'static str, u128, u
         let given =
             here.flat_map(|one| &one.addresses).filter(|one| subnet.contains(&one.addr())).count();
         let used = given as u128 + 1;
-        let word = if subnet.addr().is_ipv4() { "ipv4" } else { "ipv6" };
-        (word, used, capacity(subnet).saturating_sub(used))
+        let family = if subnet.addr().is_ipv4() { "ipv4" } else { "ipv6" };
+        (family, used, capacity(subnet).saturating_sub(used))
     };
     network.subnets.iter().map(|one| count(one.subnet)).collect()
 }
@@ -275,7 +268,7 @@ mod tests {
     use tidegate_netsetup::{Attachment, Endpoint, Interface, Mac, Subnet};
 
     #[test]
-    fn networks_and_endpoints_are_told_as_they_are() {
+    fn families_list_networks_endpoints_and_address_usage() {
         let interface = |name: &str| Interface { name: name.into(), mac: Mac([2, 0, 0, 0, 0, 1]) };
         let subnet = |subnet: &str, gateway: &str| Subnet {
             subnet: subnet.parse().unwrap(),

@@ -1,14 +1,15 @@
-//! `tidegate up`: the networks and services of a Compose file, for as long as it runs.
+//! `tidegate up`: runs the networks and services of a Compose file until they end.
 //!
 //! ```text
-//! read the file ─► clear what a killed instance left ─► lay out ─► take ports ─► networks ─► publish ─► services
-//!                                                                                                        │ all ended,
-//! remove networks ◄─ close ports, cut connections ◄─ stop services ◄────────────────────────────────────┘ or a signal
+//! parse file ─► roll back a killed instance ─► layout ─► bind ports ─► networks ─► publish ─► services
+//!                                                                                               │ all ended,
+//! remove networks ◄─ close ports, cut connections ◄─ stop services ◄───────────────────────────┘ or a signal
 //! ```
 //!
-//! Ports are taken before anything is changed, because that is what fails most, and answered at
-//! when the rules are in force. Networks are closed before they are up (see [`tidegate_netsetup`]),
-//! so there is no moment at which more can be reached than what is published.
+//! Published ports are bound before any change to the host, because binding is the step that fails
+//! most often. They accept traffic once the rules are in force. Networks are isolated before their
+//! links are set up (see [`tidegate_netsetup`]), so nothing but published ports is reachable at any
+//! time.
 
 mod announce;
 mod control;
@@ -65,111 +66,111 @@ use tokio::io::{Interest, unix::AsyncFd};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
-/// How long running connections may go on once all services have ended: none is answered any more.
+/// Time that open connections have to finish after all services have ended. Their peers in the
+/// containers are gone, so they only flush data.
 const DRAIN: Duration = Duration::from_millis(100);
 
-/// Descriptors that a service keeps: its namespace, and its init's socket, process and two streams.
+/// File descriptors for each service: its namespace, and the socket, pidfd, stdout and stderr of
+/// its init process.
 const SERVICE_DESCRIPTORS: usize = 5;
 
-/// Orders that may wait; whoever gives one more waits.
-const ORDERS: usize = 8;
+/// Capacity of the queue of API orders. The API waits while it is full.
+const ORDER_QUEUE: usize = 8;
 
-/// What is asked for.
+/// Arguments of `tidegate up`.
 #[derive(Debug)]
 pub struct Up {
-    /// The Compose file.
+    /// Path of the Compose file.
     pub file: PathBuf,
-    /// Instead of the file's or its directory's name.
+    /// Project name. Default: `name` in the file, or the name of its directory.
     pub project: Option<String>,
-    /// What closes networks.
+    /// The isolation of networks: a firewall, or none.
     pub firewall: FirewallChoice,
-    /// What carries published ports; none for what suits.
+    /// What forwards published ports: the proxy or the kernel. `None` selects one of them.
     pub publish: Option<PublishBy>,
-    /// Where metrics are served.
+    /// Listen address of the metrics endpoint. `None` disables it.
     pub metrics: Option<MetricsAddress>,
-    /// Published ports that have series of their own in metrics.
+    /// Maximum number of published ports with their own metric series.
     pub ports_with_series: usize,
-    /// How long services may take to end.
+    /// Time between SIGTERM and SIGKILL when services are stopped.
     pub grace: Duration,
-    /// How long what is told of names may be kept.
+    /// TTL of DNS answers for names of the project.
     pub dns_ttl: Duration,
-    /// Questions of one endpoint that are forwarded to other servers in a second.
+    /// DNS queries per second of one endpoint that are forwarded to upstream servers.
     pub dns_forward_rate: u32,
     /// Limits of published ports.
     pub limits: ProxyLimits,
     /// Limits of the NAT engine.
     pub nat_limits: NatLimits,
-    /// Containers may reach what the host has on its loopback, at an address that stands for it.
+    /// Whether containers can reach the host's loopback, at an address of the NAT engine.
     pub allow_host_loopback: bool,
 }
 
-/// What is made for the project, to be taken back in the end.
+/// A project that is up, with everything that is rolled back at its end.
 struct Instance {
     setup: Setup,
     chosen: Chosen,
-    /// Where the networks are.
+    /// The namespace of the bridges.
     host: Namespace,
-    /// That is not the host itself.
-    apart: bool,
+    /// Whether `host` differs from the host's own namespace.
+    rootless: bool,
     up: Running,
-    /// Its name.
+    /// The project's name.
     project: String,
     server: Server,
     orders: mpsc::Receiver<Order>,
-    /// Of what could have opened the networks.
+    /// Changes on the host that can affect the isolation of the networks.
     changes: AsyncFd<ChangeListener>,
-    /// Of what was removed in the namespaces of endpoints.
+    /// Changes in the namespaces of endpoints.
     watch: EndpointWatch,
-    /// When what is checked.
+    /// When the host and each endpoint are checked next.
     schedule: RepairSchedule,
-    /// What goes on in the namespaces of endpoints.
+    /// Running work in the namespaces of endpoints.
     work: EndpointWork<Outcome>,
-    /// Those for which that leads to another namespace.
+    /// Endpoints that `work` attaches to another namespace.
     attaching: BTreeMap<String, Attaching>,
-    /// What the log has told last of endpoints whose containers something is wrong with.
+    /// The last logged problem of each unhealthy endpoint.
     unhealthy: BTreeMap<String, String>,
-    /// What was restored.
+    /// Counters of restored objects.
     repairs: metrics::Repairs,
 }
 
-/// What runs on the networks.
+/// The parts that run on the networks.
 struct Running {
     layout: Layout,
-    /// What access to ports depends on.
+    /// Input of the access checks at published ports.
     gateway_networks: Arc<GatewayNetworks>,
-    /// The priority of a rule of other software that ours cannot precede, as the log has told.
+    /// Priority of the last logged policy rule of other software that ours cannot precede.
     preceding_rule: Option<u32>,
     publisher: Arc<Publisher>,
     adopted: Arc<Adopted>,
     names: NameServers,
-    /// The NAT engine, where there is no firewall.
+    /// The NAT engine. `None` with a firewall.
     egress: Option<Egress>,
-    /// The host's DNS servers, for it.
+    /// The host's DNS servers, to which the NAT engine forwards queries.
     resolvers: watch::Receiver<Arc<[SocketAddr]>>,
     supervisor: Supervisor,
-    /// If they are wanted.
     metrics: Option<MetricsStatus>,
 }
 
-/// What a project is brought up with.
+/// Input of [`Up::start`].
 struct Resources<'a> {
     host_context: &'a HostContext,
-    /// Of DNS.
     front_end: &'a FrontEnd,
     chosen: &'a Chosen,
-    /// Of egress, where there is no firewall.
+    /// The TUN device of the NAT engine. `None` with a firewall.
     device: Option<egress::Device>,
-    /// What checks what endpoints send, where the host has a mechanism for that.
+    /// Source address checks at bridge ports. `None` if the host supports no mechanism for them.
     guards: Option<Arc<PortGuards>>,
-    /// Where what is to be remembered goes.
+    /// Directory of the project's runtime files.
     run: &'a Path,
 }
 
-/// The signals that end it.
+/// Signals that end the project.
 struct Signals([Signal; 4]);
 
 impl Signals {
-    /// Ctrl-C, a request to end, a terminal that was closed, Ctrl-\.
+    /// SIGINT (Ctrl-C), SIGTERM, SIGHUP (terminal closed) and SIGQUIT (Ctrl-\).
     const KINDS: [SignalKind; 4] = [
         SignalKind::interrupt(),
         SignalKind::terminate(),
@@ -177,7 +178,7 @@ impl Signals {
         SignalKind::quit(),
     ];
 
-    /// From here on none of them kills.
+    /// Installs the handlers, which replace the default action (termination).
     fn new() -> io::Result<Self> {
         let [interrupt, terminate, hangup, quit] = Self::KINDS.map(signal);
         Ok(Self([interrupt?, terminate?, hangup?, quit?]))
@@ -195,16 +196,17 @@ impl Signals {
 }
 
 impl Up {
-    /// Runs until all services have ended or a signal comes. True if every service ended well, or
-    /// was told to.
+    /// Runs the project until all services have ended or a signal arrives. Returns whether every
+    /// service ended successfully or was stopped.
     ///
     /// # Errors
-    /// One line. Nothing is left behind, unless it says so.
+    /// The project could not be brought up or rolled back. The text has one line. After an error
+    /// at startup, all changes have been rolled back, unless the log says `rollback incomplete`.
     pub fn run(&self) -> anyhow::Result<bool> {
-        // While there is one thread only.
+        // Creating a user namespace requires a single-threaded process (unshare(2)).
         let host_context = HostContext::for_networks()?;
-        // One thread: children are tied to the thread that made them, so that they go when this
-        // process is killed. What answers has another one (`FrontEnd`).
+        // One thread starts all children: PR_SET_PDEATHSIG kills a child when the thread that
+        // created it exits. DNS and the API run on another thread (`FrontEnd`).
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -218,14 +220,14 @@ impl Up {
         if let Some(name) = &self.project {
             project.name.clone_from(name);
         }
-        // Not before the file was read, which may be a pipe that nobody writes to.
+        // After reading the file: it can be a pipe without a writer, and Ctrl-C then still has to
+        // end the process.
         let mut signals = Signals::new().context("signal handlers")?;
         for warning in &project.warnings {
             tracing::warn!("{warning}");
         }
-        let run = run_directory().context(
-            "no place for what is to be remembered: set XDG_RUNTIME_DIR or TIDEGATE_RUN_DIR",
-        )?;
+        let run = run_directory()
+            .context("no directory for runtime files: set XDG_RUNTIME_DIR or TIDEGATE_RUN_DIR")?;
         let run = run.join("projects").join(&project.name);
         let front_end = FrontEnd::start().context("thread of DNS and the API")?;
         let socket = {
@@ -248,7 +250,7 @@ impl Up {
         chosen.tell();
         if self.allow_host_loopback && chosen.firewall.is_some() {
             bail!(
-                "--allow-host-loopback: containers reach the host's loopback by the NAT engine only, and here the kernel leads them out; say --firewall=none"
+                "--allow-host-loopback requires the NAT engine, but the kernel forwards egress here; add --firewall=none"
             );
         }
         let device = match &chosen.firewall {
@@ -256,7 +258,7 @@ impl Up {
             None => egress::Device::open(host_context, &project)
                 .inspect_err(|error| {
                     tracing::warn!(
-                        "containers have no egress: {error}; tidegate doctor says what helps"
+                        "containers have no egress: {error}; run tidegate doctor for remedies"
                     );
                 })
                 .ok(),
@@ -266,8 +268,8 @@ impl Up {
         let guards = port_guards::port_guards(&project.name)
             .inspect_err(|error| {
                 tracing::warn!(
-                    "what containers send is not checked, so they can forge addresses: {error}; {}; tidegate doctor \
-                     lists which guarantees do not hold",
+                    "source addresses of containers are not checked and can be spoofed: {error}; {}; run tidegate \
+                     doctor for the guarantees that do not hold",
                     error.remedy()
                 );
             })
@@ -278,7 +280,7 @@ impl Up {
         }
         let left = setup.clear().await?;
         if left > 0 {
-            tracing::info!(steps = left, "cleared what an instance that was killed had left");
+            tracing::info!(steps = left, "rolled back a killed instance");
         }
 
         let topics = [
@@ -290,11 +292,11 @@ impl Up {
             Topic::Fdb,
         ];
         let changes = ChangeListener::of(host_context.networks(), &topics)
-            .context("listen for changes of networks")?;
-        // SAFETY: its descriptor is its own, and the same for as long as it lives.
+            .context("listen for network changes")?;
+        // SAFETY: the listener owns its descriptor and returns the same one until it is dropped.
         let changes = unsafe { AsyncFd::register_with_interest(changes, Interest::READABLE) }
-            .context("listen for changes of networks")?;
-        let means = Resources {
+            .context("listen for network changes")?;
+        let resources = Resources {
             host_context,
             front_end: &front_end,
             chosen: &chosen,
@@ -302,19 +304,19 @@ impl Up {
             guards,
             run: &run,
         };
-        let up = match self.start(means, &project, &mut setup, &mut signals).await {
+        let up = match self.start(resources, &project, &mut setup, &mut signals).await {
             Ok(Some(up)) => up,
-            not_up => {
-                // What went wrong first is what matters; what cannot be taken back is in the
-                // journal, for the next start.
+            failed_or_interrupted => {
+                // The first error is returned. The journal keeps what could not be rolled back for
+                // the next start.
                 match setup.finish().await {
                     Ok(()) => drop(fs::remove_dir_all(&run)),
-                    Err(second) => tracing::warn!(error = %second, "not all could be taken back"),
+                    Err(second) => tracing::warn!(error = %second, "rollback incomplete"),
                 }
-                return not_up.map(|_| true);
+                return failed_or_interrupted.map(|_| true);
             }
         };
-        let (orders, received) = mpsc::channel(ORDERS);
+        let (orders, received) = mpsc::channel(ORDER_QUEUE);
         let name = project.name.clone();
         let view = View {
             compose_file: std::path::absolute(&self.file).unwrap_or_else(|_| self.file.clone()),
@@ -337,12 +339,12 @@ impl Up {
             Server::start(socket, Arc::new(view))
         };
         let repairs = metrics::Repairs::new();
-        let (host, apart) = (host_context.networks().clone(), host_context.is_rootless());
+        let (host, rootless) = (host_context.networks().clone(), host_context.is_rootless());
         let mut instance = Instance {
             setup,
             chosen,
             host,
-            apart,
+            rootless,
             up,
             project: name,
             server,
@@ -358,36 +360,36 @@ impl Up {
         instance.watch_endpoints();
         instance.up.log();
         if let Err(error) = instance.up.announce() {
-            // Whoever read it has seen enough.
+            // The reader of standard output has closed it or does not read.
             tracing::debug!(%error, "standard output");
         }
-        let well = instance.follow(&mut signals).await;
+        let success = instance.supervise(&mut signals).await;
         instance.take_down(&mut signals).await?;
         let _ = fs::remove_dir_all(&run);
-        Ok(well)
+        Ok(success)
     }
 
-    /// Brings the project up; `None` if a signal came meanwhile. What was made of its networks is
-    /// then, and with an error, in `setup`, to be taken back.
+    /// Brings the project up. Returns `None` if a signal interrupted it. After an interruption or
+    /// an error the caller rolls the networks back with `setup`.
     async fn start(
         &self,
-        means: Resources<'_>,
+        resources: Resources<'_>,
         project: &Project,
         setup: &mut Setup,
         signals: &mut Signals,
     ) -> anyhow::Result<Option<Running>> {
-        let Resources { host_context, front_end, chosen, device, guards, run } = means;
+        let Resources { host_context, front_end, chosen, device, guards, run } = resources;
         let mut observed = setup.surroundings().await?;
         if host_context.is_rootless() {
-            // The networks of the host are not in the way there. But who is to reach them one day
-            // must not have their addresses.
+            // The host's routes are in another namespace and do not conflict with the bridges. A
+            // subnet that overlaps one of them would still hide it from the containers.
             let host = Kernel::new(host_context.ports().clone()).observe(&[]).await?;
             observed.routes.extend(host.routes);
             observed.bridges.extend(host.bridges);
         }
         let mut random = || {
             let mut bytes = [0; 6];
-            // Without a source of randomness names collide, and that is told as what it is.
+            // Without random bytes, interface names collide, and creating the second one fails.
             let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
             bytes
         };
@@ -444,7 +446,7 @@ impl Up {
             let guards = guards.as_ref();
             let floods = guards
                 .map(|guards| flood_control::start(&layout.desired, guards, host_context, rate));
-            let floods = floods.transpose().context("start a thread")?.flatten();
+            let floods = floods.transpose().context("start the flood control thread")?.flatten();
             Ok(device.start(
                 &layout,
                 &observed,
@@ -461,11 +463,11 @@ impl Up {
         if egress.is_some() {
             settings.reserved_descriptors += egress::descriptors();
         }
-        let of_a_service = SERVICE_DESCRIPTORS + names::DESCRIPTORS + endpoint_watch::DESCRIPTORS;
+        let per_service = SERVICE_DESCRIPTORS + names::DESCRIPTORS + endpoint_watch::DESCRIPTORS;
         settings.reserved_descriptors +=
-            of_a_service * namespaces.len() + names::SHARED_DESCRIPTORS + MAX_CLIENTS;
-        let bridges =
-            bridge_indexes(&layout, host_context.networks()).context("look for the bridges")?;
+            per_service * namespaces.len() + names::SHARED_DESCRIPTORS + MAX_CLIENTS;
+        let bridges = bridge_indexes(&layout, host_context.networks())
+            .context("read the indexes of the bridges")?;
         let gateway_networks = Arc::new(GatewayNetworks::new(layout.gateway_networks(&bridges)));
         gateway_networks.set_foreign_networks(foreign_networks(&observed));
         let gateways = layout.desired.networks.iter().flat_map(|network| &network.subnets);
@@ -477,14 +479,15 @@ impl Up {
             let acl = GatewayAcl::new(Arc::clone(&gateway_networks), layout.networks_of(name));
             let endpoint = Endpoint::new(namespace.clone(), addresses, acl);
             let endpoint = endpoint.translated_to(targets_of(&layout, name));
-            publisher.add_endpoint(name, endpoint.behind_engine(egress::behind_it(&layout, name)));
+            let behind_engine = egress::addresses_behind_engine(&layout, name);
+            publisher.add_endpoint(name, endpoint.behind_engine(behind_engine));
         }
         if let Some(egress) = &egress {
-            publisher.come_in_by(Arc::clone(egress.nat()));
+            publisher.use_nat_engine(Arc::clone(egress.nat()));
         }
-        // Of services, once they have been started.
+        // Set once the supervisor runs, which starts after the metrics endpoint.
         let observer: Arc<OnceLock<services::Observer>> = Arc::default();
-        let begun = async {
+        let starting = async {
             let mut names = NameServers::new(
                 project,
                 &layout,
@@ -502,10 +505,11 @@ impl Up {
                 publisher.adopt(&service, protocol, listeners)?;
             }
             if let Some(recorder) = recorder {
-                let (desired, told) = (layout.desired.clone(), Arc::clone(&publisher));
-                let seen = Arc::clone(&observer);
-                let recorder =
-                    recorder.with(move |page| metrics::families(&desired, &told, seen.get(), page));
+                let (desired, reported) = (layout.desired.clone(), Arc::clone(&publisher));
+                let services = Arc::clone(&observer);
+                let recorder = recorder.with(move |page| {
+                    metrics::families(&desired, &reported, services.get(), page);
+                });
                 let firewall = chosen.firewall.clone();
                 let recorder =
                     recorder.with(move |page| metrics::ruleset_families(firewall.as_deref(), page));
@@ -528,13 +532,13 @@ impl Up {
                     // Writing to a string does not fail.
                     let _ = resolver.describe(page);
                 });
-                // As a port that belongs to no endpoint.
+                // The ACL of a port that belongs to no endpoint.
                 let acl = GatewayAcl::new(Arc::clone(&gateway_networks), []);
                 let acl = if host_context.is_rootless() { acl.for_other_namespace() } else { acl };
                 let recorder = recorder.controlled_by(acl);
-                let told = Arc::clone(&publisher);
+                let reported = Arc::clone(&publisher);
                 recorder
-                    .serve(move || (told.snapshot(), told.usage()))
+                    .serve(move || (reported.snapshot(), reported.usage()))
                     .context("metrics endpoint")?;
             }
             let mut supervisor = Supervisor::new(run, StandardOutput, self.grace);
@@ -547,7 +551,7 @@ impl Up {
                     () = signals.next() => true,
                 }
             };
-            // Nobody else sets it.
+            // Cannot fail: this is the only call.
             let _ = observer.set(supervisor.observer());
             if interrupted {
                 supervisor.kill();
@@ -555,8 +559,8 @@ impl Up {
             }
             anyhow::Ok((!interrupted).then_some((names, resolvers, supervisor)))
         };
-        // The metrics know of the publisher until the process ends.
-        let Some((names, resolvers, supervisor)) = begun.await.inspect_err(|_| {
+        // The metrics recorder holds the publisher until the process ends, so it is closed here.
+        let Some((names, resolvers, supervisor)) = starting.await.inspect_err(|_| {
             publisher.close(Duration::ZERO);
         })?
         else {
@@ -582,13 +586,13 @@ impl Up {
     }
 }
 
-/// What the kernel may translate ports of the endpoint `name` to.
+/// DNAT targets of the endpoint `name`.
 fn targets_of(layout: &Layout, name: &str) -> Vec<IpAddr> {
     let endpoint = layout.desired.endpoints.iter().find(|endpoint| endpoint.name == name);
     endpoint.map(targets).unwrap_or_default()
 }
 
-/// What the firewall has to know of `ports`.
+/// The firewall openings for `ports`.
 fn openings(layout: &Layout, ports: &OpenPorts, publish: PublishBy) -> BTreeSet<Opening> {
     let of = |((service, _), listeners): (&(String, Protocol), &Vec<(Listener, u16)>)| {
         let targets = match publish {
@@ -603,11 +607,12 @@ fn openings(layout: &Layout, ports: &OpenPorts, publish: PublishBy) -> BTreeSet<
 }
 
 impl Instance {
-    /// Takes everything back; a signal meanwhile ends the patience with services.
+    /// Stops the services and rolls everything back. A signal meanwhile kills services that have
+    /// not ended yet.
     async fn take_down(self, signals: &mut Signals) -> anyhow::Result<()> {
         self.server.close();
         let Running { publisher, mut supervisor, names, egress, .. } = self.up;
-        let impatient = {
+        let interrupted = {
             let stop = supervisor.stop();
             tokio::pin!(stop);
             tokio::select! {
@@ -615,22 +620,23 @@ impl Instance {
                 () = signals.next() => true,
             }
         };
-        if impatient {
+        if interrupted {
             supervisor.kill();
             supervisor.wait().await;
         }
         end_servers(self.work, names).await;
         let drained = publisher.close(DRAIN);
-        // Not before: ports come in by it.
+        // After the publisher, whose UDP ports can use the engine.
         drop(egress);
         if drained.cut > 0 {
-            tracing::info!(connections = drained.cut, "connections were cut");
+            tracing::info!(connections = drained.cut, "connections cut");
         }
         Ok(self.setup.finish().await?)
     }
 }
 
-/// How networks are made and taken back; closed by `firewall`, if there is one.
+/// The setup that creates and removes networks. Isolation is by `firewall`, else by the NAT engine
+/// behind `device`, else by policy rules without egress.
 fn setup_with(
     host_context: &HostContext,
     journal: Journal,
@@ -658,31 +664,33 @@ fn setup_with(
     }
 }
 
-/// The links of others by which answers to the containers of `desired` come, each once for what it
-/// forwards because of us and once for what others see to.
+/// The uplinks by which replies to the containers of `desired` arrive. An uplink is listed with
+/// `ours` for the families in which tidegate enabled forwarding on it, and without `ours` for those
+/// in which it forwarded before.
 fn uplinks(observed: &Observed, desired: &Desired) -> Vec<Uplink> {
-    let one = |uplink: &Uplink, ours: bool| {
+    let select = |uplink: &Uplink, ours: bool| {
         let is_ours = |v6: bool| {
-            let is_it = |one: &Uplink| {
+            let is_same_link = |one: &Uplink| {
                 one.link == uplink.link && one.ours && if v6 { one.v6 } else { one.v4 }
             };
-            // One that forwards by itself is a router's, whose business is not ours.
-            let is_ours = desired.uplinks.iter().any(is_it)
+            // If a link forwards already, the host is a router. tidegate does not restrict what a
+            // router forwards.
+            let is_ours = desired.uplinks.iter().any(is_same_link)
                 || !observed.forwarding.contains(&(uplink.link.clone(), v6));
             is_ours == ours
         };
         let link = uplink.link.clone();
-        let part =
+        let selected =
             Uplink { link, v4: uplink.v4 && is_ours(false), v6: uplink.v6 && is_ours(true), ours };
-        (part.v4 || part.v6).then_some(part)
+        (selected.v4 || selected.v6).then_some(selected)
     };
-    // Nobody comes by the networks of containers, of ours or of others.
+    // A bridge of containers, of tidegate or of other software, is no uplink.
     let uplinks = observed.uplinks.iter().filter(|uplink| {
         !egress::is_bridge_of_containers(&uplink.link)
             && !observed.bridges.contains_key(&uplink.link)
     });
     uplinks
-        .flat_map(|uplink| [true, false].into_iter().filter_map(|ours| one(uplink, ours)))
+        .flat_map(|uplink| [true, false].into_iter().filter_map(|ours| select(uplink, ours)))
         .collect()
 }
 
@@ -693,11 +701,11 @@ fn foreign_bridges(observed: &Observed, desired: &Desired) -> BTreeSet<String> {
     observed.bridges.keys().filter(|name| !is_ours(name)).cloned().collect()
 }
 
-/// How far ahead of their usual priorities our policy rules have to be to precede those of other
-/// software. A rule that is added without a priority gets one ahead of all others but the `local`
-/// table's (`fib_default_rule_pref`, net/core/fib_rules.c): wg-quick does that.
+/// The number to subtract from the usual priorities of our policy rules, so that they precede those
+/// of other software. The kernel places a rule without a priority before all others but that of the
+/// `local` table (`fib_default_rule_pref`, net/core/fib_rules.c). wg-quick adds such rules.
 fn rules_ahead(observed: &Observed) -> u32 {
-    /// Priorities that our rules take.
+    /// Number of priorities that our rules use.
     const COUNT: u32 = registry::UPLINK_PRIORITY - registry::GUARD_EXEMPTION_PRIORITY + 1;
     match observed.first_rule_of_others {
         Some(first) if first <= registry::UPLINK_PRIORITY => {
@@ -707,10 +715,10 @@ fn rules_ahead(observed: &Observed) -> u32 {
     }
 }
 
-/// The priority of a rule of other software that ours cannot precede, where they have to.
+/// The priority of a policy rule of other software that ours cannot precede. `None` where isolation
+/// does not depend on policy rules.
 fn preceding_rule(observed: &Observed, firewall: Option<&Arc<Firewall>>) -> Option<u32> {
-    // With gates the firewall needs no rules of ours for what containers send, and what closes
-    // networks are programs.
+    // With gates, BPF programs at the bridges isolate networks, and egress needs no policy rules.
     let matters = firewall.is_none_or(|firewall| firewall.gate().is_none());
     observed
         .first_rule_of_others
@@ -720,14 +728,14 @@ fn preceding_rule(observed: &Observed, firewall: Option<&Arc<Firewall>>) -> Opti
 fn warn_of_preceding_rule(priority: u32) {
     tracing::warn!(
         priority,
-        "a policy rule of other software precedes those of tidegate, which have no room ahead of it: what containers \
-         send may leave by its route, with the container's address; give it a priority of {} or higher",
+        "policy rule of other software precedes those of tidegate, and no lower priority is free: packets of containers \
+         can take its route without masquerading; give that rule a priority of {} or higher",
         registry::PRECEDING_PRIORITIES + 1
     );
 }
 
-/// How answers leave by the uplink that was asked, where the host has several default routes: by
-/// all but the best one of `main`, which they take anyway.
+/// The reply paths of a host with several default routes, by which replies leave through the uplink
+/// that the request arrived on. The best default route of `main` needs none.
 fn reply_paths(observed: &Observed, project: &str) -> Vec<ReplyPath> {
     let mut paths: Vec<ReplyPath> = Vec::new();
     for v6 in [false, true] {
@@ -741,7 +749,7 @@ fn reply_paths(observed: &Observed, project: &str) -> Vec<ReplyPath> {
         for route in &routes {
             let known = paths.iter().any(|path| path.v6 == v6 && path.link == route.link);
             let is_best = best.is_some_and(|best| best.link == route.link);
-            // A table of others is better than one of ours, as they keep it up to date.
+            // A table of other software is preferred to one of ours, because its owner updates it.
             let elsewhere = routes.iter().find(|one| one.link == route.link && one.table.is_some());
             let made = if elsewhere.is_some() { None } else { route.gateway };
             if known || is_best || route.nets.is_empty() || elsewhere.is_none() && made.is_none() {
@@ -752,7 +760,7 @@ fn reply_paths(observed: &Observed, project: &str) -> Vec<ReplyPath> {
             paths.push(ReplyPath { number: 0, link, v6, table, made, nets });
         }
     }
-    // By name, so that a link keeps its number whatever the order of routes.
+    // Sorted by name, so that the number of a link does not depend on the order of routes.
     paths.sort_by(|a, b| (a.v6, &a.link).cmp(&(b.v6, &b.link)));
     paths.truncate(registry::UPLINKS.into());
     for (number, path) in (1..).zip(&mut paths) {
@@ -764,10 +772,10 @@ fn reply_paths(observed: &Observed, project: &str) -> Vec<ReplyPath> {
     paths
 }
 
-/// Open sockets and the port of the container that each stands for, by service and protocol.
+/// Listening sockets, each with its container port, by service and protocol.
 type OpenPorts = BTreeMap<(String, Protocol), Vec<(Listener, u16)>>;
 
-/// Takes every published port, by service and protocol.
+/// Binds every published port of `project`.
 fn open_ports(project: &Project) -> anyhow::Result<OpenPorts> {
     let mut ports = OpenPorts::new();
     for service in &project.services {
@@ -788,8 +796,7 @@ fn open_ports(project: &Project) -> anyhow::Result<OpenPorts> {
     Ok(ports)
 }
 
-/// The index of each bridge in `host`, by the name of its network. A bridge that is not there has
-/// none.
+/// The interface index of each bridge in `host`, by network name. A missing bridge has no entry.
 fn bridge_indexes(layout: &Layout, host: &Namespace) -> io::Result<BTreeMap<String, u32>> {
     host.with(|| {
         let mut indexes = BTreeMap::new();
@@ -804,7 +811,7 @@ fn bridge_indexes(layout: &Layout, host: &Namespace) -> io::Result<BTreeMap<Stri
     })?
 }
 
-/// What the supervisor is to run. Adopted namespaces have processes of their own.
+/// The services that the supervisor runs. Services in adopted namespaces are not among them.
 fn specs(
     project: &Project,
     layout: &Layout,
@@ -836,8 +843,8 @@ fn specs(
     project.services.iter().filter_map(spec).collect()
 }
 
-/// Five bytes that are this host's, and the same at every start: of its machine id (machine-id(5)),
-/// which itself is not to be shown.
+/// Five bytes that identify this host across restarts. They are a hash of the machine ID, which
+/// must not be exposed itself (machine-id(5)).
 fn host_id() -> [u8; 5] {
     let id = fs::read_to_string("/etc/machine-id").unwrap_or_default();
     let [.., a, b, c, d, e] = fnv(format!("tidegate {}", id.trim()).as_bytes()).to_be_bytes();

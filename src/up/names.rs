@@ -1,4 +1,5 @@
-//! Names of the project's services: the DNS server of each, at 127.0.0.11.
+//! Names of the project's services: a DNS server at 127.0.0.11 in each namespace, or at the
+//! gateways of a network.
 
 use super::layout::Layout;
 use crate::compose::{Names, Network, Project, Run, Service};
@@ -16,38 +17,42 @@ use tidegate_dns::{
 use tidegate_netns::{Namespace, interface_index};
 use tokio::runtime::Handle;
 
-/// Descriptors that a service's server keeps: a UDP and a TCP socket, twice while it moves.
+/// File descriptors of a service's DNS server: a UDP and a TCP socket, twice during relocation.
 pub(super) const DESCRIPTORS: usize = 4;
 
-/// Source ports for questions to other servers, connections to them (`TCP_AT_ONCE` of the `dns`
-/// crate), and clients over TCP: a descriptor each.
+/// Source ports of queries to upstream servers. Each uses a file descriptor.
 const SOURCE_PORTS: usize = 448;
+
+/// TCP connections to upstream servers (`TCP_AT_ONCE` of the `dns` crate).
 const CONNECTIONS: usize = 64;
+
+/// Clients over TCP.
 const TCP_CLIENTS: usize = 256;
 
-/// Descriptors that all servers have in common.
+/// File descriptors that all servers share.
 pub(super) const SHARED_DESCRIPTORS: usize = SOURCE_PORTS + CONNECTIONS + TCP_CLIENTS;
 
-/// The servers of a project.
+/// The DNS servers of a project.
 pub(super) struct NameServers {
     resolver: Arc<Resolver>,
-    /// What the servers run on.
+    /// Runs the servers.
     runtime: Handle,
+    /// Options by service. Services that query a gateway have none.
     options: BTreeMap<String, ServeOptions>,
-    /// By service. One that is lent is not among them.
+    /// Servers by service, without those that are lent.
     serving: BTreeMap<String, Serving>,
-    /// Networks that are served at their gateways, by name.
-    at_gateways: BTreeMap<String, AtGateway>,
+    /// Servers at gateways, by network.
+    at_gateways: BTreeMap<String, GatewayServers>,
 }
 
-/// The servers at a network's gateways.
-struct AtGateway {
+/// The DNS servers at a network's gateways.
+struct GatewayServers {
     bridge: String,
     gateways: Vec<IpAddr>,
     serving: Vec<Serving>,
 }
 
-/// A server of a service that is still to be made.
+/// A DNS server of a service, before its start.
 pub(super) struct NewServer {
     resolver: Arc<Resolver>,
     runtime: Handle,
@@ -57,24 +62,26 @@ pub(super) struct NewServer {
 }
 
 impl NewServer {
-    /// Makes it. Root in the namespace decides how long that takes.
+    /// Starts the server. Blocks, for as long as root in the namespace can delay it
+    /// ([`endpoint_work`](super::endpoint_work)).
     ///
     /// # Errors
-    /// One line that names the service.
-    pub(super) fn make(self) -> anyhow::Result<Serving> {
+    /// The sockets or the redirection cannot be created. The text names the service.
+    pub(super) fn start(self) -> anyhow::Result<Serving> {
         let _runtime = self.runtime.enter();
         let serving = self.resolver.serve(&self.namespace, &self.service, &self.options)?;
-        tracing::debug!(endpoint = self.service, at = %serving.address(), redirected = serving.is_redirected(), "names");
+        tracing::debug!(endpoint = self.service, at = %serving.address(), redirected = serving.is_redirected(), "DNS server started");
         Ok(serving)
     }
 }
 
 impl NameServers {
-    /// Knows everybody on the networks of `layout`, and serves nobody yet but at gateways. Servers
-    /// run on `runtime`.
+    /// Registers the names of all endpoints of `layout` and starts the servers at gateways. All
+    /// servers run on `runtime`. `forward_rate` is in queries per second of an endpoint.
     ///
     /// # Errors
-    /// A limit, or a server of the file that is this one.
+    /// A limit is reached, a gateway cannot be bound, or an upstream server in the file is the DNS
+    /// server of the project itself.
     pub(super) fn new(
         project: &Project,
         layout: &Layout,
@@ -112,7 +119,7 @@ impl NameServers {
             else {
                 continue;
             };
-            for (attachment, there) in service.networks.iter().zip(&endpoint.attachments) {
+            for (attachment, laid_out) in service.networks.iter().zip(&endpoint.attachments) {
                 resolver
                     .add_endpoint(
                         &attachment.network,
@@ -121,7 +128,7 @@ impl NameServers {
                             name: service.name.clone(),
                             aliases: attachment.aliases.clone(),
                             hostname: service.hostname.clone(),
-                            addresses: there.addresses.iter().map(ipnet::IpNet::addr).collect(),
+                            addresses: laid_out.addresses.iter().map(ipnet::IpNet::addr).collect(),
                         },
                     )
                     .context("names")?;
@@ -132,9 +139,9 @@ impl NameServers {
             if is_at_gateway(project, &network.name) {
                 let bridge = network.bridge.name.clone();
                 let gateways = network.subnets.iter().map(|subnet| subnet.gateway).collect();
-                let mut there = AtGateway { bridge, gateways, serving: Vec::new() };
-                there.serve(&resolver, &network.name, host_context.networks())?;
-                at_gateways.insert(network.name.clone(), there);
+                let mut servers = GatewayServers { bridge, gateways, serving: Vec::new() };
+                servers.start(&resolver, &network.name, host_context.networks())?;
+                at_gateways.insert(network.name.clone(), servers);
             }
         }
         let servers = |service: &Service| {
@@ -156,7 +163,8 @@ impl NameServers {
         Ok(Self { resolver, runtime, options, serving: BTreeMap::new(), at_gateways })
     }
 
-    /// The server of `service` in `namespace`, to be made; none for who asks at a gateway.
+    /// The server of `service` in `namespace`, to be started. `None` if the service queries a
+    /// gateway.
     pub(super) fn new_server(&self, service: &str, namespace: &Namespace) -> Option<NewServer> {
         Some(NewServer {
             resolver: Arc::clone(&self.resolver),
@@ -167,47 +175,47 @@ impl NameServers {
         })
     }
 
-    /// Whether `service` has a server, which is not lent.
+    /// Whether `service` has a server that is not lent.
     pub(super) fn serves(&self, service: &str) -> bool {
         self.serving.contains_key(service)
     }
 
-    /// Lends the server of `service`, which answers as before.
+    /// Lends the server of `service`, which continues to answer queries.
     pub(super) fn lend(&mut self, service: &str) -> Option<Serving> {
         self.serving.remove(service)
     }
 
-    /// Takes the server of `service` back, or a new one.
+    /// Takes back the server of `service`, or takes a new one.
     pub(super) fn give_back(&mut self, service: &str, serving: Serving) {
         self.serving.insert(service.to_owned(), serving);
     }
 
-    /// The services that have servers, which are not lent.
+    /// The services whose servers are not lent.
     pub(super) fn served(&self) -> Vec<String> {
         self.serving.keys().cloned().collect()
     }
 
-    /// Serves `network` at its gateways in `host` again, if it was, because its bridge was made
-    /// again: the sockets are bound to the index of the bridge that has gone.
+    /// Restarts the servers at the gateways of `network` in `host`, if it has any, after its bridge
+    /// was recreated. Their sockets are bound to the index of the previous bridge.
     ///
     /// # Errors
-    /// One line that names the network.
+    /// A gateway cannot be bound. The text names the network.
     pub(super) fn serve_at_gateways_again(
         &mut self,
         network: &str,
         host: &Namespace,
     ) -> anyhow::Result<()> {
-        let Some(there) = self.at_gateways.get_mut(network) else { return Ok(()) };
+        let Some(servers) = self.at_gateways.get_mut(network) else { return Ok(()) };
         let _runtime = self.runtime.enter();
-        there.serving.clear();
-        there.serve(&self.resolver, network, host)
+        servers.serving.clear();
+        servers.start(&self.resolver, network, host)
     }
 
-    /// Serves everybody where they are.
+    /// Starts the server of each service in its namespace.
     ///
     /// # Errors
-    /// Of a service that is run here. An adopted container may have a server of its own there; that
-    /// is only told.
+    /// The server of a service that tidegate runs cannot be started. That of an adopted container
+    /// is only logged, since the container can have its own server at the address.
     pub(super) fn serve_all(
         &mut self,
         project: &Project,
@@ -216,22 +224,22 @@ impl NameServers {
         for service in &project.services {
             let Some(namespace) = namespaces.get(&service.name) else { continue };
             let Some(server) = self.new_server(&service.name, namespace) else { continue };
-            match (server.make(), &service.run) {
+            match (server.start(), &service.run) {
                 (Err(error), Run::Adopt(_)) => tracing::warn!(endpoint = service.name, "{error:#}"),
-                (made, _) => self.give_back(&service.name, made?),
+                (started, _) => self.give_back(&service.name, started?),
             }
         }
         Ok(())
     }
 
-    /// For a scrape.
+    /// The resolver of all servers.
     pub(super) fn resolver(&self) -> Arc<Resolver> {
         Arc::clone(&self.resolver)
     }
 }
 
-impl AtGateway {
-    fn serve(
+impl GatewayServers {
+    fn start(
         &mut self,
         resolver: &Resolver,
         network: &str,
@@ -252,9 +260,9 @@ fn is_at_gateway(project: &Project, network: &str) -> bool {
     project.networks.get(network).is_some_and(|network: &Network| network.names == Names::AtGateway)
 }
 
-/// The gateway that `service` asks, if all its networks are served at theirs.
+/// The gateway that `service` queries, if all its networks have DNS servers at their gateways.
 fn gateway(project: &Project, layout: &Layout, service: &Service) -> Option<IpAddr> {
-    if !service.networks.iter().all(|there| is_at_gateway(project, &there.network)) {
+    if !service.networks.iter().all(|one| is_at_gateway(project, &one.network)) {
         return None;
     }
     let first = &service.networks.first()?.network;
@@ -262,7 +270,7 @@ fn gateway(project: &Project, layout: &Layout, service: &Service) -> Option<IpAd
     network.subnets.first().map(|subnet| subnet.gateway)
 }
 
-/// `/etc/resolv.conf` of `service`, where the host's says `host`.
+/// `/etc/resolv.conf` of `service`. `host` is that of the host.
 pub(super) fn resolv_conf(
     project: &Project,
     layout: &Layout,
@@ -273,13 +281,13 @@ pub(super) fn resolv_conf(
     host.for_container(server, &service.dns_search, &service.dns_options)
 }
 
-/// What the host's own says.
+/// The host's `/etc/resolv.conf`, or an empty one if it cannot be read.
 pub(super) fn host_resolv_conf() -> ResolvConf {
     let text = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
     ResolvConf::parse(&text, &|name| interface_index(name).ok())
 }
 
-/// `/etc/hosts` of a service: what it is itself.
+/// `/etc/hosts` of a service: localhost, and its own addresses with its names.
 pub(super) fn hosts(layout: &Layout, service: &str, hostname: &str) -> String {
     let mut text =
         String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");

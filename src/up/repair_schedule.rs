@@ -1,81 +1,85 @@
-//! When which place is checked for objects that other software has removed. Pure.
+//! Schedule of the checks for objects that other software has removed. Pure.
 //!
-//! A place is the host or the namespace of one endpoint. Word of a change makes it due after
-//! [`SETTLE`], so that a flush of many objects is one repair. The pause between two checks of a
-//! place grows in two cases, and returns to [`PAUSE`] when it was quiet for a while:
+//! A place is the host or the namespace of one endpoint. A change makes the place due after
+//! [`SETTLE`], so that a flush of many objects causes one repair. The interval between two checks
+//! of a place grows in two cases, and returns to [`INTERVAL`] after a quiet period:
 //!
-//! - Something was removed again after it had been restored [`PATIENCE`] times: the other software
-//!   is not going to stop. The pause doubles up to 200 ms on the host, where what is missing may be
-//!   what closes a network, and up to 30 seconds in an endpoint, whose own processes can remove
-//!   objects at no cost.
-//! - Changes go on that remove nothing of ours: the pause is then 200 ms on the host and
-//!   [`BUSY_PAUSE`] in an endpoint, which bounds the processor time that an endpoint can cause.
+//! - Objects are removed again after [`FREE_REPAIRS`] repairs. The interval then doubles with each
+//!   repair, up to 200 ms on the host and 30 s in an endpoint. The limit is low on the host, where
+//!   a missing object can break isolation. It is high in an endpoint, whose own processes can
+//!   remove objects at no cost.
+//! - Changes continue without removing any of our objects. The interval is then 200 ms on the host
+//!   and [`BUSY_INTERVAL`] in an endpoint, which bounds the CPU time that an endpoint can cause.
 //!
-//! While work goes on in the namespace of an endpoint, the endpoint is held: it is not due, however
-//! long that takes, and what has changed meanwhile makes it due afterwards.
+//! An endpoint is held while work runs in its namespace. It is not due during that time, and
+//! changes that happen meanwhile make it due afterwards.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// How long changes may go on before what they removed is restored.
+/// Delay between a change and the check, so that one check covers a burst of changes.
 pub(super) const SETTLE: Duration = Duration::from_millis(10);
 
-/// The least time between two checks of a place.
-const PAUSE: Duration = Duration::from_millis(100);
+/// Minimum time between two checks of a place.
+const INTERVAL: Duration = Duration::from_millis(100);
 
-/// The same of an endpoint, when checks follow one another and find nothing missing.
-const BUSY_PAUSE: Duration = Duration::from_millis(500);
+/// Minimum time between two checks of an endpoint after [`BUSY_CHECKS`] consecutive checks.
+const BUSY_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Checks in a row after which it applies.
-const BUSY: u32 = 16;
+/// Consecutive checks after which [`BUSY_INTERVAL`] applies.
+const BUSY_CHECKS: u32 = 16;
 
-/// Restorations in a row after which the pause doubles with each.
-const PATIENCE: u32 = 10;
+/// Consecutive repairs after which each further one doubles the interval.
+const FREE_REPAIRS: u32 = 10;
 
-/// How long after the last restoration the next one is the first again, beside twice the pause.
+/// A place is quiet after this time plus twice its interval without a repair. The count of
+/// consecutive repairs then starts again at zero.
 const QUIET: Duration = Duration::from_secs(10);
 
-/// The longest pauses. On the host all is restored within a second, which the programs of iptables
-/// take a part of.
+/// Maximum interval on the host. A repair has to be complete within a second, including runs of
+/// iptables programs.
 const HOST_LIMIT: Duration = Duration::from_millis(200);
+
+/// Maximum interval in an endpoint.
 const ENDPOINT_LIMIT: Duration = Duration::from_secs(30);
 
-/// How long after a failure the next attempt is made.
+/// Delay of the next attempt after a failed repair.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// What a check of a place has found.
+/// Result of a check of a place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Check {
-    /// Nothing was missing.
+    /// No object was missing.
     Sound,
-    /// Something was restored.
+    /// Missing objects were restored.
     Restored,
-    /// Something could not be restored, so that the place is due again by itself.
+    /// An object could not be restored. The place becomes due again without a further change.
     Failed,
 }
 
-/// How often a place is checked.
+/// Check interval of a place.
 #[derive(Debug)]
 struct Pace {
     limit: Duration,
-    /// The least pause when checks follow one another and find nothing missing.
-    busy_pause: Duration,
-    pause: Duration,
+    /// Minimum interval after [`BUSY_CHECKS`] consecutive checks.
+    busy_interval: Duration,
+    interval: Duration,
     checked: Option<Instant>,
-    /// Checks that followed one another.
+    /// Number of consecutive checks.
     busy: u32,
-    /// Restorations that followed one another, and the last of them.
+    /// Number of consecutive repairs.
     restored: u32,
+    /// Time of the last repair.
     restored_at: Option<Instant>,
 }
 
 impl Pace {
-    fn new(limit: Duration, busy_pause: Duration) -> Self {
+    fn new(limit: Duration, busy_interval: Duration) -> Self {
         Self {
             limit,
-            busy_pause,
-            pause: PAUSE,
+            busy_interval,
+            interval: INTERVAL,
             checked: None,
             busy: 0,
             restored: 0,
@@ -83,19 +87,19 @@ impl Pace {
         }
     }
 
-    /// When a place that has changed at `now` is checked.
+    /// When a place that changed at `now` is due.
     fn due(&self, now: Instant) -> Instant {
         let soon = now + SETTLE;
-        self.checked.map_or(soon, |checked| soon.max(checked + self.pause))
+        self.checked.map_or(soon, |checked| soon.max(checked + self.interval))
     }
 
-    /// Notes a check. Whether the place is checked less often from now on, because objects are
-    /// removed again and again.
+    /// Records a check. Returns true if the interval starts to double because objects are removed
+    /// repeatedly.
     fn note(&mut self, found: Check, now: Instant) -> bool {
         let since = |at: Option<Instant>| at.map(|at| now.saturating_duration_since(at));
-        let follows = since(self.checked).is_some_and(|gap| gap < 2 * self.pause);
+        let follows = since(self.checked).is_some_and(|gap| gap < 2 * self.interval);
         self.busy = if follows { self.busy + 1 } else { 0 };
-        if since(self.restored_at).is_some_and(|gap| gap > QUIET + 2 * self.pause) {
+        if since(self.restored_at).is_some_and(|gap| gap > QUIET + 2 * self.interval) {
             self.restored = 0;
         }
         self.checked = Some(now);
@@ -103,21 +107,22 @@ impl Pace {
             self.restored += 1;
             self.restored_at = Some(now);
         }
-        let doublings = self.restored.saturating_sub(PATIENCE);
-        let least = if self.busy > BUSY { self.busy_pause } else { PAUSE };
-        self.pause = (PAUSE * 2_u32.saturating_pow(doublings.min(16))).max(least).min(self.limit);
+        let doublings = self.restored.saturating_sub(FREE_REPAIRS);
+        let minimum = if self.busy > BUSY_CHECKS { self.busy_interval } else { INTERVAL };
+        self.interval =
+            (INTERVAL * 2_u32.saturating_pow(doublings.min(16))).max(minimum).min(self.limit);
         found != Check::Sound && doublings == 1
     }
 }
 
-/// Which places are due, and when.
+/// Due times of all places.
 #[derive(Debug)]
 pub(super) struct RepairSchedule {
     host: Pace,
     host_at: Option<Instant>,
     endpoints: BTreeMap<String, Pace>,
     endpoints_at: BTreeMap<String, Instant>,
-    /// Endpoints in whose namespaces work goes on.
+    /// Endpoints with running work in their namespaces.
     held: BTreeSet<String>,
 }
 
@@ -132,40 +137,40 @@ impl RepairSchedule {
         }
     }
 
-    /// Whether the host is due at some time.
+    /// Whether a check of the host is scheduled.
     pub(super) fn awaits_host(&self) -> bool {
         self.host_at.is_some()
     }
 
-    /// Something on the host has changed.
+    /// Schedules a check of the host, which changed at `now`.
     pub(super) fn host_changed(&mut self, now: Instant) {
         self.host_at.get_or_insert(self.host.due(now));
     }
 
-    /// Something in the namespace of `endpoint` has changed, or its link.
+    /// Schedules a check of `endpoint`, whose namespace or link changed at `now`.
     pub(super) fn endpoint_changed(&mut self, endpoint: String, now: Instant) {
         let due = self.endpoints.get(&endpoint).map_or(now + SETTLE, |pace| pace.due(now));
         self.endpoints_at.entry(endpoint).or_insert(due);
     }
 
-    /// Work begins in the namespace of `endpoint`.
+    /// Holds `endpoint` while work runs in its namespace.
     pub(super) fn hold(&mut self, endpoint: &str) {
         self.held.insert(endpoint.to_owned());
     }
 
-    /// It has ended.
+    /// Ends [`Self::hold`].
     pub(super) fn release(&mut self, endpoint: &str) {
         self.held.remove(endpoint);
     }
 
-    /// When the next place is due.
+    /// The earliest due time of a place that is not held.
     pub(super) fn next(&self) -> Option<Instant> {
         let is_free = |(name, _): &(&String, &Instant)| !self.held.contains(*name);
         let endpoints = self.endpoints_at.iter().filter(is_free).map(|(_, at)| *at);
         self.host_at.into_iter().chain(endpoints).min()
     }
 
-    /// Takes what is due at `now`: the host or not, and these endpoints.
+    /// Takes the places that are due at `now`: whether the host is, and the endpoints.
     pub(super) fn take(&mut self, now: Instant) -> (bool, BTreeSet<String>) {
         let host = self.host_at.take_if(|at| *at <= now).is_some();
         let due: BTreeSet<String> = self
@@ -178,27 +183,27 @@ impl RepairSchedule {
         (host, due)
     }
 
-    /// Notes a check of the host, of which others removed objects again and again if this returns
-    /// true.
+    /// Records a check of the host. Returns true once when repairs start to back off, because
+    /// objects are removed repeatedly.
     pub(super) fn host_checked(&mut self, found: Check, now: Instant) -> bool {
         let backs_off = self.host.note(found, now);
         if found == Check::Failed {
-            // Nobody may say a word about it again.
+            // There may be no further notification.
             self.host_at.get_or_insert(now + RETRY);
         }
         backs_off
     }
 
-    /// The same of an endpoint.
+    /// Records a check of `endpoint`, as [`Self::host_checked`].
     pub(super) fn endpoint_checked(&mut self, endpoint: &str, found: Check, now: Instant) -> bool {
         let pace = self
             .endpoints
             .entry(endpoint.to_owned())
-            .or_insert_with(|| Pace::new(ENDPOINT_LIMIT, BUSY_PAUSE));
+            .or_insert_with(|| Pace::new(ENDPOINT_LIMIT, BUSY_INTERVAL));
         let backs_off = pace.note(found, now);
-        let again = now + pace.pause.max(RETRY);
+        let retry = now + pace.interval.max(RETRY);
         if found == Check::Failed {
-            self.endpoints_at.entry(endpoint.to_owned()).or_insert(again);
+            self.endpoints_at.entry(endpoint.to_owned()).or_insert(retry);
         }
         backs_off
     }
@@ -208,23 +213,23 @@ impl RepairSchedule {
 mod tests {
     use super::*;
 
-    /// Lets `endpoint` change whenever it is not due, for `seconds`. When it was checked, with what
-    /// was `found`.
+    /// Changes an endpoint whenever it is not due, for `seconds`. Each check has the result
+    /// `found`. Returns the times of the checks and the number of reports.
     fn checks(schedule: &mut RepairSchedule, found: Check, seconds: u64) -> (Vec<Duration>, usize) {
         let start = Instant::now();
-        let (mut now, mut at, mut told) = (start, Vec::new(), 0);
+        let (mut now, mut at, mut reports) = (start, Vec::new(), 0);
         while now < start + Duration::from_secs(seconds) {
             schedule.endpoint_changed("web".into(), now);
             now = schedule.next().unwrap();
             assert_eq!(schedule.take(now), (false, BTreeSet::from(["web".to_owned()])));
-            told += usize::from(schedule.endpoint_checked("web", found, now));
+            reports += usize::from(schedule.endpoint_checked("web", found, now));
             at.push(now - start);
         }
-        (at, told)
+        (at, reports)
     }
 
     #[test]
-    fn the_first_change_is_checked_at_once_and_those_that_follow_after_a_pause() {
+    fn the_first_change_is_checked_at_once_and_further_ones_after_the_interval() {
         let mut schedule = RepairSchedule::new();
         let now = Instant::now();
         assert_eq!(schedule.next(), None);
@@ -236,22 +241,22 @@ mod tests {
         assert!(!schedule.host_checked(Check::Restored, now + SETTLE));
         assert!(!schedule.awaits_host());
         schedule.host_changed(now + 2 * SETTLE);
-        assert_eq!(schedule.next(), Some(now + SETTLE + PAUSE));
+        assert_eq!(schedule.next(), Some(now + SETTLE + INTERVAL));
     }
 
     #[test]
-    fn what_is_removed_again_and_again_is_restored_less_and_less_often_and_that_is_told_once() {
-        let (at, told) = checks(&mut RepairSchedule::new(), Check::Restored, 600);
+    fn repairs_of_repeatedly_removed_objects_back_off_and_are_reported_once() {
+        let (at, reports) = checks(&mut RepairSchedule::new(), Check::Restored, 600);
         assert!(at[9] < Duration::from_millis(1100), "{at:?}");
         assert!(at.len() < 45, "{} checks in 10 minutes", at.len());
-        assert_eq!(told, 1);
+        assert_eq!(reports, 1);
         let mut host = RepairSchedule::new();
         let mut now = Instant::now();
         for _ in 0..100 {
             host.host_changed(now);
             assert!(
                 host.next().unwrap() - now <= HOST_LIMIT + SETTLE,
-                "the host is never left alone"
+                "the interval of the host stays below its limit"
             );
             now = host.next().unwrap();
             host.take(now);
@@ -260,25 +265,25 @@ mod tests {
     }
 
     #[test]
-    fn changes_that_remove_nothing_cost_two_checks_a_second_and_delay_none_by_more() {
-        let (at, told) = checks(&mut RepairSchedule::new(), Check::Sound, 60);
+    fn changes_that_remove_nothing_cause_two_checks_per_second() {
+        let (at, reports) = checks(&mut RepairSchedule::new(), Check::Sound, 60);
         assert!(at.len() < 150, "{} checks in a minute", at.len());
-        assert!(at.windows(2).all(|two| two[1] - two[0] <= BUSY_PAUSE + SETTLE));
-        assert_eq!(told, 0);
+        assert!(at.windows(2).all(|two| two[1] - two[0] <= BUSY_INTERVAL + SETTLE));
+        assert_eq!(reports, 0);
     }
 
     #[test]
-    fn a_place_that_was_quiet_is_checked_at_once_again() {
+    fn the_interval_is_reset_after_a_quiet_period() {
         let mut schedule = RepairSchedule::new();
         let _ = checks(&mut schedule, Check::Restored, 5);
         let later = Instant::now() + Duration::from_secs(120);
         schedule.endpoint_checked("web", Check::Restored, later);
         schedule.endpoint_changed("web".into(), later);
-        assert_eq!(schedule.next(), Some(later + PAUSE));
+        assert_eq!(schedule.next(), Some(later + INTERVAL));
     }
 
     #[test]
-    fn an_endpoint_is_not_due_while_work_goes_on_in_it_and_delays_no_other() {
+    fn a_held_endpoint_is_not_due_and_does_not_delay_others() {
         let mut schedule = RepairSchedule::new();
         let now = Instant::now();
         schedule.hold("slow");
@@ -292,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn what_could_not_be_restored_is_tried_again_without_a_word() {
+    fn a_failed_repair_is_retried_without_a_notification() {
         let mut schedule = RepairSchedule::new();
         let now = Instant::now();
         schedule.endpoint_checked("web", Check::Failed, now);

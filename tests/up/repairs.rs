@@ -1,5 +1,5 @@
-//! Objects that other software removes, or processes of a container: each is restored, logged once
-//! and counted.
+//! Objects removed by other software or by processes of a container are restored, logged once and
+//! counted.
 
 use super::matrix::peer_as_seen;
 use super::scene::{Scene, rootless_namespace, service_namespace};
@@ -15,10 +15,10 @@ use tidegate_testbed::{Namespace, Process, eventually};
 
 const SOON: Duration = Duration::from_secs(10);
 
-/// Within a second on an idle machine; this one may be busy.
+/// Maximum repair time. It is 1 s on an idle machine, but tests run concurrently.
 const BOUND: Duration = Duration::from_secs(3);
 
-/// More than leaves before the device is deleted.
+/// Bytes of a transfer that is not complete when the device is deleted.
 const MUCH: u64 = 500 << 20;
 
 const FILE: &str = r#"
@@ -35,7 +35,7 @@ services:
     ports: [ "8080:80", "8080:80/udp" ]
 "#;
 
-/// Where an object is removed.
+/// The namespace in which an object is removed.
 #[derive(Clone, Copy, Debug)]
 enum Place {
     Host,
@@ -47,14 +47,14 @@ use Place::{Host, Inside};
 struct Bed {
     scene: Scene,
     up: Process,
-    /// Where the bridges are.
+    /// The namespace of the bridges.
     networks: Namespace,
     boxed: Namespace,
     _servers: Vec<PeerServer>,
 }
 
 impl Bed {
-    /// Removes the address of the container. Returns how long its repair takes.
+    /// Removes the address of the container. Returns the repair time.
     #[track_caller]
     fn address_repair_time(&self) -> Duration {
         let removed = Instant::now();
@@ -73,7 +73,7 @@ impl Bed {
         Self::start(scene, command, FILE, flags, |scene, _| scene.net.host.clone())
     }
 
-    /// With further `services` after the box.
+    /// With further `services` in the Compose file.
     fn with_services(services: &str, flags: &[&str]) -> Self {
         let scene = Scene::new();
         let command = scene.tidegate();
@@ -109,16 +109,15 @@ impl Bed {
         bed
     }
 
-    /// From outside to the container over TCP and UDP, from the host to it, and a name that it
-    /// looks up.
-    fn carries_traffic(&self, patience: Duration) -> bool {
+    /// Whether published TCP and UDP ports, direct connections from the host and DNS all work.
+    fn carries_traffic(&self, timeout: Duration) -> bool {
         let host = |to: &str, udp| {
             let to = to.parse().unwrap();
-            self.scene.net.client.run(|| peer_as_seen(to, udp, patience)).is_ok()
+            self.scene.net.client.run(|| peer_as_seen(to, udp, timeout)).is_ok()
         };
         let direct = |to: &str| {
             let to = to.parse().unwrap();
-            self.networks.run(|| peer_as_seen(to, false, patience)).is_ok()
+            self.networks.run(|| peer_as_seen(to, false, timeout)).is_ok()
         };
         let failed = [
             ("direct IPv4", direct("10.83.1.2:80")),
@@ -158,7 +157,7 @@ impl Bed {
         output.status.success()
     }
 
-    /// The first link whose name begins with `prefix`.
+    /// Name of the first link with `prefix`, or an empty string.
     fn link(&self, prefix: &str) -> String {
         let links = self.networks.ip(&["-o", "link", "show"]);
         let link = links.split_whitespace().find(|word| word.starts_with(prefix));
@@ -184,17 +183,18 @@ impl Bed {
         log.lines().filter(of).count()
     }
 
-    /// Removes an object by `script`; it is there when `check` succeeds.
+    /// Removes an object with `script` and asserts that it is restored: `check` succeeds while the
+    /// object exists.
     #[track_caller]
-    fn removes(&self, kind: &str, place: Place, script: &str, check: &str) {
+    fn assert_repair(&self, kind: &str, place: Place, script: &str, check: &str) {
         let logged = self.logged(kind);
-        self.removes_again(kind, place, script, check);
+        self.assert_repeated_repair(kind, place, script, check);
         assert_eq!(self.logged(kind), logged + 1, "{script}\n{}", self.up.output());
     }
 
-    /// The same, of an object that the log has told of within a minute.
+    /// The same for a kind that was logged within the last minute, and is therefore not logged.
     #[track_caller]
-    fn removes_again(&self, kind: &str, place: Place, script: &str, check: &str) {
+    fn assert_repeated_repair(&self, kind: &str, place: Place, script: &str, check: &str) {
         let counted = self.count(kind);
         assert!(self.run(place, check), "{check} before {script}");
         let removed = Instant::now();
@@ -221,19 +221,24 @@ impl Bed {
 fn every_kind_of_object_is_restored_logged_once_and_counted() {
     let bed = Bed::new(&["--firewall=none"]);
     let up = |name: &str| format!("ip link show {name} | grep -q ,UP");
-    bed.removes("bridge", Host, "ip link del tg-home", &up("tg-home"));
-    bed.removes("link", Host, "ip link set tg-home down", &up("tg-home"));
-    bed.removes("veth", Inside, "ip link del eth0", &up("eth0"));
-    bed.removes_again("veth", Host, "ip link del $VETH", "ip -o link | grep tgv | grep -q ,UP");
-    bed.removes("link", Inside, "ip link set eth0 down", &up("eth0"));
-    bed.removes(
+    bed.assert_repair("bridge", Host, "ip link del tg-home", &up("tg-home"));
+    bed.assert_repair("link", Host, "ip link set tg-home down", &up("tg-home"));
+    bed.assert_repair("veth", Inside, "ip link del eth0", &up("eth0"));
+    bed.assert_repeated_repair(
+        "veth",
+        Host,
+        "ip link del $VETH",
+        "ip -o link | grep tgv | grep -q ,UP",
+    );
+    bed.assert_repair("link", Inside, "ip link set eth0 down", &up("eth0"));
+    bed.assert_repair(
         "port",
         Host,
         "ip link set $VETH nomaster",
         "ip link show $VETH | grep -q 'master tg-home'",
     );
     let entry = "bridge fdb show br tg-home | grep 'master tg-home static'";
-    bed.removes(
+    bed.assert_repair(
         "fdb",
         Host,
         &format!("bridge fdb del $({entry} | cut -d' ' -f1) dev $VETH master static"),
@@ -245,26 +250,26 @@ fn every_kind_of_object_is_restored_logged_once_and_counted() {
         ("127.0.0.1/8", "lo", Inside),
     ] {
         let check = format!("ip addr show {link} | grep -q {address}");
-        bed.removes("address", place, &format!("ip addr del {address} dev {link}"), &check);
+        bed.assert_repair("address", place, &format!("ip addr del {address} dev {link}"), &check);
     }
-    bed.removes(
+    bed.assert_repair(
         "route",
         Host,
         "ip route del 10.83.1.0/24 dev tg-home",
         "ip route | grep -q '10.83.1.0/24 dev tg-home'",
     );
-    bed.removes(
+    bed.assert_repair(
         "route",
         Inside,
         "ip route del default",
         "ip route | grep -q 'default via 10.83.1.1'",
     );
-    // One for TCP, one for UDP.
+    // One table for TCP, one for UDP.
     let answers = "[ $(ip route show table all | grep -c '^local default dev lo') = 2 ]";
     let table = "$(ip route show table all | grep -m1 '^local default dev lo' | sed 's/.*table //; s/ .*//')";
-    bed.removes_again("route", Inside, &format!("ip route flush table {table}"), answers);
+    bed.assert_repeated_repair("route", Inside, &format!("ip route flush table {table}"), answers);
     let marked = "ip rule | grep -q fwmark";
-    bed.removes(
+    bed.assert_repair(
         "rule",
         Inside,
         "ip rule del pref $(ip rule | grep -m1 fwmark | cut -d: -f1)",
@@ -274,7 +279,7 @@ fn every_kind_of_object_is_restored_logged_once_and_counted() {
         (format!("sysctl -q {name}={others}"), format!("sysctl -n {name} | grep -qx {ours}"))
     };
     let (set, check) = sysctl("net.ipv6.conf.tg-home.accept_ra", 1, 0);
-    bed.removes("sysctl", Host, &set, &check);
+    bed.assert_repair("sysctl", Host, &set, &check);
     for (name, others, ours) in [
         ("tg-home.arp_ignore", 0, 1),
         ("tg-home.accept_source_route", 1, 0),
@@ -282,13 +287,13 @@ fn every_kind_of_object_is_restored_logged_once_and_counted() {
         ("$VETH.arp_ignore", 0, 8),
     ] {
         let (set, check) = sysctl(&format!("net.ipv4.conf.{name}"), others, ours);
-        bed.removes_again("sysctl", Host, &set, &check);
+        bed.assert_repeated_repair("sysctl", Host, &set, &check);
     }
     let (set, check) = sysctl("net.ipv6.conf.eth0.accept_redirects", 1, 0);
-    bed.removes("sysctl", Inside, &set, &check);
+    bed.assert_repair("sysctl", Inside, &set, &check);
     let (set, check) = sysctl("net.ipv4.tcp_fwmark_accept", 0, 1);
-    bed.removes("sysctl", Inside, &set, &check);
-    bed.removes(
+    bed.assert_repair("sysctl", Inside, &set, &check);
+    bed.assert_repair(
         "rule",
         Host,
         "ip rule del from all to 10.83.1.0/24 iif lo",
@@ -296,34 +301,33 @@ fn every_kind_of_object_is_restored_logged_once_and_counted() {
     );
 }
 
-/// Destroyed as `ss -K` does, or its table deleted: names are resolved, and ports answer, without a
-/// restart.
+/// After `ss -K`, or after the deletion of the DNS server's nftables table.
 #[test]
-fn sockets_that_are_destroyed_answer_again() {
+fn destroyed_sockets_are_restored() {
     let bed = Bed::new(&["--firewall=nftables", "--publish=proxy"]);
-    // Who asks next is answered: until then there is nothing to see.
+    // Sockets have no other check than their traffic.
     let answers = "true";
     let destroy = |place, kind: &str, filter: &str| {
         let found = bed.run(place, &format!("ss -Hn{filter} | grep -q ."));
         assert!(found, "no socket: ss -Hn{filter}");
-        bed.removes(kind, place, &format!("ss -K -n{filter}"), answers);
+        bed.assert_repair(kind, place, &format!("ss -K -n{filter}"), answers);
     };
     destroy(Host, "listener", "tl4 sport = 8080");
     destroy(Host, "listener", "ul4 sport = 8080");
     destroy(Inside, "dns", "ul4 src 127.0.0.11");
     destroy(Inside, "dns", "tl4 src 127.0.0.11");
     let table = "nft list chain inet tidegate_dns questions | grep -q 'dport set'";
-    bed.removes("dns", Inside, "nft delete table inet tidegate_dns", table);
-    bed.removes_again("dns", Inside, "nft flush table inet tidegate_dns", table);
+    bed.assert_repair("dns", Inside, "nft delete table inet tidegate_dns", table);
+    bed.assert_repeated_repair("dns", Inside, "nft flush table inet tidegate_dns", table);
     let cpu = bed.up.cpu_seconds();
     std::thread::sleep(Duration::from_secs(2));
     let cpu = bed.up.cpu_seconds() - cpu;
-    assert!(cpu < 0.5, "{cpu} s of processor time in 2 s");
+    assert!(cpu < 0.5, "{cpu} s of CPU time in 2 s");
 }
 
-/// The port is asked for by number, so the engine's socket keeps it.
+/// The engine's socket is bound to a port given by number, and so the kernel keeps the binding.
 #[test]
-fn a_socket_of_the_engine_that_is_destroyed_goes_on() {
+fn a_destroyed_socket_of_the_engine_keeps_working() {
     let bed = Bed::new(&["--firewall=none"]);
     assert!(bed.run(Host, "ss -K -nul4 sport = 8080"));
     assert!(
@@ -334,11 +338,10 @@ fn a_socket_of_the_engine_that_is_destroyed_goes_on() {
     let cpu = bed.up.cpu_seconds();
     std::thread::sleep(Duration::from_secs(2));
     let cpu = bed.up.cpu_seconds() - cpu;
-    assert!(cpu < 0.5, "{cpu} s of processor time in 2 s");
+    assert!(cpu < 0.5, "{cpu} s of CPU time in 2 s");
 }
 
-/// Flows of the engine, and ports that it carries, go on by the device that takes the place of one
-/// that was removed.
+/// Flows and published ports of the engine continue on the new device.
 #[test]
 fn the_device_of_the_engine_is_restored() {
     for rootless in [false, true] {
@@ -352,22 +355,22 @@ fn the_device_of_the_engine_is_restored() {
         assert!(egress());
         let up = "ip link show $TUN | grep -q ,UP";
         let table = r"$(ip rule | sed -n 's/.*iif tg-home lookup \([0-9]*\).*/\1/p' | head -n1)";
-        bed.removes("tun", Host, "ip link del $TUN", up);
+        bed.assert_repair("tun", Host, "ip link del $TUN", up);
         assert!(egress(), "{}", bed.up.output());
-        bed.removes_again("tun", Host, "ip link set $TUN name elsewhere", up);
+        bed.assert_repeated_repair("tun", Host, "ip link set $TUN name elsewhere", up);
         assert!(egress(), "{}", bed.up.output());
-        bed.removes("link", Host, "ip link set $TUN down", up);
+        bed.assert_repair("link", Host, "ip link set $TUN down", up);
         for family in ["-4", "-6"] {
             let check =
                 format!("ip {family} route show table {table} | grep -q 'default dev tgt-'");
-            bed.removes(
+            bed.assert_repair(
                 "route",
                 Host,
                 &format!("ip {family} route del default table {table}"),
                 &check,
             );
         }
-        bed.removes(
+        bed.assert_repair(
             "sysctl",
             Host,
             "sysctl -q net.ipv4.conf.$TUN.forwarding=0",
@@ -376,12 +379,11 @@ fn the_device_of_the_engine_is_restored() {
         assert!(egress(), "{}", bed.up.output());
         assert!(
             !bed.networks.ip(&["-o", "link"]).contains("elsewhere"),
-            "the device that was renamed is closed"
+            "the renamed device is closed"
         );
     }
 }
 
-/// A connection that was open before, by the engine, carries bytes after it.
 #[test]
 fn a_flow_survives_the_loss_of_the_device() {
     let bed = Bed::new(&["--firewall=none"]);
@@ -402,9 +404,9 @@ fn a_flow_survives_the_loss_of_the_device() {
     assert_eq!(bed.count("tun"), 1);
 }
 
-/// What cannot be restored, a device whose name is taken, does not keep the rest from being so.
+/// The device cannot be restored while another interface has its name.
 #[test]
-fn without_the_device_of_the_engine_everything_else_is_restored() {
+fn a_failed_repair_does_not_prevent_others() {
     let bed = Bed::new(&["--firewall=none"]);
     let tun = bed.link("tgt-");
     let replace =
@@ -429,9 +431,9 @@ fn without_the_device_of_the_engine_everything_else_is_restored() {
     );
 }
 
-/// Of a container that has ended nothing is restored, while others are.
+/// Other containers are repaired meanwhile.
 #[test]
-fn a_container_that_has_ended_is_not_repaired() {
+fn an_ended_container_is_not_repaired() {
     let bed = Bed::with_services(
         r#"
   brief:
@@ -446,7 +448,7 @@ fn a_container_that_has_ended_is_not_repaired() {
     let remove =
         |namespace: &Namespace, address| namespace.ip(&["addr", "del", address, "dev", "eth0"]);
     remove(&brief, "10.83.1.3/24");
-    assert!(eventually(SOON, || has(&brief, "10.83.1.3")), "as long as it runs");
+    assert!(eventually(SOON, || has(&brief, "10.83.1.3")), "repaired while it runs");
     fs::write(bed.scene.directory.path().join("end"), "").unwrap();
     let status = || {
         let mut ps = bed.scene.tidegate();
@@ -470,10 +472,10 @@ fn a_container_that_has_ended_is_not_repaired() {
     assert!(!bed.up.output().contains("not restored"), "{}", bed.up.output());
 }
 
-/// A link that a container's root makes under the name of its veth end gets nothing of what belongs
-/// to that.
+/// Root in a container creates a link with the name of its veth end. The link must not get the
+/// addresses of the veth end.
 #[test]
-fn a_link_in_the_place_of_a_veth_end_is_left_alone() {
+fn a_foreign_link_with_the_name_of_a_veth_end_is_not_configured() {
     let bed = Bed::new(&["--firewall=none"]);
     let replace = "ip link set eth0 name real; ip link add eth0 type bridge; ip link set eth0 up";
     assert!(bed.run(Inside, replace));
@@ -491,13 +493,13 @@ fn a_link_in_the_place_of_a_veth_end_is_left_alone() {
         bed.up.output()
     );
     assert!(eventually(SOON * 4, || bed.count("veth") == counted + 1), "{}", bed.up.output());
-    assert!(!bed.boxed.ip(&["-o", "link"]).contains("real"), "the pair is a new one");
+    assert!(!bed.boxed.ip(&["-o", "link"]).contains("real"), "the veth pair is a new one");
 }
 
-/// Root in a container can make routes without end: that delays no repair of others, and no order
-/// of the API.
+/// Root in a container creates 20,000 routes and changes them continuously. Repairs of other
+/// containers and API requests are not delayed.
 #[test]
-fn routes_of_a_container_delay_nothing_for_others() {
+fn route_changes_of_a_container_do_not_delay_others() {
     const ROUTES: u32 = 20_000;
     let bed = Bed::with_services(
         r#"
@@ -515,8 +517,7 @@ fn routes_of_a_container_delay_nothing_for_others() {
     fs::write(&routes, lines.collect::<String>()).unwrap();
     let routes = routes.to_str().unwrap();
     noisy.ip(&["-batch", routes]);
-    // Each is a reason to look at the namespace, where the addresses of the container itself are
-    // taken away as well.
+    // Each change causes a check of the namespace. The script also deletes the container's address.
     let changes = "while :; do ip route del 11.0.0.0/24; ip route add 11.0.0.0/24 dev more proto kernel; \
                    ip addr del 10.83.1.3/24 dev eth0; done 2>/dev/null";
     let mut changes =
@@ -546,11 +547,11 @@ fn routes_of_a_container_delay_nothing_for_others() {
     assert!(times[4] < BOUND, "{times:?}");
 }
 
-/// Root in a container can have 50,000 chains of nftables, change them in transactions without end,
-/// and give its namespace a reason to be checked all the time. That delays its own repairs alone:
-/// names and the API answer, and others are repaired.
+/// Root in a container creates 50,000 nftables chains, runs transactions continuously, and causes
+/// permanent checks of its namespace. This delays only its own repairs, not those of others, DNS or
+/// the API.
 #[test]
-fn chains_of_a_container_delay_nothing_for_others() {
+fn chains_of_a_container_do_not_delay_others() {
     const CHAINS: u32 = 50_000;
     const QUICK: Duration = Duration::from_millis(500);
     let bed = Bed::with_services(
@@ -633,7 +634,7 @@ fn chains_of_a_container_delay_nothing_for_others() {
     assert!(repairs[4] < BOUND, "{repairs:?}");
 }
 
-/// The longest that `f` takes.
+/// The maximum duration of 50 calls of `f`.
 fn worst_of_50(f: impl Fn()) -> Duration {
     let took = (0..50).map(|_| {
         let begun = Instant::now();
@@ -649,10 +650,10 @@ fn worst_of_50(f: impl Fn()) -> Duration {
 fn tables_of_firewalls_are_restored() {
     let nftables = Bed::on(Scene::lacking("owned-tables"), &["--firewall=nftables"]);
     let table = "nft list tables | grep -q 'inet tidegate-repairs'";
-    nftables.removes("table", Host, "nft delete table inet tidegate-repairs", table);
+    nftables.assert_repair("table", Host, "nft delete table inet tidegate-repairs", table);
     let iptables = Bed::new(&["--firewall=iptables"]);
     let jump = "iptables -S FORWARD | grep -q TIDEGATE";
-    iptables.removes("table", Host, "iptables -F FORWARD", jump);
+    iptables.assert_repair("table", Host, "iptables -F FORWARD", jump);
 }
 
 #[test]
@@ -677,10 +678,9 @@ fn programs_are_restored() {
     assert_eq!(bed.logged("program"), 2, "{}", bed.up.output());
 }
 
-/// A process of the container that removes its address in a loop is not followed for ever at its
-/// pace.
+/// A process of the container deletes its address in a loop.
 #[test]
-fn what_is_removed_again_and_again_is_restored_with_growing_pauses() {
+fn repairs_of_repeatedly_removed_objects_back_off() {
     let bed = Bed::new(&["--firewall=none"]);
     let removed = Instant::now();
     let mut restored = 0;
@@ -694,7 +694,7 @@ fn what_is_removed_again_and_again_is_restored_with_growing_pauses() {
     eprintln!("{restored} removals, {counted} restored in 15 s");
     assert!((8..=25).contains(&counted), "{counted}");
     let log = bed.up.output();
-    assert_eq!(log.matches("are removed again and again").count(), 1, "{log}");
+    assert_eq!(log.matches("are removed repeatedly").count(), 1, "{log}");
     assert_eq!(bed.logged("address"), 1, "{log}");
     assert!(
         eventually(SOON * 4, || bed.carries_traffic(Duration::from_secs(1))),

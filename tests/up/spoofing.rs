@@ -1,5 +1,5 @@
-//! Root in a container sends in the name of others, by hand-made frames: nobody receives them, in
-//! any mode and with each mechanism of port guards. What an unmodified kernel sends is not dropped.
+//! Root in a container sends raw frames with spoofed addresses. No frame arrives, in any mode and
+//! with any mechanism of port guards. Frames of an unmodified kernel are not dropped.
 
 use super::scene::{Scene, rootless_namespace, service_namespace};
 use std::collections::HashSet;
@@ -13,7 +13,7 @@ use tidegate_testbed::frames::{Forger, KINDS, LinkSocket, MARKER, Mac, arp, ethe
 use tidegate_testbed::{Namespace, Process, eventually};
 
 const SOON: Duration = Duration::from_secs(10);
-/// Frames of each kind.
+/// Number of frames per kind.
 const COUNT: usize = 10_000;
 const METRICS: &str = "127.0.0.1:9477";
 
@@ -30,14 +30,14 @@ services:
 
 const SERVICES: [&str; 3] = ["hostile", "neighbor", "stranger"];
 
-/// Begins to bring `file` up by `tidegate`, with metrics.
+/// Starts to bring `file` up with the command `tidegate`, with metrics.
 fn bring_up(scene: &Scene, mut tidegate: Command, file: &str, flags: &[&str]) -> Process {
     let path = scene.directory.path().join("compose.yaml");
     fs::write(&path, file).unwrap();
     Process::spawn(tidegate.arg("up").arg("-f").arg(path).args(["--metrics", METRICS]).args(flags))
 }
 
-/// A project, its containers, and where its bridges are.
+/// A project with its containers and the namespace of its bridges (`host`).
 struct Project {
     scene: Scene,
     containers: [Namespace; 3],
@@ -94,7 +94,7 @@ impl Project {
         }
     }
 
-    /// Everywhere that a frame could get to: neighbour, other network, bridges, the outside.
+    /// All possible receivers: neighbour, other network, bridges and the external client.
     fn receivers(&self) -> Vec<(String, LinkSocket)> {
         let mut all = vec![
             ("the neighbour".to_owned(), LinkSocket::open(&self.containers[1], "eth0")),
@@ -113,7 +113,7 @@ impl Project {
         all
     }
 
-    /// The frames that guards have dropped, by endpoint and reason, as a scrape shows them.
+    /// The frames that guards have dropped, by endpoint and reason, from the metrics.
     fn dropped(&self) -> Vec<(String, u64)> {
         let url = format!("http://{METRICS}/metrics");
         let page = self.scene.net.host.exec("curl", &["-sS", "--max-time", "5", &url]);
@@ -127,7 +127,7 @@ impl Project {
         counts.collect()
     }
 
-    /// What forged frames got to, and how many.
+    /// The receivers that spoofed frames have reached, each with the kind and number of frames.
     fn leaks(&self, count: usize) -> Vec<String> {
         let mut forger = self.forger();
         let sender = LinkSocket::open(&self.containers[0], "eth0");
@@ -161,10 +161,11 @@ impl Project {
         leaks
     }
 
-    /// Forged frames get nowhere and are counted; nothing else was dropped before.
+    /// Asserts that spoofed frames are dropped and that no other frames are. `counts` is whether
+    /// the mechanism counts dropped frames.
     #[track_caller]
-    fn holds(&self, counts: bool) {
-        self.talks();
+    fn assert_guarded(&self, counts: bool) {
+        self.assert_connectivity();
         assert!(self.dropped().iter().all(|(_, count)| *count == 0), "{:?}", self.dropped());
         assert_eq!(self.leaks(COUNT), [""; 0]);
         let dropped = self.dropped();
@@ -182,12 +183,12 @@ impl Project {
             [expected, 0, 0],
             "{dropped:?}"
         );
-        self.talks();
+        self.assert_connectivity();
     }
 
-    /// The containers of the network reach each other and their gateway.
+    /// Asserts that containers of the network reach each other and their gateway.
     #[track_caller]
-    fn talks(&self) {
+    fn assert_connectivity(&self) {
         for to in ["10.77.1.8", "fd77:1::8", "10.77.1.1", "fd77:1::1"] {
             let answers = || {
                 let mut ping = self.containers[0].command("ping");
@@ -199,30 +200,30 @@ impl Project {
 }
 
 #[test]
-fn forged_frames_of_a_container_reach_nobody_in_any_mode() {
+fn spoofed_frames_are_dropped_in_all_modes() {
     for firewall in ["none", "nftables", "iptables"] {
-        Project::as_root(firewall, "").holds(true);
+        Project::as_root(firewall, "").assert_guarded(true);
     }
 }
 
 #[test]
-fn forged_frames_reach_nobody_whichever_mechanism_the_guard_has() {
-    Project::as_root("nftables", "tcx").holds(true);
-    Project::as_root("none", "bpf-guards").holds(true);
-    Project::as_root("iptables", "bpf-guards,netdev-guards").holds(false);
+fn spoofed_frames_are_dropped_by_all_mechanisms() {
+    Project::as_root("nftables", "tcx").assert_guarded(true);
+    Project::as_root("none", "bpf-guards").assert_guarded(true);
+    Project::as_root("iptables", "bpf-guards,netdev-guards").assert_guarded(false);
 }
 
 #[test]
-fn forged_frames_reach_nobody_in_the_networks_of_an_ordinary_user() {
-    Project::as_nobody("").holds(true);
-    Project::as_nobody("netdev-guards").holds(false);
+fn spoofed_frames_are_dropped_rootless() {
+    Project::as_nobody("").assert_guarded(true);
+    Project::as_nobody("netdev-guards").assert_guarded(false);
 }
 
-/// Or the others would hold for want of an attack.
+/// Counter-test: the tests above do exercise an attack.
 #[test]
-fn without_a_guard_forged_frames_reach_the_neighbor_and_it_is_said() {
+fn without_a_guard_spoofed_frames_arrive_and_a_warning_is_logged() {
     let project = Project::as_root("none", "bpf-guards,netdev-guards,classic-guards");
-    project._up.wait_for_line("what containers send is not checked", SOON);
+    project._up.wait_for_line("source addresses of containers are not checked", SOON);
     project._up.wait_for_line("run a kernel with CONFIG_NF_TABLES_NETDEV", SOON);
     let leaks = project.leaks(200);
     for kind in KINDS {
@@ -233,19 +234,19 @@ fn without_a_guard_forged_frames_reach_the_neighbor_and_it_is_said() {
     }
     assert!(
         !leaks.iter().any(|leak| leak.contains("the stranger")),
-        "networks are apart: {leaks:?}"
+        "networks are isolated: {leaks:?}"
     );
     let doctor = project.scene.tidegate().args(["doctor"]).output().unwrap();
-    let told = String::from_utf8_lossy(&doctor.stdout).into_owned();
-    assert!(told.contains("of their gateway") && told.contains("port-guards"), "{told}");
+    let printed = String::from_utf8_lossy(&doctor.stdout).into_owned();
+    assert!(printed.contains("of their gateway") && printed.contains("port-guards"), "{printed}");
 }
 
-/// A bridge leaves frames to the group addresses of link control to its port: a packet in one would
-/// come in by an interface that no guard of the bridge knows. The settings of the port hold where
-/// there are no port guards; the frame to 01:80:c2:00:00:00, which the bridge takes itself while it
-/// runs no spanning tree, meets the guards of the bridge.
+/// A bridge delivers frames to link-local group addresses (01:80:c2:00:00:0x) at its port. A packet
+/// in such a frame would arrive on an interface that the bridge's guards do not cover. Without port
+/// guards, sysctls of the port drop it. The bridge itself receives frames to 01:80:c2:00:00:00
+/// while it runs no spanning tree, so its guards apply to them.
 #[test]
-fn frames_to_link_control_addresses_reach_nothing_of_the_host_with_or_without_a_guard() {
+fn frames_to_link_control_addresses_do_not_reach_the_host() {
     const NETWORKS: &str = r#"
 name: links
 networks:
@@ -253,14 +254,14 @@ networks:
   back: { internal: true, ipam: { config: [ { subnet: 10.77.2.0/24 } ] } }
 services:
   other: { x-netns: OTHER, networks: { front: { ipv4_address: 10.77.1.10 } }, ports: [ "8080:80/udp" ] }
-  inmate: { x-netns: INMATE, networks: { back: { ipv4_address: 10.77.2.10 } } }
+  isolated: { x-netns: ISOLATED, networks: { back: { ipv4_address: 10.77.2.10 } } }
   router: { x-netns: ROUTER, networks: { back: { ipv4_address: 10.77.2.11, x-any-source: true } } }
 "#;
     for lacks in ["", "bpf-guards,netdev-guards,classic-guards"] {
         let scene = Scene::lacking(lacks);
-        let (_up, [other, inmate, router]) = scene.up_with_services(
+        let (_up, [other, isolated, router]) = scene.up_with_services(
             NETWORKS,
-            ["other", "inmate", "router"],
+            ["other", "isolated", "router"],
             false,
             &["--firewall=none"],
         );
@@ -279,7 +280,7 @@ services:
         let bridges = scene.net.host.ip(&["-o", "link", "show", "type", "bridge"]);
         let bridge = bridges.lines().find(|line| line.contains("tg-back")).unwrap();
         let gateway = mac_of(link_layer_address(bridge));
-        for (member, own) in [(&inmate, "10.77.2.10"), (&router, "10.77.2.11")] {
+        for (member, own) in [(&isolated, "10.77.2.10"), (&router, "10.77.2.11")] {
             let own = own.parse().unwrap();
             let mac = mac_of(link_layer_address(&member.ip(&["-o", "link", "show", "eth0"])));
             let link = LinkSocket::open(member, "eth0");
@@ -292,7 +293,7 @@ services:
             for last in 0..16 {
                 let group = [0x01, 0x80, 0xc2, 0, 0, last];
                 for to in ["203.0.113.1", "10.77.1.1", "10.77.2.1"] {
-                    // What the bridge takes itself is for its own gateway.
+                    // The bridge receives this one, for its own gateway.
                     if (last, to) != (0, "10.77.2.1") {
                         send(group, to, 5555);
                     }
@@ -318,7 +319,7 @@ services:
     }
 }
 
-/// Of a link as `ip -o link` lists it.
+/// The MAC address in a line of `ip -o link`.
 pub(super) fn link_layer_address(listed: &str) -> &str {
     listed.split("link/ether ").nth(1).unwrap().split(' ').next().unwrap()
 }
@@ -329,9 +330,9 @@ pub(super) fn mac_of(text: &str) -> Mac {
     bytes.try_into().unwrap()
 }
 
-/// It comes back in another namespace with the addresses it had.
+/// The container returns in another namespace with the same addresses.
 #[test]
-fn a_container_that_comes_back_is_guarded_again_and_loses_no_frame() {
+fn a_restarted_container_is_guarded_again_and_loses_no_frame() {
     let scene = Scene::new();
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("hostile");
@@ -354,5 +355,5 @@ fn a_container_that_comes_back_is_guarded_again_and_loses_no_frame() {
     let [neighbor, stranger] = others;
     let host = scene.net.host.clone();
     let project = Project { scene, containers: [new, neighbor, stranger], host, _up: up };
-    project.holds(true);
+    project.assert_guarded(true);
 }
