@@ -1,5 +1,5 @@
-//! Services in real namespaces: what they see, what they say, how they start, end and begin again,
-//! and that nothing of them is left, whatever happens to their supervisor.
+//! Services in real namespaces: mounts and environment, output, start, stop and restart, and
+//! cleanup after any end of the supervisor.
 
 #[path = "services/init.rs"]
 mod init;
@@ -34,20 +34,20 @@ use tidegate::services::{
 };
 use tidegate_testbed::{Namespace, Process, Signal, eventually, procfs, require_root};
 
-/// How long anything may take that ought to take no time.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Timeout of operations that usually complete at once.
+const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Long enough never to come.
+/// A grace period that no test reaches.
 const FOREVER: Duration = Duration::from_secs(600);
 
-/// Where the supervisor of [`killed::supervisor_in_a_process_of_its_own`] keeps its files; unset,
-/// it is not one.
+/// Variable with the run directory of [`killed::supervisor_in_a_separate_process`]. Without it,
+/// that test does nothing.
 const RUN_DIR: &str = "TIDEGATE_TEST_RUN_DIR";
 
 /// The same for [`rootless::supervisor_in_a_user_namespace`].
 const ROOTLESS_RUN_DIR: &str = "TIDEGATE_TEST_ROOTLESS_RUN_DIR";
 
-/// The lines told so far.
+/// The lines written so far.
 #[derive(Clone, Default)]
 struct Lines(Arc<Mutex<Vec<String>>>);
 
@@ -64,7 +64,7 @@ impl Lines {
     }
 
     fn has(&self, line: &str) -> bool {
-        self.all().iter().any(|told| told == line)
+        self.all().iter().any(|one| one == line)
     }
 
     async fn wait_for(&self, line: &str) {
@@ -73,14 +73,14 @@ impl Lines {
 }
 
 async fn wait_until(mut ready: impl FnMut() -> bool, what: impl Fn() -> String) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while !ready() {
         assert!(Instant::now() < deadline, "{}", what());
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 
-/// A supervisor with its lines and its run directory, which is removed at the end.
+/// A supervisor with its output and its run directory, which is removed on drop.
 struct Bed {
     supervisor: Supervisor,
     lines: Lines,
@@ -105,7 +105,7 @@ impl Bed {
         self.supervisor.statuses().into_iter().find(|status| status.name == name).unwrap()
     }
 
-    /// Asserts that the run directory holds nothing of a service.
+    /// Asserts that the run directory contains no files of services.
     #[track_caller]
     fn assert_clean(&self) {
         assert_eq!(services_in(self.run_dir.path()), Vec::<String>::new());
@@ -135,8 +135,8 @@ fn shell_in(namespace: tidegate_netns::Namespace, name: &str, script: &str) -> S
     }
 }
 
-/// Where a service of this process belongs: root's where the process is, an ordinary user's in a
-/// user namespace of its own, as `tidegate up` has them.
+/// The network namespace for a service, as `tidegate up` creates it: for root the current one, for
+/// an ordinary user one in a new user namespace.
 fn namespace_for_service() -> tidegate_netns::Namespace {
     let here = tidegate_netns::Namespace::current().unwrap();
     if here.belongs_to_own_user_namespace() {
@@ -163,13 +163,13 @@ fn services_in(run_dir: &Path) -> Vec<String> {
 fn run<T>(future: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        tokio::time::timeout(2 * PATIENCE, future).await.expect("the test hangs")
+        tokio::time::timeout(2 * TIMEOUT, future).await.expect("the test hangs")
     })
 }
 
-/// The processes that have `marker` among their arguments. A zombie has none.
+/// The processes that have `marker` among their arguments. Zombies have no arguments.
 fn marked(marker: &str) -> Vec<u32> {
-    let numbers = fs::read_dir("/proc")
+    let pids = fs::read_dir("/proc")
         .unwrap()
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
     let has_marker = |pid: &u32| {
@@ -177,10 +177,10 @@ fn marked(marker: &str) -> Vec<u32> {
             arguments.split(|&byte| byte == 0).any(|argument| argument == marker.as_bytes())
         })
     };
-    numbers.filter(has_marker).collect()
+    pids.filter(has_marker).collect()
 }
 
-/// A number of seconds that no other process sleeps for.
+/// A sleep duration in seconds that no other process uses.
 fn marker(number: u32) -> String {
     format!("{}.{number}", 100_000 + std::process::id())
 }

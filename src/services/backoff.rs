@@ -1,4 +1,4 @@
-//! Whether and when a service that has ended is started again. Pure: told how long it ran.
+//! Restart policy and backoff of a service. Pure: run times are arguments.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
@@ -6,17 +6,17 @@ use super::Exit;
 use crate::compose::Restart;
 use std::time::Duration;
 
-/// The first pause, doubled with each restart. As dockerd's restart manager, so that Compose files
-/// behave alike.
+/// Initial pause, doubled with each restart. Same values as dockerd (restartmanager), so that
+/// Compose files behave alike.
 const FIRST: Duration = Duration::from_millis(100);
 
-/// The longest pause.
-const LONGEST: Duration = Duration::from_secs(60);
+/// Maximum pause.
+const MAX: Duration = Duration::from_secs(60);
 
-/// Who has run for so long has started well: the next pause is the first again.
+/// Run time after which the pause is reset to [`FIRST`].
 const SETTLED: Duration = Duration::from_secs(10);
 
-/// The restarts of one service.
+/// Restart state of one service.
 #[derive(Debug)]
 pub(super) struct Restarts {
     policy: Restart,
@@ -29,20 +29,20 @@ impl Restarts {
         Self { policy, pause: FIRST, count: 0 }
     }
 
-    /// How often the service was started again.
+    /// Number of restarts.
     pub(super) fn count(&self) -> u32 {
         self.count
     }
 
-    /// The pause before the next start of a service that ended so after having run for `ran`;
-    /// `None` if it is not to be started again.
+    /// The pause before the restart of a service that ended with `exit` after it ran for `ran`.
+    /// `None` if it is not restarted.
     pub(super) fn next(&mut self, exit: Exit, ran: Duration) -> Option<Duration> {
-        let again = match self.policy {
+        let restarts = match self.policy {
             Restart::No => false,
             Restart::OnFailure { max } => !exit.success() && max.is_none_or(|max| self.count < max),
             Restart::Always | Restart::UnlessStopped => true,
         };
-        if !again {
+        if !restarts {
             return None;
         }
         if ran >= SETTLED {
@@ -50,7 +50,7 @@ impl Restarts {
         }
         self.count = self.count.saturating_add(1);
         let pause = self.pause;
-        self.pause = (pause * 2).min(LONGEST);
+        self.pause = (pause * 2).min(MAX);
         Some(pause)
     }
 }
@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn a_service_that_had_settled_starts_with_the_first_pause_again() {
+    fn the_pause_is_reset_after_ten_seconds_of_run_time() {
         let mut restarts = Restarts::new(Restart::UnlessStopped);
         for _ in 0..5 {
             restarts.next(FAILED, AT_ONCE);
@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn success_is_no_failure_and_a_signal_is_one() {
+    fn death_by_a_signal_is_a_failure() {
         let mut on_failure = Restarts::new(Restart::OnFailure { max: None });
         assert_eq!(on_failure.next(Exit::Code(0), AT_ONCE), None);
         assert_eq!(on_failure.next(Exit::Signal(9), AT_ONCE), Some(FIRST));
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn restarts_on_failure_come_to_an_end() {
+    fn restarts_on_failure_are_limited() {
         let mut restarts = Restarts::new(Restart::OnFailure { max: Some(2) });
         let given = [(); 4].map(|()| restarts.next(FAILED, SETTLED).is_some());
         assert_eq!(given, [true, true, false, false]);

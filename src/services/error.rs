@@ -1,52 +1,54 @@
-//! Why services cannot be started.
+//! Errors of starting services.
 
 use std::io;
 use std::path::PathBuf;
 
-/// Services that cannot be started. What had been started before is stopped again.
+/// Services cannot be started. Those that were started before the error are stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum ServiceError {
-    /// Two services of one name.
+    /// Two services have the same name.
     #[error("there are two services {0:?}; rename one")]
     Duplicate(String),
-    /// A name that cannot be a directory's.
+    /// A name that is not valid as a directory name or host name label.
     #[error(
-        "service name {0:?} is not 1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit"
+        "invalid service name {0:?}: it must have 1 to 64 letters, digits, '.', '_' and '-', and begin with a letter or digit"
     )]
     Name(String),
     /// A service without a command.
-    #[error("service {0:?} has no command; give it one")]
+    #[error("service {0:?} has no command; add one")]
     NoCommand(String),
-    /// A dependency on something that is not among the services.
-    #[error("service {service:?} depends on {dependency:?}, which is no service here")]
+    /// A dependency that is not among the services.
+    #[error(
+        "service {service:?} depends on {dependency:?}, which does not exist; add it, or remove the dependency"
+    )]
     UnknownDependency {
-        /// Who depends.
+        /// The dependent service.
         service: String,
-        /// On what.
+        /// Name of the missing service.
         dependency: String,
     },
-    /// Services that wait for one another; the first is named again at the end.
-    #[error("services depend on each other in a circle: {}; break it", circle(.0))]
+    /// Services that depend on each other. The first one is repeated at the end.
+    #[error("dependency cycle between services: {}; remove one of these dependencies", cycle(.0))]
     Cycle(Vec<String>),
-    /// The supervisor has been started before.
-    #[error("the services have been started already; stop them first")]
+    /// [`Supervisor::start`](super::Supervisor::start) was called twice.
+    #[error("the services were started already; stop them first")]
     AlreadyStarted,
-    /// The directory of a service's files belongs to somebody who is alive.
+    /// The directory of a service's files is locked by another process.
     #[error("service {service:?}: {} is in use by another tidegate; stop that one, or set TIDEGATE_RUN_DIR", .path.display())]
     Busy {
-        /// The service that wanted it.
+        /// The service.
         service: String,
         /// The directory.
         path: PathBuf,
     },
-    /// A service's own `hosts`, `resolv.conf` or `hostname` cannot be written.
+    /// The `hosts`, `resolv.conf`, `hostname` or `nsswitch.conf` of a service cannot be written.
     #[error("service {service:?}: write {}: {source}", .path.display())]
     Files {
         /// The service.
         service: String,
         /// The file or directory.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system call.
         source: io::Error,
     },
     /// The command cannot be executed.
@@ -54,21 +56,21 @@ pub enum ServiceError {
     CannotRun {
         /// The service.
         service: String,
-        /// The first word of its command.
+        /// The program of its command.
         program: String,
-        /// What the system said, or what to do.
+        /// Error of the system call, with a remedy if there is one.
         reason: String,
     },
-    /// What the command was to run in cannot be set up.
+    /// The namespaces, mounts or working directory of the command cannot be set up.
     #[error("service {service:?}: {reason}")]
     SetUp {
         /// The service.
         service: String,
-        /// The step that failed, and why.
+        /// The failed step with its cause.
         reason: String,
     },
 }
 
-fn circle(names: &[String]) -> String {
+fn cycle(names: &[String]) -> String {
     names.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>().join(" -> ")
 }

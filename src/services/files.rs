@@ -1,9 +1,9 @@
-//! The directory `RUN_DIR/services/NAME/` of a service: its own `hosts`, `resolv.conf`, `hostname`
-//! and `nsswitch.conf`.
+//! The directory `RUN_DIR/services/NAME/` with the `hosts`, `resolv.conf`, `hostname` and
+//! `nsswitch.conf` of a service.
 //!
-//! Whoever made it holds a lock on it for as long as it lives. What is not locked has been left
-//! behind, and [`sweep`] removes it. The files need no more: they are shown to the service in its
-//! own mounts, which go with it.
+//! The supervisor locks the directory (flock(2)) while the service exists. A directory without a
+//! lock belongs to a killed supervisor, and [`sweep`] removes it. The bind mounts of the files are
+//! in the service's mount namespace and end with it.
 
 use super::{ServiceError, ServiceSpec, nsswitch};
 use rustix::fs::{FlockOperation, flock};
@@ -12,21 +12,21 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-/// The services' part of the run directory.
+/// Subdirectory of the run directory.
 const SERVICES: &str = "services";
 
-/// How often to begin anew when a sweep takes the directory away between making and locking it.
-const TRIES: usize = 8;
+/// Attempts to create and lock a directory. An attempt fails if a sweep removes the directory in
+/// between.
+const ATTEMPTS: usize = 8;
 
-/// The files' names in the directory, and where a service sees them.
-pub(super) const SHOWN: [(&str, &str); 3] =
+/// File names in the directory, each with its mount point in the service.
+pub(super) const FILES: [(&str, &str); 3] =
     [("hosts", "/etc/hosts"), ("resolv.conf", "/etc/resolv.conf"), ("hostname", "/etc/hostname")];
 
-/// The same of the file that a service has only where the host has it: other C libraries than glibc
-/// have none.
+/// As in [`FILES`]. It exists only if the host has `/etc/nsswitch.conf`, which only glibc uses.
 pub(super) const NSSWITCH: (&str, &str) = ("nsswitch.conf", "/etc/nsswitch.conf");
 
-/// The directory of one service, removed when dropped.
+/// The directory of one service. Removed on drop.
 #[derive(Debug)]
 pub(super) struct ServiceFiles {
     path: PathBuf,
@@ -34,8 +34,11 @@ pub(super) struct ServiceFiles {
 }
 
 impl ServiceFiles {
-    /// Makes the directory and writes the files: 0755 and 0644 whatever the umask, since services
-    /// may give up root.
+    /// Creates the directory and its files. Their modes are 0755 and 0644 regardless of the umask,
+    /// because a service may run as another user than root.
+    ///
+    /// # Errors
+    /// [`ServiceError::Files`] or [`ServiceError::Busy`].
     pub(super) fn create(run_dir: &Path, spec: &ServiceSpec) -> Result<Self, ServiceError> {
         let services = run_dir.join(SERVICES);
         let path = services.join(&spec.name);
@@ -55,7 +58,7 @@ impl ServiceFiles {
         fs::set_permissions(&files.path, Permissions::from_mode(0o755))
             .map_err(failed(&files.path))?;
         let hostname = format!("{}\n", spec.hostname);
-        for ((name, _), text) in SHOWN.into_iter().zip([&spec.hosts, &spec.resolv_conf, &hostname])
+        for ((name, _), text) in FILES.into_iter().zip([&spec.hosts, &spec.resolv_conf, &hostname])
         {
             let path = files.path.join(name);
             write(&path, text).map_err(failed(&path))?;
@@ -76,15 +79,15 @@ impl ServiceFiles {
 impl Drop for ServiceFiles {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_dir_all(&self.path) {
-            tracing::warn!(path = %self.path.display(), %error, "the files of a service cannot be removed");
+            tracing::warn!(path = %self.path.display(), %error, "files of a service not removed");
         }
     }
 }
 
-/// Makes the directory, or takes over one that was left behind, and locks it; `None` if somebody
-/// else holds it.
+/// Creates the directory, or reuses one without a lock, and locks it. `None` if another process
+/// holds the lock.
 fn claim(path: &Path) -> io::Result<Option<File>> {
-    for _ in 0..TRIES {
+    for _ in 0..ATTEMPTS {
         match DirBuilder::new().mode(0o755).create(path) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             _ => {}
@@ -93,7 +96,7 @@ fn claim(path: &Path) -> io::Result<Option<File>> {
             Ok(Some(lock)) if is_at(&lock, path) => return Ok(Some(lock)),
             Ok(None) => return Ok(None),
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            // Swept away in between.
+            // A sweep removed the directory in between.
             _ => {}
         }
     }
@@ -109,12 +112,14 @@ fn lock(path: &Path) -> io::Result<Option<File>> {
     }
 }
 
+/// Whether `path` still refers to the open `directory`.
 fn is_at(directory: &File, path: &Path) -> bool {
     let id = |metadata: &fs::Metadata| (metadata.dev(), metadata.ino());
-    matches!((&directory.metadata(), &fs::metadata(path)), (Ok(held), Ok(there)) if id(held) == id(there))
+    matches!((&directory.metadata(), &fs::metadata(path)), (Ok(open), Ok(current)) if id(open) == id(current))
 }
 
-/// Written anew: a file left behind may be bound into the mounts of a service that is about to end.
+/// Replaces the file rather than its contents: a stale file can still be bind-mounted in a service
+/// of a killed supervisor that is about to end.
 fn write(path: &Path, text: &str) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -125,14 +130,12 @@ fn write(path: &Path, text: &str) -> io::Result<()> {
     file.set_permissions(Permissions::from_mode(0o644))
 }
 
-/// Removes the directories of services whose supervisor was killed, and says how many. Those of
-/// living ones stay.
+/// Removes the directories of services whose supervisor was killed. Returns their number.
 ///
-/// Nothing else needs sweeping: processes, namespaces and mounts of a service go with its
-/// supervisor.
+/// Processes, namespaces and mounts of a service need no sweep, since they end with its supervisor.
 ///
 /// # Errors
-/// A directory that cannot be read or removed. The others are swept all the same.
+/// A directory cannot be read or removed. The remaining ones are removed nevertheless.
 pub fn sweep(run_dir: &Path) -> io::Result<usize> {
     let entries = match fs::read_dir(run_dir.join(SERVICES)) {
         Ok(entries) => entries,
@@ -144,7 +147,7 @@ pub fn sweep(run_dir: &Path) -> io::Result<usize> {
     for entry in entries {
         let removed = entry.and_then(|entry| {
             let path = entry.path();
-            // A link or a file is none of ours.
+            // tidegate creates only directories here.
             if !entry.file_type()?.is_dir() {
                 return Ok(false);
             }
@@ -183,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn files_are_readable_for_all_and_go_with_their_owner() {
+    fn files_are_world_readable_and_removed_on_drop() {
         let run_dir = tempfile::tempdir().unwrap();
         let files = ServiceFiles::create(run_dir.path(), &spec("web")).unwrap();
         let path = run_dir.path().join("services/web");
@@ -200,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sweep_takes_what_nobody_holds() {
+    fn a_sweep_removes_directories_without_a_lock() {
         let run_dir = tempfile::tempdir().unwrap();
         assert_eq!(sweep(run_dir.path()).unwrap(), 0);
         let _held = ServiceFiles::create(run_dir.path(), &spec("held")).unwrap();
@@ -213,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn what_another_holds_is_refused_and_what_was_left_is_taken_over() {
+    fn a_locked_directory_is_rejected_and_a_stale_one_reused() {
         let run_dir = tempfile::tempdir().unwrap();
         let left = run_dir.path().join("services/web");
         fs::create_dir_all(&left).unwrap();

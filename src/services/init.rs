@@ -1,19 +1,19 @@
-//! `tidegate service-init`: the first process of a service's PID namespace. Not for people.
+//! `tidegate service-init`: PID 1 of a service's PID namespace. Internal, not for users.
 //!
-//! One thread, no runtime. All signals are blocked from before it is executed and read from a
-//! descriptor, so none is lost; the command gets them unblocked. Standard input is the socket to
-//! the supervisor, standard output and error are the service's.
+//! It has one thread and no async runtime. All signals are blocked before execve(2) and read from a
+//! signalfd, so none is lost. They are unblocked for the command. Standard input is the socket to
+//! the supervisor. Standard output and error are those of the service.
 //!
-//! Where the network namespace belongs to a child of the supervisor's user namespace, as it does
-//! for an ordinary user, the init joins that child before it starts the command. The PID namespace
-//! and its `/proc` belong to the supervisor's user namespace. The supervisor makes them, and cannot
+//! For an ordinary user, the network namespace belongs to a child of the supervisor's user
+//! namespace. The init joins that child before it starts the command. The PID namespace and its
+//! `/proc` belong to the supervisor's user namespace: the supervisor creates them, and it cannot
 //! enter another user namespace first, because it has several threads.
 
 mod mounts;
 mod name_services;
 
 use super::Exit;
-use super::protocol::{Order, Report, receive, send};
+use super::protocol::{Report, StartRequest, receive, send};
 use crate::port_error::without_numbers;
 use crate::{EXIT_FAILURE, EXIT_USAGE};
 use name_services::NameServices;
@@ -32,10 +32,10 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode, Stdio};
 use tidegate_netns::{Namespace, join_user_namespace};
 
-/// What this program is called with to be a service's init.
+/// The subcommand that runs this program as a service's init.
 pub const SUBCOMMAND: &str = "service-init";
 
-/// The signals that are passed on to the command's process group.
+/// Signals that are forwarded to the command's process group.
 const FORWARDED: [i32; 8] = [
     libc::SIGHUP,
     libc::SIGINT,
@@ -47,22 +47,23 @@ const FORWARDED: [i32; 8] = [
     libc::SIGCONT,
 ];
 
-/// The whole of it. Ends when the command has, and the kernel then kills what the command has left
-/// behind.
+/// Runs the init. Returns when the command has ended. The kernel then kills all remaining processes
+/// of the PID namespace.
 pub fn main() -> ExitCode {
     if !getpid().is_init() {
         let _ = writeln!(
             io::stderr(),
-            "tidegate: error: {SUBCOMMAND} is what tidegate starts by itself; use tidegate up"
+            "tidegate: error: {SUBCOMMAND} is internal to tidegate; use tidegate up"
         );
         return ExitCode::from(EXIT_USAGE);
     }
-    // SAFETY: standard input is ours, nothing else in this process reads it, and it stays open to
-    // the end.
+    // SAFETY: descriptor 0 is open, and nothing else in this process uses it.
     let socket = UnixStream::from(unsafe { OwnedFd::from_raw_fd(0) });
-    // Without an order there is nobody to tell.
-    let Ok(order) = receive::<Order>(&socket) else { return ExitCode::from(EXIT_FAILURE) };
-    match run(&socket, &order) {
+    // Without a request, the supervisor has ended.
+    let Ok(request) = receive::<StartRequest>(&socket) else {
+        return ExitCode::from(EXIT_FAILURE);
+    };
+    match run(&socket, &request) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             let _ = send(&socket, &failure);
@@ -71,54 +72,54 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(socket: &UnixStream, order: &Order) -> Result<(), Report> {
-    // Not before the order has come, see `launch`. Had the supervisor died by now, the socket would
-    // say so below.
-    let asked = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
-    step("ask to die with tidegate", asked)?;
-    step("make a session", rustix::process::setsid())?;
-    // SAFETY: the number is that of a descriptor which the supervisor left open for us and nothing
-    // else here owns.
-    let namespace = unsafe { OwnedFd::from_raw_fd(order.namespace) };
+fn run(socket: &UnixStream, request: &StartRequest) -> Result<(), Report> {
+    // After the request was received, see `launch`. If the supervisor has died in between, the
+    // socket reports end of file below.
+    let set = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
+    step("set the parent death signal", set)?;
+    step("create a session", rustix::process::setsid())?;
+    // SAFETY: the supervisor left this descriptor open for the init, and nothing else here owns it.
+    let namespace = unsafe { OwnedFd::from_raw_fd(request.namespace) };
     let entered = move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network));
     step("enter the network namespace", entered)?;
     drop(namespace);
     let user_namespace = step("find the owner of the network namespace", network_owner())?;
-    // Whatever tidegate was given open by its own parent. Before Linux 5.11 the flag is unknown,
-    // and it stays. SAFETY: a system call that marks descriptors of this process; it closes none.
+    // Closes descriptors that tidegate inherited from its parent when the command is executed. Does
+    // nothing before Linux 5.11, which does not know the flag.
+    // SAFETY: the call sets a flag of descriptors and closes none.
     unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed()) };
-    unshare(UnshareFlags::NEWNS, "make a mount namespace")?;
-    let (mut name_services, notes) = mounts::set_up(&order.files)?;
+    unshare(UnshareFlags::NEWNS, "create a mount namespace")?;
+    let (mut name_services, notes) = mounts::set_up(&request.files)?;
     for note in notes {
         let _ = send(socket, &Report::Note(note));
     }
     if let Some(namespace) = user_namespace {
-        // After the mounts: mounting /proc takes CAP_SYS_ADMIN over the PID namespace.
+        // After the mounts: mounting /proc requires CAP_SYS_ADMIN over the PID namespace.
         step("join the user namespace", io_errno(join_user_namespace(namespace)))?;
-        // The command can mount here. It cannot remove the mounts made so far, which the kernel
-        // locks in the copy for a less privileged user namespace (mount_namespaces(7)).
-        unshare(UnshareFlags::NEWNS, "make a mount namespace in the user namespace")?;
-        // New credentials can clear the request above (`commit_creds` of `kernel/cred.c`).
-        let asked = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
-        step("ask to die with tidegate", asked)?;
+        // The command can mount here. It cannot remove the mounts made so far: the kernel locks
+        // them in the copy for a less privileged user namespace (mount_namespaces(7)).
+        unshare(UnshareFlags::NEWNS, "create a mount namespace in the user namespace")?;
+        // A change of credentials can clear the death signal (`commit_creds`, kernel/cred.c).
+        let set = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
+        step("set the parent death signal", set)?;
     }
-    unshare(UnshareFlags::NEWUTS, "make a UTS namespace")?;
+    unshare(UnshareFlags::NEWUTS, "create a UTS namespace")?;
     step(
-        &format!("set host name {:?}", order.hostname),
-        rustix::system::sethostname(order.hostname.as_bytes()),
+        &format!("set host name {:?}", request.hostname),
+        rustix::system::sethostname(request.hostname.as_bytes()),
     )?;
-    let signals = step("read signals", signals())?;
-    let command = start(order)?;
+    let signals = step("create a signalfd", signals())?;
+    let command = start(request)?;
     let _ = send(socket, &Report::Running);
-    let exit = attend(socket, &signals, command, &mut name_services);
+    let exit = supervise(socket, &signals, command, &mut name_services);
     if let Some(exit) = exit {
         let _ = send(socket, &Report::Ended(exit));
     }
     Ok(())
 }
 
-/// The user namespace that owns this process's network namespace, if that is not the one that this
-/// process is in.
+/// The user namespace that owns the network namespace of this process. `None` if this process is in
+/// it.
 fn network_owner() -> Result<Option<OwnedFd>, Errno> {
     let network = io_errno(Namespace::current())?;
     if network.belongs_to_own_user_namespace() {
@@ -128,8 +129,7 @@ fn network_owner() -> Result<Option<OwnedFd>, Errno> {
 }
 
 fn unshare(flags: UnshareFlags, what: &str) -> Result<(), Report> {
-    // SAFETY: this process has one thread, which shares its mounts and host name with nobody in
-    // here.
+    // SAFETY: this process has one thread, so no other thread of it depends on shared namespaces.
     step(what, unsafe { unshare_unsafe(flags) })
 }
 
@@ -137,39 +137,39 @@ fn io_errno<T>(result: io::Result<T>) -> Result<T, Errno> {
     result.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
 }
 
-/// The result of a step, or what to say about it.
+/// Converts the error of the step `what` into a report.
 fn step<T>(what: &str, result: Result<T, Errno>) -> Result<T, Report> {
     result.map_err(|error| Report::SetUpFailed(reason(what, error)))
 }
 
 fn reason(what: &str, error: Errno) -> String {
-    let said = without_numbers(&error.to_string());
+    let message = without_numbers(&error.to_string());
     match error {
         Errno::PERM => {
             format!(
-                "{what}: {said}; needs CAP_SYS_ADMIN: run as root, or in a user namespace that has it"
+                "{what}: {message}; needs CAP_SYS_ADMIN: run as root, or in a user namespace that has it"
             )
         }
-        _ => format!("{what}: {said}"),
+        _ => format!("{what}: {message}"),
     }
 }
 
-/// Starts the command, leader of a process group in this session.
-fn start(order: &Order) -> Result<Pid, Report> {
-    let directory = order.working_dir.display();
-    std::env::set_current_dir(&order.working_dir).map_err(|error| {
+/// Starts the command as the leader of a process group in this session.
+fn start(request: &StartRequest) -> Result<Pid, Report> {
+    let directory = request.working_dir.display();
+    std::env::set_current_dir(&request.working_dir).map_err(|error| {
         Report::SetUpFailed(format!(
             "working directory {directory}: {}",
             without_numbers(&error.to_string())
         ))
     })?;
     let (program, arguments) =
-        order.command.split_first().ok_or_else(|| Report::CannotRun("no command".to_owned()))?;
+        request.command.split_first().ok_or_else(|| Report::CannotRun("no command".to_owned()))?;
     let mut command = Command::new(program);
     command
         .args(arguments)
         .env_clear()
-        .envs(&order.environment)
+        .envs(&request.environment)
         .stdin(Stdio::null())
         .process_group(0);
     // SAFETY: the closure makes one system call and neither allocates nor locks.
@@ -180,22 +180,23 @@ fn start(order: &Order) -> Result<Pid, Report> {
         });
     }
     let child = command.spawn().map_err(|error| {
-        let said = without_numbers(&error.to_string());
+        let message = without_numbers(&error.to_string());
         Report::CannotRun(match error.kind() {
             io::ErrorKind::NotFound if program.contains('/') => {
-                format!("{said}; name a program that exists")
+                format!("{message}; correct the path")
             }
             io::ErrorKind::NotFound => {
-                format!("{said} in PATH; install it, or name it by its path")
+                format!("{message} in PATH; install it, or give its path")
             }
-            io::ErrorKind::PermissionDenied => format!("{said}; is it an executable file?"),
-            _ => said,
+            io::ErrorKind::PermissionDenied => format!("{message}; is it an executable file?"),
+            _ => message,
         })
     })?;
     Ok(Pid::from_child(&child))
 }
 
-/// Lets every signal through to the calling thread and what it executes. Async-signal-safe.
+/// Unblocks all signals for the calling thread and the program that it executes.
+/// Async-signal-safe.
 fn unblock_signals() {
     let mut none = MaybeUninit::uninit();
     // SAFETY: `sigemptyset` initialises the set that the second call reads; neither can fail on
@@ -206,7 +207,7 @@ fn unblock_signals() {
     }
 }
 
-/// All signals that matter here, as a descriptor.
+/// A signalfd of [`FORWARDED`] and SIGCHLD.
 fn signals() -> Result<File, Errno> {
     let mut set = MaybeUninit::uninit();
     // SAFETY: `sigemptyset` initialises the set that the others read; the numbers are those of
@@ -222,23 +223,23 @@ fn signals() -> Result<File, Errno> {
         let error = io::Error::last_os_error();
         return Err(Errno::from_io_error(&error).unwrap_or(Errno::IO));
     }
-    // SAFETY: a descriptor that was just made and is nobody else's.
+    // SAFETY: the descriptor is new and has no other owner.
     Ok(unsafe { File::from_raw_fd(fd) })
 }
 
-/// Forwards signals and reaps until the command has ended, and covers name services of the host
-/// that appear. After a request to end, that is when the whole process group has ended, so that its
-/// members may finish what they do. `None` if the supervisor is gone.
-fn attend(
+/// Forwards signals, reaps processes and hides new name services of the host until the command has
+/// ended. After SIGTERM or SIGINT it waits for the whole process group, so that all its members can
+/// shut down. Returns `None` if the supervisor has ended.
+fn supervise(
     socket: &UnixStream,
     signals: &File,
     command: Pid,
     name_services: &mut NameServices,
 ) -> Option<Exit> {
     let mut exit = None;
-    let mut asked_to_end = false;
+    let mut stopping = false;
     loop {
-        if exit.is_some() && !(asked_to_end && test_kill_process_group(command).is_ok()) {
+        if exit.is_some() && !(stopping && test_kill_process_group(command).is_ok()) {
             return exit;
         }
         let mut ready =
@@ -249,7 +250,7 @@ fn attend(
             Err(_) => return None,
             Ok(_) => {}
         }
-        // Nothing more is sent down: whatever comes, it is the end.
+        // The supervisor sends nothing after the request, so an event is the end of file.
         if !ready[1].revents().is_empty() {
             return None;
         }
@@ -262,15 +263,15 @@ fn attend(
             if number == libc::SIGCHLD {
                 exit = reap(command).or(exit);
             } else if let Some(signal) = Signal::from_named_raw(number) {
-                asked_to_end |= matches!(signal, Signal::TERM | Signal::INT);
-                // The last of the group may just have gone.
+                stopping |= matches!(signal, Signal::TERM | Signal::INT);
+                // Fails if the last process of the group has ended.
                 let _ = kill_process_group(command, signal);
             }
         }
     }
 }
 
-/// The number of the next signal that has come.
+/// The number of the next pending signal.
 fn next_signal(mut signals: &File) -> Option<i32> {
     let mut info = [0; size_of::<libc::signalfd_siginfo>()];
     signals.read_exact(&mut info).ok()?;
@@ -278,7 +279,7 @@ fn next_signal(mut signals: &File) -> Option<i32> {
     info.first_chunk::<4>().and_then(|number| i32::try_from(u32::from_ne_bytes(*number)).ok())
 }
 
-/// Reaps all that have ended; how the command did, if it is among them.
+/// Reaps all ended processes. Returns the exit of the command if it is among them.
 fn reap(command: Pid) -> Option<Exit> {
     let mut exit = None;
     while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {

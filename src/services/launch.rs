@@ -1,13 +1,13 @@
-//! Starts a service's init as the first process of a new PID namespace.
+//! Starts a service's init as PID 1 of a new PID namespace.
 //!
-//! `unshare(CLONE_NEWPID)` concerns the *children* that the calling thread makes from then on, and
-//! undoing it takes privileges that a rootless caller lacks. So a thread of its own does it, starts
-//! the init, and ends. The init asks for `PR_SET_PDEATHSIG` only when its order has come, which is
-//! after the kernel has released that thread ([`in_ended_thread`]): by then its parent is the
-//! process's main thread (`find_alive_thread` of `kernel/exit.c`: the first in the list that
-//! lives), whichever thread called here.
+//! `unshare(CLONE_NEWPID)` affects the future *children* of the calling thread. Reverting it takes
+//! privileges that a rootless caller lacks, so a temporary thread calls it and starts the init.
+//! `PR_SET_PDEATHSIG` refers to the parent thread. The init therefore sets it only after it has
+//! received its request. By then the kernel has released the temporary thread
+//! ([`in_ended_thread`]) and reparented the init to the first living thread of the process, which
+//! is the main thread (`find_alive_thread`, kernel/exit.c).
 
-use super::protocol::Order;
+use super::protocol::StartRequest;
 use crate::services::ServiceSpec;
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::thread::{UnshareFlags, gettid, unshare_unsafe};
@@ -21,16 +21,16 @@ use tokio::net::UnixStream;
 use tokio::process::{Child, ChildStderr, ChildStdout, Command};
 use tokio::runtime::Handle;
 
-/// What is inherited from this process's environment.
+/// Variables that a service inherits from this process.
 const INHERITED: [&str; 5] = ["PATH", "HOME", "LANG", "TERM", "USER"];
 
-/// What stands for a `PATH` that is not set.
+/// `PATH` of a service if it is not set.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// How long the kernel may take to release a thread that has returned. Microseconds, as a rule.
-const THREAD_ENDS: Duration = Duration::from_secs(10);
+/// Maximum time for the kernel to release a thread that has returned. It usually takes a few µs.
+const THREAD_RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A service's init, waiting for its [`Order`]. Killed when dropped.
+/// A service's init that waits for its [`StartRequest`]. Killed on drop.
 pub(super) struct Launched {
     pub(super) init: Child,
     pub(super) socket: UnixStream,
@@ -38,7 +38,7 @@ pub(super) struct Launched {
     pub(super) stderr: Option<ChildStderr>,
 }
 
-/// Starts `program` (this one, as a rule) as the init of `spec`. On a tokio runtime only.
+/// Starts `program`, usually this one, as the init of `spec`. Requires a tokio runtime.
 pub(super) fn launch(program: &Path, spec: &ServiceSpec) -> io::Result<Launched> {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
     ours.set_nonblocking(true)?;
@@ -46,7 +46,7 @@ pub(super) fn launch(program: &Path, spec: &ServiceSpec) -> io::Result<Launched>
     let mut command = Command::new(program);
     command
         .args([super::init::SUBCOMMAND, &spec.name])
-        // Its own environment means nothing to it; the command's comes with the order.
+        // The init needs no environment. That of the command is part of the request.
         .env_clear()
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::piped())
@@ -56,7 +56,8 @@ pub(super) fn launch(program: &Path, spec: &ServiceSpec) -> io::Result<Launched>
     // SAFETY: the closure makes two system calls and neither allocates nor locks.
     unsafe {
         command.pre_exec(move || {
-            // PID 1 ignores what it does not handle; what is blocked waits until it does.
+            // PID 1 ignores signals without a handler, but blocked ones stay pending until it reads
+            // them.
             block_signals();
             Ok(fcntl_setfd(namespace.as_fd(), FdFlags::empty())?)
         });
@@ -64,8 +65,7 @@ pub(super) fn launch(program: &Path, spec: &ServiceSpec) -> io::Result<Launched>
     let runtime = Handle::current();
     let mut init = in_ended_thread(|| {
         let _runtime = runtime.enter();
-        // SAFETY: nothing that this thread shares with others changes, only where its children are
-        // born.
+        // SAFETY: affects only the PID namespace of children, and nothing that threads share.
         unsafe { unshare_unsafe(UnshareFlags::NEWPID) }?;
         command.spawn()
     })??;
@@ -73,17 +73,17 @@ pub(super) fn launch(program: &Path, spec: &ServiceSpec) -> io::Result<Launched>
     Ok(Launched { init, socket, stdout, stderr })
 }
 
-/// Calls `call` in a thread of its own, and returns when the kernel has released that thread and
-/// handed on its children.
+/// Calls `call` in a temporary thread. Returns after the kernel has released that thread and
+/// reparented its children.
 ///
-/// Joining is not enough: the kernel wakes who joins (`mm_release`) before it looks which children
-/// want a signal at the thread's end (`exit_notify`). A child that asks for one in between is
+/// Joining is not sufficient: the kernel wakes the joining thread (`mm_release`) before it sends
+/// death signals to children (`exit_notify`). A child that sets `PR_SET_PDEATHSIG` in between is
 /// killed.
 fn in_ended_thread<T: Send>(call: impl FnOnce() -> T + Send) -> io::Result<T> {
     let (tid, result) = std::thread::scope(|scope| scope.spawn(|| (gettid(), call())).join())
         .map_err(|_| io::Error::other("the starting thread panicked"))?;
     let task = PathBuf::from(format!("/proc/self/task/{}", tid.as_raw_nonzero()));
-    let deadline = Instant::now() + THREAD_ENDS;
+    let deadline = Instant::now() + THREAD_RELEASE_TIMEOUT;
     while task.try_exists()? {
         if Instant::now() > deadline {
             return Err(io::Error::new(
@@ -96,7 +96,7 @@ fn in_ended_thread<T: Send>(call: impl FnOnce() -> T + Send) -> io::Result<T> {
     Ok(result)
 }
 
-/// Blocks every signal for the calling thread and what it executes. Async-signal-safe.
+/// Blocks all signals for the calling thread and the program that it executes. Async-signal-safe.
 fn block_signals() {
     let mut all = MaybeUninit::uninit();
     // SAFETY: `sigfillset` initialises the set that the second call reads; neither can fail on
@@ -107,8 +107,8 @@ fn block_signals() {
     }
 }
 
-/// The order for `spec`, whose files are in `files`.
-pub(super) fn order(spec: &ServiceSpec, files: &Path) -> io::Result<Order> {
+/// The request for `spec`, whose files are in the directory `files`.
+pub(super) fn start_request(spec: &ServiceSpec, files: &Path) -> io::Result<StartRequest> {
     let mut environment = spec.environment.clone();
     for name in INHERITED {
         if let Some(value) = std::env::var(name).ok().filter(|_| !environment.contains_key(name)) {
@@ -116,7 +116,7 @@ pub(super) fn order(spec: &ServiceSpec, files: &Path) -> io::Result<Order> {
         }
     }
     environment.entry("PATH".to_owned()).or_insert_with(|| DEFAULT_PATH.to_owned());
-    Ok(Order {
+    Ok(StartRequest {
         namespace: spec.namespace.as_fd().as_raw_fd(),
         hostname: spec.hostname.clone(),
         files: std::path::absolute(files)?,
@@ -130,9 +130,9 @@ pub(super) fn order(spec: &ServiceSpec, files: &Path) -> io::Result<Order> {
 mod tests {
     use super::*;
 
-    /// One in a hundred of threads that are only joined is still there afterwards.
+    /// About one in a hundred threads that are only joined still exists afterwards.
     #[test]
-    fn the_thread_is_gone_when_the_call_returns() {
+    fn the_thread_is_released_when_the_call_returns() {
         for _ in 0..5000 {
             let tid = in_ended_thread(gettid).unwrap();
             assert!(!Path::new(&format!("/proc/self/task/{}", tid.as_raw_nonzero())).exists());

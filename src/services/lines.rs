@@ -1,35 +1,36 @@
-//! From the bytes that a service writes to lines that a terminal can be trusted with. Pure.
+//! Converts the output of a service into lines that are safe for a terminal. Pure.
 //!
-//! A line is what a newline ends, or [`MAX_LINE`] bytes. Invalid UTF-8 becomes U+FFFD. Of control
-//! characters only the tab stays, of escape sequences only SGR (colours), so that no service can
-//! move the cursor, retitle the window, paste, or make its text look like another's. A sequence is
-//! removed as a whole, parameters and all.
+//! A line ends at a newline or after [`MAX_LINE`] bytes. Invalid UTF-8 is replaced by U+FFFD. Tabs
+//! and SGR sequences (colours) are kept. Other control characters and escape sequences are removed,
+//! including their parameters. A service thus cannot move the cursor, change the window title,
+//! access the clipboard, or imitate the output of another service.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
-/// The longest line, in bytes; what is longer is told in pieces.
+/// Maximum length of a line in bytes. Longer lines are split.
 pub(super) const MAX_LINE: usize = 16 * 1024;
 
-/// Ends every colour, so that none runs into the next line.
+/// Resets all attributes, so that none affects the next line.
 const RESET: &str = "\x1b[0m";
 
-/// Cuts one stream into lines. Holds less than [`MAX_LINE`] and one chunk.
+/// Splits one stream into lines. Buffers less than [`MAX_LINE`] bytes and one chunk.
 #[derive(Debug, Default)]
 pub(super) struct Splitter {
     bytes: Vec<u8>,
-    /// What lies before has been given out.
+    /// Offset of the first byte that was not returned yet.
     start: usize,
 }
 
 impl Splitter {
-    /// Takes the next bytes of the stream; then ask for [`next`](Self::next) until there is none.
+    /// Adds the next bytes of the stream. Call [`next`](Self::next) afterwards until it returns
+    /// `None`.
     pub(super) fn feed(&mut self, chunk: &[u8]) {
         self.bytes.drain(..self.start);
         self.start = 0;
         self.bytes.extend_from_slice(chunk);
     }
 
-    /// The next complete line, cleaned.
+    /// The next complete line, sanitized.
     pub(super) fn next(&mut self) -> Option<String> {
         let rest = &self.bytes[self.start..];
         let window = &rest[..rest.len().min(MAX_LINE + 1)];
@@ -41,53 +42,52 @@ impl Splitter {
             }
             None => return None,
         };
-        let line = clean(&rest[..length]);
+        let line = sanitize(&rest[..length]);
         self.start += taken;
         Some(line)
     }
 
-    /// What the stream ended with, if that was not a newline.
+    /// The last line of the stream, if it does not end with a newline.
     pub(super) fn finish(&mut self) -> Option<String> {
         let rest = &self.bytes[self.start..];
-        let line = (!rest.is_empty()).then(|| clean(rest));
+        let line = (!rest.is_empty()).then(|| sanitize(rest));
         self.bytes.clear();
         self.start = 0;
         line
     }
 }
 
-/// Where to cut a window of one byte more than a line may have: not inside a character, if it is
-/// one.
+/// Where to split `window`, which has `MAX_LINE + 1` bytes: between two UTF-8 characters.
 fn cut(window: &[u8]) -> usize {
     let continues = |at: &usize| window[*at] & 0b1100_0000 == 0b1000_0000;
-    // A character has at most three bytes that continue it; with more it is none, and any place is
-    // as good.
+    // A character has at most three continuation bytes. With more it is invalid and can be split
+    // anywhere.
     (MAX_LINE - 3..=MAX_LINE).rev().find(|at| !continues(at)).unwrap_or(MAX_LINE)
 }
 
-/// The line without what is not for a terminal.
-pub(super) fn clean(bytes: &[u8]) -> String {
+/// Removes control characters and escape sequences other than tabs and SGR.
+pub(super) fn sanitize(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     let mut line = String::with_capacity(text.len());
     let mut rest = text.as_ref();
     let mut coloured = false;
     while let Some(next) = rest.chars().next() {
-        let behind = &rest[next.len_utf8()..];
+        let tail = &rest[next.len_utf8()..];
         rest = match next {
             '\x1b' => {
-                let length = escape(behind);
-                if is_colour(&behind[..length]) {
+                let length = escape(tail);
+                if is_colour(&tail[..length]) {
                     line.push(next);
-                    line.push_str(&behind[..length]);
+                    line.push_str(&tail[..length]);
                     coloured = true;
                 }
-                &behind[length..]
+                &tail[length..]
             }
             // Also the 8-bit forms of CSI and OSC, U+0080 to U+009F.
-            next if next.is_control() && next != '\t' => behind,
+            next if next.is_control() && next != '\t' => tail,
             next => {
                 line.push(next);
-                behind
+                tail
             }
         };
     }
@@ -97,21 +97,20 @@ pub(super) fn clean(bytes: &[u8]) -> String {
     line
 }
 
-/// How many bytes of the text behind an ESC belong to its sequence (ECMA-48, 5.3 to 5.6).
+/// Length in bytes of the escape sequence that follows an ESC in `text` (ECMA-48, 5.3 to 5.6).
 fn escape(text: &str) -> usize {
     let bytes = text.as_bytes();
     let run = |from: usize, first: u8, last: u8| {
         from + bytes[from..].iter().take_while(|&&byte| (first..=last).contains(&byte)).count()
     };
-    // The byte that ends the sequence, if there is one: otherwise it was cut off, and what is there
-    // is all.
+    // The end after the final byte. Without a final byte the sequence was truncated.
     let ended = |at: usize, first: u8| match bytes.get(at) {
         Some(byte) if (first..=0x7e).contains(byte) => at + 1,
         _ => at,
     };
     match bytes.first() {
         Some(b'[') => ended(run(run(1, 0x30, 0x3f), 0x20, 0x2f), 0x40),
-        // Strings (OSC, DCS, SOS, PM, APC), up to BEL or ST; ST's own ESC is left to the caller.
+        // Strings (OSC, DCS, SOS, PM, APC), up to BEL or ST. The caller handles the ESC of ST.
         Some(b']' | b'P' | b'X' | b'^' | b'_') => {
             bytes.iter().position(|byte| matches!(byte, 0x07 | 0x1b)).unwrap_or(bytes.len())
         }
@@ -119,7 +118,7 @@ fn escape(text: &str) -> usize {
     }
 }
 
-/// Whether the sequence behind an ESC is SGR: `[`, numbers, `m`.
+/// Whether the sequence after an ESC is SGR: `[`, numbers, `m`.
 fn is_colour(sequence: &str) -> bool {
     let numbers = sequence.strip_prefix('[').and_then(|rest| rest.strip_suffix('m'));
     numbers.is_some_and(|numbers| {
@@ -144,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_do_not_depend_on_how_they_were_written() {
+    fn lines_do_not_depend_on_chunk_boundaries() {
         let text = b"one\n\nthree\nrest";
         let whole = lines(&[text]);
         assert_eq!(whole, ["one", "", "three", "rest"]);
@@ -156,43 +155,43 @@ mod tests {
     }
 
     #[test]
-    fn a_long_line_is_told_in_pieces() {
+    fn a_long_line_is_split() {
         let exact = [vec![b'x'; MAX_LINE], vec![b'\n']].concat();
         assert_eq!(lines(&[&exact]), ["x".repeat(MAX_LINE)]);
         let longer = vec![b'x'; 2 * MAX_LINE + 5];
-        let told: Vec<usize> =
+        let lengths: Vec<usize> =
             lines(&longer.chunks(1000).collect::<Vec<_>>()).iter().map(String::len).collect();
-        assert_eq!(told, [MAX_LINE, MAX_LINE, 5]);
+        assert_eq!(lengths, [MAX_LINE, MAX_LINE, 5]);
     }
 
     #[test]
-    fn a_long_line_is_not_cut_inside_a_character() {
+    fn a_long_line_is_not_split_inside_a_character() {
         for shift in 0..4 {
             let text = "y".repeat(shift) + &"\u{1f30a}".repeat(MAX_LINE / 2);
-            let told = lines(&[text.as_bytes()]);
-            assert!(told.iter().all(|line| line.len() <= MAX_LINE));
-            assert_eq!(told.concat(), text);
+            let split = lines(&[text.as_bytes()]);
+            assert!(split.iter().all(|line| line.len() <= MAX_LINE));
+            assert_eq!(split.concat(), text);
         }
-        // Bytes that only continue are cut somewhere.
+        // Continuation bytes alone are split anywhere.
         assert_eq!(lines(&[&vec![0x80; MAX_LINE + 1]]).len(), 2);
     }
 
     #[test]
     fn invalid_utf_8_is_replaced() {
-        assert_eq!(clean(b"a\xffb"), "a\u{fffd}b");
-        assert_eq!(clean("grün".as_bytes()), "grün");
+        assert_eq!(sanitize(b"a\xffb"), "a\u{fffd}b");
+        assert_eq!(sanitize("grün".as_bytes()), "grün");
     }
 
     #[test]
-    fn colours_stay_and_end_with_the_line() {
-        assert_eq!(clean(b"\x1b[1;31mred\x1b[0m"), "\x1b[1;31mred\x1b[0m\x1b[0m");
-        assert_eq!(clean(b"\x1b[38:5:9mx"), "\x1b[38:5:9mx\x1b[0m");
-        assert_eq!(clean(b"\ttab"), "\ttab");
+    fn colours_are_kept_and_reset_at_the_end_of_the_line() {
+        assert_eq!(sanitize(b"\x1b[1;31mred\x1b[0m"), "\x1b[1;31mred\x1b[0m\x1b[0m");
+        assert_eq!(sanitize(b"\x1b[38:5:9mx"), "\x1b[38:5:9mx\x1b[0m");
+        assert_eq!(sanitize(b"\ttab"), "\ttab");
     }
 
     #[test]
-    fn nothing_else_reaches_the_terminal() {
-        for (written, told) in [
+    fn other_control_sequences_are_removed() {
+        for (written, expected) in [
             ("a\x1b[2Jb", "ab"),
             ("a\x1b[?1049hb", "ab"),
             ("a\x1b[>4;2mb", "ab"),
@@ -211,14 +210,14 @@ mod tests {
             ("a\x1b[\u{e9}m", "a\u{e9}m"),
             ("end\r", "end"),
         ] {
-            assert_eq!(clean(written.as_bytes()), told, "{written:?}");
+            assert_eq!(sanitize(written.as_bytes()), expected, "{written:?}");
         }
     }
 
     proptest::proptest! {
         #[test]
-        fn whatever_is_written_only_tabs_and_colours_control(bytes: Vec<u8>) {
-            let line = clean(&bytes);
+        fn only_tabs_and_colours_remain_of_any_input(bytes: Vec<u8>) {
+            let line = sanitize(&bytes);
             let mut rest = line.as_str();
             while let Some(at) = rest.find(|c: char| c.is_control() && c != '\t') {
                 let sequence = &rest[at..];

@@ -1,31 +1,32 @@
-//! Services: processes of this host, each in a network namespace that is handed in.
+//! Services: processes of this host, each in a given network namespace.
 //!
 //! # Theory of operation
 //!
 //! ```text
 //! supervisor (tokio) ── one task per service
-//!    │ order ▼ ▲ reports (Unix socket)
-//! service-init   PID 1 of a PID namespace; own network, mounts, host name, session
+//!    │ request ▼ ▲ reports (Unix socket)
+//! service-init   PID 1 of a PID namespace; own network, mount and UTS namespace, own session
 //!    │ signals ▼ ▲ exit
-//! the command    leads a process group; whatever it forks stays in the PID namespace
+//! the command    leader of a process group; its descendants stay in the PID namespace
 //! ```
 //!
-//! A service is started by this program executing itself as a tiny init (`init`), the first process
-//! of a new PID namespace. Set-up happens there, in an ordinary process with one thread, and so
-//! each failing step can be named. The init then starts the command, forwards signals to its
-//! process group, reaps orphans and tells how the command ended.
+//! To start a service, this program executes itself as a minimal init (`init`), which is PID 1 of a
+//! new PID namespace. The init sets the service up as an ordinary single-threaded process, so that
+//! it can report which step failed. It then starts the command, forwards signals to its process
+//! group, reaps orphans and reports the exit of the command.
 //!
-//! When the init ends, the kernel kills all that is left in its PID namespace, daemonised
-//! grandchildren included, and lets nobody reap the init before. So one `SIGKILL` and one `wait`
-//! are a complete end. The init ends with the command, by the supervisor's signal, when the
-//! supervisor dies (`PR_SET_PDEATHSIG`), and when its socket closes.
+//! When the init ends, the kernel kills all remaining processes of its PID namespace, including
+//! daemons. The init can be reaped only after that, so one `SIGKILL` and one `wait` end a service
+//! completely. The init ends after the command, on a signal of the supervisor, when the supervisor
+//! dies (`PR_SET_PDEATHSIG`), and when its socket is closed.
 //!
-//! A service runs in the user namespace that owns its network namespace. For root that is the
-//! supervisor's. For an ordinary user it is a child of it, one for each service, so that root in a
-//! service has no capability over the supervisor's network namespace, where the bridges are.
+//! A service runs in the user namespace that owns its network namespace. For root, this is the
+//! supervisor's. For an ordinary user, it is a child of the supervisor's, one per service. Root in
+//! a service thus has no capability over the supervisor's network namespace, which contains the
+//! bridges.
 //!
-//! A service moves `Starting -> Running -> (Restarting -> Starting ...) -> Ended`, and from `Ended`
-//! nowhere.
+//! The states of a service are `Starting -> Running -> (Restarting -> Starting ...) -> Ended`.
+//! `Ended` is final.
 
 mod backoff;
 mod error;
@@ -56,42 +57,42 @@ use tidegate_netns::Namespace;
 /// A service to run.
 #[derive(Clone, Debug)]
 pub struct ServiceSpec {
-    /// How it is called in output, errors and the run directory: 1 to 64 letters, digits, `.`, `_`
-    /// and `-`.
+    /// Name in output, errors and the run directory: 1 to 64 letters, digits, `.`, `_` and `-`,
+    /// beginning with a letter or digit.
     pub name: String,
     /// Program and arguments. The program is searched for in the service's `PATH`.
     pub command: Vec<String>,
-    /// Variables beside `PATH`, `HOME`, `LANG`, `TERM` and `USER`, which are inherited unless they
-    /// are named here.
+    /// Environment variables. `PATH`, `HOME`, `LANG`, `TERM` and `USER` are inherited unless they
+    /// are set here.
     pub environment: BTreeMap<String, String>,
-    /// What `hostname` says in there, 64 bytes at most.
+    /// Host name in the UTS namespace. At most 64 bytes.
     pub hostname: String,
-    /// Where the command starts.
+    /// Initial working directory of the command.
     pub working_dir: PathBuf,
-    /// The network namespace that it lives in, across restarts. It runs in the user namespace that
-    /// owns this one: the supervisor's, or a child of it.
+    /// Network namespace, kept across restarts. The service runs in the user namespace that owns
+    /// it: the supervisor's, or a child of that.
     pub namespace: Namespace,
-    /// The contents of its `/etc/hosts`.
+    /// Contents of `/etc/hosts`.
     pub hosts: String,
-    /// The contents of its `/etc/resolv.conf`.
+    /// Contents of `/etc/resolv.conf`.
     pub resolv_conf: String,
-    /// Whether it is started again when it has ended.
+    /// Restart policy.
     pub restart: Restart,
-    /// The names of services that have to run before it starts.
+    /// Names of the services that have to run before this one starts.
     pub depends_on: Vec<String>,
 }
 
-/// How a service's command has ended.
+/// Exit status of a service's command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Exit {
-    /// With this exit code. 127 also if it could not be executed when it was to be restarted.
+    /// Exit code. 127 if the command could not be executed on a restart.
     Code(i32),
-    /// Killed by the signal of this number.
+    /// Number of the signal that killed it.
     Signal(i32),
 }
 
 impl Exit {
-    /// Whether that was exit code 0.
+    /// Whether the exit code is 0.
     #[must_use]
     pub fn success(self) -> bool {
         self == Self::Code(0)
@@ -111,7 +112,7 @@ impl fmt::Display for Exit {
     }
 }
 
-/// The names of signals that commonly end a process.
+/// Names of the signals that commonly end a process.
 fn signal_name(number: i32) -> Option<&'static str> {
     Some(match number {
         libc::SIGHUP => "SIGHUP",
@@ -129,40 +130,40 @@ fn signal_name(number: i32) -> Option<&'static str> {
     })
 }
 
-/// Where a service is in its life.
+/// State of a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// Its surroundings are being set up.
+    /// Its namespaces and mounts are being set up.
     Starting,
     /// Its command runs.
     Running,
-    /// It has ended so, and waits to be started again.
+    /// Its command has ended, and the backoff before the restart runs.
     Restarting(Exit),
-    /// It has ended so for good.
+    /// It has ended and is not restarted.
     Ended(Exit),
 }
 
-/// What is known of a service.
+/// Status of a service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Status {
-    /// Its name.
+    /// Name of the service.
     pub name: String,
-    /// The pid of its command, as this process sees it, while it runs.
+    /// PID of its command in the PID namespace of this process, while it runs.
     pub pid: Option<u32>,
-    /// Where it is in its life.
+    /// Current state.
     pub state: State,
-    /// How often it was started again.
+    /// Number of restarts.
     pub restarts: u32,
-    /// Since when it is in that state.
+    /// Time of the last change of `state`.
     pub since: SystemTime,
 }
 
-/// How services ended, in the order of their start.
+/// Name and exit of each service, in start order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ended(pub Vec<(String, Exit)>);
 
 impl Ended {
-    /// Whether all ended with exit code 0.
+    /// Whether all services ended with exit code 0.
     #[must_use]
     pub fn success(&self) -> bool {
         self.0.iter().all(|(_, exit)| exit.success())
@@ -174,14 +175,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_end_is_told_as_one_reads_it() {
+    fn an_exit_is_displayed_with_its_code_or_signal() {
         assert_eq!(Exit::Code(1).to_string(), "exited with code 1");
         assert_eq!(Exit::Signal(libc::SIGKILL).to_string(), "was killed by SIGKILL");
         assert_eq!(Exit::Signal(34).to_string(), "was killed by signal 34");
     }
 
     #[test]
-    fn all_have_to_succeed() {
+    fn success_requires_exit_code_0_of_all_services() {
         let ended = |codes: &[i32]| {
             Ended(codes.iter().map(|&code| (String::new(), Exit::Code(code))).collect())
         };

@@ -1,14 +1,14 @@
-//! `/etc/nsswitch.conf` of a service: the host's, with host names from `files` and `dns` alone.
-//! Pure.
+//! `/etc/nsswitch.conf` of a service: that of the host, with `files` and `dns` as the only sources
+//! of host names. Pure.
 //!
-//! Other modules ask daemons of the host (`resolve`, `mymachines`, `sss`, `mdns4_minimal`, `ldap`,
-//! `wins`) or this machine's configuration (`myhostname`). A service's names come from its own
-//! `/etc/hosts` and from the server in its `/etc/resolv.conf`, which is tidegate.
+//! Other modules query daemons of the host (`resolve`, `mymachines`, `sss`, `mdns4_minimal`,
+//! `ldap`, `wins`) or its configuration (`myhostname`). The names of a service come from its own
+//! `/etc/hosts` and from tidegate, the server in its `/etc/resolv.conf`.
 
 /// The database of host names (nsswitch.conf(5)).
 const DATABASE: &str = "hosts";
 
-/// `text` with the one line about host names replaced, or added.
+/// Replaces the line of the `hosts` database in `text`, or adds it.
 pub(super) fn with_names_from_dns(text: &str) -> String {
     let line = format!("{DATABASE}: files dns\n");
     let mut changed = String::with_capacity(text.len() + line.len());
@@ -36,7 +36,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn host_names_come_from_files_and_dns_and_all_else_stays() {
+    fn the_hosts_line_is_replaced_and_other_lines_are_kept() {
         let host = "# hosts: of the host\npasswd: files systemd\n \
                     hosts : mymachines resolve [!UNAVAIL=return] files myhostname dns\nnetworks: files\n\
                     hosts: sss";

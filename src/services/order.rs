@@ -1,14 +1,18 @@
-//! In which order services start: those that others depend on first. Pure.
+//! Start order of services by their dependencies. Pure.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
 use super::ServiceError;
 use std::collections::BTreeMap;
 
-/// Each service's level: 0 for one that depends on nothing, else one above the highest it depends
-/// on.
+/// The level of each service: 0 without dependencies, else one above the highest level of its
+/// dependencies.
 ///
-/// Starting goes up the levels, stopping down; services of one level do not know each other.
+/// Services start in ascending order of their levels and stop in descending order. Services of the
+/// same level do not depend on each other.
+///
+/// # Errors
+/// [`ServiceError::Duplicate`], [`ServiceError::UnknownDependency`] or [`ServiceError::Cycle`].
 pub(super) fn levels(services: &[(&str, &[String])]) -> Result<Vec<usize>, ServiceError> {
     let mut index = BTreeMap::new();
     for (position, (name, _)) in services.iter().enumerate() {
@@ -47,25 +51,26 @@ pub(super) fn levels(services: &[(&str, &[String])]) -> Result<Vec<usize>, Servi
     }
 }
 
-/// The circle that `stuck` is in or waits for: every service without a level needs another such.
+/// The cycle that `stuck` is part of or depends on. It exists, because every service without a
+/// level depends on another one without a level.
 fn cycle(
     services: &[(&str, &[String])],
     needs: &[Vec<usize>],
     levels: &[Option<usize>],
     stuck: usize,
 ) -> ServiceError {
-    let mut way = vec![stuck];
+    let mut path = vec![stuck];
     let mut at = stuck;
     while let Some(&next) = needs[at].iter().find(|&&need| levels[need].is_none()) {
-        if let Some(seen) = way.iter().position(|&passed| passed == next) {
-            way.drain(..seen);
-            way.push(next);
+        if let Some(seen) = path.iter().position(|&passed| passed == next) {
+            path.drain(..seen);
+            path.push(next);
             break;
         }
-        way.push(next);
+        path.push(next);
         at = next;
     }
-    ServiceError::Cycle(way.into_iter().map(|position| services[position].0.to_owned()).collect())
+    ServiceError::Cycle(path.into_iter().map(|position| services[position].0.to_owned()).collect())
 }
 
 #[cfg(test)]
@@ -83,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn a_service_is_above_all_that_it_depends_on() {
+    fn a_service_is_one_level_above_its_dependencies() {
         let services: &[(&str, &[&str])] = &[
             ("web", &["api", "cache"]),
             ("api", &["db"]),
@@ -96,20 +101,20 @@ mod tests {
     }
 
     #[test]
-    fn a_circle_is_told_from_where_it_closes() {
+    fn a_cycle_error_lists_only_services_of_the_cycle() {
         let services: &[(&str, &[&str])] = &[("web", &["api"]), ("api", &["db"]), ("db", &["api"])];
-        let told =
-            "services depend on each other in a circle: \"api\" -> \"db\" -> \"api\"; break it";
-        assert_eq!(order(services), Err(told.to_owned()));
-        let itself = "services depend on each other in a circle: \"a\" -> \"a\"; break it";
+        let error = "dependency cycle between services: \"api\" -> \"db\" -> \"api\"; remove one of these dependencies";
+        assert_eq!(order(services), Err(error.to_owned()));
+        let itself =
+            "dependency cycle between services: \"a\" -> \"a\"; remove one of these dependencies";
         assert_eq!(order(&[("a", &["a"])]), Err(itself.to_owned()));
     }
 
     #[test]
-    fn what_is_unknown_or_there_twice_is_named() {
+    fn unknown_and_duplicate_services_are_rejected() {
         assert_eq!(
             order(&[("web", &["nosuch"])]),
-            Err("service \"web\" depends on \"nosuch\", which is no service here".to_owned())
+            Err("service \"web\" depends on \"nosuch\", which does not exist; add it, or remove the dependency".to_owned())
         );
         assert_eq!(
             order(&[("web", &[]), ("web", &[])]),

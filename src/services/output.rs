@@ -1,9 +1,9 @@
-//! Where the services' lines go: one writer for all, so that lines never mix.
+//! Output of the services, through one writer, so that lines are never interleaved.
 //!
-//! The writer is a thread, since a terminal may take nothing for hours (Ctrl-S) and names, metrics
-//! and Ctrl-C have to go on meanwhile. Before it is a queue of [`QUEUE`] lines. Once that is full,
-//! whoever has a line waits, stops reading its service's pipe, and so the service waits in its own
-//! `write`. Nothing is dropped and nothing piles up.
+//! The writer is a thread, because a terminal can block for hours (Ctrl-S), and DNS, metrics and
+//! signals must keep working. A queue of [`QUEUE`] lines precedes it. While the queue is full, the
+//! pipes of the services are not read, so services block in write(2). No line is dropped, and
+//! memory use is bounded.
 
 use super::lines::Splitter;
 use std::io::{self, IsTerminal, Write};
@@ -12,35 +12,35 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
-/// Lines between the services and the writer. With lines of 16 KiB, which invalid UTF-8 makes three
-/// times as long, that is 3 MiB at the very most.
+/// Capacity of the queue in lines. A line has 16 KiB, or three times as much if all of it is
+/// invalid UTF-8, so the queue uses at most 3 MiB.
 const QUEUE: usize = 64;
 
-/// What is read from a service at a time.
+/// Maximum number of bytes read from a service at a time.
 const CHUNK: usize = 8 * 1024;
 
-/// How long what we have to say about a service waits for a terminal that takes nothing.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// Maximum wait of notices about a service for a terminal that blocks.
+const NOTICE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The colours of names, one after the other: SGR numbers that are legible on black and on white.
+/// SGR numbers of the colours of names, used in turn. Legible on black and on white.
 const COLOURS: [u8; 6] = [36, 33, 32, 35, 34, 96];
 
-/// Takes the lines of all services, on a thread of its own. May block: the services then wait.
+/// Receives the lines of all services, on its own thread. May block. The services are then blocked
+/// too.
 pub trait Output: Send + 'static {
-    /// Writes a line, which comes without its newline. After the first error nothing more is
-    /// written.
+    /// Writes `line`, which does not include the newline. Not called again after an error.
     ///
     /// # Errors
-    /// Whoever read this is gone.
+    /// The reader has closed the output.
     fn write_line(&mut self, line: &str) -> io::Result<()>;
 
-    /// Whether names are to be coloured.
+    /// Whether names are coloured.
     fn colours(&self) -> bool {
         false
     }
 }
 
-/// Standard output; coloured if it is a terminal and `NO_COLOR` is not set
+/// Standard output. Coloured if it is a terminal and `NO_COLOR` is not set
 /// (<https://no-color.org>).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct StandardOutput;
@@ -63,7 +63,7 @@ enum Message {
     Flush(oneshot::Sender<()>),
 }
 
-/// The writer's queue.
+/// The sending side of the writer's queue.
 #[derive(Clone, Debug)]
 pub(super) struct Printer {
     queue: mpsc::Sender<Message>,
@@ -71,7 +71,7 @@ pub(super) struct Printer {
 }
 
 impl Printer {
-    /// Starts the writer, which ends with the last clone and voice.
+    /// Starts the writer thread. It ends when all clones and [`ServiceOutput`]s are dropped.
     pub(super) fn new(mut output: impl Output) -> Self {
         let colours = output.colours();
         let (queue, mut messages) = mpsc::channel(QUEUE);
@@ -79,7 +79,7 @@ impl Printer {
             let mut broken = false;
             while let Some(message) = messages.blocking_recv() {
                 match message {
-                    // A reader that has gone is no reason to stop the services.
+                    // Services continue without a reader of their output.
                     Message::Line(line) => broken = broken || output.write_line(&line).is_err(),
                     Message::Flush(done) => drop(done.send(())),
                 }
@@ -88,65 +88,68 @@ impl Printer {
         Self { queue, colours }
     }
 
-    /// The voice of the service that is the `index`th; names are padded to `width` characters.
-    pub(super) fn voice(&self, name: &str, index: usize, width: usize) -> Voice {
+    /// The output of service `name`. `index` selects its colour. Names are padded to `width`
+    /// characters.
+    pub(super) fn service_output(&self, name: &str, index: usize, width: usize) -> ServiceOutput {
         let colour = self.colours.then(|| COLOURS[index % COLOURS.len()]);
         let paint = |text: String| match colour {
             Some(colour) => format!("\x1b[{colour}m{text}\x1b[0m"),
             None => text,
         };
-        Voice {
+        ServiceOutput {
             queue: self.queue.clone(),
             prefix: paint(format!("{name:width$} |")),
             name: paint(name.to_owned()),
         }
     }
 
-    /// Waits until what was said so far is written, or the terminal's patience is over.
+    /// Waits until all lines sent so far are written, at most [`NOTICE_TIMEOUT`].
     pub(super) async fn flush(&self) {
         let (done, written) = oneshot::channel();
         let flush = async {
             let _ = self.queue.send(Message::Flush(done)).await;
             let _ = written.await;
         };
-        let _ = timeout(PATIENCE, flush).await;
+        let _ = timeout(NOTICE_TIMEOUT, flush).await;
     }
 }
 
-/// What one service's lines begin with.
+/// Output of one service.
 #[derive(Clone, Debug)]
-pub(super) struct Voice {
+pub(super) struct ServiceOutput {
     queue: mpsc::Sender<Message>,
+    /// Prefix of lines that the service writes.
     prefix: String,
+    /// Prefix of notices about the service.
     name: String,
 }
 
-impl Voice {
-    /// A line that the service wrote: `NAME | text`. Waits for room, as long as it takes.
-    async fn wrote(&self, line: &str) {
+impl ServiceOutput {
+    /// Sends a line of the service: `NAME | text`. Waits without a limit while the queue is full.
+    async fn write_line(&self, line: &str) {
         let _ = self.queue.send(Message::Line(format!("{} {line}", self.prefix))).await;
     }
 
-    /// A line about the service: `NAME text`, which none of its own can look like. Given up where
-    /// there is no room for
-    /// [`PATIENCE`]: a stuck terminal must not keep a service from being stopped.
-    pub(super) async fn says(&self, text: &str) {
+    /// Sends a notice about the service: `NAME text`. Lines of a service cannot imitate it. Drops
+    /// the notice if the queue stays full for [`NOTICE_TIMEOUT`], so that a blocked terminal does
+    /// not prevent the stop of a service.
+    pub(super) async fn notice(&self, text: &str) {
         let line = Message::Line(format!("{} {text}", self.name));
-        let _ = timeout(PATIENCE, self.queue.send(line)).await;
+        let _ = timeout(NOTICE_TIMEOUT, self.queue.send(line)).await;
     }
 
-    /// Passes on what comes from `stream`, up to its end.
-    pub(super) async fn follow(self, mut stream: impl AsyncRead + Unpin) {
+    /// Sends all lines of `stream` until its end.
+    pub(super) async fn copy(self, mut stream: impl AsyncRead + Unpin) {
         let mut splitter = Splitter::default();
         let mut chunk = vec![0; CHUNK];
         while let Ok(read @ 1..) = stream.read(&mut chunk).await {
             splitter.feed(&chunk[..read]);
             while let Some(line) = splitter.next() {
-                self.wrote(&line).await;
+                self.write_line(&line).await;
             }
         }
         if let Some(line) = splitter.finish() {
-            self.wrote(&line).await;
+            self.write_line(&line).await;
         }
     }
 }
@@ -173,18 +176,21 @@ mod tests {
     }
 
     #[test]
-    fn names_are_padded_and_partial_lines_told() {
+    fn names_are_padded_and_partial_lines_written() {
         let (sender, lines) = std_mpsc::sync_channel(16);
         run(async {
             let printer = Printer::new(Lines(sender, false));
-            printer.voice("db", 0, 3).follow(&b"ready\nno newline"[..]).await;
-            let web = printer.voice("web", 1, 3);
-            web.says("exited with code 1").await;
-            web.follow(&b"\n"[..]).await;
+            printer.service_output("db", 0, 3).copy(&b"ready\nno newline"[..]).await;
+            let web = printer.service_output("web", 1, 3);
+            web.notice("exited with code 1").await;
+            web.copy(&b"\n"[..]).await;
             printer.flush().await;
         });
-        let told: Vec<String> = lines.iter().collect();
-        assert_eq!(told, ["db  | ready", "db  | no newline", "web exited with code 1", "web | "]);
+        let written_lines: Vec<String> = lines.iter().collect();
+        assert_eq!(
+            written_lines,
+            ["db  | ready", "db  | no newline", "web exited with code 1", "web | "]
+        );
     }
 
     #[test]
@@ -192,22 +198,22 @@ mod tests {
         let (sender, lines) = std_mpsc::sync_channel(16);
         run(async {
             let printer = Printer::new(Lines(sender, true));
-            printer.voice("web", 0, 3).follow(&b"hi"[..]).await;
-            printer.voice("db", COLOURS.len(), 3).says("restarts").await;
+            printer.service_output("web", 0, 3).copy(&b"hi"[..]).await;
+            printer.service_output("db", COLOURS.len(), 3).notice("restarts").await;
             printer.flush().await;
         });
-        let told: Vec<String> = lines.iter().collect();
-        assert_eq!(told, ["\x1b[36mweb |\x1b[0m hi", "\x1b[36mdb\x1b[0m restarts"]);
+        let written_lines: Vec<String> = lines.iter().collect();
+        assert_eq!(written_lines, ["\x1b[36mweb |\x1b[0m hi", "\x1b[36mdb\x1b[0m restarts"]);
     }
 
     #[test]
-    fn a_terminal_that_takes_nothing_stops_the_reading() {
-        // Room for one: the writer waits with the second line in its hands.
+    fn a_blocked_terminal_blocks_the_service() {
+        // Capacity for one line: the writer blocks on the second one.
         let (sender, lines) = std_mpsc::sync_channel(1);
         let written = run(async {
             let printer = Printer::new(Lines(sender, false));
             let (mut service, pipe) = tokio::io::duplex(1024);
-            let reader = tokio::spawn(printer.voice("web", 0, 3).follow(pipe));
+            let reader = tokio::spawn(printer.service_output("web", 0, 3).copy(pipe));
             let mut written = 0;
             let line = [&[b'x'; 999][..], b"\n"].concat();
             while timeout(
@@ -218,9 +224,9 @@ mod tests {
             .is_ok()
             {
                 written += 1;
-                assert!(written < 10 * QUEUE, "the service is never slowed down");
+                assert!(written < 10 * QUEUE, "the service is never blocked");
             }
-            printer.voice("web", 0, 3).says("cannot be told").await;
+            printer.service_output("web", 0, 3).notice("is not written").await;
             reader.abort();
             written
         });

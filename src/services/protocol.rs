@@ -1,9 +1,9 @@
-//! What the supervisor and a service's init say to each other, over a Unix socket that is the
-//! init's standard input.
+//! Messages between the supervisor and a service's init, over a Unix socket that is the init's
+//! standard input.
 //!
-//! One [`Order`] goes down, [`Report`]s come up. Each is JSON behind its length, four bytes,
-//! little-endian. The socket stays open for the service's life: its end tells the init that the
-//! supervisor is gone, whatever took it.
+//! The supervisor sends one [`StartRequest`], and the init sends [`Report`]s. A message is JSON,
+//! preceded by its length in bytes (u32, little-endian). The socket stays open while the service
+//! exists. Its end of file tells the init that the supervisor has ended.
 
 use super::Exit;
 use serde::de::DeserializeOwned;
@@ -14,45 +14,49 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// The longest message. Linux passes at most 6 MiB of arguments and environment to a program
-/// (`bprm_stack_limits` of `fs/exec.c`).
-const LONGEST: usize = 8 * 1024 * 1024;
+/// Maximum length of a message in bytes. Linux passes at most 6 MiB of arguments and environment to
+/// a program (`bprm_stack_limits`, fs/exec.c).
+const MAX_MESSAGE: usize = 8 * 1024 * 1024;
 
-/// The longest report: a service of the same user might write to the socket with ptrace.
-const LONGEST_REPORT: usize = 64 * 1024;
+/// Maximum length of a report in bytes. Bounded, because a service of the same user can send
+/// reports through the init with ptrace(2).
+const MAX_REPORT: usize = 64 * 1024;
 
-/// What the init is to run, and in what.
+/// The command for the init to run, and its environment.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Order {
-    /// The number under which it has inherited the network namespace.
+pub(super) struct StartRequest {
+    /// Inherited file descriptor of the network namespace.
     pub(super) namespace: RawFd,
     pub(super) hostname: String,
-    /// The directory of the service's own `hosts`, `resolv.conf` and `hostname`.
+    /// Directory of the service's `hosts`, `resolv.conf`, `hostname` and `nsswitch.conf`.
     pub(super) files: PathBuf,
     pub(super) command: Vec<String>,
     pub(super) environment: BTreeMap<String, String>,
     pub(super) working_dir: PathBuf,
 }
 
-/// What became of it.
+/// An event of the init.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Report {
-    /// A step before the command failed; nothing runs.
+    /// A setup step failed. The command was not started.
     SetUpFailed(String),
-    /// The command cannot be executed; nothing runs.
+    /// The command cannot be executed.
     CannotRun(String),
-    /// Something is not as it should be, and the command runs all the same.
+    /// A problem that does not prevent the command from running.
     Note(String),
     /// The command runs.
     Running,
-    /// The command has ended; nothing of the service is left in a moment.
+    /// The command has ended. The init ends too.
     Ended(Exit),
 }
 
-/// A message as it is sent.
+/// Encodes a message.
+///
+/// # Errors
+/// It is longer than [`MAX_MESSAGE`].
 pub(super) fn encode(message: &impl Serialize) -> io::Result<Vec<u8>> {
     let json = serde_json::to_vec(message)?;
-    if json.len() > LONGEST {
+    if json.len() > MAX_MESSAGE {
         return Err(io::Error::new(
             io::ErrorKind::ArgumentListTooLong,
             "command and environment are too long",
@@ -62,17 +66,20 @@ pub(super) fn encode(message: &impl Serialize) -> io::Result<Vec<u8>> {
     Ok([&length.to_le_bytes()[..], &json].concat())
 }
 
-/// Sends a message, waiting for it to be taken.
+/// Sends a message. Blocks until the socket has accepted it.
 pub(super) fn send(mut socket: impl Write, message: &impl Serialize) -> io::Result<()> {
     socket.write_all(&encode(message)?)
 }
 
 /// Waits for a message.
+///
+/// # Errors
+/// The socket is closed, or the message is invalid or longer than [`MAX_MESSAGE`].
 pub(super) fn receive<T: DeserializeOwned>(mut socket: impl Read) -> io::Result<T> {
     let mut length = [0; 4];
     socket.read_exact(&mut length)?;
     let length = u32::from_le_bytes(length) as usize;
-    if length > LONGEST {
+    if length > MAX_MESSAGE {
         return Err(io::ErrorKind::InvalidData.into());
     }
     let mut json = vec![0; length];
@@ -80,17 +87,17 @@ pub(super) fn receive<T: DeserializeOwned>(mut socket: impl Read) -> io::Result<
     Ok(serde_json::from_slice(&json)?)
 }
 
-/// The reports that have come, as far as they have.
+/// Buffer of received reports, the last one possibly incomplete.
 #[derive(Debug, Default)]
 pub(super) struct Inbox(Vec<u8>);
 
 impl Inbox {
-    /// The next report; `None` once there will be no more. Loses nothing when it is cancelled.
+    /// The next report. `None` at the end of file, and for an invalid report. Cancel safe.
     pub(super) async fn next(&mut self, socket: &mut (impl AsyncRead + Unpin)) -> Option<Report> {
         loop {
             if let Some(length) = self.0.first_chunk::<4>() {
                 let length = u32::from_le_bytes(*length) as usize;
-                if length > LONGEST_REPORT {
+                if length > MAX_REPORT {
                     return None;
                 }
                 if let Some(json) = self.0.get(4..4 + length) {
@@ -112,7 +119,7 @@ mod tests {
     use tokio::net::UnixStream;
 
     #[test]
-    fn reports_arrive_whole_however_they_are_cut() {
+    fn reports_are_reassembled_from_any_fragments() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let (mut up, mut down) = UnixStream::pair().unwrap();
@@ -136,8 +143,11 @@ mod tests {
     }
 
     #[test]
-    fn a_message_that_claims_too_much_is_refused() {
-        let claim = u32::MAX.to_le_bytes();
-        assert_eq!(receive::<Order>(&claim[..]).unwrap_err().kind(), io::ErrorKind::InvalidData);
+    fn a_message_above_the_maximum_length_is_rejected() {
+        let length = u32::MAX.to_le_bytes();
+        assert_eq!(
+            receive::<StartRequest>(&length[..]).unwrap_err().kind(),
+            io::ErrorKind::InvalidData
+        );
     }
 }

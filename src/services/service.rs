@@ -1,9 +1,9 @@
-//! The life of one service, on a task of its own: start, follow, restart, stop.
+//! One service on its own task: start, output, restart and stop.
 
 use super::backoff::Restarts;
 use super::files::ServiceFiles;
-use super::launch::{Launched, launch, order};
-use super::output::Voice;
+use super::launch::{Launched, launch, start_request};
+use super::output::ServiceOutput;
 use super::protocol::{Inbox, Report, encode};
 use super::{Exit, ServiceError, ServiceSpec, State, Status};
 use crate::port_error::without_numbers;
@@ -17,121 +17,127 @@ use tokio::io::AsyncWriteExt;
 use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-/// How long what a service has written last may take to be told once it is gone.
+/// Maximum time to write the remaining output of a service that has ended.
 const DRAIN: Duration = Duration::from_secs(2);
 
-/// How long the init's last words may take to be read once it is gone: they are in the socket
-/// already.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+/// Maximum time to read each remaining report of an init that has ended. They are in the socket
+/// buffer already.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What is wanted of a service.
+/// Target state of a service. It only increases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
-pub(super) enum Want {
+pub(super) enum Target {
     Run,
-    /// End, with time to do so.
+    /// End within the grace period.
     Stop,
-    /// End now.
+    /// End immediately.
     Kill,
 }
 
-/// Told once: that the command runs, or why it does not.
+/// Receives the result of the first start.
 pub(super) type Started = oneshot::Sender<Result<(), ServiceError>>;
 
 /// One service.
 pub(super) struct Service {
     pub(super) spec: ServiceSpec,
     pub(super) files: ServiceFiles,
-    /// The program to be the init.
+    /// The program that runs as the init.
     pub(super) init: PathBuf,
-    pub(super) voice: Voice,
+    pub(super) output: ServiceOutput,
     pub(super) status: watch::Sender<Status>,
-    pub(super) want: watch::Receiver<Want>,
+    pub(super) target: watch::Receiver<Target>,
+    /// Time between SIGTERM and SIGKILL.
     pub(super) grace: Duration,
     pub(super) started: Option<Started>,
 }
 
 impl Service {
-    /// Runs the service until it has ended for good. Its files are gone then.
+    /// Runs the service until [`State::Ended`]. Removes its files before it sets that state.
     pub(super) async fn run(mut self) {
-        let exit = self.live().await;
+        let exit = self.run_with_restarts().await;
         let Self { files, status, started, .. } = self;
         drop(files);
-        status.send_modify(|status| settle(status, State::Ended(exit)));
+        status.send_modify(|status| set_state(status, State::Ended(exit)));
         drop(started);
     }
 
-    async fn live(&mut self) -> Exit {
+    async fn run_with_restarts(&mut self) -> Exit {
         let mut restarts = Restarts::new(self.spec.restart);
         loop {
             let began = Instant::now();
             let exit = match self.run_once().await {
                 Ok(exit) => {
-                    self.voice.says(&exit.to_string()).await;
+                    self.output.notice(&exit.to_string()).await;
                     exit
                 }
                 Err(error) => {
-                    // As shells do.
+                    // Same exit code as that of shells.
                     let exit = Exit::Code(127);
                     match self.started.take() {
                         Some(started) => {
                             let _ = started.send(Err(error));
                             return exit;
                         }
-                        None => self.voice.says(&format!("cannot be started again: {error}")).await,
+                        None => self.output.notice(&format!("restart failed: {error}")).await,
                     }
                     exit
                 }
             };
-            if self.wanted() != Want::Run {
+            if self.current_target() != Target::Run {
                 return exit;
             }
             let Some(pause) = restarts.next(exit, began.elapsed()) else { return exit };
-            self.status.send_modify(|status| settle(status, State::Restarting(exit)));
-            self.voice.says(&format!("restarts in {}", humantime::format_duration(pause))).await;
+            self.status.send_modify(|status| set_state(status, State::Restarting(exit)));
+            self.output.notice(&format!("restarts in {}", humantime::format_duration(pause))).await;
             tokio::select! {
                 () = sleep(pause) => {}
-                _ = self.want.wait_for(|want| *want != Want::Run) => return exit,
+                _ = self.target.wait_for(|target| *target != Target::Run) => return exit,
             }
             self.status.send_modify(|status| {
-                settle(status, State::Starting);
+                set_state(status, State::Starting);
                 status.restarts = restarts.count();
             });
         }
     }
 
-    /// What is wanted now. A supervisor that is gone wants an end.
-    fn wanted(&mut self) -> Want {
-        if self.want.has_changed().is_err() { Want::Kill } else { *self.want.borrow_and_update() }
+    /// The current target: [`Target::Kill`] if the supervisor was dropped.
+    fn current_target(&mut self) -> Target {
+        if self.target.has_changed().is_err() {
+            Target::Kill
+        } else {
+            *self.target.borrow_and_update()
+        }
     }
 
-    /// Starts the command once and attends it until nothing of it is left.
+    /// Starts the command once and waits until all its processes have ended.
     async fn run_once(&mut self) -> Result<Exit, ServiceError> {
         let launched = launch(&self.init, &self.spec).map_err(|error| self.not_launched(&error))?;
         let Launched { mut init, socket, stdout, stderr } = launched;
-        let (mut reports, mut orders) = socket.into_split();
-        let mut told = tokio::task::JoinSet::new();
+        let (mut reports, mut requests) = socket.into_split();
+        let mut streams = tokio::task::JoinSet::new();
         if let Some(stream) = stdout {
-            told.spawn(self.voice.clone().follow(stream));
+            streams.spawn(self.output.clone().copy(stream));
         }
         if let Some(stream) = stderr {
-            told.spawn(self.voice.clone().follow(stream));
+            streams.spawn(self.output.clone().copy(stream));
         }
-        let order = order(&self.spec, self.files.path()).and_then(|order| encode(&order));
-        let order = order.map_err(|error| self.set_up_failed(&error.to_string()))?;
+        let request =
+            start_request(&self.spec, self.files.path()).and_then(|request| encode(&request));
+        let request = request.map_err(|error| self.set_up_failed(&error.to_string()))?;
 
         let pid = init.id();
         let mut sent = 0;
         let mut inbox = Inbox::default();
         let mut listening = true;
-        let mut end = Ends::default();
-        let mut obeyed = Want::Run;
+        let mut result = RunResult::default();
+        let mut applied = Target::Run;
         let mut kill_at = None;
         let status = loop {
-            let wanted = self.wanted();
-            if wanted > obeyed {
-                obeyed = wanted;
-                match wanted {
-                    Want::Stop => {
+            let target = self.current_target();
+            if target > applied {
+                applied = target;
+                match target {
+                    Target::Stop => {
                         signal(init.id(), Signal::TERM);
                         kill_at = Some(Instant::now() + self.grace);
                     }
@@ -139,12 +145,12 @@ impl Service {
                 }
             }
             tokio::select! {
-                // The init reads at once, unless it has died: then its status comes.
-                written = orders.write(&order[sent..]), if sent < order.len() => {
-                    sent = written.map_or(order.len(), |written| sent + written);
+                // An error means that the init has died. `init.wait()` then returns.
+                written = requests.write(&request[sent..]), if sent < request.len() => {
+                    sent = written.map_or(request.len(), |written| sent + written);
                 }
-                report = inbox.next(&mut reports), if listening && sent == order.len() => match report {
-                    Some(report) => self.heard(report, pid, &mut end).await,
+                report = inbox.next(&mut reports), if listening && sent == request.len() => match report {
+                    Some(report) => self.handle_report(report, pid, &mut result).await,
                     None => listening = false,
                 },
                 status = init.wait() => break status,
@@ -152,45 +158,45 @@ impl Service {
                     kill_at = None;
                     signal(init.id(), Signal::KILL);
                 }
-                _ = self.want.changed(), if obeyed != Want::Kill => {}
+                _ = self.target.changed(), if applied != Target::Kill => {}
             }
         };
-        // All that the service was has ended with its init. What it said is still under way.
-        while let Ok(Some(report)) = timeout(LAST_WORDS, inbox.next(&mut reports)).await {
-            self.heard(report, pid, &mut end).await;
+        // All processes have ended with the init. Its reports and the output are still buffered.
+        while let Ok(Some(report)) = timeout(REPORT_TIMEOUT, inbox.next(&mut reports)).await {
+            self.handle_report(report, pid, &mut result).await;
         }
-        let _ = timeout(DRAIN, async { while told.join_next().await.is_some() {} }).await;
-        match end {
-            Ends { failure: Some(failure), .. } => Err(failure),
-            Ends { exit: Some(exit), .. } => Ok(exit),
-            Ends { .. } => {
+        let _ = timeout(DRAIN, async { while streams.join_next().await.is_some() {} }).await;
+        match result {
+            RunResult { failure: Some(failure), .. } => Err(failure),
+            RunResult { exit: Some(exit), .. } => Ok(exit),
+            RunResult { .. } => {
                 status.map(exit_of).map_err(|error| self.set_up_failed(&error.to_string()))
             }
         }
     }
 
-    async fn heard(&mut self, report: Report, init: Option<u32>, end: &mut Ends) {
+    async fn handle_report(&mut self, report: Report, init: Option<u32>, result: &mut RunResult) {
         match report {
-            Report::SetUpFailed(reason) => end.failure = Some(self.set_up_failed(&reason)),
+            Report::SetUpFailed(reason) => result.failure = Some(self.set_up_failed(&reason)),
             Report::CannotRun(reason) => {
                 let program = self.spec.command.first().cloned().unwrap_or_default();
-                end.failure = Some(ServiceError::CannotRun {
+                result.failure = Some(ServiceError::CannotRun {
                     service: self.spec.name.clone(),
                     program,
                     reason,
                 });
             }
-            Report::Note(note) => self.voice.says(&note).await,
+            Report::Note(note) => self.output.notice(&note).await,
             Report::Running => {
                 self.status.send_modify(|status| {
-                    settle(status, State::Running);
+                    set_state(status, State::Running);
                     status.pid = init.map(|init| child_of(init).unwrap_or(init));
                 });
                 if let Some(started) = self.started.take() {
                     let _ = started.send(Ok(()));
                 }
             }
-            Report::Ended(exit) => end.exit = Some(exit),
+            Report::Ended(exit) => result.exit = Some(exit),
         }
     }
 
@@ -213,29 +219,30 @@ impl Service {
     }
 }
 
-/// How a run of a service ended, as far as its init said.
+/// Result of a run, from the reports of the init. Empty if the init was killed.
 #[derive(Default)]
-struct Ends {
+struct RunResult {
     exit: Option<Exit>,
     failure: Option<ServiceError>,
 }
 
-fn settle(status: &mut Status, state: State) {
+fn set_state(status: &mut Status, state: State) {
     status.state = state;
     status.pid = None;
     status.since = SystemTime::now();
 }
 
-/// Signals the init, which tokio has not reaped as long as it gives its pid.
+/// Sends `signal` to the init. Its PID cannot be reused: tokio returns it only until it has reaped
+/// the process.
 fn signal(init: Option<u32>, signal: Signal) {
     let pid = init.and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw);
     if let Some(pid) = pid {
-        // It may have ended by now, and then it is as wanted.
+        // Fails if the init has ended.
         let _ = kill_process(pid, signal);
     }
 }
 
-/// The command's pid as it is called out here: the init's first child.
+/// The PID of the command in the PID namespace of this process: the init's first child.
 fn child_of(init: u32) -> Option<u32> {
     let children = std::fs::read_to_string(format!("/proc/{init}/task/{init}/children")).ok()?;
     children.split_ascii_whitespace().next()?.parse().ok()

@@ -1,25 +1,26 @@
-//! All services of one `tidegate up`: start in order, wait, stop in reverse order.
+//! All services of a project: starts them in dependency order and stops them in reverse order.
 
 use super::files::ServiceFiles;
 use super::order::levels;
 use super::output::{Output, Printer};
-use super::service::{Service, Want};
+use super::service::{Service, Target};
 use super::{Ended, ServiceError, ServiceSpec, State, Status};
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 use tokio::sync::{oneshot, watch};
 
-/// How long a service may take to end after `SIGTERM`, unless told otherwise: as `docker stop`.
+/// Default time between SIGTERM and SIGKILL, as in `docker stop`.
 pub const DEFAULT_GRACE: Duration = Duration::from_secs(10);
 
-/// The longest name of a service: that of a host name's label, which it becomes.
-const LONGEST_NAME: usize = 64;
+/// Maximum length of a service name in bytes. It is also the default host name, which Linux limits
+/// to 64 bytes (`__NEW_UTS_LEN`).
+const MAX_NAME: usize = 64;
 
-/// Runs services. Dropped, it kills them; to have them end well, [`stop`](Self::stop).
+/// Runs services. Kills them on drop. [`stop`](Self::stop) lets them shut down.
 ///
-/// Needs a tokio runtime with I/O and time; one thread will do. Every method may be cancelled (in
-/// `select!`) and called again. Starting a service holds its thread for the millisecond that fork
-/// and exec take.
+/// Requires a tokio runtime with I/O and time. One thread is sufficient. All methods are cancel
+/// safe and can be called again. Starting a service blocks its thread for about 1 ms (fork and
+/// exec).
 #[derive(Debug)]
 pub struct Supervisor {
     run_dir: PathBuf,
@@ -27,21 +28,21 @@ pub struct Supervisor {
     printer: Printer,
     grace: Duration,
     started: bool,
-    /// In the order of their start.
+    /// In start order.
     services: Vec<Handle>,
 }
 
-/// What the supervisor keeps of a service, whose task has the rest.
+/// The supervisor's end of the channels to a service's task.
 #[derive(Debug)]
 struct Handle {
     level: usize,
-    want: watch::Sender<Want>,
+    target: watch::Sender<Target>,
     status: watch::Receiver<Status>,
 }
 
 impl Supervisor {
-    /// A supervisor whose services have their files in `run_dir/services`, write to `output`, and
-    /// get `grace` to end (see [`DEFAULT_GRACE`]).
+    /// A supervisor without services. Their files are in `run_dir/services`, and their output goes
+    /// to `output`. `grace` is the time between SIGTERM and SIGKILL ([`DEFAULT_GRACE`]).
     #[must_use]
     pub fn new(run_dir: impl Into<PathBuf>, output: impl Output, grace: Duration) -> Self {
         let init = PathBuf::from("/proc/self/exe");
@@ -49,18 +50,18 @@ impl Supervisor {
         Self { run_dir: run_dir.into(), init, printer, grace, started: false, services: Vec::new() }
     }
 
-    /// The same with another program than this one as the services' init: a `tidegate`.
+    /// Sets the program that runs as the init of services. It must be a `tidegate`. Default: this
+    /// program.
     #[must_use]
     pub fn with_init(mut self, program: impl Into<PathBuf>) -> Self {
         self.init = program.into();
         self
     }
 
-    /// Starts the services, each once all that it depends on run.
+    /// Starts the services, each after its dependencies run.
     ///
     /// # Errors
-    /// [`ServiceError`] names the service and what it lacks. What had been started is stopped
-    /// again.
+    /// [`ServiceError`]. Services that were started before the error are stopped.
     pub async fn start(&mut self, specs: Vec<ServiceSpec>) -> Result<(), ServiceError> {
         if self.started {
             return Err(ServiceError::AlreadyStarted);
@@ -74,7 +75,7 @@ impl Supervisor {
             .enumerate()
             .map(|(index, (level, spec))| (level, index, spec))
             .collect();
-        // Stable: within a level as they were given.
+        // The sort is stable: services of a level keep their order.
         specs.sort_by_key(|(level, ..)| *level);
         for (level, index, spec) in specs {
             if let Err(error) = self.start_one(level, index, width, spec).await {
@@ -102,29 +103,26 @@ impl Supervisor {
             since: SystemTime::now(),
         };
         let (status, seen) = watch::channel(first);
-        let (want, wanted) = watch::channel(Want::Run);
+        let (target, target_of_service) = watch::channel(Target::Run);
         let (started, has_started) = oneshot::channel();
         let service = Service {
-            voice: self.printer.voice(&name, index, width),
+            output: self.printer.service_output(&name, index, width),
             spec,
             files,
             init: self.init.clone(),
             status,
-            want: wanted,
+            target: target_of_service,
             grace: self.grace,
             started: Some(started),
         };
         tokio::spawn(service.run());
-        self.services.push(Handle { level, want, status: seen });
+        self.services.push(Handle { level, target, status: seen });
         has_started.await.unwrap_or_else(|_| {
-            Err(ServiceError::SetUp {
-                service: name,
-                reason: "ended while it was set up".to_owned(),
-            })
+            Err(ServiceError::SetUp { service: name, reason: "ended during setup".to_owned() })
         })
     }
 
-    /// Waits until all services have ended for good.
+    /// Waits until all services are in state [`State::Ended`].
     pub async fn wait(&mut self) -> Ended {
         let mut ended = Vec::with_capacity(self.services.len());
         for service in &mut self.services {
@@ -136,14 +134,14 @@ impl Supervisor {
         Ended(ended)
     }
 
-    /// Asks all services to end, those first on which no other depends, and waits until nothing is
-    /// left of them. Who takes longer than the grace period is killed; services that do not depend
-    /// on each other have it together.
+    /// Stops all services and waits until their processes have ended. Sends SIGTERM to dependent
+    /// services first. Kills services after the grace period, which is the same for all services of
+    /// a level.
     pub async fn stop(&mut self) {
         let highest = self.services.iter().map(|service| service.level).max();
         for level in (0..=highest.unwrap_or(0)).rev() {
             for service in self.services.iter().filter(|service| service.level == level) {
-                service.wants(Want::Stop);
+                service.raise_target(Target::Stop);
             }
             for service in self.services.iter_mut().filter(|service| service.level == level) {
                 service.ended().await;
@@ -152,32 +150,32 @@ impl Supervisor {
         self.printer.flush().await;
     }
 
-    /// Kills all services at once. [`wait`](Self::wait) then waits until they are gone.
+    /// Kills all services without waiting. [`wait`](Self::wait) waits until they have ended.
     pub fn kill(&mut self) {
         for service in &self.services {
-            service.wants(Want::Kill);
+            service.raise_target(Target::Kill);
         }
     }
 
-    /// How the services are, in the order of their start; those not yet begun with are missing.
+    /// The status of each service, in start order. Services whose start has not begun are missing.
     #[must_use]
     pub fn statuses(&self) -> Vec<Status> {
         self.observer().statuses()
     }
 
-    /// What tells how the services that have been begun with are, wherever the supervisor is.
+    /// A handle for reading statuses. It covers the services whose start has begun.
     #[must_use]
     pub fn observer(&self) -> Observer {
         Observer(self.services.iter().map(|service| service.status.clone()).collect())
     }
 }
 
-/// Looks how services are.
+/// Reads the statuses of services. Independent of the supervisor.
 #[derive(Clone, Debug)]
 pub struct Observer(Vec<watch::Receiver<Status>>);
 
 impl Observer {
-    /// How they are now, in the order of their start.
+    /// The current statuses, in start order.
     #[must_use]
     pub fn statuses(&self) -> Vec<Status> {
         self.0.iter().map(|status| status.borrow().clone()).collect()
@@ -191,18 +189,18 @@ impl Drop for Supervisor {
 }
 
 impl Handle {
-    /// Never takes back what was wanted before.
-    fn wants(&self, want: Want) {
-        self.want.send_if_modified(|wanted| {
-            let more = want > *wanted;
-            if more {
-                *wanted = want;
+    /// Sets the target unless the current one is higher.
+    fn raise_target(&self, target: Target) {
+        self.target.send_if_modified(|current| {
+            let is_higher = target > *current;
+            if is_higher {
+                *current = target;
             }
-            more
+            is_higher
         });
     }
 
-    /// How the service has ended, once it has; `None` if its task is gone with the runtime.
+    /// Waits until the service has ended. `None` if its task ended with the runtime.
     async fn ended(&mut self) -> Option<(String, super::Exit)> {
         let status =
             self.status.wait_for(|status| matches!(status.state, State::Ended(_))).await.ok()?;
@@ -213,12 +211,12 @@ impl Handle {
     }
 }
 
-/// What can be found out before anything is started.
+/// Validates `specs` and returns the level of each service.
 fn check(specs: &[ServiceSpec]) -> Result<Vec<usize>, ServiceError> {
     for spec in specs {
         let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-        let begins = spec.name.starts_with(|c: char| c.is_ascii_alphanumeric());
-        if !begins || spec.name.len() > LONGEST_NAME || !spec.name.chars().all(allowed) {
+        let begins_valid = spec.name.starts_with(|c: char| c.is_ascii_alphanumeric());
+        if !begins_valid || spec.name.len() > MAX_NAME || !spec.name.chars().all(allowed) {
             return Err(ServiceError::Name(spec.name.clone()));
         }
         if spec.command.is_empty() {

@@ -1,9 +1,9 @@
-//! Restarting.
+//! Restarts.
 
 use super::*;
 
 #[test]
-fn a_service_that_fails_is_restarted_as_often_as_allowed_in_the_same_namespace() {
+fn a_failing_service_is_restarted_up_to_the_maximum_in_the_same_namespace() {
     let mut bed = Bed::new(FOREVER);
     run(async {
         let script = "readlink /proc/self/ns/net; exit 4";
@@ -15,7 +15,7 @@ fn a_service_that_fails_is_restarted_as_often_as_allowed_in_the_same_namespace()
     let network = tidegate_netns::Namespace::from_path(&bed.namespace.path()).unwrap().id();
     let seen = format!("web | {network}");
     let exited = "web exited with code 4";
-    let told = [
+    let expected = [
         &seen,
         exited,
         "web restarts in 100ms",
@@ -25,7 +25,7 @@ fn a_service_that_fails_is_restarted_as_often_as_allowed_in_the_same_namespace()
         &seen,
         exited,
     ];
-    assert_eq!(bed.lines.all(), told);
+    assert_eq!(bed.lines.all(), expected);
     bed.assert_clean();
 }
 

@@ -1,8 +1,8 @@
-//! Without root.
+//! Services without root.
 
 use super::*;
 
-/// Not a test of itself: a supervisor that is root of a user namespace only, for the next test.
+/// Not a test by itself: a supervisor as root of a user namespace, for the tests below.
 #[test]
 fn supervisor_in_a_user_namespace() {
     let Some(run_dir) = std::env::var_os(ROOTLESS_RUN_DIR) else { return };
@@ -27,7 +27,7 @@ fn supervisor_in_a_user_namespace() {
         supervisor.stop().await;
         let exits = supervisor.wait().await.0.into_iter().map(|(_, exit)| exit);
         assert!(exits.eq([Exit::Code(0), Exit::Code(4), Exit::Code(0)]));
-        println!("all is well");
+        println!("success");
     });
 }
 
@@ -47,8 +47,8 @@ fn root_of_a_user_namespace_is_enough() {
             ])
             .env(ROOTLESS_RUN_DIR, run_dir.path()),
     );
-    assert!(process.wait(PATIENCE).success(), "{}", process.output());
-    let told = process.wait_for_output(PATIENCE);
+    assert!(process.wait(TIMEOUT).success(), "{}", process.output());
+    let printed = process.wait_for_output(TIMEOUT);
     for line in [
         "web   | web-host",
         "web   | nameserver 127.0.0.11",
@@ -57,15 +57,15 @@ fn root_of_a_user_namespace_is_enough() {
         "web exited with code 0",
         "again restarts in 100ms",
         "stops | stops",
-        "all is well",
+        "success",
     ] {
-        assert!(told.lines().any(|said| said.ends_with(line)), "{line} is missing:\n{told}");
+        assert!(printed.lines().any(|one| one.ends_with(line)), "{line} is missing:\n{printed}");
     }
     assert_eq!(services_in(run_dir.path()), Vec::<String>::new());
 }
 
 #[test]
-fn a_privilege_that_is_missing_is_named() {
+fn the_error_names_a_missing_capability() {
     require_root();
     let run_dir = tempfile::tempdir().unwrap();
     let output = Command::new("setpriv")
@@ -80,7 +80,7 @@ fn a_privilege_that_is_missing_is_named() {
         .env(ROOTLESS_RUN_DIR, run_dir.path())
         .output()
         .unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && said.contains("needs CAP_SYS_ADMIN"), "{said}");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && error.contains("needs CAP_SYS_ADMIN"), "{error}");
     assert_eq!(services_in(run_dir.path()), Vec::<String>::new());
 }

@@ -1,4 +1,4 @@
-//! What a service sees.
+//! Mounts, names, environment and output of a service.
 
 use super::*;
 
@@ -19,7 +19,7 @@ fn a_service_has_its_own_names_and_network_and_the_host_keeps_its_own() {
         bed.lines.wait_for("web | ready").await;
         let network =
             tidegate_netns::Namespace::from_path(&bed.namespace.path()).unwrap().id().to_string();
-        let told = bed.lines.all();
+        let lines = bed.lines.all();
         for expected in [
             "web-host",
             "10.9.8.7 web-friend",
@@ -28,13 +28,13 @@ fn a_service_has_its_own_names_and_network_and_the_host_keeps_its_own() {
             "/sys/class/net/tgmark",
         ] {
             assert!(
-                told.contains(&format!("web | {expected}")),
-                "{expected} is missing: {told:#?}"
+                lines.contains(&format!("web | {expected}")),
+                "{expected} is missing: {lines:#?}"
             );
         }
-        assert_eq!(told.iter().filter(|line| *line == "web | web-host").count(), 2, "{told:#?}");
-        // Itself, its init, and the pipeline that counts.
-        let pids = told.iter().find_map(|line| line.strip_prefix("web | pids ")).unwrap();
+        assert_eq!(lines.iter().filter(|line| *line == "web | web-host").count(), 2, "{lines:#?}");
+        // The service, its init, and the pipeline that counts.
+        let pids = lines.iter().find_map(|line| line.strip_prefix("web | pids ")).unwrap();
         assert!(pids.parse::<u32>().unwrap() <= 6, "{pids}");
         assert_eq!((host_files(), mounts(), hostname()), before);
         bed.supervisor.stop().await;
@@ -44,7 +44,7 @@ fn a_service_has_its_own_names_and_network_and_the_host_keeps_its_own() {
 }
 
 #[test]
-fn a_service_has_the_environment_and_directory_it_was_given_and_no_descriptor_more() {
+fn a_service_has_the_given_environment_and_directory_and_no_other_descriptors() {
     let mut bed = Bed::new(FOREVER);
     let directory = tempfile::tempdir().unwrap();
     run(async {
@@ -60,12 +60,12 @@ fn a_service_has_the_environment_and_directory_it_was_given_and_no_descriptor_mo
     let expected = [directory.path().to_str().unwrap(), "teal", "0", "3", "/dev/null"];
     let mut expected: Vec<String> = expected.iter().map(|line| format!("web | {line}")).collect();
     expected.push("web exited with code 0".to_owned());
-    // Some shells keep a descriptor of their own, none of them below 10.
+    // Shells may use further descriptors, from 10 on.
     assert_eq!(bed.lines.all(), expected);
 }
 
 #[test]
-fn output_of_both_streams_is_told_line_by_line_behind_padded_names() {
+fn lines_of_both_streams_are_prefixed_with_padded_names() {
     let mut bed = Bed::new(FOREVER);
     run(async {
         let web = bed.shell("web", "printf 'one\\ntwo\\033[2J\\nrest'; exit 3");
@@ -77,9 +77,9 @@ fn output_of_both_streams_is_told_line_by_line_behind_padded_names() {
             [("web".to_owned(), Exit::Code(3)), ("database".to_owned(), Exit::Code(0))]
         );
     });
-    let told = bed.lines.all();
+    let lines = bed.lines.all();
     let of = |start: &str| {
-        told.iter().filter(|line| line.starts_with(start)).cloned().collect::<Vec<_>>()
+        lines.iter().filter(|line| line.starts_with(start)).cloned().collect::<Vec<_>>()
     };
     assert_eq!(
         of("web"),

@@ -1,9 +1,9 @@
-//! Starting.
+//! Start of services.
 
 use super::*;
 
 #[test]
-fn services_start_after_and_stop_before_what_they_depend_on() {
+fn services_start_after_and_stop_before_their_dependencies() {
     let mut bed = Bed::new(FOREVER);
     let script = "trap 'echo bye; exit 0' TERM; echo up; while :; do sleep 0.02; done";
     run(async {
@@ -22,15 +22,15 @@ fn services_start_after_and_stop_before_what_they_depend_on() {
         }
         bed.supervisor.stop().await;
     });
-    let told = bed.lines.all();
+    let lines = bed.lines.all();
     let ends: Vec<&String> =
-        told.iter().filter(|line| line.ends_with("exited with code 0")).collect();
+        lines.iter().filter(|line| line.ends_with("exited with code 0")).collect();
     assert_eq!(ends, ["c exited with code 0", "b exited with code 0", "a exited with code 0"]);
     bed.assert_clean();
 }
 
 #[test]
-fn what_cannot_be_run_is_named_and_what_had_started_is_stopped() {
+fn an_error_names_the_program_and_started_services_are_stopped() {
     for (program, reason) in [
         (
             "no-such-program",
@@ -58,7 +58,7 @@ fn what_cannot_be_run_is_named_and_what_had_started_is_stopped() {
 }
 
 #[test]
-fn a_working_directory_or_host_name_that_cannot_be_is_named() {
+fn an_error_names_an_invalid_working_directory_or_host_name() {
     run(async {
         let mut bed = Bed::new(FOREVER);
         let mut spec = bed.shell("web", "true");
@@ -78,7 +78,7 @@ fn a_working_directory_or_host_name_that_cannot_be_is_named() {
 }
 
 #[test]
-fn a_name_that_another_supervisor_uses_is_refused() {
+fn a_name_that_another_supervisor_uses_is_rejected() {
     let mut bed = Bed::new(FOREVER);
     run(async {
         bed.supervisor.start(vec![bed.shell("web", "exec sleep 600")]).await.unwrap();

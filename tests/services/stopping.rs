@@ -1,9 +1,9 @@
-//! Stopping.
+//! Stop of services.
 
 use super::*;
 
 #[test]
-fn who_ignores_the_request_to_end_is_killed_after_the_grace_period() {
+fn a_service_that_ignores_sigterm_is_killed_after_the_grace_period() {
     let grace = Duration::from_millis(300);
     let mut bed = Bed::new(grace);
     run(async {
@@ -20,22 +20,26 @@ fn who_ignores_the_request_to_end_is_killed_after_the_grace_period() {
 }
 
 #[test]
-fn a_whole_process_group_is_asked_to_end_and_has_time_for_it() {
+fn the_whole_process_group_has_the_grace_period_to_end() {
     let mut bed = Bed::new(FOREVER);
     run(async {
-        // The leader dies of the signal at once; its child needs longer.
+        // The signal kills the leader at once, and its child takes longer.
         let script = "(trap 'sleep 0.3; echo put away; exit 0' TERM; echo up; while :; do sleep 0.02; done) & wait";
         bed.supervisor.start(vec![bed.shell("web", script)]).await.unwrap();
         bed.lines.wait_for("web | up").await;
         bed.supervisor.stop().await;
         assert_eq!(bed.status("web").state, State::Ended(Exit::Signal(15)));
     });
-    let told = bed.lines.all();
-    assert_eq!(told[told.len() - 2..], ["web | put away", "web was killed by SIGTERM"], "{told:?}");
+    let lines = bed.lines.all();
+    assert_eq!(
+        lines[lines.len() - 2..],
+        ["web | put away", "web was killed by SIGTERM"],
+        "{lines:?}"
+    );
 }
 
 #[test]
-fn a_second_request_kills_at_once() {
+fn a_kill_during_a_stop_takes_effect_at_once() {
     let mut bed = Bed::new(FOREVER);
     run(async {
         let script = "trap '' TERM; echo up; while :; do sleep 0.02; done";
@@ -53,14 +57,14 @@ fn a_second_request_kills_at_once() {
 }
 
 #[test]
-fn nothing_that_a_service_has_forked_outlives_it() {
+fn descendants_of_a_service_end_with_it() {
     let mut bed = Bed::new(FOREVER);
     let (daemon, killed) = (marker(2), marker(3));
     run(async {
         let daemonise = |mark: &str, then: &str| {
             format!("setsid -f sleep {mark} </dev/null >/dev/null 2>&1; {then}")
         };
-        // One ends by itself, the other is stopped.
+        // The first service ends by itself, the second one is stopped.
         let short = bed.shell("short", &daemonise(&daemon, "echo up; sleep 0.3"));
         let long = bed.shell("long", &daemonise(&killed, "echo up; exec sleep 600"));
         bed.supervisor.start(vec![short, long]).await.unwrap();
@@ -75,8 +79,7 @@ fn nothing_that_a_service_has_forked_outlives_it() {
         bed.supervisor.stop().await;
     });
     assert!(marked(&killed).is_empty());
-    // No zombie of ours either: all that is below this process has gone, and no other test's is
-    // named so.
+    // No zombies among the descendants of this process. Other tests have no processes of this name.
     let zombies = procfs::tree(std::process::id()).into_iter().filter(|&pid| {
         procfs::state(pid) == Some('Z')
             && fs::read_to_string(format!("/proc/{pid}/comm"))
@@ -99,12 +102,12 @@ fn orphans_of_a_service_are_reaped_while_it_runs() {
 }
 
 #[test]
-fn a_dropped_supervisor_takes_its_services_along() {
+fn a_dropped_supervisor_kills_its_services() {
     let mut bed = Bed::new(FOREVER);
     let mark = marker(4);
     run(async {
         bed.supervisor.start(vec![bed.shell("web", &format!("exec sleep {mark}"))]).await.unwrap();
-        // Until it has become what it executes, it is still the shell.
+        // Before execve(2) the process is still the shell.
         wait_until(|| marked(&mark).len() == 1, || "no sleep".to_owned()).await;
         let pid = bed.status("web").pid.unwrap();
         assert_eq!(marked(&mark), [pid]);

@@ -1,7 +1,7 @@
-//! What a service sees of the file system: the host's, except for `/proc`, `/sys`, a few files
-//! below `/etc`, and the host's name services.
+//! The mounts of a service: the host's file system, except for `/proc`, `/sys`, a few files below
+//! `/etc`, and the sockets of the host's name services.
 
-use super::super::files::{NSSWITCH, SHOWN};
+use super::super::files::{FILES, NSSWITCH};
 use super::super::protocol::Report;
 use super::name_services::NameServices;
 use super::{reason, step};
@@ -13,54 +13,57 @@ use rustix::mount::{
 };
 use std::path::Path;
 
-/// What no file on `/proc` and `/sys` may be.
-const PLAIN: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
+/// Mount flags of `/proc` and `/sys`.
+const FLAGS: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
 
-/// Sets up the mounts of this process's mount namespace; what could not be had is told in the
-/// notes.
+/// Sets up the mounts of this process's mount namespace. `files` is the directory of the service's
+/// files. Returns a note for each mount that failed and is not essential.
+///
+/// # Errors
+/// The propagation cannot be changed, or a file below `/etc` cannot be mounted.
 pub(super) fn set_up(files: &Path) -> Result<(NameServices, Vec<String>), Report> {
-    // What the host mounts later shows in here, what is mounted here does not show on the host.
+    // Slave: mounts of the host propagate into the service, but not in the other direction.
     let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
-    step("keep own mounts from the host", mount_change("/", slave))?;
+    step("change the mount propagation to slave", mount_change("/", slave))?;
     let mut notes = Vec::new();
-    // Inside a container parts of /proc may be covered, and then the kernel lets nobody mount an
-    // open one.
-    if let Err(error) = mount("proc", "/proc", "proc", PLAIN, None) {
+    // Fails inside a container that hides parts of /proc: the kernel then denies a new, complete
+    // mount of it (`mount_too_revealing`, fs/namespace.c).
+    if let Err(error) = mount("proc", "/proc", "proc", FLAGS, None) {
         notes.push(format!("sees the host's processes: {}", reason("mount a new /proc", error)));
     }
-    own_sys();
-    // Before the files: a link may lead to one of these directories.
+    mount_sys();
+    // Before the files: `/etc/resolv.conf` can be a symbolic link into one of these directories.
     let name_services = NameServices::hide(files, &mut notes);
     let nsswitch = files.join(NSSWITCH.0).exists().then_some(NSSWITCH);
-    for (name, shown) in SHOWN.into_iter().chain(nsswitch) {
-        // Where `shown` is a link, as systemd-resolved's resolv.conf, the file behind it is
-        // covered.
-        match mount_bind(files.join(name), shown) {
+    for (name, target) in FILES.into_iter().chain(nsswitch) {
+        // If `target` is a symbolic link, as with systemd-resolved, the mount point is the file
+        // that it refers to.
+        match mount_bind(files.join(name), target) {
             Ok(()) => {}
             Err(Errno::NOENT) => {
                 notes.push(format!(
-                    "has no {shown} of its own: this host has none to cover; make an empty file there"
+                    "has no {target} of its own: this host has no such file to mount over; create an empty one"
                 ));
             }
             Err(error) => {
-                return Err(Report::SetUpFailed(reason(&format!("cover {shown}"), error)));
+                return Err(Report::SetUpFailed(reason(&format!("mount over {target}"), error)));
             }
         }
     }
     Ok((name_services, notes))
 }
 
-/// Mounts a `/sys` that shows the links of this network namespace, with the control groups that
-/// hang below it. Where that is not allowed the old one stays: few look there.
-fn own_sys() {
+/// Mounts a `/sys` that shows the links of this network namespace, and moves the host's control
+/// groups into it. Keeps the host's `/sys` if that is denied, since few programs depend on it.
+fn mount_sys() {
     const GROUPS: &str = "/sys/fs/cgroup";
     let clone = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::AT_RECURSIVE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let groups = open_tree(CWD, GROUPS, clone);
-    // In a user namespace a /sys that is read-only must stay so.
-    let mounted = mount("sysfs", "/sys", "sysfs", PLAIN, None)
-        .or_else(|_| mount("sysfs", "/sys", "sysfs", PLAIN | MountFlags::RDONLY, None));
+    // In a user namespace, a new mount of a read-only /sys must be read-only too.
+    let mounted = mount("sysfs", "/sys", "sysfs", FLAGS, None)
+        .or_else(|_| mount("sysfs", "/sys", "sysfs", FLAGS | MountFlags::RDONLY, None));
     if let (Ok(()), Ok(groups)) = (mounted, groups) {
         let _ = move_mount(groups, "", CWD, GROUPS, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH);
     }

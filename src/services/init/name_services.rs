@@ -1,21 +1,20 @@
-//! Keeps a service from the name services of the host.
+//! Hides the name services of the host from a service.
 //!
-//! glibc asks nscd's socket before any other source, and the modules of nsswitch.conf ask sockets
-//! of systemd-resolved, sssd, avahi and others. Such sockets are paths, so that a network namespace
-//! does not separate them, and their daemons answer from the host's point of view: names of
-//! neighbours are unknown there, and the daemon hears what the service asks for. (Abstract sockets
-//! do belong to the network namespace.)
+//! glibc queries the socket of nscd before any other source, and the modules of nsswitch.conf query
+//! sockets of systemd-resolved, sssd, avahi and others. These sockets have file system paths, so a
+//! network namespace does not isolate them. (Abstract sockets do belong to the network namespace.)
+//! The daemons resolve names for the host: they do not know the other services, and they learn the
+//! queries of the service.
 //!
-//! The directories with these sockets are covered with an empty read-only tmpfs. A daemon that is
-//! started later makes its directory then, and one that is restarted may remove and make it again,
-//! which takes a cover away (`detach_mounts` of `fs/namespace.c`). So the directories above are
-//! watched for as long as the service runs, and what appears is covered.
+//! An empty read-only tmpfs hides each directory with such sockets. A daemon can create its
+//! directory later, or remove and recreate it on a restart, which removes the mount
+//! (`detach_mounts`, fs/namespace.c). The parent directories are therefore watched while the
+//! service runs, and new directories are hidden.
 //!
-//! This is not a boundary for a service that wants to get past it: it has the host's files, and
-//! root may remove a mount. In a user namespace of its own it may not, but it can open what appears
-//! later before that is covered.
+//! This is no security boundary: a service has access to the host's files, and root can unmount. In
+//! its own user namespace root cannot unmount, but it can open a new socket before it is hidden.
 
-use super::super::files::SHOWN;
+use super::super::files::FILES;
 use super::reason;
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::io::Errno;
@@ -27,14 +26,15 @@ use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-/// What is covered. Where `/var/run` is a link to `/run`, as nearly everywhere, both names are one.
+/// Hidden directories. `/var/run` usually is a symbolic link to `/run`, so both names are the same.
 ///
-/// Not covered: `/run/dbus/system_bus_socket`, for services need the bus for other things and
-/// nothing asks it for names by itself (nss-resolve before systemd 246 did, but a service's
-/// nsswitch.conf does not have it); `/run/systemd/userdb`, for it has users and no names;
-/// `/var/lib/sss/mc`, for the maps there are of users and groups, and go on to work.
+/// Not hidden:
+/// - `/run/dbus/system_bus_socket`: services need the bus for other purposes. Only nss-resolve
+///   before systemd 246 queries it for names, and a service's nsswitch.conf does not contain it.
+/// - `/run/systemd/userdb`: users, no host names.
+/// - `/var/lib/sss/mc`: users and groups, no host names.
 const HIDDEN: [&str; 13] = [
-    // The sockets of nscd, unscd and nsncd, and nscd's own files: what the host has asked for.
+    // The sockets of nscd, unscd and nsncd, and the caches of nscd.
     "/run/nscd",
     "/var/run/nscd",
     "/var/cache/nscd",
@@ -45,8 +45,7 @@ const HIDDEN: [&str; 13] = [
     // avahi (nss-mdns).
     "/run/avahi-daemon",
     "/var/run/avahi-daemon",
-    // sssd, nslcd (nss-ldapd) and winbind (nss_wins) have users and host names behind the same
-    // socket.
+    // sssd, nslcd (nss-ldapd) and winbind (nss_wins) serve users and host names at the same socket.
     "/var/lib/sss/pipes",
     "/run/nslcd",
     "/var/run/nslcd",
@@ -54,31 +53,32 @@ const HIDDEN: [&str; 13] = [
     "/var/run/samba/winbindd",
 ];
 
-const EMPTY: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
-/// For one file and the directories that lead to it.
+const FLAGS: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
+
+/// Options of the tmpfs. It holds one file and its parent directories.
 const OPTIONS: &CStr = c"mode=0755,size=64k,nr_inodes=16";
 
-/// The covers of one service.
+/// The hidden directories of one service.
 pub(super) struct NameServices {
-    /// The directory of the service's own files.
+    /// Directory of the service's files.
     files: PathBuf,
-    /// Those of them that the host has in a covered directory behind a link, as systemd-resolved's
-    /// `resolv.conf` is: the service's own must be there.
-    shown: Vec<(&'static str, PathBuf)>,
-    /// The device numbers of our mounts.
+    /// Files of the service with the targets of the host's symbolic links. A target in a hidden
+    /// directory, such as the `resolv.conf` of systemd-resolved, has to exist there as well.
+    targets: Vec<(&'static str, PathBuf)>,
+    /// Device numbers of the tmpfs mounts.
     devices: BTreeSet<u64>,
     events: Option<File>,
 }
 
 impl NameServices {
-    /// Covers what there is. What could not be covered is told in `notes`.
+    /// Hides all existing directories. Adds a note to `notes` for each one that cannot be hidden.
     pub(super) fn hide(files: &Path, notes: &mut Vec<String>) -> Self {
-        let shown =
-            SHOWN.iter().filter_map(|(name, shown)| Some((*name, fs::canonicalize(shown).ok()?)));
+        let targets =
+            FILES.iter().filter_map(|(name, target)| Some((*name, fs::canonicalize(target).ok()?)));
         let events = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC);
         let mut this = Self {
             files: files.to_owned(),
-            shown: shown.collect(),
+            targets: targets.collect(),
             devices: BTreeSet::new(),
             events: None,
         };
@@ -89,30 +89,30 @@ impl NameServices {
                 reason("watch for them", error)
             )),
         }
-        notes.extend(this.cover(false));
+        notes.extend(this.hide_new(false));
         this
     }
 
-    /// Can be read when something may have to be covered.
+    /// The inotify descriptor. Readable when [`Self::refresh`] has to be called.
     pub(super) fn events(&self) -> Option<&File> {
         self.events.as_ref()
     }
 
-    /// Covers what has appeared. What could not be covered is returned.
+    /// Hides new directories. Returns a note for each one that cannot be hidden.
     pub(super) fn refresh(&mut self) -> Vec<String> {
         let mut buffer = [0; 4096];
-        // What has happened does not matter; that something has does.
+        // The contents of the events are irrelevant, since all directories are checked.
         while self
             .events
             .as_ref()
             .is_some_and(|mut events| matches!(events.read(&mut buffer), Ok(1..)))
         {}
-        self.cover(true)
+        self.hide_new(true)
     }
 
-    /// Covers every directory that is there and not covered. With `again` set, the service's own
-    /// files in there are shown as well.
-    fn cover(&mut self, again: bool) -> Vec<String> {
+    /// Hides every existing directory that is not hidden. With `bind_files`, also mounts the
+    /// service's files in them. The first time, [`mounts`](super::mounts) does that.
+    fn hide_new(&mut self, bind_files: bool) -> Vec<String> {
         self.watch();
         let mut notes = Vec::new();
         for path in HIDDEN {
@@ -120,44 +120,44 @@ impl NameServices {
             if !found.is_dir() || self.devices.contains(&found.dev()) {
                 continue;
             }
-            match self.cover_one(path, again) {
+            match self.hide_one(path, bind_files) {
                 Ok(device) => drop(self.devices.insert(device)),
-                // It has gone again.
+                // The directory was removed in between.
                 Err(Errno::NOENT) => {}
                 Err(error) => notes.push(format!(
                     "sees a name service of this host: {}",
-                    reason(&format!("cover {path}"), error)
+                    reason(&format!("mount over {path}"), error)
                 )),
             }
         }
         notes
     }
 
-    fn cover_one(&self, path: &str, again: bool) -> Result<u64, Errno> {
+    fn hide_one(&self, path: &str, bind_files: bool) -> Result<u64, Errno> {
         let real = fs::canonicalize(path).map_err(|error| errno(&error))?;
-        mount("tmpfs", path, "tmpfs", EMPTY, OPTIONS)?;
-        let inside = || self.shown.iter().filter(|(_, target)| target.starts_with(&real));
+        mount("tmpfs", path, "tmpfs", FLAGS, OPTIONS)?;
+        let inside = || self.targets.iter().filter(|(_, target)| target.starts_with(&real));
         for (_, target) in inside() {
-            let made = target.parent().map_or(Ok(()), |parent| {
+            let created = target.parent().map_or(Ok(()), |parent| {
                 DirBuilder::new().recursive(true).mode(0o755).create(parent)
             });
-            made.and_then(|()| File::create(target)).map_err(|error| errno(&error))?;
+            created.and_then(|()| File::create(target)).map_err(|error| errno(&error))?;
         }
-        mount_remount(path, MountFlags::BIND | MountFlags::RDONLY | EMPTY, c"")?;
-        for (name, target) in inside().filter(|_| again) {
+        mount_remount(path, MountFlags::BIND | MountFlags::RDONLY | FLAGS, c"")?;
+        for (name, target) in inside().filter(|_| bind_files) {
             mount_bind(self.files.join(name), target)?;
         }
-        fs::metadata(path).map(|covered| covered.dev()).map_err(|error| errno(&error))
+        fs::metadata(path).map(|mounted| mounted.dev()).map_err(|error| errno(&error))
     }
 
-    /// Watches all directories that lead to a hidden one, those that have appeared as well.
+    /// Watches all existing ancestors of hidden directories.
     fn watch(&self) {
         let Some(events) = &self.events else { return };
         let flags = WatchFlags::CREATE | WatchFlags::MOVED_TO | WatchFlags::ONLYDIR;
-        let above: BTreeSet<&Path> =
+        let ancestors: BTreeSet<&Path> =
             HIDDEN.iter().flat_map(|path| Path::new(path).ancestors().skip(1)).collect();
-        for directory in above.into_iter().filter(|directory| directory.parent().is_some()) {
-            // What is not there is seen when it appears in the directory above.
+        for directory in ancestors.into_iter().filter(|directory| directory.parent().is_some()) {
+            // Fails for a missing directory. Its creation is reported by the watch of its parent.
             let _ = inotify::add_watch(events, directory, flags);
         }
     }
