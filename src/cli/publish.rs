@@ -162,9 +162,9 @@ impl Publish {
         let is_confined = self.is_confined(&target);
         if is_confined {
             let ports = bound.get(&Protocol::Tcp).into_iter().flatten().map(|(_, port)| *port);
-            confine::proxy_begins(&ports.collect::<Vec<u16>>());
+            confine::confine_proxy(&ports.collect::<Vec<u16>>());
         } else {
-            confine::privileged_proxy_begins();
+            confine::confine_privileged_proxy();
         }
         let engine = Arc::new(Engine::new(self.settings(listeners)));
         if engine.descriptors_left() < 2 {
@@ -191,7 +191,7 @@ impl Publish {
             None => None,
         };
         if is_confined {
-            confine::proxy_is_ready();
+            confine::filter_proxy_calls();
         }
         self.announce(&published, &target, metrics_at)?;
 

@@ -1,14 +1,14 @@
-//! Which system calls are left: an allow-list, for all threads, for good.
+//! seccomp filters: an irrevocable allow-list of system calls for all threads.
 //!
-//! What is not on it fails with `EPERM`. To end the process instead would tell more of an attack,
-//! but turn a call of some future libc, which can do without it, into the end of a container's
-//! network. The lists were made by reading what the programs and the Rust and C libraries below
-//! them call; traces of runs were compared with them afterwards.
+//! Other calls fail with `EPERM`. Killing the process instead would make an attack more visible,
+//! but a future libc may try a new call for which it has a fallback, and a container would then
+//! lose its network. The lists result from reading the programs and the Rust and C libraries that
+//! they use, and were compared with traces of runs.
 //!
-//! The filter is built by `seccompiler`, Firecracker's: it checks the architecture, and comparing
-//! arguments is where filters written by hand go wrong. The kernel looks calls up that are allowed
-//! whatever their arguments in a bitmap (`seccomp_cache_check_allow`, kernel/seccomp.c,
-//! Linux 5.11): the filter itself does not run for them.
+//! Filters are built by `seccompiler`, the library of Firecracker. It checks the architecture and
+//! compares arguments, the most error-prone part of handwritten filters. For calls that are allowed
+//! with any arguments, the kernel consults a bitmap and does not run the filter
+//! (`seccomp_cache_check_allow`, kernel/seccomp.c, Linux 5.11).
 
 use rustix::process::getpid;
 use seccompiler::{
@@ -17,30 +17,30 @@ use seccompiler::{
 };
 use std::collections::BTreeMap;
 
-/// Why there is no filter.
+/// A filter was not installed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CallsError {
-    /// Of no architecture that the crate knows, for instance.
-    #[error("filter of system calls: {0}")]
+    /// The filter cannot be built, for example because `seccompiler` does not support the
+    /// architecture.
+    #[error("system call filter: {0}")]
     Filter(#[from] seccompiler::BackendError),
-    /// The kernel refuses it.
-    #[error("filter of system calls: {0}")]
+    /// The kernel rejects the filter.
+    #[error("system call filter: {0}")]
     Apply(#[from] seccompiler::Error),
 }
 
-/// What a process does from now on.
+/// The purpose of a process, which determines its system calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Work {
-    /// The NAT engine: sockets to the network, a device that is there, no new threads.
+    /// The NAT engine: IP sockets and an open device. No new threads.
     Engine,
-    /// Published ports and a page of metrics: sockets to the network, pipes, new threads, files to
-    /// read.
+    /// Published ports and the metrics endpoint: IP sockets, pipes, new threads, reading files.
     Ports,
-    /// Following resolv.conf: files to read, a pipe that is there.
+    /// Watching resolv.conf: reading files, an open pipe.
     Resolvers,
 }
 
-/// Memory, time, and the end, whatever the work.
+/// Memory, time, signals and exit. For all kinds of work.
 const ALWAYS: &[libc::c_long] = &[
     libc::SYS_brk,
     libc::SYS_clock_gettime,
@@ -72,7 +72,7 @@ const ALWAYS: &[libc::c_long] = &[
     libc::SYS_writev,
 ];
 
-/// An event loop and its sockets.
+/// Event loops and sockets.
 const SOCKETS: &[libc::c_long] = &[
     libc::SYS_accept4,
     libc::SYS_bind,
@@ -98,11 +98,11 @@ const SOCKETS: &[libc::c_long] = &[
     libc::SYS_wait4,
 ];
 
-/// What moves payload without copying it, and what a thread calls when it begins: event loops are
-/// started as they are needed, and each scrape has a thread.
+/// Zero-copy forwarding, and the calls of a new thread. Event loops are started on demand, and each
+/// scrape has a thread.
 const PIPES_AND_THREADS: &[libc::c_long] = &[
-    // Its flags are in memory, where a filter cannot look: it does not exist here (`ENOSYS`, see
-    // `restrict`), and the C library calls clone(2).
+    // Fails with `ENOSYS` (see `restrict`), so that the C library falls back to clone(2): the flags
+    // of clone3(2) are in memory, which a filter cannot read.
     libc::SYS_clone3,
     libc::SYS_epoll_create1,
     libc::SYS_eventfd2,
@@ -115,7 +115,7 @@ const PIPES_AND_THREADS: &[libc::c_long] = &[
     libc::SYS_splice,
 ];
 
-/// Files that are read; which ones is decided by [`files`](super::files).
+/// Reading files. [`files`](super::files) restricts which ones.
 const FILES: &[libc::c_long] = &[
     libc::SYS_getdents64,
     libc::SYS_lseek,
@@ -126,14 +126,15 @@ const FILES: &[libc::c_long] = &[
     libc::SYS_statx,
 ];
 
-/// Changes of files.
+/// Notifications of file changes.
 const CHANGES: &[libc::c_long] = &[libc::SYS_inotify_add_watch, libc::SYS_inotify_init1];
 
-/// Leaves all threads of this process what `work` takes, and its children too. The process gets no
-/// new privileges.
+/// Restricts all threads of this process, and its children, to the system calls of `work`. Sets
+/// no_new_privs.
 ///
 /// # Errors
-/// The kernel has no filters (`CONFIG_SECCOMP_FILTER`), or another thread has a filter of its own.
+/// The kernel does not support filters (`CONFIG_SECCOMP_FILTER`), or another thread has a different
+/// filter.
 pub(crate) fn restrict(work: Work) -> Result<(), CallsError> {
     if work == Work::Ports {
         apply(
@@ -168,56 +169,56 @@ fn rules(work: Work) -> Result<Vec<(i64, Vec<SeccompRule>)>, seccompiler::Backen
     };
     let mut rules: Vec<_> =
         lists.iter().copied().flatten().map(|call| (*call, Vec::new())).collect();
-    // No memory becomes program.
+    // No executable memory.
     let executable = libc::PROT_EXEC.unsigned_abs();
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
         rules.push((call, vec![without(2, executable)?]));
     }
-    // A panic ends this process (raise(3)), and no other one is signalled.
+    // abort(3) signals its own process. No other process can be signalled.
     rules.push((libc::SYS_tgkill, vec![equal(0, getpid().as_raw_pid())?]));
-    // Sockets to the network, and to nobody else.
+    // IP sockets only.
     let families = [libc::AF_INET, libc::AF_INET6].map(|family| equal(0, family));
     rules.push((libc::SYS_socket, families.into_iter().collect::<Result<_, _>>()?));
     if work == Work::Resolvers {
-        // Of a socket, nothing is asked but the number of the link that a link-local server is at.
-        let question = i32::try_from(libc::SIOCGIFINDEX).unwrap_or_default();
-        rules.push((libc::SYS_ioctl, vec![equal(1, question)?]));
+        // Only interface indexes, for the scopes of link-local servers.
+        let request = i32::try_from(libc::SIOCGIFINDEX).unwrap_or_default();
+        rules.push((libc::SYS_ioctl, vec![equal(1, request)?]));
     }
     if work == Work::Engine {
         rules.push((libc::SYS_setsockopt, Vec::new()));
     }
     if work != Work::Engine {
-        // Files are read. `O_TMPFILE` contains `O_DIRECTORY`, and means nothing without a way to
-        // write.
+        // Files are opened for reading only. `O_TMPFILE` contains `O_DIRECTORY` and cannot be
+        // excluded, but it fails without write access (open(2)).
         let writing =
             libc::O_WRONLY | libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC | libc::O_APPEND;
         rules.push((libc::SYS_openat, vec![without(2, writing.unsigned_abs())?]));
     }
     if work == Work::Ports {
-        // Threads, and no processes.
+        // Threads, no processes.
         let thread = libc::CLONE_THREAD.unsigned_abs();
         let is_thread = masked(0, thread, thread)?;
         rules.push((libc::SYS_clone, vec![is_thread]));
         rules.push((libc::SYS_prctl, vec![equal(0, libc::PR_SET_NAME)?]));
-        // Sockets wait or do not, and tell how much is unread; they are asked for nothing else.
+        // Non-blocking mode, close-on-exec and the number of unread bytes.
         let requests = [libc::FIONBIO, libc::FIOCLEX, libc::FIONREAD]
             .map(|request| equal(1, i32::try_from(request).unwrap_or_default()));
         rules.push((libc::SYS_ioctl, requests.into_iter().collect::<Result<_, _>>()?));
-        // `CAP_NET_ADMIN` is there for the sizes of buffers, and for nothing else: not for marks,
-        // which tell firewalls what may pass, and not for others' addresses. On other levels nobody
-        // asks for these numbers (but for TCP_REPAIR).
-        let privileged = [libc::SO_MARK, libc::IP_TRANSPARENT, libc::IPV6_TRANSPARENT];
-        let others = privileged.map(|option| condition(2, SeccompCmpOp::Ne, option));
+        // `CAP_NET_ADMIN` is kept for buffer sizes only. Marks, which firewalls match on, and
+        // transparent sockets are denied. The filter ignores the level: on other levels, no option
+        // with these numbers is used (one of them is TCP_REPAIR).
+        let denied = [libc::SO_MARK, libc::IP_TRANSPARENT, libc::IPV6_TRANSPARENT];
+        let others = denied.map(|option| condition(2, SeccompCmpOp::Ne, option));
         let others = SeccompRule::new(others.into_iter().collect::<Result<_, _>>()?)?;
         rules.push((libc::SYS_setsockopt, vec![others]));
-        // Limits are read.
-        let nothing = SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;
-        rules.push((libc::SYS_prlimit64, vec![SeccompRule::new(vec![nothing])?]));
+        // Reading limits only: the pointer to new limits is null.
+        let null = SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;
+        rules.push((libc::SYS_prlimit64, vec![SeccompRule::new(vec![null])?]));
     }
     Ok(rules)
 }
 
-/// The argument is that number.
+/// Matches if the argument equals `number`.
 fn equal(argument: u8, number: i32) -> Result<SeccompRule, seccompiler::BackendError> {
     SeccompRule::new(vec![condition(argument, SeccompCmpOp::Eq, number)?])
 }
@@ -230,12 +231,12 @@ fn condition(
     SeccompCondition::new(argument, SeccompCmpArgLen::Dword, how, number.unsigned_abs().into())
 }
 
-/// The argument has none of these bits.
+/// Matches if none of `bits` is set in the argument.
 fn without(argument: u8, bits: u32) -> Result<SeccompRule, seccompiler::BackendError> {
     masked(argument, bits, 0)
 }
 
-/// Of these bits, the argument has those.
+/// Matches if the bits of the argument within `mask` equal `bits`.
 fn masked(argument: u8, mask: u32, bits: u32) -> Result<SeccompRule, seccompiler::BackendError> {
     let how = SeccompCmpOp::MaskedEq(mask.into());
     SeccompRule::new(vec![SeccompCondition::new(

@@ -1,8 +1,8 @@
-//! Which files can be read, and which TCP ports connected to: a landlock domain (landlock(7),
+//! Landlock domains, which restrict reading files and connecting to TCP ports (landlock(7),
 //! Linux 5.13).
 //!
-//! As much of it as the kernel has: ports since 6.7, local sockets and signals since 6.12. It holds
-//! for the calling thread and those that it starts from then on.
+//! Best effort: the kernel restricts TCP ports since 6.7, and abstract Unix sockets and signals
+//! since 6.12. A domain applies to the calling thread and the threads that it creates afterwards.
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, NetPort, Ruleset, RulesetAttr, RulesetCreatedAttr, Scope,
@@ -10,20 +10,20 @@ use landlock::{
 };
 use std::path::Path;
 
-/// What the domain has.
+/// Permitted accesses.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Domain<'a> {
-    /// Files, and directories with all that is in them, that can be read. What is not there is left
-    /// out.
+    /// Readable files, and directories including their contents. Missing paths are ignored.
     pub(crate) readable: &'a [&'a Path],
-    /// TCP ports that can be connected to, of whatever address.
+    /// TCP ports for connect(2), at any address.
     pub(crate) connected: &'a [u16],
 }
 
-/// Confines the calling thread, and those that it starts, to `domain`.
+/// Confines the calling thread, and the threads that it creates, to `domain`. Does nothing on a
+/// kernel without landlock.
 ///
 /// # Errors
-/// A kernel without landlock is none; a domain that makes no sense to it is one.
+/// The kernel rejects the domain.
 pub(crate) fn restrict(domain: Domain<'_>) -> Result<(), landlock::RulesetError> {
     let ports = domain.connected.iter().map(|port| NetPort::new(*port, AccessNet::ConnectTcp));
     let reading = AccessFs::ReadFile | AccessFs::ReadDir;

@@ -1,14 +1,15 @@
-//! What a process gives up once it holds everything that its work takes.
+//! Confinement: processes drop privileges, file access and system calls that they do not need.
 //!
-//! | | privileges | files | system calls |
+//! | process | capabilities | files | system calls |
 //! |---|---|---|---|
-//! | `publish --to`, `docker-proxy` | for the sizes of pipes and buffers | read: its own figures in `/proc` | [`Work::Ports`] |
-//! | the same, showing clients' addresses; `publish --netns` | those that sockets and routes take | | |
-//! | `slirp4netns` | by `--enable-sandbox` | none, by `--enable-sandbox` | [`Work::Engine`], by `--enable-seccomp` |
-//! | its process that follows resolv.conf | none | read: `/etc`, `/run`, and where the file leads | [`Work::Resolvers`] |
+//! | `publish --to`, `docker-proxy` | for pipe and buffer sizes | read: own statistics in `/proc` | [`Work::Ports`] |
+//! | the same with client source addresses; `publish --netns` | for sockets and routes | not confined | not confined |
+//! | `slirp4netns` | with `--enable-sandbox` | none, with `--enable-sandbox` | [`Work::Engine`], with `--enable-seccomp` |
+//! | its process that watches resolv.conf | none | read: `/etc`, `/run`, and the directory that the file links to | [`Work::Resolvers`] |
 //!
-//! Privileges and files are a thread's, and those that it starts inherit them: they go before there
-//! are other threads. System calls are filtered when all is set up, for all threads.
+//! Capabilities and landlock domains belong to a thread and are inherited by the threads that it
+//! creates, so they are dropped while there is one thread. The system call filter is installed for
+//! all threads after the setup.
 
 mod calls;
 mod files;
@@ -23,7 +24,7 @@ use rustix::thread::{
 };
 use std::path::Path;
 
-/// A step that the kernel has refused.
+/// The kernel rejected a step.
 #[derive(Debug, thiserror::Error)]
 #[error("{step}: {source}")]
 pub(crate) struct PrivilegeError {
@@ -31,15 +32,16 @@ pub(crate) struct PrivilegeError {
     pub(crate) source: Errno,
 }
 
-/// Takes all privileges but `kept` from the calling thread, and from those that it starts.
+/// Drops all capabilities but `kept` of the calling thread, and of the threads that it creates.
+/// Sets no_new_privs.
 ///
 /// # Errors
-/// The kernel refuses.
+/// A system call failed.
 pub(crate) fn drop_privileges(kept: CapabilitySet) -> Result<(), PrivilegeError> {
     let failed = |step| move |source| PrivilegeError { step, source };
-    set_no_new_privs(true).map_err(failed("no new privileges"))?;
-    // As long as one may: without new privileges the set means nothing any more, so that is not
-    // worth failing for.
+    set_no_new_privs(true).map_err(failed("set no_new_privs"))?;
+    // Errors are ignored: removing capabilities from the bounding set requires CAP_SETPCAP, and
+    // with no_new_privs the bounding set has no effect.
     for capability in CapabilitySet::all().difference(kept).iter() {
         let _ = remove_capability_from_bounding_set(capability);
     }
@@ -51,17 +53,16 @@ pub(crate) fn drop_privileges(kept: CapabilitySet) -> Result<(), PrivilegeError>
     set_capabilities(None, sets).map_err(failed("drop the capabilities"))
 }
 
-/// Leaves all threads of this process the system calls that the NAT engine takes.
+/// Restricts all threads of this process to the system calls of the NAT engine.
 ///
 /// # Errors
-/// The kernel has no filters, for instance.
-pub(crate) fn engine_is_ready() -> Result<(), CallsError> {
+/// The filter was not installed.
+pub(crate) fn filter_engine_calls() -> Result<(), CallsError> {
     calls::restrict(Work::Engine)
 }
 
-/// What a proxy reads: what the page of metrics tells of this process (`procfs`), and how large
-/// buffers may be.
-const OWN_FIGURES: [&str; 5] = [
+/// Files that a proxy reads: process metrics (`procfs`), and the limits of buffers and ports.
+const PROXY_FILES: [&str; 5] = [
     "/proc/self",
     "/proc/stat",
     "/proc/sys/kernel/osrelease",
@@ -69,27 +70,28 @@ const OWN_FIGURES: [&str; 5] = [
     "/proc/sys/net/ipv4/ip_local_port_range",
 ];
 
-/// What libraries ask the kernel once, when they first need it: they could not any more
-/// (`/proc/self/auxv`, prctl(2)).
-fn ask_beforehand() {
+/// Initializes values that libraries read from the kernel on first use (`/proc/self/auxv`,
+/// prctl(2)), which fails after the confinement.
+fn initialize_libraries() {
     let _ = rustix::param::page_size();
 }
 
-/// Confines a process that carries connections and datagrams from sockets that are bound to TCP
-/// ports `connected`, and to UDP ports: to be called before it has other threads.
-/// [`proxy_is_ready`] is the second step.
-pub(crate) fn proxy_begins(connected: &[u16]) {
-    ask_beforehand();
-    // Without the first, pipes are small where a user has many (pipe(7), pipe-user-pages-soft), and
-    // without the second receive buffers (socket(7), SO_RCVBUFFORCE); the filter of system calls
-    // takes away what else they are good for.
+/// Confines a process that forwards published ports. `connected` are the TCP ports that it connects
+/// to. UDP ports are not restricted. Must be called while the process has one thread.
+/// [`filter_proxy_calls`] is the second step.
+pub(crate) fn confine_proxy(connected: &[u16]) {
+    initialize_libraries();
+    // CAP_SYS_RESOURCE: pipes are small without it if the user has many (pipe(7),
+    // pipe-user-pages-soft). CAP_NET_ADMIN: large receive buffers (socket(7), SO_RCVBUFFORCE). The
+    // system call filter denies the other uses of both.
     warn(drop_privileges(CapabilitySet::SYS_RESOURCE | CapabilitySet::NET_ADMIN));
-    warn(files::restrict(Domain { readable: &OWN_FIGURES.map(Path::new), connected }));
+    warn(files::restrict(Domain { readable: &PROXY_FILES.map(Path::new), connected }));
 }
 
-/// The same for one that makes sockets with clients' addresses, and in containers' namespaces: it
-/// keeps what that takes.
-pub(crate) fn privileged_proxy_begins() {
+/// Confines a process that forwards published ports with client source addresses, or in the
+/// namespaces of containers. It keeps the capabilities for that. Must be called while the process
+/// has one thread.
+pub(crate) fn confine_privileged_proxy() {
     let kept = CapabilitySet::SYS_RESOURCE
         | CapabilitySet::NET_ADMIN
         | CapabilitySet::NET_RAW
@@ -98,26 +100,26 @@ pub(crate) fn privileged_proxy_begins() {
     warn(drop_privileges(kept));
 }
 
-/// Takes the system calls away that a proxy has no use for.
-pub(crate) fn proxy_is_ready() {
+/// Restricts all threads of this process to the system calls of a proxy.
+pub(crate) fn filter_proxy_calls() {
     warn(calls::restrict(Work::Ports));
 }
 
-/// A kernel that does not know how to confine is no reason to publish nothing.
+/// Logs an error. Ports are published even if the kernel does not support a confinement.
 fn warn<E: std::fmt::Display>(result: Result<(), E>) {
     if let Err(error) = result {
-        tracing::warn!(%error, "this process keeps more privileges than it needs");
+        tracing::warn!(%error, "confinement incomplete; the process keeps unneeded privileges");
     }
 }
 
-/// Confines a process that does nothing but follow `path` (resolv.conf) and tell of it.
-pub(crate) fn follower(path: &Path) {
-    ask_beforehand();
+/// Confines a process that only watches `path` (resolv.conf).
+pub(crate) fn confine_resolv_conf_watch(path: &Path) {
+    initialize_libraries();
     let target = std::fs::canonicalize(path).ok();
-    let places = [Path::new("/etc"), Path::new("/run")];
-    let places: Vec<&Path> =
-        places.into_iter().chain(target.as_deref().and_then(Path::parent)).collect();
+    let directories = [Path::new("/etc"), Path::new("/run")];
+    let directories: Vec<&Path> =
+        directories.into_iter().chain(target.as_deref().and_then(Path::parent)).collect();
     warn(drop_privileges(CapabilitySet::empty()));
-    warn(files::restrict(Domain { readable: &places, connected: &[] }));
+    warn(files::restrict(Domain { readable: &directories, connected: &[] }));
     warn(calls::restrict(Work::Resolvers));
 }

@@ -145,9 +145,9 @@ fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
     port_options.proxy_protocol = environment.proxy_protocol;
     environment.limits.limit_port(&mut port_options);
     if source == Source::Client {
-        confine::privileged_proxy_begins();
+        confine::confine_privileged_proxy();
     } else {
-        confine::proxy_begins(&[options.container.port()]);
+        confine::confine_proxy(&[options.container.port()]);
     }
     let mut settings = Settings::default();
     environment.limits.limit_engine(&mut settings);
@@ -158,7 +158,7 @@ fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
         recorder.serve(move || (view.snapshot(), view.usage()))?;
     }
     if source != Source::Client {
-        confine::proxy_is_ready();
+        confine::filter_proxy_calls();
     }
     Ok(engine)
 }

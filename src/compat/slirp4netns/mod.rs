@@ -220,7 +220,7 @@ fn run(options: &Options) -> Result<(), RunError> {
     }
     crate::compat::startup_pages::release();
     if options.seccomp {
-        confine::engine_is_ready()?;
+        confine::filter_engine_calls()?;
     }
     if let (Some(ready), Some(number)) = (ready, options.ready_fd) {
         rustix::io::write(&ready, b"1").map_err(|error| RunError::Ready(number, error.into()))?;

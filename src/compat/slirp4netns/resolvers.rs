@@ -80,7 +80,7 @@ impl AsFd for Resolvers {
 fn send_updates(sender: &OwnedFd) {
     let path = Path::new(RESOLV_CONF);
     let Ok(here) = Namespace::current() else { return };
-    crate::confine::follower(path);
+    crate::confine::confine_resolv_conf_watch(path);
     let mut sent = None;
     loop {
         // Watched before the file is read, so that no change is missed.
