@@ -1,5 +1,4 @@
-//! `tidegate up` with a real kernel: who reaches what, and what is left when it has ended, whatever
-//! way.
+//! `tidegate up` with a real kernel: reachability, and cleanup after any kind of end.
 
 mod up {
     pub(crate) mod attacks;
@@ -46,18 +45,18 @@ services:
 "#;
 
 #[test]
-fn a_project_comes_up_answers_and_goes_without_a_trace() {
+fn a_project_serves_its_port_and_leaves_no_state_behind() {
     let scene = Scene::new();
     let before = state(&scene.net.host);
     let mut up = scene.up(&HELLO.replace("TIDEGATE", TIDEGATE));
     up.wait_for_line("Ctrl-C takes all of it down again.", SOON);
-    let told = up.output();
-    assert!(told.contains("0.0.0.0:8080/tcp->80, [::]:8080/tcp->80"), "{told}");
+    let printed = up.output();
+    assert!(printed.contains("0.0.0.0:8080/tcp->80, [::]:8080/tcp->80"), "{printed}");
     for url in ["http://203.0.113.1:8080/", "http://[2001:db8:1::1]:8080/"] {
         let answer = scene.net.client.exec("curl", &["-sS", "--max-time", "5", url]);
         assert!(
             answer.contains("203.0.113.9") || answer.contains("2001:db8:1::9"),
-            "the client's own address: {answer}"
+            "the client's address: {answer}"
         );
     }
     up.stop(Signal::INT, SOON);
@@ -67,7 +66,7 @@ fn a_project_comes_up_answers_and_goes_without_a_trace() {
 }
 
 #[test]
-fn a_terminal_that_is_closed_takes_everything_down_too() {
+fn hangup_quit_and_terminate_signals_take_the_project_down() {
     let scene = Scene::new();
     let before = state(&scene.net.host);
     for signal in [Signal::HUP, Signal::QUIT, Signal::TERM] {
@@ -78,10 +77,9 @@ fn a_terminal_that_is_closed_takes_everything_down_too() {
     }
 }
 
-/// A service that is waited for, and never ends its start: here one that comes after a hundred
-/// others.
+/// The signal arrives while a hundred services are started.
 #[test]
-fn a_signal_during_the_start_ends_it_and_nothing_is_left() {
+fn a_signal_during_the_start_ends_it_and_leaves_no_state_behind() {
     let scene = Scene::new();
     let before = state(&scene.net.host);
     let services: String =
@@ -93,9 +91,9 @@ fn a_signal_during_the_start_ends_it_and_nothing_is_left() {
     assert!(!scene.run.path().join("projects/demo").exists());
 }
 
-/// Its output is a pipe that is full and that nobody reads.
+/// Standard output is a full pipe without a reader.
 #[test]
-fn it_serves_and_ends_though_nobody_reads_what_it_says() {
+fn a_blocked_standard_output_blocks_neither_service_nor_shutdown() {
     let scene = Scene::new();
     let before = state(&scene.net.host);
     let (read, write) = rustix::pipe::pipe().unwrap();
@@ -124,14 +122,14 @@ fn it_serves_and_ends_though_nobody_reads_what_it_says() {
 }
 
 #[test]
-fn what_a_killed_instance_left_is_cleared_by_the_next_and_its_services_are_gone() {
+fn the_next_instance_rolls_back_a_killed_one() {
     let scene = Scene::new();
     let before = state(&scene.net.host);
     let mut up = scene.up(&HELLO.replace("TIDEGATE", TIDEGATE));
     up.wait_for_line("Ctrl-C takes", SOON);
     up.signal(Signal::KILL);
     up.wait(SOON);
-    assert_ne!(state(&scene.net.host), before, "a killed process cannot clear up");
+    assert_ne!(state(&scene.net.host), before, "a killed process cannot roll back");
     let mut next = scene.up(&HELLO.replace("TIDEGATE", TIDEGATE));
     next.wait_for_line("Ctrl-C takes", SOON);
     next.stop(Signal::TERM, SOON);
@@ -139,7 +137,7 @@ fn what_a_killed_instance_left_is_cleared_by_the_next_and_its_services_are_gone(
 }
 
 #[test]
-fn a_second_instance_is_told_who_the_first_is() {
+fn the_error_of_a_second_instance_names_the_first() {
     let scene = Scene::new();
     let up = scene.up(&HELLO.replace("TIDEGATE", TIDEGATE));
     up.wait_for_line("Ctrl-C takes", SOON);
@@ -163,20 +161,20 @@ fn a_second_instance_is_told_who_the_first_is() {
 }
 
 #[test]
-fn what_others_take_away_is_put_back() {
-    is_put_back("none", "1");
+fn objects_removed_by_other_software_are_restored() {
+    assert_restored("none", "1");
 }
 
 #[test]
-fn what_others_take_away_behind_a_firewall_is_put_back() {
-    is_put_back("nftables", "1");
-    is_put_back("iptables", "1");
+fn objects_removed_by_other_software_are_restored_with_a_firewall() {
+    assert_restored("nftables", "1");
+    assert_restored("iptables", "1");
 }
 
-/// As systemd-networkd does with policy rules it does not know, and Docker with `ip_forward`.
-/// `forwards` is what the bridge's own setting is.
+/// Flushes policy rules as systemd-networkd does, and sets `ip_forward` as Docker does. `forwards`
+/// is the expected forwarding sysctl of the bridge.
 #[track_caller]
-fn is_put_back(firewall: &str, forwards: &str) {
+fn assert_restored(firewall: &str, forwards: &str) {
     let scene = Scene::new();
     let before = state(&scene.net.host);
     let mut up =
@@ -192,17 +190,21 @@ fn is_put_back(firewall: &str, forwards: &str) {
     let whole =
         || state(&scene.net.host) == ours && scene.net.host.read_sysctl(&forwarding) == forwards;
     assert!(whole());
-    for harm in ["rule flush", "-6 rule flush"] {
-        scene.net.host.ip_all(harm);
-        // Its own, without which a host has no network.
-        let family = if harm.starts_with("-6") { "-6 " } else { "" };
+    for flush in ["rule flush", "-6 rule flush"] {
+        scene.net.host.ip_all(flush);
+        // The host's own rules, without which it has no network.
+        let family = if flush.starts_with("-6") { "-6 " } else { "" };
         scene.net.host.ip_all(&format!("{family}rule add from all lookup main pref 32766"));
         if family.is_empty() {
             scene.net.host.ip_all("rule add from all lookup default pref 32767");
         }
-        assert!(eventually(SOON, whole), "{harm}:\n{}\ninstead of\n{ours}", state(&scene.net.host));
+        assert!(
+            eventually(SOON, whole),
+            "{flush}:\n{}\ninstead of\n{ours}",
+            state(&scene.net.host)
+        );
     }
-    // With a firewall the host's own links are dealt with in another way while it forwards.
+    // With a firewall, uplinks are configured differently while the host forwards.
     if firewall == "none" {
         scene.net.host.sysctl("net.ipv4.ip_forward", "1");
         assert!(eventually(SOON, whole), "forwarding");
@@ -219,7 +221,7 @@ fn is_put_back(firewall: &str, forwards: &str) {
         answer.unwrap().status.success()
     };
     let neighbours = || {
-        // While it is about to go the kernel may still list it, and then no more.
+        // `ip` fails if the kernel deletes the bridge between two requests.
         let links =
             scene.net.host.command("ip").args(["-o", "link", "show", "master", &bridge]).output();
         String::from_utf8_lossy(&links.unwrap().stdout).lines().count() == 1
@@ -230,8 +232,7 @@ fn is_put_back(firewall: &str, forwards: &str) {
         "the bridge"
     );
     assert!(answers());
-    // Its members come by another interface than before, and are served at its gateway as they
-    // were.
+    // The new bridge has another interface index. Its members still have access at the gateway.
     let gateway = scene.net.host.ip(&["-4", "-o", "addr", "show", "dev", &bridge]);
     let gateway = gateway.split_whitespace().nth(3).and_then(|net| net.split('/').next()).unwrap();
     let web = service_namespace(&up, "web");
@@ -247,7 +248,7 @@ fn is_put_back(firewall: &str, forwards: &str) {
 }
 
 #[test]
-fn what_cannot_be_is_one_line_and_changes_nothing() {
+fn an_error_has_one_line_and_leaves_the_host_unchanged() {
     let scene = Scene::new();
     scene.net.host.ip_all("route add 10.66.3.128/25 via 203.0.113.9");
     let _holder = scene.net.host.run(|| std::net::TcpListener::bind("0.0.0.0:8080")).unwrap();
@@ -283,15 +284,15 @@ fn what_cannot_be_is_one_line_and_changes_nothing() {
         (service("").replace("'true'", "/no/such/program"), "web"),
         (service(", image: nginx"), "compose.yaml:"),
     ] {
-        let told = scene.refused(&file);
-        assert!(told.starts_with("tidegate: error: ") && told.contains(error), "{told}");
-        assert_eq!(told.lines().count(), 1, "{told}");
-        assert_eq!(state(&scene.net.host), before, "{told}");
+        let printed = scene.refused(&file);
+        assert!(printed.starts_with("tidegate: error: ") && printed.contains(error), "{printed}");
+        assert_eq!(printed.lines().count(), 1, "{printed}");
+        assert_eq!(state(&scene.net.host), before, "{printed}");
     }
 }
 
 #[test]
-fn an_adopted_namespace_is_left_as_it_was() {
+fn the_state_of_an_adopted_namespace_is_restored_at_the_end() {
     let scene = Scene::new();
     let (adopted, before) = (Namespace::new(), state(&scene.net.host));
     let inside = state(&adopted);
@@ -308,7 +309,7 @@ fn an_adopted_namespace_is_left_as_it_was() {
 }
 
 #[test]
-fn when_all_services_have_ended_it_ends_and_says_whether_they_ended_well() {
+fn the_exit_status_reflects_that_of_the_services() {
     let scene = Scene::new();
     let file = |code: u8| {
         format!(
@@ -323,12 +324,12 @@ fn when_all_services_have_ended_it_ends_and_says_whether_they_ended_well() {
 }
 
 #[test]
-fn the_example_is_a_project() {
+fn the_example_works() {
     let text = fs::read_to_string("examples/hello/compose.yaml").unwrap();
     let scene = Scene::new();
     let up = scene.up(&text.replace("tidegate hello", &format!("{TIDEGATE} hello")));
     up.wait_for_line("Ctrl-C takes", SOON);
-    // Its service may not listen yet.
+    // The service may not listen yet.
     let answers = || {
         let mut curl = scene.net.client.command("curl");
         let output =

@@ -1,4 +1,4 @@
-//! What a hostile review has found: each was a way in, or harm to others.
+//! Regression tests of attacks that security reviews have found.
 
 use super::matrix::peer_as_seen;
 use super::scene::{Scene, service_namespace, state};
@@ -39,18 +39,18 @@ fn up(scene: &Scene, file: &str, flags: &[&str]) -> Process {
     up
 }
 
-/// A UDP socket that says that it is at `address`.
-fn pretender(namespace: &Namespace, address: &str) -> UdpSocket {
+/// A UDP socket with the spoofed source `address`.
+fn spoofed_socket(namespace: &Namespace, address: &str) -> UdpSocket {
     let socket = namespace.run(|| Socket::new(Domain::IPV4, Type::DGRAM, None)).unwrap();
     socket.set_ip_transparent_v4(true).unwrap();
     socket.bind(&address.parse::<SocketAddr>().unwrap().into()).unwrap();
     UdpSocket::from(socket)
 }
 
-/// The host keeps track of connections before there are rules, and two of the outside have made one
-/// up.
+/// Conntrack is active before tidegate's rules exist, and two external hosts have created an entry
+/// for the container's address.
 #[test]
-fn a_connection_from_before_the_rules_is_no_way_in() {
+fn a_conntrack_entry_from_before_the_rules_grants_no_access() {
     for firewall in FIREWALLS {
         let scene = Scene::new();
         let uplink = Uplink::new(&scene);
@@ -62,19 +62,19 @@ fn a_connection_from_before_the_rules_is_no_way_in() {
         let container = Namespace::new();
         let witness = Witness::new(&container, &["0.0.0.0:6666".parse().unwrap()]);
         let client = scene.net.client.run(|| UdpSocket::bind("203.0.113.9:5000")).unwrap();
-        let accomplice = pretender(&uplink.hostile, "10.77.1.10:6666");
-        let make_it_up = || {
+        let accomplice = spoofed_socket(&uplink.hostile, "10.77.1.10:6666");
+        let create_entry = || {
             let _ = accomplice.send_to(b"I am the container", "203.0.113.9:5000");
             let _ = client.send_to(b"let me in", "10.77.1.10:6666");
             thread::sleep(Duration::from_millis(1));
         };
-        (0..20).for_each(|_| make_it_up());
+        (0..20).for_each(|_| create_entry());
         for _ in 0..3 {
             let over = AtomicBool::new(false);
             thread::scope(|scope| {
                 scope.spawn(|| {
                     while !over.load(Ordering::Relaxed) {
-                        make_it_up();
+                        create_entry();
                     }
                 });
                 let mut up = up(&scene, &file(&container, ""), &[firewall]);
@@ -85,7 +85,7 @@ fn a_connection_from_before_the_rules_is_no_way_in() {
             });
         }
         let _up = up(&scene, &file(&container, ""), &[firewall]);
-        (0..20).for_each(|_| make_it_up());
+        (0..20).for_each(|_| create_entry());
         let host = scene.net.host.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap();
         assert!(eventually(SOON, || host.send_to(b"hello", "10.77.1.10:6666").is_ok()
             && witness.has_seen("hello")));
@@ -93,9 +93,9 @@ fn a_connection_from_before_the_rules_is_no_way_in() {
     }
 }
 
-/// Its client never pauses, and the port is gone when the next instance comes.
+/// The client sends continuously, and the next instance does not publish the port.
 #[test]
-fn a_port_that_was_removed_while_we_were_dead_is_shut() {
+fn a_port_that_the_next_instance_does_not_publish_is_closed_after_a_kill() {
     for firewall in FIREWALLS {
         let scene = Scene::new();
         let container = Namespace::new();
@@ -118,32 +118,32 @@ fn a_port_that_was_removed_while_we_were_dead_is_shut() {
     }
 }
 
-/// A container sends from the port at which a service of the host is, so that conntrack takes what
-/// a client sends to that service for an answer to the container (port shadowing, CVE-2021-3773).
+/// Port shadowing (CVE-2021-3773): a container sends from the port number of a service of the host,
+/// so that conntrack takes requests of a client to that service for replies to the container.
 #[test]
-fn a_container_captures_no_client_of_a_port_of_the_host() {
+fn a_container_cannot_shadow_ports_of_the_host() {
     for firewall in FIREWALLS {
         for publish in ["--publish=proxy", "--publish=kernel"] {
-            shadows_nothing(firewall, publish);
+            assert_no_shadowing(firewall, publish);
         }
     }
 }
 
-fn shadows_nothing(firewall: &str, publish: &str) {
-    /// Published, published among ephemeral ports, a service of the host.
+fn assert_no_shadowing(firewall: &str, publish: &str) {
+    /// A published port, one in the ephemeral range, and a service of the host.
     const PORTS: [u16; 3] = [8080, 40_000, 5300];
     let scene = Scene::new();
-    let (server, thief) = (Namespace::new(), Namespace::new());
+    let (server, attacker) = (Namespace::new(), Namespace::new());
     let more = format!(
-        ", ports: [ '8080:80', '8080:80/udp', '40000:80', '40000:80/udp' ] }}\n  thief: {{ x-netns: {}, networks: [ away ]",
-        thief.path().display()
+        ", ports: [ '8080:80', '8080:80/udp', '40000:80', '40000:80/udp' ] }}\n  attacker: {{ x-netns: {}, networks: [ away ]",
+        attacker.path().display()
     );
     let _up = up(&scene, &file(&server, &more), &[firewall, publish]);
     let at = |port: u16| SocketAddr::from(([0, 0, 0, 0], port));
     let host = &scene.net.host;
     let _servers = [PeerServer::tcp(&server, at(80)), PeerServer::udp(&server, at(80))];
     let _own = [PeerServer::tcp(host, at(5300)), PeerServer::udp(host, at(5300))];
-    // The client has not seen the thief's connection, or would reset it.
+    // The client drops SYN-ACKs for the attacker's connection. It would reset it otherwise.
     scene.net.client.exec(
         "sh",
         &[
@@ -159,21 +159,21 @@ fn shadows_nothing(firewall: &str, publish: &str) {
         let case = format!("{firewall} {publish} {port}");
 
         let client = scene.net.client.run(|| UdpSocket::bind(client_at)).unwrap();
-        let stolen = thief.run(|| UdpSocket::bind(at(port))).unwrap();
-        for socket in [&client, &stolen] {
+        let shadowing = attacker.run(|| UdpSocket::bind(at(port))).unwrap();
+        for socket in [&client, &shadowing] {
             socket.set_read_timeout(Some(PAUSE)).unwrap();
         }
         let mut buffer = [0; 100];
         assert!(
             eventually(SOON, || {
-                stolen.send_to(b"mine", client_at).unwrap();
+                shadowing.send_to(b"mine", client_at).unwrap();
                 client.recv(&mut buffer).is_ok_and(|length| &buffer[..length] == b"mine")
             }),
             "{case}: containers reach the outside"
         );
         while client.recv(&mut buffer).is_ok() {}
         client.send_to(b"?", service).unwrap();
-        assert!(stolen.recv(&mut buffer).is_err(), "{case}: UDP");
+        assert!(shadowing.recv(&mut buffer).is_err(), "{case}: UDP");
         assert!(client.recv(&mut buffer).is_ok(), "{case}: the service answers over UDP");
 
         let bound = |namespace: &Namespace, from: SocketAddr| {
@@ -182,8 +182,9 @@ fn shadows_nothing(firewall: &str, publish: &str) {
             socket.bind(&from.into()).unwrap();
             socket
         };
-        let stolen = bound(&thief, at(port));
-        let taking = thread::spawn(move || stolen.connect_timeout(&client_at.into(), 5 * PAUSE));
+        let shadowing = bound(&attacker, at(port));
+        let connecting =
+            thread::spawn(move || shadowing.connect_timeout(&client_at.into(), 5 * PAUSE));
         thread::sleep(PAUSE);
         let client = bound(&scene.net.client, client_at);
         client
@@ -196,18 +197,18 @@ fn shadows_nothing(firewall: &str, publish: &str) {
             client.read(&mut buffer).is_ok_and(|length| length > 0),
             "{case}: the service answers"
         );
-        assert!(taking.join().unwrap().is_err(), "{case}: TCP");
+        assert!(connecting.join().unwrap().is_err(), "{case}: TCP");
     }
 
-    // Published while the thief sends from there already.
+    // Published while the attacker already sends from that port.
     let case = format!("{firewall} {publish}, published later");
     let (client_at, service) = ("203.0.113.9:5650", "203.0.113.1:41000");
     let client = scene.net.client.run(|| UdpSocket::bind(client_at)).unwrap();
-    let stolen = thief.run(|| UdpSocket::bind(at(41_000))).unwrap();
-    for socket in [&client, &stolen] {
+    let shadowing = attacker.run(|| UdpSocket::bind(at(41_000))).unwrap();
+    for socket in [&client, &shadowing] {
         socket.set_read_timeout(Some(PAUSE)).unwrap();
     }
-    stolen.send_to(b"mine", client_at).unwrap();
+    shadowing.send_to(b"mine", client_at).unwrap();
     let mut buffer = [0; 100];
     let (_, seen) = client.recv_from(&mut buffer).unwrap();
     assert_eq!(seen, service.parse().unwrap(), "{case}: an ephemeral port is kept");
@@ -218,17 +219,17 @@ fn shadows_nothing(firewall: &str, publish: &str) {
     let published = curl.arg(r#"{"endpoint": "server", "spec": "41000:80/udp"}"#).output().unwrap();
     assert!(published.status.success(), "{case}: {published:?}");
     client.send_to(b"?", service).unwrap();
-    assert!(stolen.recv(&mut buffer).is_err(), "{case}");
+    assert!(shadowing.recv(&mut buffer).is_err(), "{case}");
     assert!(client.recv(&mut buffer).is_ok(), "{case}: the service answers");
-    // What it sends from now on leaves by another port.
-    stolen.send_to(b"mine", client_at).unwrap();
+    // Its further packets are masqueraded to another port.
+    shadowing.send_to(b"mine", client_at).unwrap();
     let (_, seen) = client.recv_from(&mut buffer).unwrap();
     assert_ne!(seen, service.parse().unwrap(), "{case}");
 }
 
-/// Whoever has no rules for a moment may keep track of connections that none of ours has begun.
+/// Conntrack can create entries without NAT while rules are missing for a moment.
 #[test]
-fn a_connection_that_was_never_translated_is_no_way_in() {
+fn a_conntrack_entry_without_nat_grants_no_access() {
     for firewall in FIREWALLS {
         let scene = Scene::new();
         let _uplink = Uplink::new(&scene);
@@ -258,15 +259,15 @@ fn a_connection_that_was_never_translated_is_no_way_in() {
     }
 }
 
-/// A stranger claims to be the server that a container of another network talks to.
+/// A container spoofs the address of the server that a container of another network talks to.
 #[test]
-fn a_container_gets_nothing_into_flows_of_another_network() {
+fn a_container_cannot_inject_packets_into_flows_of_another_network() {
     for firewall in FIREWALLS {
         let scene = Scene::new();
-        let (victim, stranger) = (Namespace::new(), Namespace::new());
+        let (victim, other_network) = (Namespace::new(), Namespace::new());
         let more = format!(
-            " }}\n  stranger: {{ x-netns: {}, networks: [ away ]",
-            stranger.path().display()
+            " }}\n  other: {{ x-netns: {}, networks: [ away ]",
+            other_network.path().display()
         );
         let _up = up(&scene, &file(&victim, &more), &[firewall]);
         let server = Witness::new(&scene.net.client, &["203.0.113.9:9999".parse().unwrap()]);
@@ -278,17 +279,18 @@ fn a_container_gets_nothing_into_flows_of_another_network() {
         }));
         assert!(server.has_seen("question"));
         while asks.recv(&mut [0; 9]).is_ok() {}
-        let liar = pretender(&stranger, "203.0.113.9:9999");
+        let spoofer = spoofed_socket(&other_network, "203.0.113.9:9999");
         for _ in 0..5 {
-            liar.send_to(b"lie", "203.0.113.1:4444").unwrap();
+            spoofer.send_to(b"spoofed", "203.0.113.1:4444").unwrap();
         }
         assert!(asks.recv(&mut [0; 9]).is_err(), "{firewall}");
     }
 }
 
-/// With the rule that most people begin with, who got in before it would stay.
+/// With the usual first rule, which accepts established connections, a connection from before the
+/// rules would stay open.
 #[test]
-fn nobody_slips_in_before_the_users_rules_are_in_force() {
+fn no_connection_is_accepted_before_the_users_rules_are_in_force() {
     for firewall in FIREWALLS {
         let scene = Scene::new();
         let container = Namespace::new();
@@ -306,7 +308,7 @@ fn nobody_slips_in_before_the_users_rules_are_in_force() {
         first.stop(Signal::INT, SOON);
         let over = Arc::new(AtomicBool::new(false));
         let at: SocketAddr = "203.0.113.1:8080".parse().unwrap();
-        let knocking = {
+        let prober = {
             let over = Arc::clone(&over);
             scene.net.client.spawn_thread(move || {
                 let mut served = 0;
@@ -322,13 +324,13 @@ fn nobody_slips_in_before_the_users_rules_are_in_force() {
             next.stop(Signal::INT, SOON);
         }
         over.store(true, Ordering::Relaxed);
-        assert_eq!(knocking.join().unwrap(), 0, "{firewall}");
+        assert_eq!(prober.join().unwrap(), 0, "{firewall}");
     }
 }
 
-/// A router that names the links that forward, instead of letting all of them.
+/// A router with forwarding enabled per link instead of globally.
 #[test]
-fn a_host_that_forwards_by_single_links_goes_on_doing_so() {
+fn a_host_with_forwarding_per_link_keeps_forwarding() {
     let scene = Scene::new();
     let uplink = Uplink::new(&scene);
     scene.net.host.sysctl("net.ipv4.ip_forward", "0");
@@ -357,9 +359,10 @@ fn a_host_that_forwards_by_single_links_goes_on_doing_so() {
     }
 }
 
-/// On a host that forwards for nobody, and with names for which the NAT engine chooses one table.
+/// On a host without forwarding. The hashes of both project names select the same routing table of
+/// the NAT engine.
 #[test]
-fn two_projects_have_a_egress_each() {
+fn two_projects_both_have_egress() {
     for flags in [&["--firewall=nftables"], &["--firewall=iptables"], &["--firewall=none"]] {
         let scene = Scene::new();
         scene.net.host.sysctl("net.ipv4.ip_forward", "0");
@@ -379,14 +382,14 @@ fn two_projects_have_a_egress_each() {
         second.wait_for_line("Ctrl-C takes", SOON);
         assert!(has_egress(&second) && has_egress(&first), "{flags:?}: both");
         first.stop(Signal::INT, SOON);
-        assert!(has_egress(&second), "{flags:?}: the other has gone");
+        assert!(has_egress(&second), "{flags:?}: after the end of the other");
         second.stop(Signal::INT, SOON);
         assert_eq!(state(&scene.net.host), before, "{flags:?}");
     }
 }
 
 #[test]
-fn without_ipv6_there_is_still_a_egress() {
+fn there_is_egress_without_ipv6() {
     let scene = Scene::new();
     for key in ["all", "default"] {
         scene.net.host.sysctl(&format!("net.ipv6.conf.{key}.disable_ipv6"), "1");
@@ -398,9 +401,9 @@ fn without_ipv6_there_is_still_a_egress() {
     assert!(container.run(|| TcpStream::connect_timeout(&at, SOON)).is_ok());
 }
 
-/// A container of somebody else's that comes later is as far away as one that was there.
+/// The container network of other software is created while the project is up.
 #[test]
-fn the_nat_engine_leads_into_no_network_of_others() {
+fn the_nat_engine_denies_access_to_container_networks_of_other_software() {
     let scene = Scene::new();
     let container = Namespace::new();
     let _up = up(&scene, &file(&container, ""), &["--firewall=none"]);
@@ -425,9 +428,8 @@ fn the_nat_engine_leads_into_no_network_of_others() {
     assert!(container.run(|| TcpStream::connect_timeout(&outside, SOON)).is_ok());
 }
 
-/// Programs of iptables that hang are waited for, but by nobody else.
 #[test]
-fn names_are_answered_while_iptables_hangs() {
+fn dns_queries_are_answered_while_iptables_hangs() {
     let scene = Scene::new();
     scene.sh("iptables -A INPUT -i none -j DROP");
     let container = Namespace::new();
@@ -443,10 +445,10 @@ fn names_are_answered_while_iptables_hangs() {
     assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "10.77.1.10");
 }
 
-/// Conntrack tells flows of such protocols apart by their addresses alone: what the far end sends
-/// to the host would be an answer to the container.
+/// Conntrack distinguishes flows of these protocols by their addresses only. Packets of the peer to
+/// the host would be delivered to the container as replies.
 #[test]
-fn what_conntrack_cannot_tell_apart_is_not_masqueraded() {
+fn protocols_without_ports_or_identifiers_are_not_masqueraded() {
     const PROTOCOLS: [u8; 9] = [4, 33, 41, 47, 50, 51, 89, 112, 115];
     for firewall in FIREWALLS {
         let scene = Scene::new();
@@ -464,7 +466,7 @@ fn what_conntrack_cannot_tell_apart_is_not_masqueraded() {
         assert!(eventually(SOON, || {
             udp.send_to(b"hello", client).unwrap();
             let frames = outside.received();
-            // IPv4: the protocol.
+            // The protocol field of IPv4.
             seen.extend(frames.iter().filter(|one| one[12..14] == [8, 0]).map(|one| one[23]));
             seen.contains(&17)
         }));
@@ -472,9 +474,9 @@ fn what_conntrack_cannot_tell_apart_is_not_masqueraded() {
     }
 }
 
-/// An endpoint that may send from any address, and no other check of sources.
+/// The endpoint may send from any source address, and the reverse path filter is off.
 #[test]
-fn the_nat_engine_takes_no_source_of_another_network() {
+fn the_nat_engine_rejects_sources_of_another_network() {
     let scene = Scene::new();
     let (server, router) = (Namespace::new(), Namespace::new());
     let more = format!(
@@ -488,7 +490,7 @@ fn the_nat_engine_takes_no_source_of_another_network() {
         scene.net.host.sysctl(&format!("net.ipv4.conf.{key}.rp_filter"), "0");
     }
     let witness = Witness::new(&scene.net.client, &["203.0.113.9:9999".parse().unwrap()]);
-    let forged = pretender(&router, "10.77.1.10:4444");
+    let forged = spoofed_socket(&router, "10.77.1.10:4444");
     let own = router.run(|| UdpSocket::bind("10.77.2.10:4444")).unwrap();
     assert!(eventually(SOON, || {
         forged.send_to(b"I am the server", "203.0.113.9:9999").unwrap();
@@ -499,9 +501,9 @@ fn the_nat_engine_takes_no_source_of_another_network() {
     assert!(!witness.has_seen("I am the server"));
 }
 
-/// The kernel drops these over IPv4 by itself.
+/// Over IPv4 the kernel drops such packets as martians.
 #[test]
-fn nobody_outside_speaks_for_the_host_over_ipv6() {
+fn external_packets_with_a_source_address_of_the_host_are_dropped_over_ipv6() {
     for firewall in FIREWALLS {
         let scene = Scene::new();
         let container = Namespace::new();
@@ -534,10 +536,10 @@ services:
     }
 }
 
-/// The host forwards for networks of containers alone, and other software has a policy rule that
-/// none of tidegate's can precede.
+/// The host forwards only for container networks, and other software has a policy rule that
+/// tidegate's rules cannot precede.
 #[test]
-fn a_host_that_forwards_for_nobody_is_made_no_router_by_a_rule_of_others() {
+fn a_preceding_policy_rule_does_not_make_the_host_a_router() {
     for firewall in FIREWALLS {
         let scene = Scene::new();
         let uplink = Uplink::new(&scene);
@@ -572,11 +574,11 @@ services: {{ box: {{ x-netns: {}, networks: [ net ] }} }}
 fn an_echo_reply_from_another_network_is_not_delivered() {
     let scene = Scene::new();
     scene.net.client.sysctl("net.ipv4.icmp_echo_ignore_all", "1");
-    let (server, stranger) = (Namespace::new(), Namespace::new());
+    let (server, other_network) = (Namespace::new(), Namespace::new());
     let more =
-        format!(" }}\n  stranger: {{ x-netns: {}, networks: [ away ]", stranger.path().display());
+        format!(" }}\n  other: {{ x-netns: {}, networks: [ away ]", other_network.path().display());
     let _up = up(&scene, &file(&server, &more), &["--firewall=none"]);
-    let raw = stranger
+    let raw = other_network
         .run(|| Socket::new(Domain::IPV4, Type::RAW, Some(socket2::Protocol::ICMPV4)))
         .unwrap();
     let host = SocketAddr::from(([203, 0, 113, 1], 0)).into();

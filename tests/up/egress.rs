@@ -1,4 +1,4 @@
-//! Egress without a firewall: by the NAT engine, as root and as an ordinary user.
+//! Egress without a firewall: through the NAT engine, as root and as an ordinary user.
 
 use super::matrix::peer_as_seen;
 use super::scene::{Scene, refused, service_namespace, state};
@@ -33,7 +33,7 @@ fn connect(to: SocketAddr) -> std::io::Result<TcpStream> {
 }
 
 #[test]
-fn all_of_it_goes_out_and_comes_back_as_root_and_as_an_ordinary_user() {
+fn transfers_are_complete_in_both_directions() {
     for rootless in [false, true] {
         let scene = Scene::new();
         let before = state(&scene.net.host);
@@ -55,7 +55,7 @@ fn all_of_it_goes_out_and_comes_back_as_root_and_as_an_ordinary_user() {
                 inside.run(|| transfer::receive(&mut connect(source.addr()).unwrap(), 4));
             assert_eq!(received, Transfer::complete(MUCH), "rootless {rootless}, {world}");
 
-            // Who is refused is told, and at once.
+            // A refused connection is reported at once.
             let begin = Instant::now();
             let refused = inside.run(|| connect((world, 7003).into()));
             assert_eq!(refused.unwrap_err().kind(), ErrorKind::ConnectionRefused);
@@ -66,9 +66,9 @@ fn all_of_it_goes_out_and_comes_back_as_root_and_as_an_ordinary_user() {
     }
 }
 
-/// What listens there for the host alone is not reached under any name of the host.
+/// Services on the host's loopback are not reachable at any address of the host.
 #[test]
-fn the_hosts_loopback_is_out_of_reach() {
+fn the_hosts_loopback_is_not_reachable() {
     for rootless in [false, true] {
         let scene = Scene::new();
         let (_up, inside) = up(&scene, rootless);
@@ -81,7 +81,7 @@ fn the_hosts_loopback_is_out_of_reach() {
             let reached = inside.run(|| TcpStream::connect_timeout(&to, SOON / 10));
             assert!(reached.is_err(), "rootless {rootless}: {to}");
         }
-        // Past the container's own loopback device, as someone who is root there can.
+        // Root in the container routes loopback addresses to the gateway.
         inside.sysctl("net.ipv4.conf.all.route_localnet", "1");
         inside.ip_all("addr del 127.0.0.1/8 dev lo\n route add 127.0.0.0/8 via 10.81.1.1");
         for port in [9999, 9998] {
@@ -94,18 +94,18 @@ fn the_hosts_loopback_is_out_of_reach() {
     }
 }
 
-/// The host as containers know it.
+/// The addresses of the engine.
 const ENGINE: [&str; 2] = ["169.254.116.103", "fd74:6964:6567:6174::1"];
 
 #[test]
-fn the_hosts_loopback_is_within_reach_where_that_is_asked_for_and_nothing_else() {
+fn only_the_hosts_loopback_becomes_reachable_with_allow_host_loopback() {
     for (rootless, allowed) in [(false, false), (true, false), (false, true), (true, true)] {
         let scene = Scene::new();
         let mut flags = if rootless { vec![] } else { vec!["--firewall=none"] };
         flags.extend(allowed.then_some("--allow-host-loopback"));
         let file = FILE.to_owned()
             + "  other: { command: [ sleep, '60' ], networks: { away: { ipv4_address: 10.81.9.2 } } }\n"
-            + "  inmate: { command: [ sleep, '60' ], networks: [ shut ] }\n";
+            + "  isolated: { command: [ sleep, '60' ], networks: [ shut ] }\n";
         let networks = "networks: { away: { ipam: { config: [ { subnet: 10.81.9.0/24 } ] } }, shut: { internal: true }, ";
         let file = file.replace(
             "networks: { home: { enable_ipv6",
@@ -123,15 +123,15 @@ fn the_hosts_loopback_is_within_reach_where_that_is_asked_for_and_nothing_else()
             ["127.0.0.1:9999", "[::1]:9999"].map(|at| at.parse().unwrap());
         let _tcp = loopbacks.map(|at| PeerServer::tcp(host, at));
         let _udp = loopbacks.map(|at| PeerServer::udp(host, at));
-        let patience = if allowed { SOON } else { SOON / 10 };
+        let timeout = if allowed { SOON } else { SOON / 10 };
         for to in ENGINE.map(|ip| SocketAddr::new(ip.parse().unwrap(), 9999)) {
             for udp in [false, true] {
-                let seen = inside.run(|| peer_as_seen(to, udp, patience));
+                let seen = inside.run(|| peer_as_seen(to, udp, timeout));
                 let is_right = seen.as_ref().is_ok_and(|peer| peer == "127.0.0.1" || peer == "::1");
                 assert_eq!(is_right, allowed, "rootless {rootless}: {to} (udp {udp}): {seen:?}");
             }
         }
-        // Other names of it are as closed as ever, and so are other networks.
+        // Other addresses of the host and other networks stay unreachable.
         let _other =
             PeerServer::tcp(&service_namespace(&up, "other"), "10.81.9.2:80".parse().unwrap());
         for (to, port) in
@@ -141,17 +141,17 @@ fn the_hosts_loopback_is_within_reach_where_that_is_asked_for_and_nothing_else()
             let reached = inside.run(|| TcpStream::connect_timeout(&to, SOON / 10));
             assert!(reached.is_err(), "rootless {rootless}: {to}");
         }
-        let inmate = service_namespace(&up, "inmate");
-        inmate.ip_all("route add default dev eth0");
+        let isolated = service_namespace(&up, "isolated");
+        isolated.ip_all("route add default dev eth0");
         let to = SocketAddr::new(ENGINE[0].parse().unwrap(), 9999);
         assert!(
-            inmate.run(|| TcpStream::connect_timeout(&to, SOON / 10)).is_err(),
-            "it has no egress"
+            isolated.run(|| TcpStream::connect_timeout(&to, SOON / 10)).is_err(),
+            "an internal network has no egress"
         );
     }
 }
 
-/// Where it is all links that forward IPv6 or none, a host that is no router is not made one.
+/// Old kernels have only a global switch for IPv6 forwarding, which would make the host a router.
 #[test]
 fn on_an_old_kernel_a_host_does_not_become_a_router() {
     let scene = Scene::lacking("all");
@@ -168,14 +168,15 @@ fn on_an_old_kernel_a_host_does_not_become_a_router() {
 }
 
 #[test]
-fn the_kernel_leads_nobody_to_the_hosts_loopback() {
+fn allow_host_loopback_is_rejected_with_a_firewall() {
     let scene = Scene::new();
-    let told = refused(scene.command(FILE).args(["--firewall=nftables", "--allow-host-loopback"]));
-    assert!(told.starts_with("tidegate: error: --allow-host-loopback: "), "{told}");
-    assert!(told.contains("--firewall=none") && told.lines().count() == 1, "{told}");
+    let printed =
+        refused(scene.command(FILE).args(["--firewall=nftables", "--allow-host-loopback"]));
+    assert!(printed.starts_with("tidegate: error: --allow-host-loopback: "), "{printed}");
+    assert!(printed.contains("--firewall=none") && printed.lines().count() == 1, "{printed}");
 }
 
-/// A DNS server of the host's that says who it is.
+/// A DNS server of the host, identified by the `address` in its answers.
 fn dns_server(scene: &Scene, at: &str, address: &str) -> Process {
     let server = Process::spawn(scene.net.host.command("dnsmasq").args([
         "--no-daemon",
@@ -193,7 +194,7 @@ fn dns_server(scene: &Scene, at: &str, address: &str) -> Process {
 }
 
 #[test]
-fn the_engine_answers_dns_with_what_the_hosts_servers_say_and_follows_them() {
+fn the_engine_forwards_dns_to_the_current_servers_of_the_host() {
     for rootless in [false, true] {
         let mut scene = Scene::new();
         let file = scene.programs.path().join("resolv.conf");
@@ -226,10 +227,10 @@ fn the_engine_answers_dns_with_what_the_hosts_servers_say_and_follows_them() {
     }
 }
 
-/// An adopted container lives on when we are killed; nothing of it is forwarded then, least of all
-/// under its own address.
+/// An adopted container survives the kill of tidegate. Its packets must not be forwarded without
+/// masquerading.
 #[test]
-fn when_the_engine_is_killed_nothing_leaves() {
+fn a_killed_engine_forwards_nothing() {
     let scene = Scene::new();
     scene.net.host.sysctl("net.ipv4.ip_forward", "1");
     let inside = Namespace::new();
@@ -247,7 +248,7 @@ fn when_the_engine_is_killed_nothing_leaves() {
     up.signal(Signal::KILL);
     up.wait(SOON);
     for _ in 0..5 {
-        // That there is no way may be told of the one before.
+        // The error may be an ICMP error for the previous datagram.
         let _ = socket.send_to(b"dead", at);
         std::thread::sleep(SOON / 100);
     }

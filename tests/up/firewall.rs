@@ -1,4 +1,5 @@
-//! Firewalls of the host's, and their users: their rules come first, and nobody else's change.
+//! Firewalls and their users: rules of the user take precedence, and tables of other software stay
+//! unchanged.
 
 use super::matrix::peer_as_seen;
 use super::scene::{Scene, refused, state};
@@ -12,8 +13,8 @@ use tidegate_testbed::server::PeerServer;
 use tidegate_testbed::{Namespace, Process, Segment, Signal, eventually};
 
 const SOON: Duration = Duration::from_secs(10);
-/// How long an answer is waited for that is to come, and one that is not.
-const PATIENCE: [Duration; 2] = [Duration::from_millis(300), Duration::from_secs(5)];
+/// Timeouts of a probe without an expected answer, and with one.
+const TIMEOUTS: [Duration; 2] = [Duration::from_millis(300), Duration::from_secs(5)];
 
 const FILE: &str = r#"
 name: wall
@@ -26,7 +27,7 @@ services:
     ports: [ "8080:80", "8080:80/udp" ]
 "#;
 
-/// Every way to have a published port with a firewall.
+/// All combinations of firewall and publishing.
 pub(super) const MODES: [&[&str]; 4] = [
     &["--firewall=nftables", "--publish=proxy"],
     &["--firewall=nftables", "--publish=kernel"],
@@ -34,11 +35,11 @@ pub(super) const MODES: [&[&str]; 4] = [
     &["--firewall=iptables", "--publish=kernel"],
 ];
 
-/// A host on which iptables is in use: it has the tables, and what a rule of the user's once needed
-/// stays anyway.
+/// Puts iptables into use, so that its tables exist before and after the test. Tables and chains
+/// stay after the removal of a user's rule.
 const IN_USE: &str = "for program in iptables ip6tables; do for chain in INPUT FORWARD; do $program -A $chain -i none -j DROP; done; done";
 
-/// A host with two outsides, and a container that tells its clients who they are.
+/// A host with two uplinks, and a container whose servers return the address of the client.
 struct Wall {
     scene: Scene,
     uplink: Uplink,
@@ -77,25 +78,25 @@ impl Wall {
         refused(self.scene.command(&self.file).args(flags))
     }
 
-    /// Whether the port answers `from` at the host's addresses.
+    /// Asserts whether the published port answers `from` at the host's addresses.
     #[track_caller]
-    fn answers(&self, from: &Namespace, expected: bool) {
+    fn assert_answers(&self, from: &Namespace, expected: bool) {
         for at in ["203.0.113.1:8080", "[2001:db8:1::1]:8080"] {
             for udp in [false, true] {
-                self.is_answered(from, at, udp, expected);
+                self.assert_answer(from, at, udp, expected);
             }
         }
     }
 
     #[track_caller]
-    fn is_answered(&self, from: &Namespace, at: &str, udp: bool, expected: bool) {
+    fn assert_answer(&self, from: &Namespace, at: &str, udp: bool, expected: bool) {
         let at: SocketAddr = at.parse().unwrap();
-        let answer = from.run(|| peer_as_seen(at, udp, PATIENCE[usize::from(expected)]));
+        let answer = from.run(|| peer_as_seen(at, udp, TIMEOUTS[usize::from(expected)]));
         assert_eq!(answer.is_ok(), expected, "{at} (udp {udp}): {answer:?}");
     }
 }
 
-/// What a user does to shut out the client in front of the house, and to take that back.
+/// The commands with which a user blocks the client on the first uplink (`add`) or unblocks it.
 fn rules(flags: &[&str], add: bool) -> String {
     if flags.contains(&"--firewall=nftables") {
         return if add {
@@ -115,28 +116,28 @@ fn rules(flags: &[&str], add: bool) -> String {
 }
 
 #[track_caller]
-fn a_rule_shuts(scene: Scene, flags: &[&str]) {
+fn assert_rule_blocks(scene: Scene, flags: &[&str]) {
     let wall = Wall::new(scene);
     wall.scene.sh(IN_USE);
     let before = state(&wall.scene.net.host);
     let mut up = wall.up(flags);
     let _servers = wall.servers();
-    let (shut_out, other) = (&wall.scene.net.client, &wall.uplink.client);
-    wall.answers(shut_out, true);
+    let (blocked, other) = (&wall.scene.net.client, &wall.uplink.client);
+    wall.assert_answers(blocked, true);
     wall.scene.sh(&rules(flags, true));
-    wall.answers(shut_out, false);
-    wall.answers(other, true);
-    // It outlasts us, and a kill.
+    wall.assert_answers(blocked, false);
+    wall.assert_answers(other, true);
+    // The rule survives a kill and a restart of tidegate.
     up.signal(Signal::KILL);
     up.wait(SOON);
     up = wall.up(flags);
-    wall.answers(shut_out, false);
-    wall.answers(other, true);
+    wall.assert_answers(blocked, false);
+    wall.assert_answers(other, true);
     up.stop(Signal::INT, SOON);
     up = wall.up(flags);
-    wall.answers(shut_out, false);
+    wall.assert_answers(blocked, false);
     wall.scene.sh(&rules(flags, false));
-    wall.answers(shut_out, true);
+    wall.assert_answers(blocked, true);
     up.stop(Signal::INT, SOON);
     if !flags.contains(&"--firewall=none") {
         assert_eq!(state(&wall.scene.net.host), before);
@@ -144,19 +145,19 @@ fn a_rule_shuts(scene: Scene, flags: &[&str]) {
 }
 
 #[test]
-fn a_users_rule_shuts_the_port_in_every_mode() {
+fn a_users_rule_blocks_the_port_in_every_mode() {
     for flags in MODES {
-        a_rule_shuts(Scene::new(), flags);
+        assert_rule_blocks(Scene::new(), flags);
     }
-    a_rule_shuts(Scene::with_legacy_iptables(), MODES[2]);
-    a_rule_shuts(Scene::with_legacy_iptables(), MODES[3]);
-    // There it is the rule that shuts any port of the host.
-    a_rule_shuts(Scene::new(), &["--firewall=none"]);
+    assert_rule_blocks(Scene::with_legacy_iptables(), MODES[2]);
+    assert_rule_blocks(Scene::with_legacy_iptables(), MODES[3]);
+    // Without a firewall, the rule is in INPUT, as for any port of the host.
+    assert_rule_blocks(Scene::new(), &["--firewall=none"]);
 }
 
-/// By the number that clients know, whichever way it is published.
+/// The rule matches the published port, not that of the container.
 #[test]
-fn a_users_rule_about_the_published_port_holds_in_every_mode() {
+fn a_users_rule_for_the_published_port_holds_in_every_mode() {
     for flags in MODES {
         let wall = Wall::new(Scene::new());
         let _up = wall.up(flags);
@@ -168,13 +169,13 @@ fn a_users_rule_about_the_published_port_holds_in_every_mode() {
              ip6tables -A TIDEGATE-USER -p tcp -m conntrack --ctorigdstport 8080 -j DROP"
         });
         for at in ["203.0.113.1:8080", "[2001:db8:1::1]:8080"] {
-            wall.is_answered(&wall.scene.net.client, at, false, false);
-            wall.is_answered(&wall.scene.net.client, at, true, true);
+            wall.assert_answer(&wall.scene.net.client, at, false, false);
+            wall.assert_answer(&wall.scene.net.client, at, true, true);
         }
     }
 }
 
-/// As Docker has it, with a rule of the administrator's.
+/// The commands that create DOCKER-USER as Docker does, with `rule` of the administrator.
 fn docker_user(rule: &str) -> String {
     let of = |program: &str, rule: &str| {
         format!(
@@ -188,99 +189,104 @@ fn docker_user(rule: &str) -> String {
 }
 
 #[test]
-fn a_rule_for_dockers_ports_holds_for_ours() {
+fn a_docker_user_rule_applies_to_published_ports() {
     let wall = Wall::new(Scene::new());
     wall.scene.sh(IN_USE);
     wall.scene.sh(&docker_user("-s 203.0.113.9 -j DROP"));
-    let (shut_out, other) = (&wall.scene.net.client, &wall.uplink.client);
+    let (blocked, other) = (&wall.scene.net.client, &wall.uplink.client);
     let others = state(&wall.scene.net.host);
     for flags in [&[][..], &["--firewall=nftables"], MODES[1], MODES[2], MODES[3]] {
         let mut up = wall.up(flags);
         let _servers = wall.servers();
-        wall.answers(other, true);
-        wall.answers(shut_out, false);
+        wall.assert_answers(other, true);
+        wall.assert_answers(blocked, false);
         up.stop(Signal::INT, SOON);
         assert_eq!(state(&wall.scene.net.host), others, "{flags:?}");
     }
     for flags in [MODES[0], &["--firewall=none"]] {
-        let told = wall.refused(flags);
-        assert!(told.contains("\"-A DOCKER-USER -s 203.0.113.9/32 -j DROP\""), "{told}");
-        assert_eq!(told.lines().count(), 1, "{told}");
+        let printed = wall.refused(flags);
+        assert!(printed.contains("\"-A DOCKER-USER -s 203.0.113.9/32 -j DROP\""), "{printed}");
+        assert_eq!(printed.lines().count(), 1, "{printed}");
     }
     assert_eq!(state(&wall.scene.net.host), others);
 }
 
-/// What comes in for a socket has no such port: the kernel has to publish, or nobody does.
+/// The rule matches the port of the container. It does not apply to sockets of the proxy, so the
+/// kernel has to publish the port.
 #[test]
-fn a_rule_about_containers_makes_the_kernel_publish() {
+fn a_docker_user_rule_for_container_ports_selects_publishing_by_the_kernel() {
     let wall = Wall::new(Scene::new());
     wall.scene.sh(&docker_user("-p tcp -m tcp --dport 80 -j DROP"));
     let client = &wall.scene.net.client;
     let mut up = wall.up(&[]);
     let _servers = wall.servers();
     for at in ["203.0.113.1:8080", "[2001:db8:1::1]:8080"] {
-        wall.is_answered(client, at, false, false);
-        wall.is_answered(client, at, true, true);
+        wall.assert_answer(client, at, false, false);
+        wall.assert_answer(client, at, true, true);
     }
     up.stop(Signal::INT, SOON);
     for flags in [MODES[2], MODES[0]] {
-        let told = wall.refused(flags);
-        assert!(told.contains("\"-A DOCKER-USER -p tcp -m tcp --dport 80 -j DROP\""), "{told}");
+        let printed = wall.refused(flags);
+        assert!(
+            printed.contains("\"-A DOCKER-USER -p tcp -m tcp --dport 80 -j DROP\""),
+            "{printed}"
+        );
     }
-    // A client that only a socket can serve: over IPv6, to a container that has none.
+    // Only the proxy can forward IPv6 to a container without an IPv6 address.
     let file = FILE.replace("SERVER", &wall.server.path().display().to_string());
     let file =
         file.replace(r#"enable_ipv6: true, "#, "").replace(r#", { subnet: "fd78:1::/64" }"#, "");
     let file = file.replace(r#", ipv6_address: "fd78:1::10""#, "");
-    let told = refused(&mut wall.scene.command(&file));
+    let printed = refused(&mut wall.scene.command(&file));
     assert!(
-        told.contains("port [::]:8080/") && told.contains("would be served by a userspace socket"),
-        "{told}"
+        printed.contains("port [::]:8080/")
+            && printed.contains("would be served by a userspace socket"),
+        "{printed}"
     );
 }
 
 #[test]
-fn a_rule_for_dockers_ports_that_comes_later_holds_within_a_second() {
+fn a_later_docker_user_rule_holds_within_a_second() {
     let wall = Wall::new(Scene::new());
     let up = wall.up(MODES[2]);
     let _servers = wall.servers();
-    wall.answers(&wall.scene.net.client, true);
+    wall.assert_answers(&wall.scene.net.client, true);
     wall.scene.sh(&docker_user("-s 203.0.113.9 -j DROP"));
     let added = Instant::now();
-    let asks = || state(&wall.scene.net.host).matches("jump DOCKER-USER").count() >= 2 * 4;
-    assert!(eventually(SOON, asks), "{}", state(&wall.scene.net.host));
+    let jumps = || state(&wall.scene.net.host).matches("jump DOCKER-USER").count() >= 2 * 4;
+    assert!(eventually(SOON, jumps), "{}", state(&wall.scene.net.host));
     assert!(added.elapsed() < Duration::from_secs(1));
-    wall.answers(&wall.scene.net.client, false);
-    wall.answers(&wall.uplink.client, true);
-    // One that cannot hold is not passed over in silence.
+    wall.assert_answers(&wall.scene.net.client, false);
+    wall.assert_answers(&wall.uplink.client, true);
+    // A rule that cannot be enforced is reported.
     wall.scene.sh("iptables -I DOCKER-USER -p tcp -m tcp --dport 80 -j DROP");
     up.wait_for_line("rule=\"-A DOCKER-USER -p tcp -m tcp --dport 80 -j DROP\"", SOON);
 }
 
 impl Wall {
-    /// Publishes the server's port 80 as `port` too, by the API: status and body.
+    /// Publishes the server's port 80 as `port` with the API. Returns status and body.
     fn publish(&self, port: u16) -> (u16, String) {
         let body = format!(r#"{{"endpoint": "server", "spec": "{port}:80"}}"#);
         let mut curl = self.scene.net.host.command("curl");
         curl.args(["-sS", "-w", "\n%{http_code}", "--unix-socket"]).arg(self.scene.socket());
         let output = curl.args(["http://tidegate/v1/ports", "-d", &body]).output().unwrap();
-        let told = String::from_utf8(output.stdout).unwrap();
-        let (body, status) = told.trim_end().rsplit_once('\n').unwrap();
+        let printed = String::from_utf8(output.stdout).unwrap();
+        let (body, status) = printed.trim_end().rsplit_once('\n').unwrap();
         (status.parse().unwrap(), body.to_owned())
     }
 
-    /// Whether the server's TCP port is answered there at both of the host's addresses.
+    /// Asserts whether TCP `port` answers `from` at both addresses of the host.
     #[track_caller]
-    fn tcp_answers(&self, from: &Namespace, port: u16, expected: bool) {
+    fn assert_tcp_answers(&self, from: &Namespace, port: u16, expected: bool) {
         for at in [format!("203.0.113.1:{port}"), format!("[2001:db8:1::1]:{port}")] {
-            self.is_answered(from, &at, false, expected);
+            self.assert_answer(from, &at, false, expected);
         }
     }
 }
 
-/// Whatever publishes: the rule holds for the ports that are there, and for those that come.
+/// In all modes, the rule applies to ports published before and after it.
 #[test]
-fn a_rule_of_docker_user_that_comes_later_holds_for_all_ports() {
+fn a_later_docker_user_rule_holds_for_all_ports() {
     for (flags, rule) in [
         (MODES[0], "-s 203.0.113.9 -j DROP"),
         (MODES[1], "-s 203.0.113.9 -j DROP"),
@@ -289,68 +295,67 @@ fn a_rule_of_docker_user_that_comes_later_holds_for_all_ports() {
         (MODES[3], "-s 203.0.113.9 -j DROP"),
     ] {
         let wall = Wall::new(Scene::new());
-        let (shut_out, other) = (&wall.scene.net.client, &wall.uplink.client);
+        let (blocked, other) = (&wall.scene.net.client, &wall.uplink.client);
         let _up = wall.up(flags);
         let _servers = wall.servers();
-        wall.tcp_answers(shut_out, 8080, true);
+        wall.assert_tcp_answers(blocked, 8080, true);
         wall.scene.sh(&docker_user(rule));
-        // At once, before anybody has looked at the rules.
-        let (status, told) = wall.publish(8081);
-        assert_eq!(status, 201, "{flags:?}: {told}");
-        wall.tcp_answers(other, 8081, true);
-        wall.tcp_answers(shut_out, 8081, false);
+        // At once, before tidegate has noticed the rule.
+        let (status, printed) = wall.publish(8081);
+        assert_eq!(status, 201, "{flags:?}: {printed}");
+        wall.assert_tcp_answers(other, 8081, true);
+        wall.assert_tcp_answers(blocked, 8081, false);
         let refused = || {
             let at: SocketAddr = "203.0.113.1:8080".parse().unwrap();
-            shut_out.run(|| peer_as_seen(at, false, PATIENCE[0])).is_err()
+            blocked.run(|| peer_as_seen(at, false, TIMEOUTS[0])).is_err()
         };
         assert!(eventually(SOON, refused), "{flags:?} {rule}");
-        wall.tcp_answers(shut_out, 8080, false);
-        wall.tcp_answers(other, 8080, true);
+        wall.assert_tcp_answers(blocked, 8080, false);
+        wall.assert_tcp_answers(other, 8080, true);
     }
 }
 
-/// Without a firewall nothing enforces it: the port is refused, and what is open is named once.
+/// Without a firewall the rule cannot be enforced: new ports are rejected, and open ports reported.
 #[test]
-fn a_rule_of_docker_user_that_nothing_enforces_refuses_the_port() {
+fn a_docker_user_rule_rejects_the_port_without_a_firewall() {
     let wall = Wall::new(Scene::new());
     let up = wall.up(&["--firewall=none"]);
     let _servers = wall.servers();
     wall.scene.sh(&docker_user("-s 203.0.113.9 -j DROP"));
-    let (status, told) = wall.publish(8081);
-    assert_eq!(status, 409, "{told}");
-    assert!(told.contains("-A DOCKER-USER -s 203.0.113.9/32 -j DROP"), "{told}");
-    assert!(told.contains("--firewall=iptables"), "{told}");
+    let (status, printed) = wall.publish(8081);
+    assert_eq!(status, 409, "{printed}");
+    assert!(printed.contains("-A DOCKER-USER -s 203.0.113.9/32 -j DROP"), "{printed}");
+    assert!(printed.contains("--firewall=iptables"), "{printed}");
     up.wait_for_line("published port bypasses DOCKER-USER rule", SOON);
     wall.scene.sh("iptables -F DOCKER-USER; ip6tables -F DOCKER-USER");
     assert_eq!(wall.publish(8081).0, 201);
 }
 
-/// Nobody jumps to the chain, so what the kernel forwards would not be asked either.
+/// FORWARD has no jump to DOCKER-USER, so publishing by the kernel would not enforce the rule.
 #[test]
-fn a_chain_that_is_not_asked_of_forwarded_packets_refuses_the_port_with_nftables() {
+fn a_docker_user_chain_without_a_jump_rejects_the_port_with_nftables() {
     let wall = Wall::new(Scene::new());
     let _up = wall.up(MODES[0]);
     wall.scene.sh("iptables -N DOCKER-USER; iptables -A DOCKER-USER -s 203.0.113.9 -j DROP");
-    let (status, told) = wall.publish(8081);
-    assert_eq!(status, 409, "{told}");
+    let (status, printed) = wall.publish(8081);
+    assert_eq!(status, 409, "{printed}");
 }
 
 #[test]
-fn a_users_rule_holds_for_ports_that_are_published_later() {
+fn a_users_rule_holds_for_ports_published_later() {
     for flags in MODES {
         let wall = Wall::new(Scene::new());
         let _up = wall.up(flags);
         let _servers = wall.servers();
         wall.scene.sh(&rules(flags, true));
-        let (status, told) = wall.publish(8081);
-        assert_eq!(status, 201, "{flags:?}: {told}");
-        wall.tcp_answers(&wall.scene.net.client, 8081, false);
-        wall.tcp_answers(&wall.uplink.client, 8081, true);
+        let (status, printed) = wall.publish(8081);
+        assert_eq!(status, 201, "{flags:?}: {printed}");
+        wall.assert_tcp_answers(&wall.scene.net.client, 8081, false);
+        wall.assert_tcp_answers(&wall.uplink.client, 8081, true);
     }
 }
 
-/// What ufw makes of iptables, in short: policies that drop, chains of its own, one port that is
-/// open.
+/// An excerpt of ufw's rules: policy drop, its own chains, one open port.
 const LIKE_UFW: &str = "
     P -P INPUT DROP
     P -P FORWARD DROP
@@ -368,7 +373,7 @@ const LIKE_UFW: &str = "
 ";
 
 #[test]
-fn a_firewall_like_ufws_stays_as_it_is_and_has_the_say_about_sockets() {
+fn rules_like_those_of_ufw_stay_unchanged_and_apply_to_sockets() {
     let wall = Wall::new(Scene::new());
     let both = LIKE_UFW.lines().map(|line| {
         let of = |program: &str| line.replace("P -", &format!("{program} -"));
@@ -379,25 +384,23 @@ fn a_firewall_like_ufws_stays_as_it_is_and_has_the_say_about_sockets() {
         }
     });
     wall.scene.sh(&both.collect::<Vec<_>>().join("\n"));
-    let theirs = state(&wall.scene.net.host);
+    let before = state(&wall.scene.net.host);
     let client = &wall.scene.net.client;
     let mut up = wall.up(&[]);
     let _servers = wall.servers();
-    wall.answers(client, false);
+    wall.assert_answers(client, false);
     wall.scene.sh("iptables -A ufw-user-input -p tcp --dport 8080 -j ACCEPT");
-    wall.is_answered(client, "203.0.113.1:8080", false, true);
-    // Egress, past a policy that drops.
+    wall.assert_answer(client, "203.0.113.1:8080", false, true);
+    // Egress is accepted despite the policy drop of FORWARD.
     let outside = TcpListenerOutside::new(client);
     assert!(outside.is_reached_from(&wall.server), "containers reach the outside");
     wall.scene.sh("iptables -D ufw-user-input -p tcp --dport 8080 -j ACCEPT");
     up.stop(Signal::INT, SOON);
-    assert_eq!(state(&wall.scene.net.host), theirs);
+    assert_eq!(state(&wall.scene.net.host), before);
 }
 
 /// A server at 203.0.113.9:7000.
-struct TcpListenerOutside(
-    #[expect(dead_code, reason = "it listens for as long as it lives")] TcpListener,
-);
+struct TcpListenerOutside(#[expect(dead_code, reason = "listens until it is dropped")] TcpListener);
 
 impl TcpListenerOutside {
     fn new(client: &Namespace) -> Self {
@@ -406,11 +409,11 @@ impl TcpListenerOutside {
 
     fn is_reached_from(&self, container: &Namespace) -> bool {
         let at: SocketAddr = "203.0.113.9:7000".parse().unwrap();
-        container.run(|| std::net::TcpStream::connect_timeout(&at, PATIENCE[1])).is_ok()
+        container.run(|| std::net::TcpStream::connect_timeout(&at, TIMEOUTS[1])).is_ok()
     }
 }
 
-/// What firewalld makes of nftables, in short.
+/// An excerpt of firewalld's ruleset.
 const LIKE_FIREWALLD: &str = r#"
 table inet firewalld {
     chain filter_INPUT {
@@ -432,27 +435,27 @@ table inet firewalld {
 "#;
 
 #[test]
-fn a_firewall_like_firewallds_stays_as_it_is_and_has_the_say() {
+fn rules_like_those_of_firewalld_stay_unchanged_and_apply() {
     let wall = Wall::new(Scene::new());
     let rules = wall.scene.directory.path().join("firewalld.nft");
     fs::write(&rules, LIKE_FIREWALLD).unwrap();
     wall.scene.sh(&format!("nft -f {}", rules.display()));
-    let theirs = state(&wall.scene.net.host);
+    let before = state(&wall.scene.net.host);
     for flags in [&[][..], MODES[1], MODES[2], &["--firewall=none"]] {
         let mut up = wall.up(flags);
         let _servers = wall.servers();
         let by_socket = !flags.contains(&"--publish=kernel");
-        wall.is_answered(&wall.scene.net.client, "203.0.113.1:8080", false, by_socket);
-        wall.is_answered(&wall.scene.net.client, "203.0.113.1:8080", true, false);
+        wall.assert_answer(&wall.scene.net.client, "203.0.113.1:8080", false, by_socket);
+        wall.assert_answer(&wall.scene.net.client, "203.0.113.1:8080", true, false);
         up.stop(Signal::INT, SOON);
-        assert_eq!(state(&wall.scene.net.host), theirs, "{flags:?}");
+        assert_eq!(state(&wall.scene.net.host), before, "{flags:?}");
     }
 }
 
-/// Two machines on a bridge of somebody else's, where bridged packets pass the host's rules, and a
-/// route between two such bridges.
+/// Two machines on a bridge of other software with bridge-nf-call-iptables, and a route between two
+/// subnets.
 #[test]
-fn virtual_machines_beside_us_go_on_talking() {
+fn traffic_of_virtual_machines_is_not_affected() {
     let scene = Scene::new();
     let (one, other, apart) = (Namespace::new(), Namespace::new(), Namespace::new());
     let (bridge, far) = (Segment::new(), Segment::new());
@@ -489,9 +492,9 @@ fn virtual_machines_beside_us_go_on_talking() {
     }
 }
 
-/// Egress that is smaller than the network, and does not say so.
+/// The MTU of the uplink is lower than that of the network.
 #[test]
-fn connections_fit_a_smaller_egress() {
+fn the_mss_is_clamped_to_the_mtu_of_the_uplink() {
     for flags in [MODES[0], MODES[2]] {
         let wall = Wall::new(Scene::new());
         wall.scene.net.host.ip_all("link set eth0 mtu 1400");
@@ -504,7 +507,7 @@ fn connections_fit_a_smaller_egress() {
         let at: SocketAddr = "203.0.113.9:7000".parse().unwrap();
         let listener = wall.scene.net.client.run(|| TcpListener::bind(at)).unwrap();
         let container =
-            wall.server.run(|| std::net::TcpStream::connect_timeout(&at, PATIENCE[1])).unwrap();
+            wall.server.run(|| std::net::TcpStream::connect_timeout(&at, TIMEOUTS[1])).unwrap();
         let (accepted, _) = listener.accept().unwrap();
         for stream in [&accepted, &container] {
             let mss = socket2::SockRef::from(stream).tcp_mss().unwrap();
@@ -513,7 +516,7 @@ fn connections_fit_a_smaller_egress() {
     }
 }
 
-/// A program in the place of one of the machine's.
+/// Replaces the program `name` by a shell `script`.
 pub(super) fn program(scene: &Scene, name: &str, script: &str) {
     let path = scene.programs.path().join(name);
     fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
@@ -521,7 +524,7 @@ pub(super) fn program(scene: &Scene, name: &str, script: &str) {
 }
 
 #[test]
-fn an_iptables_that_does_not_do_is_one_line_and_changes_nothing() {
+fn an_iptables_error_has_one_line_and_leaves_the_host_unchanged() {
     for (name, script, error) in [
         (
             "iptables",
@@ -534,7 +537,7 @@ fn an_iptables_that_does_not_do_is_one_line_and_changes_nothing() {
             "echo >&2 'iptables-restore v1.8.9 (nf_tables): line 5 failed'; exit 2",
             "line 5 failed: -A TIDEGATE-wall-",
         ),
-        // The tables before `nat` are done then.
+        // Fails after the tables before `nat` were written.
         (
             "iptables-restore",
             "if [ -e RAN ]; then exec iptables-nft-restore \"$@\"; fi; touch RAN; sed '/^.nat/,$d' | iptables-nft-restore \"$@\"; echo >&2 half; exit 1",
@@ -554,17 +557,16 @@ fn an_iptables_that_does_not_do_is_one_line_and_changes_nothing() {
         program(&wall.scene, name, &script.replace("RAN", ran.to_str().unwrap()));
         let mut up = wall.scene.up_with(&wall.file, &["--firewall=iptables"]);
         let code = up.wait(Duration::from_secs(60)).code();
-        let told = up.wait_for_output(SOON);
-        assert_eq!(code, Some(1), "{told}");
-        assert!(told.starts_with("tidegate: error: ") && told.contains(error), "{told}");
-        assert_eq!(told.lines().count(), 1, "{told}");
-        assert_eq!(state(&wall.scene.net.host), before, "{told}");
+        let printed = up.wait_for_output(SOON);
+        assert_eq!(code, Some(1), "{printed}");
+        assert!(printed.starts_with("tidegate: error: ") && printed.contains(error), "{printed}");
+        assert_eq!(printed.lines().count(), 1, "{printed}");
+        assert_eq!(state(&wall.scene.net.host), before, "{printed}");
     }
 }
 
-/// Where the programs are missing `auto` takes what is there.
 #[test]
-fn without_iptables_there_is_still_nftables() {
+fn nftables_is_selected_without_iptables() {
     let wall = Wall::new(Scene::new());
     for name in ["iptables", "ip6tables"] {
         program(&wall.scene, name, "exit 1");
@@ -573,10 +575,9 @@ fn without_iptables_there_is_still_nftables() {
     assert!(state(&wall.scene.net.host).contains("table inet tidegate-wall"));
 }
 
-/// A client that never pauses. The kernel would go on sending its datagrams where the port once
-/// led.
+/// The client sends continuously, so its conntrack entry would keep the previous target.
 #[test]
-fn a_udp_flow_follows_its_port_when_that_is_moved_and_ends_with_it() {
+fn a_udp_flow_follows_a_moved_port_and_ends_with_it() {
     for flags in [MODES[1], MODES[3]] {
         let scene = Scene::new();
         let containers = [Namespace::new(), Namespace::new()];
@@ -611,29 +612,29 @@ fn a_udp_flow_follows_its_port_when_that_is_moved_and_ends_with_it() {
         let open = |endpoint: &str| {
             let body =
                 format!(r#"{{"endpoint": "{endpoint}", "spec": "203.0.113.1:9000:80/udp"}}"#);
-            let told: serde_json::Value =
+            let printed: serde_json::Value =
                 serde_json::from_str(&ask(&["http://tidegate/v1/ports", "-d", &body])).unwrap();
-            told[0]["id"].to_string()
+            printed[0]["id"].to_string()
         };
         let close =
             |id: &str| drop(ask(&["-X", "DELETE", &format!("http://tidegate/v1/ports/{id}")]));
         let client = scene.net.client.run(|| UdpSocket::bind("203.0.113.9:5000")).unwrap();
-        let comes = |text: &str, witness: &Witness, patience| {
-            eventually(patience, || {
-                // Nobody may be there, which is told with the next.
+        let arrives = |text: &str, witness: &Witness, timeout| {
+            eventually(timeout, || {
+                // May return an ICMP error for the previous datagram.
                 let _ = client.send_to(text.as_bytes(), "203.0.113.1:9000");
                 witness.has_seen(text)
             })
         };
         let id = open("s0");
-        assert!(comes("first", &witnesses[0], SOON));
+        assert!(arrives("first", &witnesses[0], SOON));
         close(&id);
         let id = open("s1");
-        assert!(comes("second", &witnesses[1], Duration::from_secs(1)), "{flags:?}");
+        assert!(arrives("second", &witnesses[1], Duration::from_secs(1)), "{flags:?}");
         assert!(!witnesses[0].has_seen("second"));
         close(&id);
         assert!(
-            !comes("third", &witnesses[1], PATIENCE[0]) && !witnesses[0].has_seen("third"),
+            !arrives("third", &witnesses[1], TIMEOUTS[0]) && !witnesses[0].has_seen("third"),
             "{flags:?}"
         );
     }

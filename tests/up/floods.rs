@@ -1,5 +1,4 @@
-//! A greedy container and a modest one behind the NAT engine: what the flood of the one costs the
-//! other.
+//! Effect of a container's flood on another container behind the NAT engine.
 
 use super::scene::{Scene, TIDEGATE};
 use std::fs;
@@ -11,36 +10,37 @@ use tidegate_testbed::eventually;
 use tidegate_testbed::flood::{FloodKind, Flooder, request_times};
 use tidegate_testbed::server::PeerServer;
 
-/// The greedy one may send from any address of its network, as where there is no port guard.
+/// The flooding container may send from any address of its network, as without a port guard.
 const FILE: &str = r#"
 name: floods
 networks:
   one: { ipam: { config: [ { subnet: 10.83.1.0/24 } ] } }
   two: { ipam: { config: [ { subnet: 10.83.2.0/24 } ] } }
 services:
-  greedy: { x-netns: GREEDY, networks: { one: { ipv4_address: 10.83.1.2, x-any-source: true } } }
-  modest: { x-netns: MODEST, networks: { two: { ipv4_address: 10.83.2.2 } } }
+  flooding: { x-netns: FLOODING, networks: { one: { ipv4_address: 10.83.1.2, x-any-source: true } } }
+  other: { x-netns: OTHER, networks: { two: { ipv4_address: 10.83.2.2 } } }
 "#;
 
-/// Frames a second.
+/// Frames per second.
 const RATE: u32 = 60_000;
-/// Requests that a figure is made of, and the pause between two.
+/// Requests per measurement.
 const REQUESTS: usize = 200;
+/// Pause between two requests.
 const PAUSE: Duration = Duration::from_millis(5);
-/// The median of the modest container's requests, where a lost SYN costs a second. How much slower
-/// they are is for the bench `neighbour` to judge, on a machine where nothing else runs.
+/// Maximum median latency of the other container's requests. A lost SYN costs 1 s. The benchmark
+/// `neighbour` measures the exact slowdown on an idle machine.
 const SERVED: Duration = Duration::from_millis(100);
 
 #[test]
-fn a_container_is_served_beside_the_flood_of_another() {
+fn a_container_is_served_during_the_flood_of_another() {
     let scene = Scene::new();
-    let (_up, [greedy, modest]) =
-        scene.up_with_services(FILE, ["greedy", "modest"], false, &["--firewall=none"]);
+    let (_up, [flooding, other]) =
+        scene.up_with_services(FILE, ["flooding", "other"], false, &["--firewall=none"]);
     let flooded = (addr::CLIENT_V4, 7001);
     let _flooded = PeerServer::tcp(&scene.net.client, flooded.into());
     let asked = PeerServer::tcp(&scene.net.client, (addr::CLIENT_V4, 7002).into());
     let flooder = Flooder {
-        namespace: &greedy,
+        namespace: &flooding,
         address: Ipv4Addr::new(10, 83, 1, 2),
         gateway: Ipv4Addr::new(10, 83, 1, 1),
         target: flooded,
@@ -48,7 +48,7 @@ fn a_container_is_served_beside_the_flood_of_another() {
     let median = |kind| {
         let _flood = flooder.start(kind, RATE);
         thread::sleep(Duration::from_millis(500));
-        let mut took = modest.run(|| request_times(asked.addr(), REQUESTS, PAUSE));
+        let mut took = other.run(|| request_times(asked.addr(), REQUESTS, PAUSE));
         took.sort_unstable();
         took[REQUESTS / 2]
     };
@@ -63,30 +63,30 @@ fn a_container_is_served_beside_the_flood_of_another() {
     }
 }
 
-/// The greedy one's port guard drops what the engine would refuse, and lets all pass again once the
-/// flood is over: its own connections are limited for as long.
+/// The port guard of the flooding container drops excess SYNs. The policer, which also limits the
+/// container's legitimate connections, is removed after the flood.
 #[track_caller]
-fn a_flood_is_policed(rootless: bool) {
+fn assert_flood_policed(rootless: bool) {
     let scene = Scene::new().with_metrics();
     let scene = if rootless { scene.with_open_tun() } else { scene };
     let file = FILE.replace(", x-any-source: true", "");
-    let (_up, [greedy, _modest]) =
-        scene.up_with_services(&file, ["greedy", "modest"], rootless, &["--firewall=none"]);
+    let (_up, [flooding, _other]) =
+        scene.up_with_services(&file, ["flooding", "other"], rootless, &["--firewall=none"]);
     let target = (addr::CLIENT_V4, 7001);
     let _server = PeerServer::tcp(&scene.net.client, target.into());
     let policed = || {
         let figures = scene.figures();
         let mut policed = figures.lines().filter_map(|line| {
             let value = line.strip_prefix(
-                "tidegate_network_policed_frames_total{network=\"one\",endpoint=\"greedy\"} ",
+                "tidegate_network_policed_frames_total{network=\"one\",endpoint=\"flooding\"} ",
             )?;
             value.parse::<u64>().ok()
         });
-        policed.next().expect("a series of the greedy container")
+        policed.next().expect("a series of the flooding container")
     };
     assert_eq!(policed(), 0);
     let flooder = Flooder {
-        namespace: &greedy,
+        namespace: &flooding,
         address: Ipv4Addr::new(10, 83, 1, 2),
         gateway: Ipv4Addr::new(10, 83, 1, 1),
         target,
@@ -96,35 +96,35 @@ fn a_flood_is_policed(rootless: bool) {
     let before = policed();
     thread::sleep(Duration::from_secs(2));
     let passed = 2.0 * f64::from(RATE) - (policed() - before) as f64;
-    assert!(passed < f64::from(RATE) / 4.0, "of {RATE} a second {passed} passed in two");
+    assert!(passed < f64::from(RATE) / 4.0, "{passed} of {RATE} per second passed in 2 s");
     drop(flood);
-    // Some 2 s after the flood there is no policer any more: more connections than it lets pass at
-    // once are made.
+    // The policer is removed about 2 s after the flood. More connections than its burst then
+    // succeed.
     thread::sleep(Duration::from_millis(2500));
     let before = policed();
-    let times = greedy.run(|| request_times(target.into(), 200, Duration::ZERO));
+    let times = flooding.run(|| request_times(target.into(), 200, Duration::ZERO));
     assert_eq!(times.len(), 200);
     assert_eq!(policed(), before);
 }
 
 #[test]
-fn a_flood_ends_at_the_port_of_its_container() {
-    a_flood_is_policed(false);
+fn a_flood_is_policed_at_the_bridge_port() {
+    assert_flood_policed(false);
 }
 
 #[test]
-fn a_flood_ends_at_the_port_of_its_container_rootless() {
-    a_flood_is_policed(true);
+fn a_flood_is_policed_at_the_bridge_port_rootless() {
+    assert_flood_policed(true);
 }
 
 #[test]
-fn a_limit_of_the_engine_that_is_zero_is_refused_by_its_name() {
+fn the_error_of_a_zero_engine_limit_names_the_flag() {
     let scene = Scene::new();
     fs::write(scene.directory.path().join("compose.yaml"), FILE).unwrap();
     for flag in ["--nat-max-flows", "--nat-max-endpoint-flows", "--nat-max-unanswered"] {
         let output = scene.net.host.command(TIDEGATE).args(["up", flag, "0"]).output().unwrap();
-        let told = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(2), "{told}");
-        assert!(told.contains(flag) && told.contains('0'), "{told}");
+        let printed = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{printed}");
+        assert!(printed.contains(flag) && printed.contains('0'), "{printed}");
     }
 }

@@ -1,5 +1,5 @@
-//! Access to our sockets by the ingress interface: at link-local, multicast and broadcast
-//! addresses, which belong to no network, and after a bridge was made again.
+//! Access checks of published ports by ingress interface: at link-local, multicast and broadcast
+//! addresses, which belong to no network, and after a bridge was recreated.
 
 use super::matrix::peer_as_seen;
 use super::scene::{Scene, service_namespace, state, with_commands};
@@ -17,8 +17,8 @@ use tidegate_testbed::server::PeerServer;
 use tidegate_testbed::{Namespace, Process, Signal, eventually};
 
 const SOON: Duration = Duration::from_secs(10);
-/// How long an answer is waited for that is to come, and one that is not.
-const PATIENCE: [Duration; 2] = [Duration::from_secs(5), Duration::from_millis(300)];
+/// Timeouts of a probe with an expected answer, and without one.
+const TIMEOUTS: [Duration; 2] = [Duration::from_secs(5), Duration::from_millis(300)];
 
 /// `server` on `home` and `insider` on the internal `inside` publish a port each.
 const FILE: &str = r#"
@@ -38,16 +38,16 @@ services:
     ports: [ "8083:80", "8083:80/udp" ]
   neighbour: { x-netns: NEIGHBOUR, networks: [ home ] }
   stranger: { x-netns: STRANGER, networks: [ away ] }
-  inmate: { x-netns: INMATE, networks: [ inside ] }
+  isolated: { x-netns: ISOLATED, networks: [ inside ] }
 "#;
 
-const SERVICES: [&str; 5] = ["server", "insider", "neighbour", "stranger", "inmate"];
+const SERVICES: [&str; 5] = ["server", "insider", "neighbour", "stranger", "isolated"];
 
-/// How the project is up.
+/// Configuration of the project.
 #[derive(Clone, Copy, Debug)]
 struct Mode {
     rootless: bool,
-    /// Of `tidegate up`.
+    /// Flags of `tidegate up`.
     flags: &'static [&'static str],
 }
 
@@ -60,31 +60,31 @@ const IPTABLES_KERNEL: Mode =
     Mode { rootless: false, flags: &["--firewall=iptables", "--publish=kernel"] };
 const ROOTLESS: Mode = Mode { rootless: true, flags: &[] };
 
-/// Where a client is.
+/// Location of a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum From {
     /// On the first uplink.
     Outside,
-    /// On `home`, as the server.
+    /// On `home`, the network of `server`.
     Neighbour,
     /// On `away`.
     Stranger,
-    /// On `inside`, as the insider.
-    Inmate,
+    /// On `inside`, the internal network of `insider`.
+    Isolated,
 }
 
-/// Which address it uses.
+/// Destination address of a probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum To {
-    /// The gateway of its own network, or the host's address for one outside.
+    /// The gateway of the client's network. For an external client, the host's address.
     Gateway(Family),
-    /// The gateway of the network of the port's endpoint, through the host.
+    /// The gateway of the network of the port's endpoint, routed through the host.
     GatewayOfPort(Family),
     /// The host's address on the uplink.
     Host(Family),
-    /// The link-local address of the host on its link, from a link-local one.
+    /// The link-local address of the host on the client's link, from a link-local source.
     LinkLocal,
-    /// The same from a global address.
+    /// The same from a global source.
     LinkLocalFromGlobal,
     /// ff02::1, all nodes.
     AllNodes,
@@ -92,9 +92,9 @@ enum To {
     AllHosts,
     /// 255.255.255.255.
     Broadcast,
-    /// The broadcast address of its own subnet.
+    /// The broadcast address of the client's subnet.
     SubnetBroadcast,
-    /// The broadcast address of the host's subnet on the uplink, through the host.
+    /// The broadcast address of the host's subnet on the uplink, routed through the host.
     UplinkBroadcast,
 }
 
@@ -106,7 +106,7 @@ enum Family {
 
 use Family::{V4, V6};
 
-/// Destinations that one address identifies, with TCP and UDP.
+/// Unicast destinations, probed with TCP and UDP.
 const UNICAST: [To; 8] = [
     To::Gateway(V4),
     To::Gateway(V6),
@@ -118,7 +118,7 @@ const UNICAST: [To; 8] = [
     To::LinkLocalFromGlobal,
 ];
 
-/// The others, with UDP.
+/// Multicast and broadcast destinations, probed with UDP.
 const GROUPS: [To; 5] =
     [To::AllNodes, To::AllHosts, To::Broadcast, To::SubnetBroadcast, To::UplinkBroadcast];
 
@@ -126,18 +126,18 @@ const GROUPS: [To; 5] =
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Port {
     number: u16,
-    /// The network of its endpoint, as a byte of its addresses.
+    /// The network of its endpoint, by the byte that identifies it in addresses.
     network: u8,
 }
 
 const PORTS: [Port; 2] = [Port { number: 8080, network: 1 }, Port { number: 8083, network: 3 }];
 
-/// The project, the servers behind its ports, and everybody who asks.
+/// The project with the servers behind its ports and all clients.
 struct Scenery {
     mode: Mode,
     scene: Scene,
     before: String,
-    /// Where the bridges are.
+    /// The namespace of the bridges.
     bridges: Namespace,
     services: [Namespace; 5],
     _servers: [PeerServer; 4],
@@ -149,7 +149,7 @@ impl Scenery {
     #[track_caller]
     fn new(mode: Mode) -> Self {
         let scene = Scene::new().with_open_tun();
-        // Whoever is outside sends what is for containers to the host.
+        // The external client routes container subnets through the host.
         scene.net.client.ip_all(
             "route add 10.77.0.0/16 via 203.0.113.1
              -6 route add fd77::/16 via 2001:db8:1::1",
@@ -157,7 +157,7 @@ impl Scenery {
         let before = state(&scene.net.host);
         let (up, services) = scene.up_with_services(FILE, SERVICES, mode.rootless, mode.flags);
         let bridges = if mode.rootless { inner_namespace(&up) } else { scene.net.host.clone() };
-        // An inmate who looks for an egress.
+        // Root on the internal network adds default routes.
         services[4].ip_all(
             "route add default via 10.77.3.1
              -6 route add default via fd77:3::1",
@@ -178,7 +178,7 @@ impl Scenery {
             From::Outside => &self.scene.net.client,
             From::Neighbour => &self.services[2],
             From::Stranger => &self.services[3],
-            From::Inmate => &self.services[4],
+            From::Isolated => &self.services[4],
         }
     }
 
@@ -190,7 +190,7 @@ impl Scenery {
             _ => format!("10.77.{}.1/24", from.network()),
         };
         let mut found = None;
-        // Not while links come and go, nor before the address is known to be unique.
+        // Retried while links change and until duplicate address detection has finished.
         assert!(eventually(SOON, || {
             let all = host.ip(&["-o", "addr", "show"]);
             let link = all.lines().find(|line| line.contains(&gateway));
@@ -209,16 +209,16 @@ impl Scenery {
         found.unwrap()
     }
 
-    /// Whether the port's server sees what `from` sends, or answers it.
+    /// Whether the port's server receives the probe of `from`, or answers it.
     fn is_served(&self, port: Port, from: From, to: To, udp: bool, expected: bool) -> bool {
         let link_local = self.link_local(from);
         let text = format!("{port:?} {from:?} {to:?}");
-        let patience = PATIENCE[usize::from(!expected)];
+        let timeout = TIMEOUTS[usize::from(!expected)];
         let answered = self.place(from).run(|| {
             let asked = if udp {
-                ask_by_udp(port, from, to, link_local, &text, patience)
+                probe_udp(port, from, to, link_local, &text, timeout)
             } else {
-                ask_by_tcp(port, from, to, link_local, patience)
+                probe_tcp(port, from, to, link_local, timeout)
             };
             asked.is_ok_and(|length| length > 0)
         });
@@ -226,8 +226,9 @@ impl Scenery {
         answered || udp && witness.has_seen(&text)
     }
 
-    /// Every port, asked by everybody at every address. What is not as [`expected`] says.
-    fn wrong(&self) -> Vec<String> {
+    /// Probes every port from every client at every address. Returns the deviations from
+    /// [`expected`].
+    fn deviations(&self) -> Vec<String> {
         let by_both = |to: To| [(to, false), (to, true)];
         let probes =
             UNICAST.into_iter().flat_map(by_both).chain(GROUPS.into_iter().map(|to| (to, true)));
@@ -235,7 +236,7 @@ impl Scenery {
         std::thread::scope(|scope| {
             let mut asking = Vec::new();
             for port in PORTS {
-                for from in [From::Outside, From::Neighbour, From::Stranger, From::Inmate] {
+                for from in [From::Outside, From::Neighbour, From::Stranger, From::Isolated] {
                     for (to, udp) in probes.clone() {
                         let expected = expected(self.mode, port, from, to);
                         asking.push(scope.spawn(move || {
@@ -254,43 +255,43 @@ impl Scenery {
 }
 
 impl From {
-    /// The network that it is on, as a byte of its addresses.
+    /// The client's network, by the byte that identifies it in addresses.
     fn network(self) -> u8 {
         match self {
             Self::Outside => 0,
             Self::Neighbour => 1,
             Self::Stranger => 2,
-            Self::Inmate => 3,
+            Self::Isolated => 3,
         }
     }
 }
 
-/// Whether `from` is served by `port` at `to`.
+/// Whether `port` serves `from` at `to`.
 fn expected(mode: Mode, port: Port, from: From, to: To) -> bool {
     let is_attached = from.network() == port.network;
     if from == From::Outside {
-        // What comes by an uplink has nothing to do with networks.
+        // Clients on an uplink are on no network of the project.
         return !matches!(to, To::GatewayOfPort(_) | To::UplinkBroadcast);
     }
     match to {
-        To::Gateway(_) => from != From::Inmate || is_attached,
+        To::Gateway(_) => from != From::Isolated || is_attached,
         To::GatewayOfPort(_) => is_attached,
-        To::Host(_) => from != From::Inmate,
-        // Nothing listens there on the far side of an ordinary user's networks.
+        To::Host(_) => from != From::Isolated,
+        // Rootless: no socket listens at these addresses in the namespace of the bridges.
         _ if mode.rootless => false,
-        _ => is_attached && from != From::Inmate,
+        _ => is_attached && from != From::Isolated,
     }
 }
 
-/// The namespace of an ordinary user's networks: the one of a thread of the data plane that has the
-/// bridges. Other threads may be in the namespace of a service for a moment.
+/// The namespace of an ordinary user's networks, found by a thread in the namespace of the bridges.
+/// Other threads can be in the namespace of a service temporarily.
 fn inner_namespace(up: &Process) -> Namespace {
     let tasks = || fs::read_dir(format!("/proc/{}/task", up.pid())).unwrap().flatten();
     let mut found = None;
     assert!(eventually(SOON, || {
         found = tasks().find_map(|task| {
             let opened = File::open(task.path().join("ns/net")).ok()?;
-            // By the open descriptor: the thread may have ended since.
+            // Through the open descriptor, since the thread may have ended.
             let path = format!("/proc/self/fd/{}", opened.as_raw_fd());
             let namespace = Namespace::at(Path::new(&path));
             let addresses = namespace.ip(&["-o", "addr", "show"]);
@@ -301,7 +302,8 @@ fn inner_namespace(up: &Process) -> Namespace {
     found.unwrap()
 }
 
-/// In the client's namespace: a socket on its only link, and where it sends to.
+/// A socket on the only link of the client's namespace, with the destination address. Must be
+/// called in that namespace.
 fn socket(
     port: Port,
     from: From,
@@ -332,7 +334,8 @@ fn socket(
         To::Broadcast => at("255.255.255.255"),
         To::SubnetBroadcast if outside => at("203.0.113.255"),
         To::SubnetBroadcast => at(&format!("10.77.{network}.255")),
-        // For one outside that is its own subnet; a broadcast of a network's is not routed there.
+        // This is the external client's own subnet, so it sends to the broadcast address of a
+        // container network instead.
         To::UplinkBroadcast if outside => at("10.77.1.255"),
         To::UplinkBroadcast => at("203.0.113.255"),
     };
@@ -352,79 +355,79 @@ fn socket(
     Ok((socket, address))
 }
 
-/// The length of the answer, from any source.
-fn ask_by_udp(
+/// The length of the answer, from any source address.
+fn probe_udp(
     port: Port,
     from: From,
     to: To,
     link_local: Ipv6Addr,
     text: &str,
-    patience: Duration,
+    timeout: Duration,
 ) -> io::Result<usize> {
     let (socket, address) = socket(port, from, to, link_local, Type::DGRAM).expect("a socket");
     let socket = UdpSocket::from(socket);
-    socket.set_read_timeout(Some(patience))?;
+    socket.set_read_timeout(Some(timeout))?;
     socket.send_to(text.as_bytes(), address)?;
     socket.recv(&mut [0; 100])
 }
 
 /// The length of the answer.
-fn ask_by_tcp(
+fn probe_tcp(
     port: Port,
     from: From,
     to: To,
     link_local: Ipv6Addr,
-    patience: Duration,
+    timeout: Duration,
 ) -> io::Result<usize> {
     let (socket, address) = socket(port, from, to, link_local, Type::STREAM).expect("a socket");
-    socket.connect_timeout(&address.into(), patience)?;
+    socket.connect_timeout(&address.into(), timeout)?;
     let mut stream = TcpStream::from(socket);
-    stream.set_read_timeout(Some(patience))?;
+    stream.set_read_timeout(Some(timeout))?;
     let _ = stream.write_all(b"?");
     stream.read(&mut [0; 100])
 }
 
 #[track_caller]
-fn holds(mode: Mode) {
+fn assert_access(mode: Mode) {
     let mut scenery = Scenery::new(mode);
-    assert_eq!(scenery.wrong(), [""; 0], "{mode:?}");
+    assert_eq!(scenery.deviations(), [""; 0], "{mode:?}");
     scenery.up.stop(Signal::INT, SOON);
     assert_eq!(state(&scenery.scene.net.host), scenery.before);
 }
 
 #[test]
-fn link_local_multicast_and_broadcast_lead_to_ports_of_the_own_network_alone() {
-    holds(NONE);
+fn link_local_and_group_addresses_reach_only_ports_of_the_own_network() {
+    assert_access(NONE);
 }
 
 #[test]
-fn with_nftables_they_lead_to_ports_of_the_own_network_alone() {
-    holds(NFTABLES);
+fn link_local_and_group_addresses_with_nftables() {
+    assert_access(NFTABLES);
 }
 
 #[test]
-fn with_iptables_they_lead_to_ports_of_the_own_network_alone() {
-    holds(IPTABLES);
+fn link_local_and_group_addresses_with_iptables() {
+    assert_access(IPTABLES);
 }
 
 #[test]
-fn published_by_the_kernel_with_nftables_they_lead_to_ports_of_the_own_network_alone() {
-    holds(NFTABLES_KERNEL);
+fn link_local_and_group_addresses_published_by_the_kernel_with_nftables() {
+    assert_access(NFTABLES_KERNEL);
 }
 
 #[test]
-fn published_by_the_kernel_with_iptables_they_lead_to_ports_of_the_own_network_alone() {
-    holds(IPTABLES_KERNEL);
+fn link_local_and_group_addresses_published_by_the_kernel_with_iptables() {
+    assert_access(IPTABLES_KERNEL);
 }
 
 #[test]
-fn in_the_networks_of_an_ordinary_user_they_lead_nowhere() {
-    holds(ROOTLESS);
+fn link_local_and_group_addresses_reach_no_port_rootless() {
+    assert_access(ROOTLESS);
 }
 
-/// Somebody deletes bridges; they are made again, with other indexes.
+/// Deleted bridges are recreated with other interface indexes.
 #[test]
-fn access_is_as_before_when_bridges_have_been_made_again() {
+fn access_checks_hold_after_bridges_are_recreated() {
     for mode in [NONE, NFTABLES, IPTABLES] {
         let mut scenery = Scenery::new(mode);
         let host = scenery.scene.net.host.clone();
@@ -448,21 +451,20 @@ fn access_is_as_before_when_bridges_have_been_made_again() {
             let port = PORTS[0];
             scenery.is_served(port, From::Neighbour, To::Gateway(V4), false, true)
                 && scenery.is_served(port, From::Stranger, To::Gateway(V6), false, true)
-                && scenery.is_served(PORTS[1], From::Inmate, To::Gateway(V4), false, true)
+                && scenery.is_served(PORTS[1], From::Isolated, To::Gateway(V4), false, true)
         };
         assert!(eventually(SOON, served), "{mode:?}: {}", scenery.up.output());
-        // Who lost its addresses with its link has them again, but not the routes that it has made
-        // itself.
-        assert_eq!(scenery.wrong(), [""; 0], "{mode:?}");
+        // Endpoints have their addresses again, but not the routes that root has added.
+        assert_eq!(scenery.deviations(), [""; 0], "{mode:?}");
         scenery.up.stop(Signal::INT, SOON);
     }
 }
 
-/// The internal network of one project, and what another one publishes: no firewall drops it.
+/// Without a firewall, the access check alone denies it.
 #[test]
 fn an_internal_network_of_another_project_reaches_no_port() {
     let scene = Scene::new();
-    let (server, inmate) = (Namespace::new(), Namespace::new());
+    let (server, isolated) = (Namespace::new(), Namespace::new());
     let file = |name: &str, number: u8, internal: bool, at: &Namespace, port: &str| {
         format!(
             "name: {name}
@@ -476,9 +478,9 @@ services: {{ box: {{ x-netns: {}, networks: [ net ]{port} }} }}
     let one = scene
         .up_with(&file("one", 1, false, &server, ", ports: [ '8080:80' ]"), &["--firewall=none"]);
     one.wait_for_line("Ctrl-C takes", SOON);
-    let other = scene.up_beside(&file("other", 2, true, &inmate, ""), &["--firewall=none"]);
+    let other = scene.up_beside(&file("other", 2, true, &isolated, ""), &["--firewall=none"]);
     other.wait_for_line("Ctrl-C takes", SOON);
-    inmate.ip_all("route add default via 10.78.2.1\n-6 route add default via fd78:2::1");
+    isolated.ip_all("route add default via 10.78.2.1\n-6 route add default via fd78:2::1");
     let listed = scene.net.host.ip(&["-6", "-o", "addr", "show", "scope", "link"]);
     let bridge = listed.lines().find(|line| {
         let name = line.split_whitespace().nth(1).unwrap_or_default();
@@ -487,7 +489,7 @@ services: {{ box: {{ x-netns: {}, networks: [ net ]{port} }} }}
     });
     let link_local =
         bridge.and_then(|line| line.split_whitespace().nth(3)).unwrap().split('/').next().unwrap();
-    let scope = inmate.run(|| fs::read_to_string("/proc/thread-self/net/if_inet6")).unwrap();
+    let scope = isolated.run(|| fs::read_to_string("/proc/thread-self/net/if_inet6")).unwrap();
     let scope = scope
         .lines()
         .find(|line| line.ends_with("eth0"))
@@ -504,16 +506,16 @@ services: {{ box: {{ x-netns: {}, networks: [ net ]{port} }} }}
         SocketAddrV6::new(link_local.parse().unwrap(), 8080, 0, scope).into(),
     ];
     for address in at {
-        let answered = inmate.run(|| peer_as_seen(address, false, PATIENCE[1]));
+        let answered = isolated.run(|| peer_as_seen(address, false, TIMEOUTS[1]));
         assert!(answered.is_err(), "{address}: {answered:?}");
     }
-    let outside = scene.net.client.run(|| peer_as_seen(at[0], false, PATIENCE[0]));
+    let outside = scene.net.client.run(|| peer_as_seen(at[0], false, TIMEOUTS[0]));
     assert!(outside.is_ok(), "{outside:?}");
 }
 
-/// They are bound to the bridge.
+/// Their sockets are bound to the interface index of the bridge.
 #[test]
-fn dns_servers_at_gateways_are_back_when_bridges_have_been_made_again() {
+fn dns_servers_at_gateways_work_after_bridges_are_recreated() {
     for flags in [NONE.flags, NFTABLES.flags] {
         let scene = Scene::new();
         let file = "name: ingress
@@ -538,23 +540,23 @@ services: { box: { command: sleep 60, networks: { home: { ipv4_address: 10.77.1.
     }
 }
 
-/// What comes of connecting to a metrics endpoint, and only then of asking.
+/// Result of a request to a metrics endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Page {
     /// It is served.
     Served,
-    /// The connection is reset before anything was sent, or none is made.
+    /// The connection fails, or is reset before the request.
     Closed,
 }
 
 fn page(at: SocketAddr, expected: Page) -> Page {
-    let patience = PATIENCE[usize::from(expected == Page::Closed)];
-    let Ok(mut stream) = TcpStream::connect_timeout(&at, patience) else { return Page::Closed };
-    stream.set_read_timeout(Some(PATIENCE[1])).unwrap();
+    let timeout = TIMEOUTS[usize::from(expected == Page::Closed)];
+    let Ok(mut stream) = TcpStream::connect_timeout(&at, timeout) else { return Page::Closed };
+    stream.set_read_timeout(Some(TIMEOUTS[1])).unwrap();
     let silent = stream.read(&mut [0; 1]);
-    // Denied clients are told so before they ask.
+    // The connection of a denied client is reset before its request.
     let is_open = silent.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock);
-    stream.set_read_timeout(Some(PATIENCE[0])).unwrap();
+    stream.set_read_timeout(Some(TIMEOUTS[0])).unwrap();
     let mut answer = [0; 12];
     let asked = stream
         .write_all(b"GET /metrics HTTP/1.1\r\n\r\n")
@@ -567,7 +569,7 @@ fn page(at: SocketAddr, expected: Page) -> Page {
 }
 
 #[test]
-fn metrics_are_served_to_no_internal_network_and_at_no_address_of_another() {
+fn metrics_are_not_served_to_internal_networks_or_at_gateways_of_other_networks() {
     for mode in [NONE, NFTABLES, IPTABLES, ROOTLESS] {
         let scene = Scene::new().with_open_tun();
         scene.net.client.ip_all(
@@ -580,11 +582,11 @@ fn metrics_are_served_to_no_internal_network_and_at_no_address_of_another() {
         command.arg("up").arg("-f").arg(path).args(mode.flags).args(["--metrics", "[::]:9464"]);
         let up = Process::spawn(&mut command);
         up.wait_for_line("Ctrl-C takes", SOON);
-        let [neighbour, stranger, inmate] =
-            ["neighbour", "stranger", "inmate"].map(|name| service_namespace(&up, name));
-        inmate.ip_all("route add default via 10.77.3.1\n -6 route add default via fd77:3::1");
+        let [neighbour, stranger, isolated] =
+            ["neighbour", "stranger", "isolated"].map(|name| service_namespace(&up, name));
+        isolated.ip_all("route add default via 10.77.3.1\n -6 route add default via fd77:3::1");
         let (host, outside) = (&scene.net.host, &scene.net.client);
-        // The gateways of an ordinary user's networks are no addresses of the host.
+        // Rootless: gateways are not addresses of the host.
         let at_gateway = if mode.rootless { Page::Closed } else { Page::Served };
         let (yes, no) = (Page::Served, Page::Closed);
         for (who, from, to, expected) in [
@@ -602,11 +604,11 @@ fn metrics_are_served_to_no_internal_network_and_at_no_address_of_another() {
             ("neighbour", &neighbour, "fd77:1::1", at_gateway),
             ("neighbour", &neighbour, "10.77.2.1", no),
             ("stranger", &stranger, "fd77:1::1", no),
-            ("inmate", &inmate, "203.0.113.1", no),
-            ("inmate", &inmate, "2001:db8:1::1", no),
-            ("inmate", &inmate, "10.77.3.1", no),
-            ("inmate", &inmate, "fd77:3::1", no),
-            ("inmate", &inmate, "10.77.1.1", no),
+            ("isolated", &isolated, "203.0.113.1", no),
+            ("isolated", &isolated, "2001:db8:1::1", no),
+            ("isolated", &isolated, "10.77.3.1", no),
+            ("isolated", &isolated, "fd77:3::1", no),
+            ("isolated", &isolated, "10.77.1.1", no),
         ] {
             let at = SocketAddr::new(to.parse().unwrap(), 9464);
             assert_eq!(
@@ -619,9 +621,9 @@ fn metrics_are_served_to_no_internal_network_and_at_no_address_of_another() {
     }
 }
 
-/// A member of an internal network that makes itself a route finds no NAT engine.
+/// Even if root on the internal network adds a default route.
 #[test]
-fn the_nat_engine_answers_no_internal_network() {
+fn the_nat_engine_is_not_reachable_from_internal_networks() {
     for mode in [NONE, ROOTLESS] {
         let scene = Scene::new().with_open_tun();
         let file = with_commands(FILE, &SERVICES);
@@ -633,26 +635,27 @@ fn the_nat_engine_answers_no_internal_network() {
             ["127.0.0.1:9999", "[::1]:9999"].map(|at| at.parse().unwrap());
         let _tcp = loopbacks.map(|at| PeerServer::tcp(&scene.net.host, at));
         let _udp = loopbacks.map(|at| PeerServer::udp(&scene.net.host, at));
-        let [neighbour, inmate] = ["neighbour", "inmate"].map(|name| service_namespace(&up, name));
-        inmate.ip_all("route add default via 10.77.3.1\n -6 route add default via fd77:3::1");
+        let [neighbour, isolated] =
+            ["neighbour", "isolated"].map(|name| service_namespace(&up, name));
+        isolated.ip_all("route add default via 10.77.3.1\n -6 route add default via fd77:3::1");
         for to in ["169.254.116.103:9999", "[fd74:6964:6567:6174::1]:9999"] {
             for udp in [false, true] {
                 let to: SocketAddr = to.parse().unwrap();
-                neighbour.run(|| peer_as_seen(to, udp, PATIENCE[0])).unwrap();
-                let seen = inmate.run(|| peer_as_seen(to, udp, PATIENCE[1]));
+                neighbour.run(|| peer_as_seen(to, udp, TIMEOUTS[0])).unwrap();
+                let seen = isolated.run(|| peer_as_seen(to, udp, TIMEOUTS[1]));
                 assert!(seen.is_err(), "{mode:?}: {to} (udp {udp}): {seen:?}");
             }
         }
     }
 }
 
-/// What the kernel reports of an accepted connection, whichever address was used.
+/// The kernel reports it for all combinations of source and destination addresses.
 #[test]
-fn an_accepted_connection_tells_its_ingress_interface() {
+fn an_accepted_connection_reports_its_ingress_interface() {
     let scene = Scene::new();
     let _uplink = Uplink::new(&scene);
     let (host, client) = (&scene.net.host, &scene.net.client);
-    // The addresses of the second uplink, by the first.
+    // Routes to the addresses of the second uplink through the first.
     client.ip_all(
         "route add 198.51.100.1 via 203.0.113.1\n -6 route add 2001:db8:2::1 via 2001:db8:1::1",
     );
@@ -689,7 +692,7 @@ fn an_accepted_connection_tells_its_ingress_interface() {
                 (client, "2001:db8:1::9", &of_host, eth0),
                 (client, &of_client, "2001:db8:1::1", eth0),
                 (host, "::", "::1", lo),
-                // The interface that carries the address.
+                // The interface that has the address.
                 (host, "::", "2001:db8:2::1", eth1),
             ]
         } else {
@@ -718,13 +721,13 @@ fn an_accepted_connection_tells_its_ingress_interface() {
             drop(stream);
         }
     }
-    // A listener that was not prepared does not tell, and is not trusted to.
+    // A listener without the socket options does not report it, which is an error.
     let listener = host.run(|| TcpListener::bind("0.0.0.0:7002")).unwrap();
     let _stream = client.run(|| TcpStream::connect("203.0.113.1:7002")).unwrap();
     assert!(stream_ingress(listener.accept().unwrap().0, false).is_err());
 }
 
-/// `text` with its zone as an index in `namespace`.
+/// Parses `text` and resolves its zone to an interface index in `namespace`.
 fn resolve(namespace: &Namespace, text: &str, port: u16) -> SocketAddr {
     let Some((address, link)) = text.split_once('%') else {
         return SocketAddr::new(text.parse().unwrap(), port);
@@ -734,16 +737,15 @@ fn resolve(namespace: &Namespace, text: &str, port: u16) -> SocketAddr {
     SocketAddrV6::new(address.parse().unwrap(), port, 0, index).into()
 }
 
-/// An address of the host for source and destination: from the host it is the host's, from
-/// elsewhere it is forged.
+/// Source and destination are the same address of the host. Only the host itself can send that.
 #[test]
-fn a_datagram_with_its_destination_for_a_source_is_taken_from_the_host_alone() {
+fn external_datagrams_with_equal_source_and_destination_are_dropped() {
     let scene = Scene::new();
     let (host, client) = (&scene.net.host, &scene.net.client);
     host.sysctl("net.ipv4.conf.eth0.accept_local", "1");
     host.sysctl("net.ipv4.conf.all.rp_filter", "0");
     host.sysctl("net.ipv4.conf.eth0.rp_filter", "0");
-    // Ports of its own for each family: a program that another test starts may hold a socket for a
+    // Different ports per family: a program that another test starts can inherit a socket for a
     // moment.
     for (any, own, ports) in
         [("0.0.0.0", "203.0.113.1", [7000, 7001]), ("::", "2001:db8:1::1", [7002, 7003])]
@@ -772,7 +774,7 @@ fn a_datagram_with_its_destination_for_a_source_is_taken_from_the_host_alone() {
         let honest = client.run(|| UdpSocket::bind((any, 0))).unwrap();
         let from_host = host.run(|| UdpSocket::bind((own, 0))).unwrap();
         let mut buffer = [0; 20];
-        // It does arrive, and is dropped by the filter alone.
+        // It arrives at the socket without a filter.
         forger.send_to(b"forged", (own, ports[0])).unwrap();
         assert_eq!(open.recv(&mut buffer).unwrap(), 6, "{own}");
         forger.send_to(b"forged", (own, ports[1])).unwrap();

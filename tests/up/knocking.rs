@@ -1,5 +1,5 @@
-//! An outside that knows the way, and a container of another network, which knock at a container
-//! all the while: during starts and ends, kills, and while others throw our rules away.
+//! Continuous probes of a container, from outside and from another network, during starts, stops,
+//! kills, and while other software flushes tidegate's rules. None of them must arrive.
 
 use super::matrix::{ENDPOINTS, FILE};
 use super::scene::{Scene, state};
@@ -13,24 +13,24 @@ use tidegate_testbed::{Namespace, Process, Signal, eventually};
 
 const SOON: Duration = Duration::from_secs(10);
 
-/// How often each of them knocks.
+/// Interval between two probes of a prober.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// What a container listens at that nobody else shall reach.
+/// Addresses of the container that only its own network may reach.
 const CONTAINER: [&str; 2] = ["10.77.1.10:80", "[fd77:1::10]:80"];
 
-/// The scene with all of it going on, on a host that forwards for others.
-struct Knocking {
+/// Running probers, on a host with forwarding enabled.
+struct Probing {
     scene: Scene,
     endpoints: [Namespace; 4],
     file: String,
     witness: Witness,
     over: Arc<AtomicBool>,
-    knocks: Arc<AtomicU64>,
+    probes: Arc<AtomicU64>,
     threads: Vec<JoinHandle<()>>,
 }
 
-impl Knocking {
+impl Probing {
     fn new(scene: Scene) -> Self {
         scene.net.host.sysctl("net.ipv4.ip_forward", "1");
         scene.net.host.sysctl("net.ipv6.conf.all.forwarding", "1");
@@ -44,25 +44,25 @@ impl Knocking {
             file = file.replace(&name.to_uppercase(), &namespace.path().display().to_string());
         }
         let witness = Witness::new(&endpoints[0], &["[::]:80".parse().unwrap()]);
-        let (over, knocks) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (over, probes) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let mut threads = Vec::new();
         for from in [&scene.net.client, &endpoints[2]] {
             for to in CONTAINER {
                 let to: SocketAddr = to.parse().unwrap();
                 let any = if to.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" };
                 let socket = from.run(|| UdpSocket::bind(any)).unwrap();
-                let (over, knocks) = (Arc::clone(&over), Arc::clone(&knocks));
+                let (over, probes) = (Arc::clone(&over), Arc::clone(&probes));
                 threads.push(thread::spawn(move || {
                     while !over.load(Ordering::Relaxed) {
-                        // That there is no way is what is hoped for.
+                        // Errors such as a missing route are expected.
                         let _ = socket.send_to(b"let me in", to);
-                        knocks.fetch_add(1, Ordering::Relaxed);
+                        probes.fetch_add(1, Ordering::Relaxed);
                         thread::sleep(PAUSE);
                     }
                 }));
             }
         }
-        Self { scene, endpoints, file, witness, over, knocks, threads }
+        Self { scene, endpoints, file, witness, over, probes, threads }
     }
 
     fn up(&self, flags: &[&str]) -> Process {
@@ -71,7 +71,7 @@ impl Knocking {
         up
     }
 
-    /// Whether a neighbour of the container is answered, by which the witness hears what comes in.
+    /// Whether the container answers a client of its network. Shows that the witness works.
     fn neighbour_is_answered(&self) -> bool {
         self.endpoints[1].run(|| {
             let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
@@ -80,133 +80,143 @@ impl Knocking {
         })
     }
 
-    /// Nobody was let in.
+    /// Asserts that no probe has arrived.
     #[track_caller]
-    fn end(mut self) {
+    fn assert_none_arrived(mut self) {
         self.over.store(true, Ordering::Relaxed);
         for thread in self.threads.drain(..) {
             thread.join().unwrap();
         }
-        assert!(self.witness.has_seen("hello"), "the witness does hear what comes in");
-        assert!(self.knocks.load(Ordering::Relaxed) > 400, "and there was knocking");
+        assert!(self.witness.has_seen("hello"), "the witness works");
+        assert!(self.probes.load(Ordering::Relaxed) > 400, "probes were sent");
         assert!(!self.witness.has_seen("let me in"));
     }
 }
 
-/// Starts, ends, and kills.
+/// Starts, stops and kills.
 #[track_caller]
-fn is_never_open_through_restarts(flags: &[&str], restarts: usize) {
-    let knocking = Knocking::new(Scene::new());
+fn assert_closed_through_restarts(flags: &[&str], restarts: usize) {
+    let probing = Probing::new(Scene::new());
     let endings = [Signal::KILL, Signal::INT, Signal::KILL, Signal::TERM];
     for ending in endings.into_iter().cycle().take(restarts) {
-        let mut up = knocking.up(flags);
-        assert!(knocking.neighbour_is_answered());
+        let mut up = probing.up(flags);
+        assert!(probing.neighbour_is_answered());
         up.signal(ending);
         up.wait(SOON);
     }
-    knocking.end();
+    probing.assert_none_arrived();
 }
 
 #[test]
-fn there_is_no_moment_at_which_a_container_is_open() {
-    is_never_open_through_restarts(&["--firewall=none"], 6);
+fn a_container_stays_closed_through_restarts() {
+    assert_closed_through_restarts(&["--firewall=none"], 6);
 }
 
 #[test]
-fn there_is_none_with_nftables_through_twenty_restarts() {
-    is_never_open_through_restarts(&["--firewall=nftables", "--publish=kernel"], 20);
+fn a_container_stays_closed_through_twenty_restarts_with_nftables() {
+    assert_closed_through_restarts(&["--firewall=nftables", "--publish=kernel"], 20);
 }
 
 #[test]
-fn there_is_none_with_iptables_through_twenty_restarts() {
-    is_never_open_through_restarts(&["--firewall=iptables", "--publish=kernel"], 20);
+fn a_container_stays_closed_through_twenty_restarts_with_iptables() {
+    assert_closed_through_restarts(&["--firewall=iptables", "--publish=kernel"], 20);
 }
 
-/// Others throw rules away, ours among them: they are back within a second, and nobody is let in
-/// meanwhile.
+/// Other software removes rules (`harms`, repeated to `times`). They are restored within a second,
+/// and no probe arrives meanwhile.
 #[track_caller]
-fn heals(scene: Scene, flags: &[&str], harms: &[&str], times: usize) {
-    let knocking = Knocking::new(scene);
-    let host = &knocking.scene.net.host;
-    let mut up = knocking.up(flags);
-    assert!(knocking.neighbour_is_answered());
+fn assert_restored(scene: Scene, flags: &[&str], harms: &[&str], times: usize) {
+    let probing = Probing::new(scene);
+    let host = &probing.scene.net.host;
+    let mut up = probing.up(flags);
+    assert!(probing.neighbour_is_answered());
     let ours = state(host);
     let mut longest = Duration::ZERO;
     for harm in harms.iter().cycle().take(times) {
-        // What cannot be done to us, because it is ours alone, need not be repaired.
+        // Fails where the kernel denies the change of an owned table.
         let _ = host
             .command("sh")
             .args(["-c", harm])
-            .env("PATH", knocking.scene.path())
+            .env("PATH", probing.scene.path())
             .output()
             .unwrap();
-        let harmed = Instant::now();
-        let healed = eventually(SOON, || state(host) == ours);
-        assert!(healed, "{harm}:\n{}\ninstead of\n{ours}{}", state(host), up.output());
-        longest = longest.max(harmed.elapsed());
+        let removed = Instant::now();
+        let restored = eventually(SOON, || state(host) == ours);
+        assert!(restored, "{harm}:\n{}\ninstead of\n{ours}{}", state(host), up.output());
+        longest = longest.max(removed.elapsed());
     }
-    println!("back after {longest:?} at most");
+    println!("restored within {longest:?}");
     assert!(longest < Duration::from_secs(1), "{longest:?}");
-    assert!(knocking.neighbour_is_answered());
+    assert!(probing.neighbour_is_answered());
     assert!(!up.output().contains("ERROR"), "{}", up.output());
     up.stop(Signal::INT, SOON);
-    knocking.end();
+    probing.assert_none_arrived();
 }
 
 #[test]
-fn nftables_flushed_a_hundred_times_let_nobody_in() {
+fn a_container_stays_closed_while_nftables_is_flushed_a_hundred_times() {
     let harms = [
         "nft flush ruleset",
         "nft delete table inet tidegate-matrix",
         "nft delete table inet tidegate_user",
         "nft flush table inet tidegate_user",
     ];
-    heals(Scene::new(), &["--firewall=nftables"], &harms, 100);
+    assert_restored(Scene::new(), &["--firewall=nftables"], &harms, 100);
 }
 
 #[test]
-fn tables_of_nftables_that_are_everybodys_flushed_let_nobody_in() {
+fn a_container_stays_closed_while_tables_without_an_owner_are_flushed() {
     let harms = [
         "nft flush ruleset",
         "nft delete table inet tidegate-matrix",
         "nft flush chain inet tidegate-matrix forward",
         "for link in $(ls /sys/class/net | grep ^tg-); do ip link set $link group 0; done",
     ];
-    heals(Scene::lacking("owned-tables"), &["--firewall=nftables", "--publish=kernel"], &harms, 30);
+    assert_restored(
+        Scene::lacking("owned-tables"),
+        &["--firewall=nftables", "--publish=kernel"],
+        &harms,
+        30,
+    );
 }
 
-/// Nobody is there to put anything back, and the tables are nobody's.
+/// After a kill, no process restores the rules, and no process owns the tables.
 #[test]
-fn flushed_while_we_are_dead_let_nobody_in() {
+fn a_container_stays_closed_while_rules_of_a_killed_instance_are_flushed() {
     for (firewall, lacks) in
         [("nftables", ""), ("iptables", ""), ("nftables", "gates"), ("iptables", "gates")]
     {
         let flags = &[&format!("--firewall={firewall}")[..], "--publish=kernel"];
-        let knocking = Knocking::new(Scene::lacking(lacks));
+        let probing = Probing::new(Scene::lacking(lacks));
         for _ in 0..3 {
-            let mut up = knocking.up(flags);
-            assert!(knocking.neighbour_is_answered());
+            let mut up = probing.up(flags);
+            assert!(probing.neighbour_is_answered());
             up.signal(Signal::KILL);
             up.wait(SOON);
-            knocking.scene.sh("nft flush ruleset");
+            probing.scene.sh("nft flush ruleset");
             thread::sleep(50 * PAUSE);
         }
-        let mut up = knocking.up(flags);
+        let mut up = probing.up(flags);
         up.stop(Signal::INT, SOON);
-        knocking.end();
+        probing.assert_none_arrived();
     }
 }
 
 #[test]
-fn tables_flushed_where_policy_rules_stand_behind_let_nobody_in() {
+fn a_container_stays_closed_by_policy_rules_while_tables_are_flushed() {
     let lacking = || Scene::lacking("owned-tables,gates");
-    heals(lacking(), &["--firewall=nftables", "--publish=kernel"], &["nft flush ruleset"], 20);
+    assert_restored(
+        lacking(),
+        &["--firewall=nftables", "--publish=kernel"],
+        &["nft flush ruleset"],
+        20,
+    );
     let harms = ["iptables -F; ip6tables -F", "nft flush ruleset", "iptables -t mangle -F"];
-    heals(lacking(), &["--firewall=iptables", "--publish=kernel"], &harms, 20);
+    assert_restored(lacking(), &["--firewall=iptables", "--publish=kernel"], &harms, 20);
 }
 
 #[test]
-fn iptables_flushed_a_hundred_times_let_nobody_in() {
+fn a_container_stays_closed_while_iptables_is_flushed_a_hundred_times() {
     let harms = [
         "iptables -F; ip6tables -F",
         "iptables -t nat -F; ip6tables -t nat -F",
@@ -214,13 +224,18 @@ fn iptables_flushed_a_hundred_times_let_nobody_in() {
         "iptables -D FORWARD 1; ip6tables -t mangle -F",
         "iptables -t raw -F; iptables -t raw -X",
     ];
-    heals(Scene::new(), &["--firewall=iptables", "--publish=kernel"], &harms, 100);
+    assert_restored(Scene::new(), &["--firewall=iptables", "--publish=kernel"], &harms, 100);
 }
 
-/// Whose kernel says nothing of changes.
+/// The kernel sends no notifications about legacy rules.
 #[test]
-fn legacy_iptables_flushed_let_nobody_in() {
+fn a_container_stays_closed_while_legacy_iptables_is_flushed() {
     let harms =
         ["iptables -F; ip6tables -F", "iptables -t nat -F", "iptables -t raw -D PREROUTING 1"];
-    heals(Scene::with_legacy_iptables(), &["--firewall=iptables", "--publish=kernel"], &harms, 12);
+    assert_restored(
+        Scene::with_legacy_iptables(),
+        &["--firewall=iptables", "--publish=kernel"],
+        &harms,
+        12,
+    );
 }

@@ -1,4 +1,4 @@
-//! Who reaches what: one table, for every way to keep networks closed.
+//! Reachability matrix: one table of clients and destinations, checked in every isolation mode.
 
 use super::scene::{Scene, rootless_namespace, state};
 use super::uplink::{self, Uplink};
@@ -13,22 +13,22 @@ use tidegate_testbed::server::PeerServer;
 use tidegate_testbed::{Namespace, Process, Signal, addr, eventually};
 
 const SOON: Duration = Duration::from_secs(10);
-/// How long an answer is waited for that is to come, and one that is not.
-const PATIENCE: [Duration; 2] = [Duration::from_secs(5), Duration::from_millis(250)];
+/// Timeouts of a probe with an expected answer, and without one.
+const TIMEOUTS: [Duration; 2] = [Duration::from_secs(5), Duration::from_millis(250)];
 
-/// Where a client is, or whom it pretends to be.
+/// Location of a client, or the source address that it spoofs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum From {
-    /// Beyond the host, on its first uplink.
+    /// On the first uplink of the host.
     Outside,
-    /// Beyond the host, on its second uplink.
+    /// On the second uplink of the host.
     Beyond,
-    /// A host on the second uplink that sends everything, loopback addresses too, by way of the
-    /// host.
+    /// On the second uplink, with routes for all destinations through the host, including loopback
+    /// addresses.
     Hostile,
-    /// The same, with the source address of an endpoint of the server's network.
+    /// The same, with a spoofed source address on the server's network.
     AsNeighbour,
-    /// The same, with a loopback address for its source.
+    /// The same, with a loopback address as its source.
     AsLoopback,
     /// The host itself.
     Host,
@@ -37,42 +37,42 @@ enum From {
     /// An endpoint of another network.
     Stranger,
     /// An endpoint of an internal network.
-    Inmate,
+    Isolated,
     /// The server's own endpoint.
     Itself,
-    /// Root in an endpoint, with a source address that is not its own.
+    /// Root in an endpoint, with a spoofed source address.
     Forging(Forger, Source),
 }
 
-/// Where root forges source addresses.
+/// The endpoint in which root spoofs source addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Forger {
-    /// In the stranger.
+    /// On another network than the server.
     Stranger,
-    /// In the inmate.
-    Inmate,
+    /// On an internal network.
+    Isolated,
 }
 
-/// A forged source address.
+/// A spoofed source address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Source {
     /// Another address of its own network.
     Member,
     /// The gateway of its own network.
     Gateway,
-    /// A client on the outside.
+    /// The external client.
     Outside,
     /// Loopback.
     Loopback,
-    /// The server's neighbour, on another network.
+    /// An address on the server's network.
     OtherNetwork,
 }
 
-const FORGERS: [Forger; 2] = [Forger::Stranger, Forger::Inmate];
+const FORGERS: [Forger; 2] = [Forger::Stranger, Forger::Isolated];
 const SOURCES: [Source; 5] =
     [Source::Member, Source::Gateway, Source::Outside, Source::Loopback, Source::OtherNetwork];
 
-/// What it asks.
+/// Destination of a probe.
 #[derive(Clone, Copy, Debug)]
 enum To {
     /// The container's address and port.
@@ -87,24 +87,25 @@ enum To {
     AwayGateway,
     /// The published port at the gateway address of the internal network.
     InsideGateway,
-    /// The published port on the host's loopback address; a client elsewhere asks its own.
+    /// The published port at a loopback address, which is the client's own except on the host.
     Loopback,
-    /// Another port, published on the host's loopback address alone, there.
+    /// A port published only on the host's loopback address, at that address.
     LoopbackOnly,
-    /// The same at the host's address on the outside.
+    /// The same port at the host's address on the first uplink.
     LoopbackOnlyOutside,
-    /// The same at the gateway address of the server's network.
+    /// The same port at the gateway address of the server's network.
     LoopbackOnlyGateway,
 }
 
-/// What comes of it.
+/// Result of a probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
-    /// Nothing gets to the server, and nothing comes back.
+    /// The probe does not reach the server.
     Nothing,
     /// The server answers.
     Answer,
-    /// A datagram gets to the server; its answer goes elsewhere. Of TCP nothing does.
+    /// A datagram reaches the server, but its answer does not reach the client. For TCP, same as
+    /// `Nothing`.
     OneWay,
 }
 
@@ -121,20 +122,20 @@ const FROM: [From; 10] = [
     From::Host,
     From::Neighbour,
     From::Stranger,
-    From::Inmate,
+    From::Isolated,
     From::Itself,
 ];
 
-/// How the project is up.
+/// Configuration of the project and of the host.
 #[derive(Clone, Copy, Debug)]
 struct Mode {
-    /// By an ordinary user: the networks are apart from the host.
+    /// Run by an ordinary user, with networks in another namespace than the host's.
     rootless: bool,
-    /// On a host that forwards for others.
+    /// Forwarding is enabled on the host.
     forwarding: bool,
-    /// With the variant of iptables that is not made of nf_tables.
+    /// Legacy iptables instead of iptables-nft.
     legacy: bool,
-    /// What the kernel is taken not to have.
+    /// Kernel features that are treated as missing.
     lacks: &'static str,
     /// Flags of `tidegate up`.
     flags: &'static [&'static str],
@@ -155,16 +156,16 @@ const IPTABLES_KERNEL: Mode = Mode { flags: &["--firewall=iptables", "--publish=
 
 const ROOT_WITHOUT_TUN: Mode = Mode { lacks: "tun", ..ROOT };
 const ROOTLESS_WITHOUT_TUN: Mode = Mode { lacks: "tun", ..ROOTLESS };
-/// With everything forced off that is probed for.
+/// All probed features are treated as missing.
 const ROOT_OLD: Mode = Mode { lacks: "all", ..ROOT };
 const ROOTLESS_OLD: Mode = Mode { lacks: "all", ..ROOTLESS };
 const NFTABLES_SHARED: Mode = Mode { lacks: "owned-tables", ..NFTABLES_KERNEL };
-/// Policy rules stand behind the firewall.
+/// Policy rules instead of gates back the firewall.
 const NFTABLES_UNGATED: Mode = Mode { lacks: "gates", ..NFTABLES_KERNEL };
 const IPTABLES_UNGATED: Mode = Mode { lacks: "gates,owned-tables", ..IPTABLES_KERNEL };
 const LEGACY_KERNEL: Mode = Mode { legacy: true, ..IPTABLES_KERNEL };
 
-/// Who gets what by asking where, in the order of [`FROM`].
+/// Expected outcomes by destination, in the order of [`FROM`].
 type Table = &'static [(To, [Outcome; 10])];
 
 impl Mode {
@@ -176,23 +177,22 @@ impl Mode {
         }
     }
 
-    /// On a host that forwards for others.
+    /// The same mode with forwarding enabled on the host.
     const fn forwarding(self) -> Self {
         Self { forwarding: true, ..self }
     }
 
-    /// Whether containers reach the outside.
+    /// Whether containers have egress.
     fn has_egress(self) -> bool {
         self.lacks != "tun"
     }
 }
 
-/// Rows in the order of [`FROM`]. Whoever pretends to be another gets no answer, but may get a
-/// datagram into what is published.
+/// Rows in the order of [`FROM`]. A client with a spoofed source gets no answer.
 #[rustfmt::skip]
 const EXPECTED: [(To, [Outcome; 10]); 10] = [
     //                        ---------- beyond the host -----------  ------------- here --------------
-    //                        outside beyond hostile as-neigh. as-lo  host neighb. strang. inmate itself
+    //                        outside beyond hostile as-neigh. as-lo  host neighb. strang. isolated itself
     (To::Container,           [NO,    NO,    NO,     NO,       NO,    YES, YES,    NO,     NO,    YES]),
     (To::Published,           [YES,   YES,   YES,    NO,       NO,    YES, YES,    YES,    NO,    YES]),
     (To::PublishedBeyond,     [YES,   YES,   YES,    NO,       NO,    YES, YES,    YES,    NO,    YES]),
@@ -205,10 +205,10 @@ const EXPECTED: [(To, [Outcome; 10]); 10] = [
     (To::LoopbackOnlyGateway, [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
 ];
 
-/// The same for networks apart from the host, which reach its addresses by the NAT engine.
+/// The same for rootless networks, which reach the host's addresses through the NAT engine.
 #[rustfmt::skip]
 const EXPECTED_ROOTLESS: [(To, [Outcome; 10]); 10] = [
-    //                        outside beyond hostile as-neigh. as-lo  host neighb. strang. inmate itself
+    //                        outside beyond hostile as-neigh. as-lo  host neighb. strang. isolated itself
     (To::Container,           [NO,    NO,    NO,     NO,       NO,    NO,  YES,    NO,     NO,    YES]),
     (To::Published,           [YES,   YES,   YES,    NO,       NO,    YES, YES,    YES,    NO,    YES]),
     (To::PublishedBeyond,     [YES,   YES,   YES,    NO,       NO,    YES, YES,    YES,    NO,    YES]),
@@ -221,10 +221,10 @@ const EXPECTED_ROOTLESS: [(To, [Outcome; 10]); 10] = [
     (To::LoopbackOnlyGateway, [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
 ];
 
-/// The same where the engine cannot have a device. Containers do not reach the host's addresses.
+/// The same without a TUN device. Containers do not reach the host's addresses.
 #[rustfmt::skip]
 const EXPECTED_WITHOUT_TUN: [(To, [Outcome; 10]); 10] = [
-    //                        outside beyond hostile as-neigh. as-lo  host neighb. strang. inmate itself
+    //                        outside beyond hostile as-neigh. as-lo  host neighb. strang. isolated itself
     (To::Container,           [NO,    NO,    NO,     NO,       NO,    NO,  YES,    NO,     NO,    YES]),
     (To::Published,           [YES,   YES,   YES,    NO,       NO,    YES, NO,     NO,     NO,    NO]),
     (To::PublishedBeyond,     [YES,   YES,   YES,    NO,       NO,    YES, NO,     NO,     NO,    NO]),
@@ -237,11 +237,11 @@ const EXPECTED_WITHOUT_TUN: [(To, [Outcome; 10]); 10] = [
     (To::LoopbackOnlyGateway, [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
 ];
 
-/// What is left of it when root's instance was killed, until the next one clears it: bridges, and
-/// what keeps them closed.
+/// The same after root's instance was killed, until the next one rolls back: bridges and guards
+/// still exist.
 #[rustfmt::skip]
-const EXPECTED_OF_THE_DEAD: [(To, [Outcome; 10]); 10] = [
-    //                        outside beyond hostile as-neigh. as-lo  host neighb. strang. inmate itself
+const EXPECTED_AFTER_KILL: [(To, [Outcome; 10]); 10] = [
+    //                        outside beyond hostile as-neigh. as-lo  host neighb. strang. isolated itself
     (To::Container,           [NO,    NO,    NO,     NO,       NO,    YES, YES,    NO,     NO,    YES]),
     (To::Published,           [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
     (To::PublishedBeyond,     [NO,    NO,    NO,     NO,       NO,    NO,  NO,     NO,     NO,    NO]),
@@ -267,15 +267,15 @@ services:
     ports: [ "8080:80", "8080:80/udp", "127.0.0.1:9090:80", "127.0.0.1:9090:80/udp", "[::1]:9090:80", "[::1]:9090:80/udp" ]
   neighbour: { x-netns: NEIGHBOUR, networks: [ home ] }
   stranger: { x-netns: STRANGER, networks: [ away ] }
-  inmate: { x-netns: INMATE, networks: [ inside ] }
+  isolated: { x-netns: ISOLATED, networks: [ inside ] }
 "#;
 
-pub(super) const ENDPOINTS: [&str; 4] = ["server", "neighbour", "stranger", "inmate"];
+pub(super) const ENDPOINTS: [&str; 4] = ["server", "neighbour", "stranger", "isolated"];
 
-/// The project on a host with two uplinks, and everybody who is in the table.
+/// The project on a host with two uplinks, and all clients of the table.
 struct Matrix {
     mode: Mode,
-    /// The host as it was.
+    /// State of the host before the project.
     before: String,
     scene: Scene,
     uplink: Uplink,
@@ -299,7 +299,7 @@ impl Matrix {
         scene.net.host.sysctl("net.ipv6.conf.all.forwarding", on);
         let before = state(&scene.net.host);
         let (up, endpoints) = scene.up_with_services(FILE, ENDPOINTS, mode.rootless, mode.flags);
-        // A member of the internal network that gives itself a default route.
+        // Root on the internal network adds default routes.
         endpoints[3].ip_all(
             "route add default via 10.77.3.1
              -6 route add default via fd77:3::1",
@@ -312,7 +312,7 @@ impl Matrix {
     }
 
     fn place(&self, from: From) -> &Namespace {
-        let [server, neighbour, stranger, inmate] = &self.endpoints;
+        let [server, neighbour, stranger, isolated] = &self.endpoints;
         match from {
             From::Outside => &self.scene.net.client,
             From::Beyond => &self.uplink.client,
@@ -320,32 +320,31 @@ impl Matrix {
             From::Host => &self.scene.net.host,
             From::Neighbour => neighbour,
             From::Stranger => stranger,
-            From::Inmate | From::Forging(Forger::Inmate, _) => inmate,
+            From::Isolated | From::Forging(Forger::Isolated, _) => isolated,
             From::Forging(Forger::Stranger, _) => stranger,
             From::Itself => server,
         }
     }
 
-    /// Asks, and waits as long as it takes if `expected` is to come.
+    /// Sends `probe`. The timeout depends on the `expected` outcome.
     fn outcome(&self, probe: &Probe, expected: Outcome) -> Outcome {
-        let patience = PATIENCE[usize::from(expected == NO)];
+        let timeout = TIMEOUTS[usize::from(expected == NO)];
         let answered = self.place(probe.from).run(|| {
-            let asked =
-                if probe.udp { probe.ask_by_udp(patience) } else { probe.ask_by_tcp(patience) };
+            let asked = if probe.udp { probe.send_udp(timeout) } else { probe.send_tcp(timeout) };
             asked.is_ok_and(|length| length > 0)
         });
         let seen = || self.witness.has_seen(&probe.text());
         if answered {
             YES
-        } else if probe.udp && (seen() || expected == IN && eventually(PATIENCE[0], seen)) {
+        } else if probe.udp && (seen() || expected == IN && eventually(TIMEOUTS[0], seen)) {
             IN
         } else {
             NO
         }
     }
 
-    /// Everybody asks everything at the same time. What came out otherwise than expected.
-    fn wrong(&self, table: Table) -> Vec<String> {
+    /// Sends all probes concurrently. Returns the deviations from `table`.
+    fn deviations(&self, table: Table) -> Vec<String> {
         let by_both = [(false, false), (false, true), (true, false), (true, true)];
         let cells =
             table.iter().flat_map(|(to, row)| FROM.iter().zip(row).map(move |cell| (to, cell)));
@@ -360,8 +359,8 @@ impl Matrix {
                 })
                 .collect();
             let outcomes = asking.into_iter().map(|one| one.join().unwrap());
-            let wrong = outcomes.filter(|(outcome, expected, _)| outcome != expected);
-            wrong
+            let deviations = outcomes.filter(|(outcome, expected, _)| outcome != expected);
+            deviations
                 .map(|(outcome, expected, probe)| {
                     format!("{probe:?}: {outcome:?}, not {expected:?}")
                 })
@@ -371,9 +370,8 @@ impl Matrix {
 }
 
 impl Matrix {
-    /// What reaches the server, or is answered, although its source address is forged: nothing
-    /// should, at any address.
-    fn forged(&self) -> Vec<String> {
+    /// Probes with spoofed sources that reach the server or are answered. Must be empty.
+    fn delivered_spoofed_probes(&self) -> Vec<String> {
         let forging =
             FORGERS.iter().flat_map(|forger| SOURCES.map(|source| From::Forging(*forger, source)));
         let forging: Vec<From> = forging.collect();
@@ -397,33 +395,31 @@ impl Matrix {
         })
     }
 
-    /// Where datagrams of the inmate get to beyond the host: nowhere. It sends them to the
-    /// outside's own addresses.
-    fn leaks_of_the_inmate(&self) -> Vec<&'static str> {
+    /// External addresses that datagrams from the internal network reach. Must be empty.
+    fn egress_leaks_of_internal_network(&self) -> Vec<&'static str> {
         let outside = ["203.0.113.9:7778", "[2001:db8:1::9]:7778"];
         let at = outside.map(|at| at.parse::<SocketAddr>().unwrap());
         let witness = Witness::new(&self.scene.net.client, &at);
-        self.place(From::Inmate).run(|| {
+        self.place(From::Isolated).run(|| {
             for to in at {
                 let socket =
                     UdpSocket::bind(if to.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" }).unwrap();
                 for _ in 0..20 {
-                    // Without a route it cannot even be sent.
+                    // Fails without a route.
                     let _ = socket.send_to(format!("leak to {to}").as_bytes(), to);
                     std::thread::sleep(Duration::from_millis(5));
                 }
             }
         });
-        std::thread::sleep(PATIENCE[1]);
+        std::thread::sleep(TIMEOUTS[1]);
         outside.into_iter().filter(|to| witness.has_seen(&format!("leak to {to}"))).collect()
     }
 
-    /// Whom echo requests to the server's own addresses reach although they should not, or not
-    /// although they should.
-    fn wrong_echoes(&self) -> Vec<String> {
+    /// Deviations of echo requests to the server's addresses.
+    fn echo_deviations(&self) -> Vec<String> {
         let row = self.mode.expected()[0].1;
         let cells = FROM.iter().zip(row).filter(|(from, _)| {
-            // They have no socket of their own to ping with.
+            // ping cannot spoof its source.
             !matches!(from, From::AsNeighbour | From::AsLoopback)
         });
         std::thread::scope(|scope| {
@@ -431,18 +427,18 @@ impl Matrix {
                 .flat_map(|(from, expected)| {
                     ["10.77.1.10", "fd77:1::10"].map(|to| {
                         scope.spawn(move || {
-                            let patience = if expected == YES { "5" } else { "0.3" };
+                            let timeout = if expected == YES { "5" } else { "0.3" };
                             let mut ping = self.place(*from).command("ping");
                             let output =
-                                ping.args(["-c", "1", "-W", patience, to]).output().unwrap();
+                                ping.args(["-c", "1", "-W", timeout, to]).output().unwrap();
                             (*from, to, output.status.success(), expected == YES)
                         })
                     })
                 })
                 .collect();
             let outcomes = asking.into_iter().map(|one| one.join().unwrap());
-            let wrong = outcomes.filter(|(_, _, reached, expected)| reached != expected);
-            wrong
+            let deviations = outcomes.filter(|(_, _, reached, expected)| reached != expected);
+            deviations
                 .map(|(from, to, reached, _)| format!("echo from {from:?} to {to}: {reached}"))
                 .collect()
         })
@@ -451,31 +447,31 @@ impl Matrix {
 
 /// Echo requests to gateways, which the host's kernel answers.
 impl Matrix {
-    /// Whether an echo request from there to the gateway of the network numbered `network` is
-    /// answered; `None` where the host's kernel decides, as it does for services of the host.
+    /// Whether an echo request to the gateway of `network` must be answered. `None` if it depends
+    /// on the host, as for services of the host.
     fn gateway_answers(&self, from: From, network: usize) -> Option<bool> {
         let own = match from {
             From::Itself | From::Neighbour => 1,
             From::Stranger => 2,
-            From::Inmate => 3,
+            From::Isolated => 3,
             _ => 0,
         };
         let firewall = self.mode.flags.iter().any(|flag| *flag != "--firewall=none");
         match from {
             _ if own == network => Some(true),
-            // Internal guards are BPF programs.
-            From::Inmate if self.mode.lacks == "all" => None,
-            From::Inmate => Some(false),
+            // Internal guards are BPF programs, which require kernel support.
+            From::Isolated if self.mode.lacks == "all" => None,
+            From::Isolated => Some(false),
             From::Host => None,
-            // The gateways of an ordinary user's networks are in another namespace.
+            // Rootless: gateways are in another namespace.
             _ if own == 0 && self.mode.rootless => Some(false),
             _ if firewall => Some(false),
             _ => None,
         }
     }
 
-    /// Echo requests to gateways that are answered and must not be, or the other way round.
-    fn wrong_gateway_echoes(&self) -> Vec<String> {
+    /// Deviations of echo requests to gateways.
+    fn gateway_echo_deviations(&self) -> Vec<String> {
         let from =
             FROM.into_iter().filter(|from| !matches!(from, From::AsNeighbour | From::AsLoopback));
         let cells = from.flat_map(|from| [1, 2, 3].map(|network| (from, network)));
@@ -485,10 +481,10 @@ impl Matrix {
                 .flat_map(|(from, network, expected)| {
                     [format!("10.77.{network}.1"), format!("fd77:{network}::1")].map(|to| {
                         scope.spawn(move || {
-                            let patience = if expected { "5" } else { "0.3" };
+                            let timeout = if expected { "5" } else { "0.3" };
                             let mut ping = self.place(from).command("ping");
                             let output =
-                                ping.args(["-c", "1", "-W", patience, &to]).output().unwrap();
+                                ping.args(["-c", "1", "-W", timeout, &to]).output().unwrap();
                             let answered = output.status.success();
                             (answered != expected)
                                 .then(|| format!("echo from {from:?} to {to}: {answered}"))
@@ -501,11 +497,11 @@ impl Matrix {
     }
 }
 
-/// Echo requests by hand: no socket has somebody else's address for those.
+/// Raw echo requests with spoofed sources.
 impl Matrix {
-    /// Where echo requests of root in a container with forged sources get to, or answers to them:
-    /// nowhere.
-    fn forged_echoes(&self) -> Vec<String> {
+    /// Receivers of spoofed echo requests of root in a container, or of replies to them. Must be
+    /// empty.
+    fn delivered_spoofed_echoes(&self) -> Vec<String> {
         let [server, neighbour, ..] = &self.endpoints;
         let receivers = [
             ("the server", server),
@@ -551,7 +547,7 @@ impl Matrix {
                     let echo = [&[128, 0, 0, 0, 0, 1, 0, 1][..], MARKER].concat();
                     link.send(&ethernet(gateway_mac, own_mac, 0x86dd, &icmp6(source6, to, &echo)));
                 }
-                std::thread::sleep(PATIENCE[1]);
+                std::thread::sleep(TIMEOUTS[1]);
                 for (name, receiver) in &receivers {
                     let is_one =
                         |frame: &Vec<u8>| frame.windows(MARKER.len()).any(|part| part == MARKER);
@@ -566,42 +562,40 @@ impl Matrix {
     }
 }
 
-/// Where containers go when they go out: a server on each uplink, which tells the address that it
-/// is asked from.
+/// Egress to a server on each uplink, which returns the client's address.
 impl Matrix {
-    /// What containers do not reach although they should, or do although they should not, or not as
-    /// the host.
-    fn wrong_ways_out(&self) -> Vec<String> {
+    /// Deviations of egress: reachability, and masquerading to the host's address.
+    fn egress_deviations(&self) -> Vec<String> {
         let servers = [
             (&self.scene.net.client, "203.0.113.9:7777", "203.0.113.1"),
             (&self.scene.net.client, "[2001:db8:1::9]:7777", "2001:db8:1::1"),
             (&self.uplink.client, "198.51.100.9:7777", uplink::HOST[0]),
             (&self.uplink.client, "[2001:db8:2::9]:7777", uplink::HOST[1]),
         ];
-        let mut wrong = Vec::new();
+        let mut deviations = Vec::new();
         for (place, at, host) in servers {
             let at: SocketAddr = at.parse().unwrap();
             let (_tcp, _udp) = (PeerServer::tcp(place, at), PeerServer::udp(place, at));
-            for from in [From::Itself, From::Neighbour, From::Stranger, From::Inmate] {
-                let has = self.mode.has_egress() && from != From::Inmate;
+            for from in [From::Itself, From::Neighbour, From::Stranger, From::Isolated] {
+                let has = self.mode.has_egress() && from != From::Isolated;
                 let expected = has.then(|| host.to_owned());
                 for udp in [false, true] {
                     let asked =
-                        self.place(from).run(|| peer_as_seen(at, udp, PATIENCE[usize::from(!has)]));
+                        self.place(from).run(|| peer_as_seen(at, udp, TIMEOUTS[usize::from(!has)]));
                     if asked.as_ref().ok() != expected.as_ref() {
-                        wrong.push(format!(
-                            "{from:?} asks {at} (udp {udp}): {asked:?}, not {expected:?}"
+                        deviations.push(format!(
+                            "{from:?} to {at} (udp {udp}): {asked:?}, not {expected:?}"
                         ));
                     }
                 }
             }
         }
-        wrong
+        deviations
     }
 
-    /// What is not ours is as open, or as closed, as it was.
+    /// Asserts that the host forwards other traffic if and only if it did before.
     #[track_caller]
-    fn forwards_for_others_as_before(&self) {
+    fn assert_other_forwarding_unchanged(&self) {
         let others = PeerServer::tcp(
             &self.scene.net.container,
             SocketAddr::new(addr::CONTAINER_V4.into(), 80),
@@ -611,18 +605,18 @@ impl Matrix {
             SocketAddr::new(addr::CONTAINER_V6.into(), 80),
         );
         for server in [others, others6] {
-            let patience = PATIENCE[usize::from(!self.mode.forwarding)];
+            let timeout = TIMEOUTS[usize::from(!self.mode.forwarding)];
             let reached = self
                 .uplink
                 .hostile
-                .run(|| TcpStream::connect_timeout(&server.addr(), patience).is_ok());
+                .run(|| TcpStream::connect_timeout(&server.addr(), timeout).is_ok());
             assert_eq!(reached, self.mode.forwarding, "{}", server.addr());
         }
     }
 }
 
 impl Matrix {
-    /// The numbers of tidegate's links of that kind on the host.
+    /// The interface indexes of tidegate's links of `kind` on the host.
     fn links(&self, kind: &str) -> Vec<u32> {
         let mut args = vec!["-o", "link", "show"];
         args.extend(kind.split(' '));
@@ -631,7 +625,7 @@ impl Matrix {
         ours.map(|line| line.split(':').next().unwrap().parse().unwrap()).collect()
     }
 
-    /// Detaches the programs at tidegate's links of that kind.
+    /// Detaches the BPF programs of tidegate's links of `kind`.
     fn detach_programs(&self, kind: &str) {
         let links = self.links(kind);
         self.scene.net.host.run(|| {
@@ -639,7 +633,7 @@ impl Matrix {
         });
     }
 
-    /// How many programs are at tidegate's links of that kind.
+    /// The number of BPF programs of tidegate's links of `kind`.
     fn programs(&self, kind: &str) -> usize {
         let links = self.links(kind);
         self.scene.net.host.run(|| {
@@ -649,22 +643,18 @@ impl Matrix {
     }
 }
 
-/// The address that `server` sees us under.
-pub(super) fn peer_as_seen(
-    server: SocketAddr,
-    udp: bool,
-    patience: Duration,
-) -> io::Result<String> {
+/// The address under which `server` sees this client.
+pub(super) fn peer_as_seen(server: SocketAddr, udp: bool, timeout: Duration) -> io::Result<String> {
     let mut answer = [0; 100];
     let length = if udp {
         let socket = UdpSocket::bind(if server.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" })?;
-        socket.set_read_timeout(Some(patience))?;
+        socket.set_read_timeout(Some(timeout))?;
         socket.connect(server)?;
         socket.send(b"?")?;
         socket.recv(&mut answer)?
     } else {
-        let mut stream = TcpStream::connect_timeout(&server, patience)?;
-        stream.set_read_timeout(Some(patience))?;
+        let mut stream = TcpStream::connect_timeout(&server, timeout)?;
+        stream.set_read_timeout(Some(timeout))?;
         stream.write_all(b"?")?;
         stream.read(&mut answer)?
     };
@@ -674,17 +664,17 @@ pub(super) fn peer_as_seen(
 }
 
 impl Forger {
-    /// The forged source address.
+    /// The spoofed source address.
     fn address(self, source: Source, v6: bool) -> &'static str {
         match (self, source, v6) {
             (Self::Stranger, Source::Member, false) => "10.77.2.66:0",
             (Self::Stranger, Source::Member, true) => "[fd77:2::66]:0",
-            (Self::Inmate, Source::Member, false) => "10.77.3.66:0",
-            (Self::Inmate, Source::Member, true) => "[fd77:3::66]:0",
+            (Self::Isolated, Source::Member, false) => "10.77.3.66:0",
+            (Self::Isolated, Source::Member, true) => "[fd77:3::66]:0",
             (Self::Stranger, Source::Gateway, false) => "10.77.2.1:0",
             (Self::Stranger, Source::Gateway, true) => "[fd77:2::1]:0",
-            (Self::Inmate, Source::Gateway, false) => "10.77.3.1:0",
-            (Self::Inmate, Source::Gateway, true) => "[fd77:3::1]:0",
+            (Self::Isolated, Source::Gateway, false) => "10.77.3.1:0",
+            (Self::Isolated, Source::Gateway, true) => "[fd77:3::1]:0",
             (_, Source::Outside, false) => "203.0.113.9:0",
             (_, Source::Outside, true) => "[2001:db8:1::9]:0",
             (_, Source::Loopback, false) => "127.0.0.1:0",
@@ -695,7 +685,7 @@ impl Forger {
     }
 }
 
-/// One question.
+/// One probe.
 #[derive(Clone, Copy, Debug)]
 struct Probe {
     from: From,
@@ -705,7 +695,7 @@ struct Probe {
 }
 
 impl Probe {
-    /// What is asked, by which it is recognised.
+    /// The payload, which identifies the probe.
     fn text(&self) -> String {
         format!("{self:?}")
     }
@@ -728,10 +718,10 @@ impl Probe {
         }
     }
 
-    /// A socket with the source address that is pretended, if one is.
+    /// A socket, bound to the spoofed source address if there is one.
     fn socket(&self, kind: Type) -> io::Result<Socket> {
         let socket = Socket::new(if self.v6 { Domain::IPV6 } else { Domain::IPV4 }, kind, None)?;
-        let pretended = match (self.from, self.v6) {
+        let spoofed = match (self.from, self.v6) {
             (From::AsNeighbour, false) => "10.77.1.66:0",
             (From::AsNeighbour, true) => "[fd77:1::66]:0",
             (From::AsLoopback, false) => "127.0.0.1:0",
@@ -744,141 +734,140 @@ impl Probe {
         } else {
             socket.set_ip_transparent_v4(true)?;
         }
-        socket.bind(&pretended.parse::<SocketAddr>().unwrap().into())?;
+        socket.bind(&spoofed.parse::<SocketAddr>().unwrap().into())?;
         Ok(socket)
     }
 
     /// The length of the answer.
-    fn ask_by_udp(&self, patience: Duration) -> io::Result<usize> {
+    fn send_udp(&self, timeout: Duration) -> io::Result<usize> {
         let socket = UdpSocket::from(self.socket(Type::DGRAM).expect("a socket with that source"));
-        // Nobody answers a client with a forged source, however long it waits.
-        let pretends =
+        // A client with a spoofed source never gets an answer, so it uses the short timeout.
+        let is_spoofed =
             matches!(self.from, From::AsNeighbour | From::AsLoopback | From::Forging(..));
-        socket.set_read_timeout(Some(if pretends { PATIENCE[1] } else { patience }))?;
+        socket.set_read_timeout(Some(if is_spoofed { TIMEOUTS[1] } else { timeout }))?;
         socket.connect(self.address())?;
         socket.send(self.text().as_bytes())?;
         socket.recv(&mut [0; 100])
     }
 
-    /// The length of what comes of the answer.
-    fn ask_by_tcp(&self, patience: Duration) -> io::Result<usize> {
+    /// The length of the first part of the answer.
+    fn send_tcp(&self, timeout: Duration) -> io::Result<usize> {
         let socket = self.socket(Type::STREAM).expect("a socket with that source");
-        socket.connect_timeout(&self.address().into(), patience)?;
+        socket.connect_timeout(&self.address().into(), timeout)?;
         let mut stream = TcpStream::from(socket);
-        stream.set_read_timeout(Some(patience))?;
+        stream.set_read_timeout(Some(timeout))?;
         let _ = stream.write_all(b"?");
         stream.read(&mut [0; 100])
     }
 }
 
-/// The whole table, egress, and nothing left behind.
+/// Checks the table, echo requests, spoofing and egress, and that no state is left behind.
 #[track_caller]
-fn holds(mode: Mode) {
+fn assert_isolation(mode: Mode) {
     let mut matrix = Matrix::new(mode);
-    assert_eq!(matrix.wrong(mode.expected()), [""; 0]);
-    assert_eq!(matrix.forged(), [""; 0]);
-    assert_eq!(matrix.wrong_echoes(), [""; 0]);
-    assert_eq!(matrix.wrong_gateway_echoes(), [""; 0]);
-    assert_eq!(matrix.forged_echoes(), [""; 0]);
-    assert_eq!(matrix.wrong_ways_out(), [""; 0]);
-    matrix.forwards_for_others_as_before();
+    assert_eq!(matrix.deviations(mode.expected()), [""; 0]);
+    assert_eq!(matrix.delivered_spoofed_probes(), [""; 0]);
+    assert_eq!(matrix.echo_deviations(), [""; 0]);
+    assert_eq!(matrix.gateway_echo_deviations(), [""; 0]);
+    assert_eq!(matrix.delivered_spoofed_echoes(), [""; 0]);
+    assert_eq!(matrix.egress_deviations(), [""; 0]);
+    matrix.assert_other_forwarding_unchanged();
     matrix.up.stop(Signal::INT, SOON);
     assert_eq!(state(&matrix.scene.net.host), matrix.before);
 }
 
 #[test]
-fn everyone_reaches_what_the_table_says_and_nothing_else() {
-    holds(ROOT);
+fn without_a_firewall() {
+    assert_isolation(ROOT);
 }
 
 #[test]
-fn the_same_holds_on_a_host_that_forwards_for_others_and_it_goes_on_doing_so() {
-    holds(ROOT.forwarding());
+fn without_a_firewall_on_a_forwarding_host() {
+    assert_isolation(ROOT.forwarding());
 }
 
 #[test]
-fn with_nftables_the_same_holds_and_containers_reach_the_outside() {
-    holds(NFTABLES);
+fn with_nftables() {
+    assert_isolation(NFTABLES);
 }
 
 #[test]
-fn with_nftables_the_same_holds_on_a_host_that_forwards_for_others() {
-    holds(NFTABLES.forwarding());
+fn with_nftables_on_a_forwarding_host() {
+    assert_isolation(NFTABLES.forwarding());
 }
 
 #[test]
-fn published_by_the_kernel_with_nftables_the_same_holds() {
-    holds(NFTABLES_KERNEL);
+fn with_nftables_published_by_the_kernel() {
+    assert_isolation(NFTABLES_KERNEL);
 }
 
 #[test]
-fn published_by_the_kernel_with_nftables_the_same_holds_on_a_host_that_forwards_for_others() {
-    holds(NFTABLES_KERNEL.forwarding());
+fn with_nftables_published_by_the_kernel_on_a_forwarding_host() {
+    assert_isolation(NFTABLES_KERNEL.forwarding());
 }
 
 #[test]
-fn with_iptables_the_same_holds_and_containers_reach_the_outside() {
-    holds(IPTABLES);
+fn with_iptables() {
+    assert_isolation(IPTABLES);
 }
 
 #[test]
-fn with_iptables_the_same_holds_on_a_host_that_forwards_for_others() {
-    holds(IPTABLES.forwarding());
+fn with_iptables_on_a_forwarding_host() {
+    assert_isolation(IPTABLES.forwarding());
 }
 
 #[test]
-fn published_by_the_kernel_with_iptables_the_same_holds() {
-    holds(IPTABLES_KERNEL);
+fn with_iptables_published_by_the_kernel() {
+    assert_isolation(IPTABLES_KERNEL);
 }
 
 #[test]
-fn published_by_the_kernel_with_iptables_the_same_holds_on_a_host_that_forwards_for_others() {
-    holds(IPTABLES_KERNEL.forwarding());
+fn with_iptables_published_by_the_kernel_on_a_forwarding_host() {
+    assert_isolation(IPTABLES_KERNEL.forwarding());
 }
 
 #[test]
-fn published_by_the_kernel_with_tables_that_are_everybodys_the_same_holds() {
-    holds(NFTABLES_SHARED.forwarding());
+fn with_nftables_without_owned_tables() {
+    assert_isolation(NFTABLES_SHARED.forwarding());
 }
 
 #[test]
-fn with_nftables_and_policy_rules_behind_it() {
-    holds(NFTABLES_UNGATED.forwarding());
+fn with_nftables_backed_by_policy_rules() {
+    assert_isolation(NFTABLES_UNGATED.forwarding());
 }
 
 #[test]
-fn with_iptables_and_policy_rules_behind_it() {
-    holds(IPTABLES_UNGATED);
+fn with_iptables_backed_by_policy_rules() {
+    assert_isolation(IPTABLES_UNGATED);
 }
 
 #[test]
-fn published_by_the_kernel_with_legacy_iptables_the_same_holds() {
-    holds(LEGACY_KERNEL);
-    holds(LEGACY_KERNEL.forwarding());
+fn with_legacy_iptables_published_by_the_kernel() {
+    assert_isolation(LEGACY_KERNEL);
+    assert_isolation(LEGACY_KERNEL.forwarding());
 }
 
 #[test]
-fn the_networks_of_an_ordinary_user_are_as_closed_and_have_a_egress() {
-    holds(ROOTLESS);
+fn rootless() {
+    assert_isolation(ROOTLESS);
 }
 
 #[test]
-fn without_a_device_there_is_no_egress_and_all_else_holds() {
-    holds(ROOT_WITHOUT_TUN);
-    holds(ROOTLESS_WITHOUT_TUN);
+fn without_a_tun_device_only_egress_is_missing() {
+    assert_isolation(ROOT_WITHOUT_TUN);
+    assert_isolation(ROOTLESS_WITHOUT_TUN);
 }
 
-/// A kernel before Linux 6.17 lets all links forward IPv6 or none: an ordinary user has all of
-/// them, and a host that forwards does so already.
+/// Before Linux 6.17, IPv6 forwarding has only a global switch. It is the user's own in a rootless
+/// namespace, and already on on a forwarding host.
 #[test]
-fn on_an_old_kernel_the_same_holds() {
-    holds(ROOT_OLD.forwarding());
-    holds(ROOTLESS_OLD);
+fn on_an_old_kernel() {
+    assert_isolation(ROOT_OLD.forwarding());
+    assert_isolation(ROOTLESS_OLD);
 }
 
-/// A neighbour is no router.
 #[test]
-fn endpoints_do_not_listen_to_router_advertisements() {
+fn endpoints_ignore_router_advertisements_and_redirects() {
     let matrix = Matrix::new(ROOT);
     for name in ["accept_ra", "accept_redirects"] {
         assert_eq!(
@@ -890,16 +879,16 @@ fn endpoints_do_not_listen_to_router_advertisements() {
 }
 
 #[test]
-fn what_a_killed_instance_leaves_is_closed() {
+fn networks_stay_closed_after_a_kill() {
     let mut matrix = Matrix::new(ROOT.forwarding());
     matrix.up.signal(Signal::KILL);
     matrix.up.wait(SOON);
-    assert_eq!(matrix.wrong(&EXPECTED_OF_THE_DEAD), [""; 0]);
+    assert_eq!(matrix.deviations(&EXPECTED_AFTER_KILL), [""; 0]);
 }
 
-/// Each kind of guard is removed, and nobody puts it back: the others close the networks.
+/// Removes each kind of guard after a kill. The remaining kinds isolate the networks.
 #[test]
-fn without_one_kind_of_guard_the_others_hold() {
+fn each_kind_of_guard_is_redundant() {
     let flush = |matrix: &Matrix| {
         matrix.scene.sh("nft flush ruleset; for i in iptables ip6tables; do for t in raw mangle nat filter; do $i -t $t -F; done; done");
     };
@@ -918,7 +907,7 @@ fn without_one_kind_of_guard_the_others_hold() {
         ("gates", &gates),
         ("port guards", &guards),
     ];
-    // Published by sockets, which have gone: what the kernel carries goes on.
+    // Ports of the proxy end with the kill. The kernel continues to forward its ports.
     let shared = Mode { lacks: "owned-tables", ..NFTABLES };
     let shared_kernel = Mode { lacks: "owned-tables", ..NFTABLES_KERNEL };
     for mode in [ROOT, shared, IPTABLES, shared_kernel, IPTABLES_KERNEL].map(Mode::forwarding) {
@@ -927,39 +916,42 @@ fn without_one_kind_of_guard_the_others_hold() {
             matrix.up.signal(Signal::KILL);
             matrix.up.wait(SOON);
             remove(&matrix);
-            // What the kernel translates goes on while its rules are there.
+            // DNAT continues while its rules exist, so rows of published ports are skipped.
             let translated = mode.flags.contains(&"--publish=kernel");
-            let table = &EXPECTED_OF_THE_DEAD;
+            let table = &EXPECTED_AFTER_KILL;
             let tables: &[Table] = if translated { &[&table[..1], &table[3..]] } else { &[table] };
             for table in tables {
-                assert_eq!(matrix.wrong(table), [""; 0], "{mode:?} without {kind}");
+                assert_eq!(matrix.deviations(table), [""; 0], "{mode:?} without {kind}");
             }
-            assert_eq!(matrix.forged(), [""; 0], "{mode:?} without {kind}");
-            assert_eq!(matrix.leaks_of_the_inmate(), [""; 0], "{mode:?} without {kind}");
+            assert_eq!(matrix.delivered_spoofed_probes(), [""; 0], "{mode:?} without {kind}");
+            assert_eq!(
+                matrix.egress_leaks_of_internal_network(),
+                [""; 0],
+                "{mode:?} without {kind}"
+            );
         }
     }
 }
 
-/// The networks of an ordinary user end with their process: it is stopped, so that it restores
-/// nothing and its engine forwards nothing. Policy rules have no second guard there, and nobody
-/// else gets into that namespace.
+/// Rootless networks end with their process, so it is stopped (SIGSTOP) instead of killed, and
+/// restores nothing. Policy rules are not redundant there, but other users cannot enter that
+/// namespace.
 #[test]
-fn without_port_guards_the_networks_of_an_ordinary_user_are_closed() {
+fn rootless_networks_are_closed_without_port_guards() {
     let mut matrix = Matrix::new(ROOTLESS);
     let inside = rootless_namespace(&matrix.up, &matrix.scene.net.host);
     matrix.up.signal(Signal::STOP);
     let before = state(&inside);
     inside.exec("nft", &["flush", "ruleset"]);
     assert_ne!(state(&inside), before);
-    assert_eq!(matrix.wrong(&EXPECTED_ROOTLESS[..1]), [""; 0]);
-    assert_eq!(matrix.forged(), [""; 0]);
-    assert_eq!(matrix.leaks_of_the_inmate(), [""; 0]);
+    assert_eq!(matrix.deviations(&EXPECTED_ROOTLESS[..1]), [""; 0]);
+    assert_eq!(matrix.delivered_spoofed_probes(), [""; 0]);
+    assert_eq!(matrix.egress_leaks_of_internal_network(), [""; 0]);
     matrix.up.signal(Signal::CONT);
 }
 
-/// Detached or deleted behind its back, each is back within two seconds.
 #[test]
-fn gates_and_port_guards_that_others_remove_are_put_back() {
+fn removed_gates_and_port_guards_are_restored() {
     for mode in [ROOT, NFTABLES, IPTABLES] {
         let matrix = Matrix::new(mode);
         let attached = |kind| matrix.programs(kind);
@@ -969,27 +961,28 @@ fn gates_and_port_guards_that_others_remove_are_put_back() {
             matrix.detach_programs(kind);
             assert!(eventually(SOON, || attached(kind) == before), "{mode:?} {kind}");
         }
-        assert_eq!(matrix.forged(), [""; 0]);
-        assert_eq!(matrix.wrong(mode.expected()), [""; 0]);
+        assert_eq!(matrix.delivered_spoofed_probes(), [""; 0]);
+        assert_eq!(matrix.deviations(mode.expected()), [""; 0]);
     }
 }
 
-/// Or no echo would get anywhere for want of an attack: the host answers whom the source names.
+/// Counter-test: without port guards, the host sends the reply to the spoofed source, so the tests
+/// above do exercise an attack.
 #[test]
-fn without_port_guards_a_forged_echo_is_answered_to_the_outside() {
+fn without_port_guards_the_reply_to_a_spoofed_echo_is_sent() {
     let lacks = "bpf-guards,netdev-guards,classic-guards";
-    let reached = Matrix::new(Mode { lacks, ..ROOT }).forged_echoes();
+    let reached = Matrix::new(Mode { lacks, ..ROOT }).delivered_spoofed_echoes();
     assert!(
         reached.iter().any(|one| one.ends_with("Stranger as Outside at the outside")),
         "{reached:?}"
     );
-    assert!(!reached.iter().any(|one| one.contains("Inmate")), "{reached:?}");
+    assert!(!reached.iter().any(|one| one.contains("Isolated")), "{reached:?}");
 }
 
-/// Or the table would hold for want of an attack: where the kernel is told to let them through,
-/// they come through.
+/// Counter-test: packets of the hostile host arrive if sysctls permit them, so the table does
+/// exercise an attack.
 #[test]
-fn what_the_hostile_neighbour_sends_does_arrive() {
+fn packets_of_the_hostile_host_arrive_if_sysctls_permit_them() {
     let matrix = Matrix::new(ROOT);
     let ask = |from, to, udp, expected| {
         let probe = Probe { from, to, udp, v6: false };
@@ -998,26 +991,26 @@ fn what_the_hostile_neighbour_sends_does_arrive() {
     ask(From::AsLoopback, To::PublishedBeyond, true, NO);
     let host = &matrix.scene.net.host;
     host.sysctl("net.ipv4.conf.eth1.route_localnet", "1");
-    let of_others: SocketAddr = "127.0.0.1:9191".parse().unwrap();
-    let _servers = (PeerServer::tcp(host, of_others), PeerServer::udp(host, of_others));
+    let other_service: SocketAddr = "127.0.0.1:9191".parse().unwrap();
+    let _servers = (PeerServer::tcp(host, other_service), PeerServer::udp(host, other_service));
     for udp in [false, true] {
-        matrix.uplink.hostile.run(|| peer_as_seen(of_others, udp, SOON)).unwrap();
-        // A port of ours is closed all the same: it did not come in by `lo`.
+        matrix.uplink.hostile.run(|| peer_as_seen(other_service, udp, SOON)).unwrap();
+        // A published port stays closed, because the packets did not arrive on `lo`.
         ask(From::Hostile, To::LoopbackOnly, udp, NO);
     }
     matrix.scene.net.host.sysctl("net.ipv4.conf.eth1.accept_local", "1");
     ask(From::AsLoopback, To::PublishedBeyond, true, IN);
 
-    // IPv6 has no such switch; it counts what it throws away.
-    let thrown_away = || {
+    // IPv6 has no such sysctl, but a counter of dropped packets.
+    let dropped = || {
         let path = "/proc/thread-self/net/snmp6";
         let table = matrix.scene.net.host.run(|| fs::read_to_string(path)).unwrap();
         let line = table.lines().find_map(|line| line.strip_prefix("Ip6InHdrErrors"));
         line.and_then(|count| count.trim().parse::<u64>().ok()).unwrap()
     };
     for (from, to) in [(From::Hostile, To::LoopbackOnly), (From::AsLoopback, To::PublishedBeyond)] {
-        let before = thrown_away();
+        let before = dropped();
         assert_eq!(matrix.outcome(&Probe { from, to, udp: true, v6: true }, NO), NO);
-        assert!(thrown_away() > before, "{from:?} to {to:?}");
+        assert!(dropped() > before, "{from:?} to {to:?}");
     }
 }

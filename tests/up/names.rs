@@ -1,4 +1,4 @@
-//! Names as services see them.
+//! DNS and `/etc/hosts` of services.
 
 use super::scene::{Scene, TIDEGATE, service_namespace, state};
 use std::time::Duration;
@@ -18,10 +18,10 @@ services:
     networks: { front: {}, back: {} }
   db: { command: [ sleep, "60" ], networks: { back: { aliases: [ sql ] } } }
   stranger: { command: [ sleep, "60" ], networks: [ front ] }
-  inmate: { command: [ sleep, "60" ], dns: 203.0.113.9, networks: [ shut ] }
+  isolated: { command: [ sleep, "60" ], dns: 203.0.113.9, networks: [ shut ] }
 "#;
 
-/// A server outside that knows one name, and says what it is asked.
+/// An external DNS server with one name that logs its queries.
 fn outside(scene: &Scene) -> Process {
     let server = Process::spawn(scene.net.client.command("dnsmasq").args([
         "--no-daemon",
@@ -40,7 +40,7 @@ fn outside(scene: &Scene) -> Process {
     server
 }
 
-/// What `name` is answered with in `namespace`.
+/// The output of `dig` with the server of `namespace`.
 fn dig(namespace: &Namespace, args: &[&str]) -> String {
     let mut command = namespace.command("dig");
     let output =
@@ -49,10 +49,10 @@ fn dig(namespace: &Namespace, args: &[&str]) -> String {
 }
 
 #[track_caller]
-fn names_are_right(scene: &Scene, up: &Process) {
+fn assert_names(scene: &Scene, up: &Process) {
     let server = outside(scene);
-    let [web, db, stranger, inmate] =
-        ["web", "db", "stranger", "inmate"].map(|service| service_namespace(up, service));
+    let [web, db, stranger, isolated] =
+        ["web", "db", "stranger", "isolated"].map(|service| service_namespace(up, service));
     let v4 = dig(&web, &["sql"]);
     assert!(v4.starts_with("172.28."), "{v4}");
     for name in ["db", "db.back", "DB"] {
@@ -63,63 +63,64 @@ fn names_are_right(scene: &Scene, up: &Process) {
     assert!(dig(&stranger, &["AAAA", "web"]).starts_with("fd"));
     assert_eq!(dig(&db, &["curious"]), dig(&db, &["web"]), "by its host name");
     assert_eq!(dig(&stranger, &["db"]), "", "not on a network of its own");
-    assert_eq!(dig(&inmate, &["web"]), "");
-    // What is not ours is asked outside, and never for those who have no way there.
+    assert_eq!(dig(&isolated, &["web"]), "");
+    // Other names are forwarded to external servers, but not for internal networks.
     assert_eq!(dig(&web, &["www.example.test"]), "192.0.2.77");
     assert_eq!(dig(&stranger, &["www.example.test"]), "192.0.2.77", "by the server of its network");
-    assert_eq!(dig(&inmate, &["inmate.example.test"]), "");
-    // Letters are sent in a random case.
+    assert_eq!(dig(&isolated, &["isolated.example.test"]), "");
+    // The resolver randomizes the case of letters (0x20 encoding).
     let asked = server.output().to_lowercase();
-    assert!(asked.contains("www.example.test") && !asked.contains("inmate"), "{asked}");
+    assert!(asked.contains("www.example.test") && !asked.contains("isolated"), "{asked}");
     assert!(!asked.contains("sql") && !asked.contains("curious"), "{asked}");
 }
 
 #[test]
-fn services_are_told_the_names_of_their_networks_and_of_the_outside() {
+fn services_resolve_names_of_their_networks_and_external_names() {
     for firewall in ["none", "nftables"] {
         let scene = Scene::new();
         let up = scene.up_with(FILE, &[&format!("--firewall={firewall}"), "--dns-ttl=7s"]);
         up.wait_for_line("Ctrl-C takes", SOON);
-        let told = dig(&service_namespace(&up, "web"), &["+noshort", "+noall", "+answer", "sql"]);
-        assert_eq!(told.split_whitespace().nth(1), Some("7"), "{told}");
-        names_are_right(&scene, &up);
+        let printed =
+            dig(&service_namespace(&up, "web"), &["+noshort", "+noall", "+answer", "sql"]);
+        assert_eq!(printed.split_whitespace().nth(1), Some("7"), "{printed}");
+        assert_names(&scene, &up);
     }
 }
 
 #[test]
-fn so_are_those_of_an_ordinary_user() {
+fn services_resolve_names_rootless() {
     let scene = Scene::new();
     let up = scene.up_as_nobody(FILE);
     up.wait_for_line("Ctrl-C takes", SOON);
-    names_are_right(&scene, &up);
+    assert_names(&scene, &up);
 }
 
 #[test]
-fn so_they_are_on_an_old_kernel() {
+fn services_resolve_names_on_an_old_kernel() {
     let scene = Scene::lacking("all");
     let up = scene.up_as_nobody(FILE);
     up.wait_for_line("Ctrl-C takes", SOON);
-    names_are_right(&scene, &up);
+    assert_names(&scene, &up);
 }
 
-/// At the usual level of the log; who wants to know more asks for it.
 #[test]
-fn names_that_are_asked_for_are_nobodys_business() {
-    for (level, told) in [("info", false), ("debug", true)] {
+fn queried_names_are_logged_only_at_level_debug() {
+    for (level, is_logged) in [("info", false), ("debug", true)] {
         let scene = Scene::new();
         let up = Process::spawn(scene.command(FILE).env("TIDEGATE_LOG", level));
         up.wait_for_line("Ctrl-C takes", SOON);
         let web = service_namespace(&up, "web");
         assert!(!dig(&web, &["sql"]).is_empty());
         dig(&web, &["private.example.test"]);
-        assert_eq!(up.output().contains("private.example.test"), told, "{level}: {}", up.output());
-        assert!(told || !up.output().contains("sql"), "{}", up.output());
+        let output = up.output();
+        assert_eq!(output.contains("private.example.test"), is_logged, "{level}: {output}");
+        assert!(is_logged || !up.output().contains("sql"), "{}", up.output());
     }
 }
 
-/// As programs find it, which read `/etc/resolv.conf` and `/etc/hosts`.
+/// With getent(1), which uses the C library's resolver.
 #[test]
-fn programs_find_the_server_in_their_files() {
+fn programs_use_resolv_conf_and_hosts_of_the_service() {
     let scene = Scene::new();
     let file = FILE.replacen(
         r#"[ sleep, "60" ]"#,
@@ -128,20 +129,26 @@ fn programs_find_the_server_in_their_files() {
     );
     let up = scene.up(&file);
     up.wait_for_line("no stranger", SOON);
-    let told = up.output();
+    let printed = up.output();
     for line in ["nameserver 127.0.0.11", "search shop.test", "options ndots:0", "curious"] {
-        assert!(told.lines().any(|told| told.ends_with(&format!("| {line}"))), "{line}:\n{told}");
+        assert!(
+            printed.lines().any(|one| one.ends_with(&format!("| {line}"))),
+            "{line}:\n{printed}"
+        );
     }
-    assert!(told.lines().any(|line| line.contains("172.28.") && line.ends_with("sql")), "{told}");
     assert!(
-        told.lines().any(|line| line.contains("172.28.") && line.ends_with("curious web")),
-        "{told}"
+        printed.lines().any(|line| line.contains("172.28.") && line.ends_with("sql")),
+        "{printed}"
+    );
+    assert!(
+        printed.lines().any(|line| line.contains("172.28.") && line.ends_with("curious web")),
+        "{printed}"
     );
 }
 
-/// On any address, which takes the port from everybody.
+/// It binds port 53 on all addresses, including 127.0.0.11.
 #[test]
-fn a_service_may_be_a_server_of_names_itself() {
+fn a_service_can_be_a_dns_server() {
     let scene = Scene::new();
     let file = r#"
 name: demo
@@ -166,14 +173,14 @@ services:
     assert_eq!(
         dig(&service_namespace(&up, "names"), &["web"]).lines().count(),
         1,
-        "and is served itself"
+        "it resolves names itself"
     );
 }
 
-/// Whoever asks first decides nothing for others: neither by a shared answer nor by a server that
-/// is slow about one name. Here both services have the same server.
+/// A network cannot observe or delay queries of another network through a shared cache. Both
+/// services have the same upstream server.
 #[test]
-fn a_network_does_not_see_in_its_answers_what_another_has_asked() {
+fn the_dns_cache_is_not_shared_between_networks() {
     let scene = Scene::new();
     let file = r#"
 name: demo
@@ -193,10 +200,10 @@ services:
     }
 }
 
-/// A container that puts the upstream server's address into its packets, and knows all that there
-/// is to guess. The host does not filter by reverse path.
+/// A container spoofs the address of the upstream server and knows the port, ID and case of the
+/// query. The reverse path filter of the host is off.
 #[test]
-fn an_answer_that_a_container_forges_is_not_believed() {
+fn a_dns_answer_spoofed_by_a_container_is_rejected() {
     let scene = Scene::new();
     let file = r#"
 name: demo
@@ -215,11 +222,11 @@ services:
     let forger = evil.run(|| std::net::UdpSocket::bind("203.0.113.9:53")).unwrap();
     std::thread::scope(|scope| {
         let asked = scope.spawn(|| dig(&web, &["victim.example.test"]));
-        // dig waits 3 s; all that comes until then is answered.
+        // Answers all queries during the 3 s that dig waits.
         while !asked.is_finished() {
             let mut question = [0; 512];
             let Ok((length, from)) = silent.recv_from(&mut question) else { break };
-            // Without the OPT record behind it; a check of whether the server is alive has none.
+            // Removes the OPT record at the end. A health check of the server has none.
             let end = length.saturating_sub(11);
             if end <= 20 {
                 continue;
@@ -233,11 +240,11 @@ services:
         }
         assert!(!asked.join().unwrap().contains("6.6.6.6"));
     });
-    assert!(!dig(&web, &["victim.example.test"]).contains("6.6.6.6"), "nor kept");
+    assert!(!dig(&web, &["victim.example.test"]).contains("6.6.6.6"), "not cached either");
 }
 
 #[test]
-fn a_network_may_be_served_at_its_gateway() {
+fn a_network_can_have_its_dns_server_at_the_gateway() {
     let scene = Scene::new();
     let file = r#"
 name: demo
@@ -250,16 +257,19 @@ services:
     up.wait_for_line("nameserver 10.77.1.1", SOON);
     up.wait_for_line("10.77.1.3", SOON);
     let db = service_namespace(&up, "db");
-    assert!(dig(&db, &["web"]).contains("connection refused"), "nobody is at 127.0.0.11");
+    assert!(dig(&db, &["web"]).contains("connection refused"), "no server at 127.0.0.11");
     let mut dig_outside = scene.net.client.command("dig");
     let asked = dig_outside.args(["@10.77.1.1", "+short", "+time=1", "+tries=1", "web"]);
     let output = asked.output().unwrap();
-    assert!(!String::from_utf8_lossy(&output.stdout).contains("10.77.1.2"), "nobody else is told");
+    assert!(
+        !String::from_utf8_lossy(&output.stdout).contains("10.77.1.2"),
+        "other clients get no answer"
+    );
 }
 
-/// Two containers of somebody else's, one after the other at the same path.
+/// Two adopted namespaces, one after the other at the same path.
 #[test]
-fn a_container_that_comes_back_is_served_again_and_nothing_is_left_with_it() {
+fn a_restarted_container_is_served_again_and_no_state_is_left_in_it() {
     let scene = Scene::new();
     let path = scene.directory.path().join("box");
     let lead_to = |namespace: &Namespace| {

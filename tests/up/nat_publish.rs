@@ -1,4 +1,4 @@
-//! Whom the container sees as its client where the NAT engine leads it out, as root and as an
+//! Client addresses at published ports with egress through the NAT engine, as root and as an
 //! ordinary user.
 
 use super::matrix::peer_as_seen;
@@ -20,13 +20,13 @@ services:
     command: [ sleep, "60" ]
     networks: { home: { ipv4_address: 10.81.1.2, ipv6_address: "fd81:1::2" }, shut: { ipv4_address: 10.81.2.2 } }
     ports: [ "8080:80", "8080:80/udp" ]
-  inmate:
+  isolated:
     command: [ sleep, "60" ]
     networks: { shut: { ipv4_address: 10.81.2.3 } }
     ports: [ "0.0.0.0:8082:80/udp" ]
 "#;
 
-/// The engine's own addresses.
+/// The addresses of the engine.
 const ENGINE: [&str; 2] = ["169.254.116.103", "fd74:6964:6567:6174::1"];
 const GATEWAY: [&str; 2] = ["10.81.1.1", "fd81:1::1"];
 const HOST: [&str; 2] = ["203.0.113.1", "2001:db8:1::1"];
@@ -38,7 +38,7 @@ fn up(scene: &Scene, rootless: bool) -> Process {
     up
 }
 
-/// The address that the server published at `to` sees `from` under.
+/// The client address that the server published at `to` sees for `from`.
 #[track_caller]
 fn seen(from: &Namespace, to: &str, port: u16, udp: bool) -> String {
     let to = SocketAddr::new(to.parse().unwrap(), port);
@@ -47,7 +47,7 @@ fn seen(from: &Namespace, to: &str, port: u16, udp: bool) -> String {
 }
 
 #[test]
-fn the_container_sees_its_clients_over_tcp_and_udp() {
+fn the_container_sees_client_addresses_over_tcp_and_udp() {
     for rootless in [false, true] {
         let scene = Scene::new().with_open_tun();
         let before = state(&scene.net.host);
@@ -65,7 +65,8 @@ fn the_container_sees_its_clients_over_tcp_and_udp() {
                     outside,
                     "rootless {rootless}, udp {udp}"
                 );
-                // Whom applications would trust, or answer past us, they do not see.
+                // Addresses of the host and loopback are not shown: applications would trust them,
+                // or reply to them directly.
                 let gateway = if udp { ENGINE[family] } else { GATEWAY[family] };
                 for to in [HOST[family], loopback] {
                     assert_eq!(
@@ -74,14 +75,13 @@ fn the_container_sees_its_clients_over_tcp_and_udp() {
                         "rootless {rootless}, udp {udp}"
                     );
                 }
-                // Itself, by the host: hairpin.
+                // Hairpin: the container itself, through the host.
                 assert!(!seen(&boxed, HOST[family], 8080, udp).is_empty());
             }
         }
-        // Nothing that it sends goes to the engine: a container without egress is reached as
-        // ever.
-        let inmate = service_namespace(&up, "inmate");
-        let _udp = PeerServer::udp(&inmate, "10.81.2.3:80".parse().unwrap());
+        // A container without egress sends nothing to the engine, so the proxy forwards its port.
+        let isolated = service_namespace(&up, "isolated");
+        let _udp = PeerServer::udp(&isolated, "10.81.2.3:80".parse().unwrap());
         assert_eq!(seen(&scene.net.client, HOST[0], 8082, true), "10.81.2.1");
         up.stop(Signal::INT, SOON);
         assert_eq!(state(&scene.net.host), before);
@@ -89,7 +89,7 @@ fn the_container_sees_its_clients_over_tcp_and_udp() {
 }
 
 #[test]
-fn ports_of_udp_come_and_go_at_run_time() {
+fn udp_ports_are_added_and_removed_at_run_time() {
     let scene = Scene::new().with_open_tun();
     let up = up(&scene, true);
     let boxed = service_namespace(&up, "box");
@@ -120,13 +120,13 @@ fn ports_of_udp_come_and_go_at_run_time() {
     assert_eq!(
         seen(&scene.net.client, HOST[0], 8080, true),
         "203.0.113.9",
-        "the others are as they were"
+        "other ports are not affected"
     );
 }
 
-/// In the same series as every other published port's.
+/// In the same series as ports of the proxy.
 #[test]
-fn what_a_port_of_the_engine_carries_is_counted_as_that_of_any_port() {
+fn traffic_of_ports_of_the_engine_is_counted() {
     let scene = Scene::new();
     let path = scene.directory.path().join("compose.yaml");
     std::fs::write(&path, FILE).unwrap();
@@ -140,7 +140,7 @@ fn what_a_port_of_the_engine_carries_is_counted_as_that_of_any_port() {
     let page = || {
         scene.net.host.exec("curl", &["-sS", "--max-time", "5", "http://127.0.0.1:9464/metrics"])
     };
-    let told = |line: &str| page().lines().any(|told| told == line);
+    let has = |line: &str| page().lines().any(|one| one == line);
     for line in [
         r#"tidegate_proxy_sessions_total{publish="0.0.0.0:8080/udp"} 1"#,
         r#"tidegate_proxy_sessions{publish="0.0.0.0:8080/udp"} 1"#,
@@ -148,6 +148,6 @@ fn what_a_port_of_the_engine_carries_is_counted_as_that_of_any_port() {
         r#"tidegate_proxy_datagrams_total{publish="0.0.0.0:8080/udp",direction="out"} 1"#,
         r#"tidegate_proxy_bytes_total{publish="0.0.0.0:8080/udp",direction="in"} 1"#,
     ] {
-        assert!(eventually(SOON, || told(line)), "{line} in\n{}", page());
+        assert!(eventually(SOON, || has(line)), "{line} in\n{}", page());
     }
 }

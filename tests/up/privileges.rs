@@ -1,5 +1,5 @@
-//! What root in a service can do when an ordinary user has brought the project up: everything in
-//! the service's own network namespace, nothing in that of the bridges.
+//! Privileges of root in a rootless service: all of them in the service's own network namespace,
+//! none in the namespace of the bridges.
 
 use super::scene::{Scene, rootless_namespace};
 use rustix::mount::{MountFlags, mount};
@@ -23,24 +23,25 @@ use std::time::Duration;
 
 const SOON: Duration = Duration::from_secs(10);
 
-/// Where [`attacker`] is handed the network namespace of the bridges. Unset, it does nothing.
+/// Variable with the socket at which [`attacker`] receives the network namespace of the bridges.
+/// Without it, that test does nothing.
 const HANDOVER: &str = "TIDEGATE_TEST_HANDOVER";
 
-/// The test that is the service's command.
+/// The test that the service runs as its command.
 const ATTACKER: &str = "up::privileges::attacker";
 
-/// How the lines of [`attacker`] begin.
+/// Prefix of the lines that [`attacker`] prints.
 const ATTEMPT: &str = "attempt: ";
 
-// What libc does not have of `linux/net_namespace.h` and `linux/rtnetlink.h`.
+// Missing in libc, from `linux/net_namespace.h` and `linux/rtnetlink.h`.
 const NETNSA_NSID: u16 = 1;
 const NETNSA_FD: u16 = 3;
 const RTM_NEWNSID: u16 = 88;
 
-/// The number that the attacker gives to the namespace of the bridges.
+/// The namespace ID that the attacker assigns to the namespace of the bridges.
 const CHOSEN_ID: i32 = 99;
 
-/// Interface indices that include those of the bridges.
+/// Interface indexes that include those of the bridges.
 const INDICES: RangeInclusive<i32> = 1..=32;
 
 #[test]
@@ -71,19 +72,19 @@ services:
     bridges.ip(&["link", "add", "announced", "type", "bridge"]);
     hand_over(&attacker, &File::open(bridges.path()).unwrap());
     up.wait_for_line(&format!("{ATTEMPT}end"), SOON);
-    let told = up.output();
-    let results = told.lines().filter_map(|line| line.split_once(ATTEMPT)?.1.split_once(": "));
+    let output = up.output();
+    let results = output.lines().filter_map(|line| line.split_once(ATTEMPT)?.1.split_once(": "));
     let (own, others): (BTreeMap<_, _>, BTreeMap<_, _>) =
         results.partition(|(attempt, _)| attempt.starts_with("own "));
-    assert_eq!(own.len(), 8, "{told}");
+    assert_eq!(own.len(), 8, "{output}");
     assert!(own.values().all(|result| *result == "succeeds"), "{own:#?}");
-    assert_eq!(others.len(), 12, "{told}");
+    assert_eq!(others.len(), 12, "{output}");
     let denied = ["EPERM", "EACCES", "nothing"];
     assert!(others.values().all(|result| denied.contains(result)), "{others:#?}");
 }
 
 #[test]
-fn a_service_is_root_in_a_user_namespace_of_its_own_and_works_as_before() {
+fn a_service_is_root_in_its_own_user_namespace() {
     let scene = Scene::new();
     let file = scene.directory.path().join("written");
     let script = format!(
@@ -99,34 +100,34 @@ fn a_service_is_root_in_a_user_namespace_of_its_own_and_works_as_before() {
     for line in ["web | user 0 group 0", "web | reached"] {
         up.wait_for_line(line, SOON);
     }
-    let told = |service: &str| up.wait_for_line(&format!("{service:3} | user:["), SOON);
-    let inside = |service| told(service).rsplit_once(' ').unwrap().1.to_owned();
+    let line = |service: &str| up.wait_for_line(&format!("{service:3} | user:["), SOON);
+    let inside = |service| line(service).rsplit_once(' ').unwrap().1.to_owned();
     let own = fs::read_link(format!("/proc/{}/ns/user", up.pid())).unwrap();
     let namespaces = BTreeSet::from([inside("web"), inside("db"), own.display().to_string()]);
     assert_eq!(namespaces.len(), 3, "{namespaces:?}");
     let metadata = fs::metadata(file).unwrap();
-    let of_the_caller = fs::metadata(scene.directory.path()).unwrap();
-    assert_eq!((metadata.uid(), metadata.gid()), (of_the_caller.uid(), of_the_caller.gid()));
+    let caller = fs::metadata(scene.directory.path()).unwrap();
+    assert_eq!((metadata.uid(), metadata.gid()), (caller.uid(), caller.gid()));
 }
 
-/// Not a test of itself: what a service of the first test runs.
+/// Not a test by itself: the command of a service in the first test.
 #[test]
 fn attacker() {
     let Some(handover) = std::env::var_os(HANDOVER) else { return };
     let rtnetlink = Rtnetlink::open();
     let id = rtnetlink.id_of_peer();
-    tell("own link", rtnetlink.new_link(&[kind("veth"), name("own")]));
+    report("own link", rtnetlink.new_link(&[kind("veth"), name("own")]));
     let rule = [libc::AF_INET as u8, 0, 0, 0, 254, 0, 0, 1, 0, 0, 0, 0];
-    tell("own rule", rtnetlink.request(libc::RTM_NEWRULE, libc::NLM_F_CREATE, &rule).map(drop));
-    tell("own sysctl", fs::write("/proc/sys/net/ipv4/ip_forward", "1"));
-    tell("own low port", TcpListener::bind("0.0.0.0:80").map(drop));
+    report("own rule", rtnetlink.request(libc::RTM_NEWRULE, libc::NLM_F_CREATE, &rule).map(drop));
+    report("own sysctl", fs::write("/proc/sys/net/ipv4/ip_forward", "1"));
+    report("own low port", TcpListener::bind("0.0.0.0:80").map(drop));
     let packets = socket_with(AddressFamily::PACKET, SocketType::RAW, SocketFlags::CLOEXEC, None);
-    tell("own raw socket", packets.map(drop).map_err(Into::into));
-    tell("own host name", rustix::system::sethostname(b"renamed").map_err(Into::into));
+    report("own raw socket", packets.map(drop).map_err(Into::into));
+    report("own host name", rustix::system::sethostname(b"renamed").map_err(Into::into));
     let mounted = mount("tmpfs", "/mnt", "tmpfs", MountFlags::empty(), None);
-    tell("own mount", mounted.map_err(Into::into));
+    report("own mount", mounted.map_err(Into::into));
     let nested = Command::new("unshare").args(["--pid", "--fork", "--mount-proc", "true"]).status();
-    tell(
+    report(
         "own PID namespace",
         nested.and_then(|status| {
             if status.success() { Ok(()) } else { Err(io::Error::other(status.to_string())) }
@@ -138,40 +139,40 @@ fn attacker() {
         fs::read_link(process.join("ns/net")).is_ok_and(|elsewhere| elsewhere != network)
     };
     let processes = fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().path());
-    told("processes elsewhere", processes.filter(|process| is_elsewhere(process)).count());
+    report_count("processes elsewhere", processes.filter(|process| is_elsewhere(process)).count());
     let announcements = Rtnetlink::of_all_namespaces();
-    let bridges = taken_over(&UnixStream::connect(handover).unwrap());
-    told("announcements", announcements.waiting());
+    let bridges = receive_namespace(&UnixStream::connect(handover).unwrap());
+    report_count("announcements", announcements.waiting());
 
-    let there = attribute(libc::IFLA_TARGET_NETNSID, &id.to_ne_bytes());
-    tell("read links", rtnetlink.link_of(id));
-    tell("macvlan", rtnetlink.new_macvlan(id, "macvlan1"));
-    tell("make a link", rtnetlink.new_link(&[kind("bridge"), name("link1"), there.clone()]));
-    tell("move a link", rtnetlink.move_link("own", &there));
+    let target = attribute(libc::IFLA_TARGET_NETNSID, &id.to_ne_bytes());
+    report("read links", rtnetlink.link_of(id));
+    report("macvlan", rtnetlink.new_macvlan(id, "macvlan1"));
+    report("make a link", rtnetlink.new_link(&[kind("bridge"), name("link1"), target.clone()]));
+    report("move a link", rtnetlink.move_link("own", &target));
 
     let descriptor = bridges.as_raw_fd();
-    let there = attribute(libc::IFLA_NET_NS_FD, &descriptor.to_ne_bytes());
-    tell(
+    let target = attribute(libc::IFLA_NET_NS_FD, &descriptor.to_ne_bytes());
+    report(
         "make a link, by descriptor",
-        rtnetlink.new_link(&[kind("bridge"), name("link2"), there.clone()]),
+        rtnetlink.new_link(&[kind("bridge"), name("link2"), target.clone()]),
     );
-    tell("move a link, by descriptor", rtnetlink.move_link("own", &there));
-    // Where the namespace of the bridges has no ID yet, it can be given one. The ID alone permits
-    // nothing.
-    // SAFETY: this thread's network namespace alone changes.
+    report("move a link, by descriptor", rtnetlink.move_link("own", &target));
+    // In a namespace in which that of the bridges has no ID yet, root can assign one. The ID alone
+    // grants no access.
+    // SAFETY: affects only the network namespace of this thread.
     checked(unsafe { libc::unshare(libc::CLONE_NEWNET) }).unwrap();
     let rtnetlink = Rtnetlink::open();
     rtnetlink.new_id(CHOSEN_ID, &bridges).unwrap();
-    tell("read links, by a chosen ID", rtnetlink.link_of(CHOSEN_ID));
-    tell("macvlan, by a chosen ID", rtnetlink.new_macvlan(CHOSEN_ID, "macvlan2"));
+    report("read links, by a chosen ID", rtnetlink.link_of(CHOSEN_ID));
+    report("macvlan, by a chosen ID", rtnetlink.new_macvlan(CHOSEN_ID, "macvlan2"));
     // SAFETY: NS_GET_USERNS takes no argument and returns a descriptor (ioctl_ns(2)).
-    tell("owner", checked(unsafe { libc::ioctl(descriptor, libc::NS_GET_USERNS) }));
-    // SAFETY: this thread's namespace alone changes, and the thread ends right after.
-    tell("setns", checked(unsafe { libc::setns(descriptor, libc::CLONE_NEWNET) }));
+    report("owner", checked(unsafe { libc::ioctl(descriptor, libc::NS_GET_USERNS) }));
+    // SAFETY: affects only the namespace of this thread, which ends right after.
+    report("setns", checked(unsafe { libc::setns(descriptor, libc::CLONE_NEWNET) }));
     println!("{ATTEMPT}end");
 }
 
-fn tell(attempt: &str, result: io::Result<()>) {
+fn report(attempt: &str, result: io::Result<()>) {
     let result = match result.map_err(|error| (error.raw_os_error(), error)) {
         Ok(()) => "succeeds".to_owned(),
         Err((Some(libc::EPERM), _)) => "EPERM".to_owned(),
@@ -181,7 +182,7 @@ fn tell(attempt: &str, result: io::Result<()>) {
     println!("{ATTEMPT}{attempt}: {result}");
 }
 
-fn told(attempt: &str, count: usize) {
+fn report_count(attempt: &str, count: usize) {
     let result = if count == 0 { "nothing" } else { "something" };
     println!("{ATTEMPT}{attempt}: {result}");
 }
@@ -198,7 +199,7 @@ fn hand_over(to: &UnixStream, namespace: &File) {
     sendmsg(to, &[IoSlice::new(b"!")], &mut control, SendFlags::empty()).unwrap();
 }
 
-fn taken_over(from: &UnixStream) -> OwnedFd {
+fn receive_namespace(from: &UnixStream) -> OwnedFd {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut byte = [0];
@@ -210,27 +211,27 @@ fn taken_over(from: &UnixStream) -> OwnedFd {
     descriptor.expect("a descriptor comes with the byte")
 }
 
-/// Requests to rtnetlink with attributes that `ip` and the packet crates do not send.
+/// rtnetlink requests with attributes that `ip` and the netlink crates do not support.
 struct Rtnetlink(OwnedFd);
 
 impl Rtnetlink {
     fn open() -> Self {
-        // Protocol 0 of netlink is NETLINK_ROUTE.
+        // The default protocol 0 is NETLINK_ROUTE.
         let socket =
             socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None);
         Self(socket.unwrap())
     }
 
-    /// Hears what is announced of links, here and in every namespace that has an ID here.
+    /// Receives link notifications of this namespace and of all namespaces that have an ID in it.
     fn of_all_namespaces() -> Self {
         let this = Self::open();
-        // The first request binds the socket: one without an address hears nothing.
+        // The first request binds the socket. An unbound socket receives no notifications.
         this.request(libc::RTM_GETLINK, 0, &link(1, &[])).unwrap();
         for (option, value) in [
             (libc::NETLINK_LISTEN_ALL_NSID, 1_i32),
             (libc::NETLINK_ADD_MEMBERSHIP, libc::RTNLGRP_LINK as i32),
         ] {
-            // SAFETY: the value is live, and its length is its size.
+            // SAFETY: the pointer is valid for the given length, 4 bytes.
             let set = unsafe {
                 let value = (&raw const value).cast();
                 libc::setsockopt(this.0.as_raw_fd(), libc::SOL_NETLINK, option, value, 4)
@@ -240,7 +241,7 @@ impl Rtnetlink {
         this
     }
 
-    /// How many messages have come. No link of the service's own changes meanwhile.
+    /// The number of received messages. No link of the service itself changes meanwhile.
     fn waiting(&self) -> usize {
         let mut buffer = [0; 65_536];
         let read = || recv(&self.0, &mut buffer[..], RecvFlags::DONTWAIT);
@@ -284,12 +285,12 @@ impl Rtnetlink {
         self.request(libc::RTM_NEWLINK, flags, &link(0, attributes)).map(drop)
     }
 
-    /// Makes a macvlan here on a link of the namespace that has the ID `id`.
-    fn new_macvlan(&self, id: i32, called: &str) -> io::Result<()> {
+    /// Creates a macvlan in this namespace on a link of the namespace with the ID `id`.
+    fn new_macvlan(&self, id: i32, link_name: &str) -> io::Result<()> {
         let on = |index: i32| {
             self.new_link(&[
                 kind("macvlan"),
-                name(called),
+                name(link_name),
                 attribute(libc::IFLA_LINK, &index.to_ne_bytes()),
                 attribute(libc::IFLA_LINK_NETNSID, &id.to_ne_bytes()),
             ])
@@ -299,18 +300,18 @@ impl Rtnetlink {
         if is_made { Ok(()) } else { results.into_iter().next_back().unwrap() }
     }
 
-    fn move_link(&self, called: &str, there: &[u8]) -> io::Result<()> {
-        let body = link(0, &[name(called), there.to_vec()]);
+    fn move_link(&self, link_name: &str, target: &[u8]) -> io::Result<()> {
+        let body = link(0, &[name(link_name), target.to_vec()]);
         self.request(libc::RTM_SETLINK, 0, &body).map(drop)
     }
 
-    /// Reads the loopback interface of the namespace that has the ID `id`.
+    /// Reads the loopback interface of the namespace with the ID `id`.
     fn link_of(&self, id: i32) -> io::Result<()> {
         let body = link(1, &[attribute(libc::IFLA_TARGET_NETNSID, &id.to_ne_bytes())]);
         self.request(libc::RTM_GETLINK, 0, &body).map(drop)
     }
 
-    /// The ID of the namespace that the other end of the veth pair is in, which the kernel assigns.
+    /// The ID of the namespace of the other veth end, which the kernel has assigned.
     fn id_of_peer(&self) -> i32 {
         let replies = self.request(libc::RTM_GETLINK, 0, &link(0, &[name("eth0")])).unwrap();
         let mut attributes = &replies[0][16..];
@@ -334,7 +335,7 @@ impl Rtnetlink {
     }
 }
 
-/// The body of a message about the link with this index, 0 for one that is named.
+/// The body of a message about the link with `index`, or 0 for a link identified by name.
 fn link(index: i32, attributes: &[Vec<u8>]) -> Vec<u8> {
     let mut body = vec![0; 4];
     body.extend(index.to_ne_bytes());

@@ -1,4 +1,4 @@
-//! `tidegate up` by an ordinary user: the networks are in a namespace of its own, the ports on the
+//! `tidegate up` by an ordinary user: networks in a separate namespace, published ports on the
 //! host.
 
 use super::scene::{Scene, TIDEGATE, service_namespace, state};
@@ -39,17 +39,17 @@ fn get(from: &Namespace, url: &str) -> Result<String, String> {
 }
 
 #[test]
-fn an_ordinary_user_publishes_ports_and_nothing_of_the_host_changes() {
+fn an_ordinary_user_publishes_ports_and_leaves_the_host_unchanged() {
     let scene = Scene::new();
     let before = state(&scene.net.host);
     let mut up = up(&scene);
-    assert_eq!(state(&scene.net.host), before, "the networks are not the host's");
+    assert_eq!(state(&scene.net.host), before, "the networks are in another namespace");
     for (url, shown) in [
         ("http://203.0.113.1:8080/", "203.0.113.9"),
         ("http://[2001:db8:1::1]:8080/", "2001:db8:1::9"),
     ] {
         let answer = get(&scene.net.client, url).unwrap();
-        assert!(answer.contains(shown), "the client's own address: {answer}");
+        assert!(answer.contains(shown), "the client's address: {answer}");
     }
     for url in ["http://127.0.0.1:8080/", "http://[::1]:8080/", "http://127.0.0.1:9090/"] {
         let answer = get(&scene.net.host, url).unwrap();
@@ -76,12 +76,12 @@ fn an_ordinary_user_publishes_ports_and_nothing_of_the_host_changes() {
 }
 
 #[test]
-fn ports_come_and_go_at_run_time_at_the_gateways_too() {
+fn ports_are_added_and_removed_at_gateways_too() {
     let scene = Scene::new();
     let up = up(&scene);
     let ps = scene.tidegate_as_nobody().arg("ps").output().unwrap();
-    let told = String::from_utf8(ps.stdout).unwrap();
-    assert!(ps.status.success() && told.contains("0.0.0.0:8080/tcp->80"), "{told}");
+    let printed = String::from_utf8(ps.stdout).unwrap();
+    assert!(ps.status.success() && printed.contains("0.0.0.0:8080/tcp->80"), "{printed}");
     let ask = |method: &str, path: &str, body: &str| {
         let socket = scene.run.path().join("api.sock");
         let mut curl = scene.net.host.command("curl");
@@ -106,11 +106,11 @@ fn ports_come_and_go_at_run_time_at_the_gateways_too() {
     assert_eq!(reached(), (true, true));
     ask("DELETE", &format!("/v1/ports/{}", port["id"]), "");
     assert_eq!(reached(), (false, false));
-    assert!(get(&neighbour, "http://10.77.1.1:8080/").is_ok(), "the others are as they were");
+    assert!(get(&neighbour, "http://10.77.1.1:8080/").is_ok(), "other ports are not affected");
 }
 
 #[test]
-fn killed_it_leaves_nothing_and_comes_up_again() {
+fn a_killed_instance_leaves_no_state_and_can_be_restarted() {
     let scene = Scene::new();
     let before = state(&scene.net.host);
     let mut first = up(&scene);
@@ -122,21 +122,21 @@ fn killed_it_leaves_nothing_and_comes_up_again() {
             .split_whitespace()
             .any(|pid| fs::exists(format!("/proc/{pid}/ns/net")).unwrap_or(false))
     };
-    assert!(eventually(SOON, || !alive()), "services go with it: {service}");
+    assert!(eventually(SOON, || !alive()), "services end with it: {service}");
     let mut next = up(&scene);
     assert!(get(&scene.net.client, "http://203.0.113.1:8080/").is_ok());
     next.stop(Signal::TERM, SOON);
     assert_eq!(state(&scene.net.host), before);
 }
 
-/// `user.max_user_namespaces` is every user namespace's own, so one can be made that allows none.
+/// `user.max_user_namespaces` belongs to a user namespace, so the test sets it in a new one.
 #[test]
-fn where_user_namespaces_are_not_allowed_it_says_what_would_allow_them() {
+fn the_error_without_user_namespaces_names_the_sysctl() {
     let scene = Scene::new();
     let before = state(&scene.net.host);
     let path = scene.directory.path().join("compose.yaml");
     fs::write(&path, FILE).unwrap();
-    // One for the networks, and one for each service.
+    // One user namespace for the networks, and one for each service.
     for (allowed, beginning) in [(0, "tidegate: error: "), (1, "tidegate: error: service \"")] {
         let mut command = scene.net.host.command("unshare");
         let deny = format!(
@@ -146,17 +146,20 @@ fn where_user_namespaces_are_not_allowed_it_says_what_would_allow_them() {
         command.args(["--user", "--map-root-user", "sh", "-c", &deny, TIDEGATE]).arg(&path);
         command.env("TIDEGATE_RUN_DIR", scene.run.path()).env("TIDEGATE_LOG", "warn");
         let output = command.output().unwrap();
-        let told = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(1), "{told}");
-        assert!(told.starts_with(beginning), "{told}");
-        assert!(told.contains("make a user namespace: "), "{told}");
-        assert!(told.contains("user.max_user_namespaces") && told.lines().count() == 1, "{told}");
+        let printed = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{printed}");
+        assert!(printed.starts_with(beginning), "{printed}");
+        assert!(printed.contains("make a user namespace: "), "{printed}");
+        assert!(
+            printed.contains("user.max_user_namespaces") && printed.lines().count() == 1,
+            "{printed}"
+        );
     }
     assert_eq!(state(&scene.net.host), before);
 }
 
 #[test]
-fn what_an_ordinary_user_may_not_do_is_one_line() {
+fn a_permission_error_of_an_ordinary_user_has_one_line() {
     let scene = Scene::new();
     let adopted = Namespace::new();
     scene.net.host.sysctl("net.ipv4.ip_unprivileged_port_start", "1024");
@@ -167,8 +170,8 @@ fn what_an_ordinary_user_may_not_do_is_one_line() {
     ] {
         let mut up = scene.up_as_nobody(&file);
         assert_eq!(up.wait(SOON).code(), Some(1));
-        let told = up.wait_for_output(SOON);
-        assert!(told.starts_with("tidegate: error: ") && told.contains(error), "{told}");
-        assert_eq!(told.lines().count(), 1, "{told}");
+        let printed = up.wait_for_output(SOON);
+        assert!(printed.starts_with("tidegate: error: ") && printed.contains(error), "{printed}");
+        assert_eq!(printed.lines().count(), 1, "{printed}");
     }
 }

@@ -1,6 +1,6 @@
-//! A host with an outside, to bring projects up on.
+//! A host with an external client, on which tests bring projects up.
 
-#![allow(dead_code, reason = "every test crate uses a part of it")]
+#![allow(dead_code, reason = "each test crate uses a part of it")]
 
 use std::fs;
 use std::os::unix::fs::{chown, symlink};
@@ -12,19 +12,21 @@ use tidegate_testbed::{Mounts, Namespace, Process, Topology, find_program};
 /// The binary under test.
 pub(crate) const TIDEGATE: &str = env!("CARGO_BIN_EXE_tidegate");
 
-/// The user `nobody` of Debian and most others.
+/// The user ID of `nobody` on most distributions.
 const NOBODY: u32 = 65_534;
 
-/// A host, its outside, and a place of its own for what would be below `/run`.
+/// A host, an external client, and temporary directories.
 pub(crate) struct Scene {
     pub(crate) net: Topology,
+    /// `TIDEGATE_RUN_DIR`.
     pub(crate) run: tempfile::TempDir,
+    /// Directory of the Compose file.
     pub(crate) directory: tempfile::TempDir,
-    /// Programs that are found before those of the machine.
+    /// Programs that precede those of the machine in `PATH`.
     pub(crate) programs: tempfile::TempDir,
-    /// What the kernel is taken not to have.
+    /// Kernel features that are treated as missing (`TIDEGATE_LACKS`).
     pub(crate) lacks: &'static str,
-    /// Where metrics are served.
+    /// Value of `--metrics`.
     metrics: &'static str,
 }
 
@@ -41,7 +43,7 @@ impl Scene {
         }
     }
 
-    /// On a kernel that does not have what is named.
+    /// On a kernel whose features `lacks` are treated as missing.
     pub(crate) fn lacking(lacks: &'static str) -> Self {
         Self { lacks, ..Self::new() }
     }
@@ -51,7 +53,7 @@ impl Scene {
         Self { metrics: "127.0.0.1:9464", ..self }
     }
 
-    /// The page of metrics.
+    /// The metrics page.
     #[track_caller]
     pub(crate) fn figures(&self) -> String {
         self.net
@@ -59,7 +61,7 @@ impl Scene {
             .exec("curl", &["-sS", "--max-time", "5", &format!("http://{}/metrics", self.metrics)])
     }
 
-    /// With the variant of iptables that is not made of nf_tables.
+    /// With legacy iptables instead of iptables-nft.
     pub(crate) fn with_legacy_iptables() -> Self {
         let scene = Self::new();
         for family in ["iptables", "ip6tables"] {
@@ -71,7 +73,7 @@ impl Scene {
         scene
     }
 
-    /// On a host whose `/dev/net/tun` everybody may open, as on most distributions.
+    /// On a host whose `/dev/net/tun` all users can open, as on most distributions.
     pub(crate) fn with_open_tun(mut self) -> Self {
         let device = self.programs.path().join("tun");
         let path = device.to_str().unwrap();
@@ -84,13 +86,13 @@ impl Scene {
         self
     }
 
-    /// `PATH` with the scene's own programs first.
+    /// `PATH` with the scene's programs first.
     pub(crate) fn path(&self) -> String {
         let machine = std::env::var("PATH").unwrap_or_default();
         format!("{}:{machine}:/usr/sbin:/sbin", self.programs.path().display())
     }
 
-    /// What a user types on the host.
+    /// Runs a shell `script` on the host.
     #[track_caller]
     pub(crate) fn sh(&self, script: &str) {
         let output = self
@@ -104,12 +106,12 @@ impl Scene {
         assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
     }
 
-    /// `tidegate` on the host, with the scene's place for what would be below `/run`.
+    /// `tidegate` on the host, with the scene's run directory.
     pub(crate) fn tidegate(&self) -> Command {
-        self.at_home(self.net.host.command(TIDEGATE))
+        self.with_environment(self.net.host.command(TIDEGATE))
     }
 
-    /// The same, as a user who has no privilege.
+    /// The same as an unprivileged user.
     pub(crate) fn tidegate_as_nobody(&self) -> Command {
         for directory in [&self.run, &self.directory] {
             chown(directory.path(), Some(NOBODY), Some(NOBODY)).unwrap();
@@ -120,31 +122,31 @@ impl Scene {
             &format!("--regid={NOBODY}"),
             "--clear-groups",
         ]);
-        // The wish to go with the test is lost with the privileges.
+        // Dropping privileges clears the parent death signal, so it is set again.
         command.args(["--pdeathsig", "KILL", TIDEGATE]);
-        self.at_home(command)
+        self.with_environment(command)
     }
 
-    fn at_home(&self, mut command: Command) -> Command {
+    fn with_environment(&self, mut command: Command) -> Command {
         command.env("TIDEGATE_RUN_DIR", self.run.path()).env("TIDEGATE_LOG", "warn");
         command.env_remove("TIDEGATE_SOCKET").env("PATH", self.path());
         command.env("TIDEGATE_LACKS", self.lacks);
         command
     }
 
-    /// What brings `file` up.
+    /// The command that brings `file` up.
     pub(crate) fn command(&self, file: &str) -> Command {
-        self.brings_up(self.tidegate(), file)
+        self.up_command(self.tidegate(), file)
     }
 
-    fn brings_up(&self, mut tidegate: Command, file: &str) -> Command {
+    fn up_command(&self, mut tidegate: Command, file: &str) -> Command {
         let path = self.directory.path().join("compose.yaml");
         fs::write(&path, file).unwrap();
         tidegate.arg("up").arg("-f").arg(path).args(["--metrics", self.metrics]);
         tidegate
     }
 
-    /// Begins to bring `file` up as another project beside the one of [`up`](Self::up).
+    /// Starts to bring `file` up as a second project besides that of [`up`](Self::up).
     pub(crate) fn up_beside(&self, file: &str, flags: &[&str]) -> Process {
         let run = self.run.path().join("beside");
         fs::create_dir_all(&run).unwrap();
@@ -155,29 +157,30 @@ impl Scene {
         Process::spawn(command.env("TIDEGATE_SOCKET", run.join("api.sock")))
     }
 
-    /// Begins to bring `file` up.
+    /// Starts to bring `file` up.
     pub(crate) fn up(&self, file: &str) -> Process {
         Process::spawn(&mut self.command(file))
     }
 
-    /// The same, with flags.
+    /// The same with flags.
     pub(crate) fn up_with(&self, file: &str, flags: &[&str]) -> Process {
         Process::spawn(self.command(file).args(flags))
     }
 
-    /// The same, as a user who has no privilege.
+    /// The same as an unprivileged user.
     pub(crate) fn up_as_nobody(&self, file: &str) -> Process {
         Process::spawn(&mut self.command_as_nobody(file))
     }
 
-    /// What brings `file` up, run by a user who has no privilege.
+    /// The command that brings `file` up as an unprivileged user.
     pub(crate) fn command_as_nobody(&self, file: &str) -> Command {
-        self.brings_up(self.tidegate_as_nobody(), file)
+        self.up_command(self.tidegate_as_nobody(), file)
     }
 
-    /// Brings `file` up and waits until it is. Its `services` get a namespace each, in the place of
-    /// their names in upper case (`x-netns: NAME`); a `rootless` engine makes these itself, for a
-    /// command.
+    /// Brings `file` up and waits until it is up. Returns the namespaces of `services`. As root,
+    /// these are adopted: they replace the placeholders `x-netns: NAME` in `file`, with the name of
+    /// the service in upper case. With `rootless`, the placeholders are replaced by commands, and
+    /// tidegate creates the namespaces.
     #[track_caller]
     pub(crate) fn up_with_services<const N: usize>(
         &self,
@@ -203,29 +206,29 @@ impl Scene {
         (up, namespaces)
     }
 
-    /// What is told of `file`, which cannot be brought up.
+    /// The output for `file`, which cannot be brought up.
     #[track_caller]
     pub(crate) fn refused(&self, file: &str) -> String {
         refused(&mut self.command(file))
     }
 
-    /// Where the API is.
+    /// Path of the API socket.
     pub(crate) fn socket(&self) -> PathBuf {
         self.run.path().join("api.sock")
     }
 }
 
-/// What is told by `command`, which fails.
+/// The output of `command`, which must fail with exit code 1.
 #[track_caller]
 pub(crate) fn refused(command: &mut Command) -> String {
     let mut process = Process::spawn(command);
     let code = process.wait(Duration::from_secs(10)).code();
-    let told = process.wait_for_output(Duration::from_secs(10));
-    assert_eq!(code, Some(1), "{told}");
-    told
+    let printed = process.wait_for_output(Duration::from_secs(10));
+    assert_eq!(code, Some(1), "{printed}");
+    printed
 }
 
-/// All that can be seen of a namespace: links, addresses, routes, rules, and those of firewalls.
+/// The state of a namespace as text: links, addresses, routes, policy rules and firewall rules.
 pub(crate) fn state(namespace: &Namespace) -> String {
     let ip = |args: &[&str]| namespace.exec("ip", args);
     let all = [
@@ -245,9 +248,8 @@ pub(crate) fn state(namespace: &Namespace) -> String {
         .collect()
 }
 
-/// The tables of the packet filter by name, whichever was made first. One family at a time: nft(8)
-/// shows what extensions of iptables do (`masquerade`, `dnat to`) for the first of `ip` and `ip6`
-/// that it comes to, and leaves it out for the other.
+/// The nftables tables, sorted. Lists one family at a time: nft(8) shows extensions of iptables
+/// (`masquerade`, `dnat to`) only for the first of `ip` and `ip6` in a listing.
 fn tables(namespace: &Namespace) -> String {
     let families = ["ip", "ip6", "inet", "netdev", "bridge", "arp"];
     let listed = families.map(|family| namespace.exec("nft", &["-s", "list", "ruleset", family]));
@@ -257,8 +259,7 @@ fn tables(namespace: &Namespace) -> String {
     tables.concat()
 }
 
-/// The rules and chains of the legacy variant of `program`; its tables come into being when they
-/// are looked at.
+/// The rules and chains of the legacy variant of `program`. Listing a table creates it.
 fn legacy_rules(namespace: &Namespace, program: &str) -> String {
     let saved = namespace.exec(&format!("{program}-legacy-save"), &[]);
     let is_there =
@@ -266,13 +267,12 @@ fn legacy_rules(namespace: &Namespace, program: &str) -> String {
     let lines =
         saved.lines().filter(is_there).map(|line| line.split(" [").next().unwrap_or_default());
     let lines: Vec<&str> = lines.collect();
-    // Tables without anything in them are as good as none.
+    // Empty tables are ignored.
     let tables = lines.split(|line| line.starts_with('*')).filter(|table| !table.is_empty());
     tables.map(|table| format!("{program}: {}\n", table.join("\n"))).collect()
 }
 
-/// `file`, with a command for each of its `services` in the place of a namespace (`x-netns: NAME`,
-/// in upper case).
+/// `file` with the placeholders `x-netns: NAME` of `services` replaced by commands.
 pub(crate) fn with_commands(file: &str, services: &[&str]) -> String {
     let one = |file: String, name: &&str| {
         file.replace(&format!("x-netns: {}", name.to_uppercase()), "command: sleep 60")
@@ -280,8 +280,7 @@ pub(crate) fn with_commands(file: &str, services: &[&str]) -> String {
     services.iter().fold(file.to_owned(), one)
 }
 
-/// The namespace that an ordinary user's networks are in: that of threads of the data plane of
-/// `up`.
+/// The namespace of the networks of a rootless `up`, found by a thread that has entered it.
 pub(crate) fn rootless_namespace(up: &Process, host: &Namespace) -> Namespace {
     let tasks = fs::read_dir(format!("/proc/{}/task", up.pid())).unwrap();
     let own = fs::read_link("/proc/self/ns/net").unwrap();
@@ -292,7 +291,7 @@ pub(crate) fn rootless_namespace(up: &Process, host: &Namespace) -> Namespace {
     Namespace::at(&inside.expect("a thread inside"))
 }
 
-/// The network namespace of a service, by the process that is its init.
+/// The network namespace of a service, found by its init process.
 pub(crate) fn service_namespace(up: &Process, service: &str) -> Namespace {
     let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", up.pid())).unwrap();
     let init = children.split_whitespace().find(|pid| {

@@ -1,23 +1,22 @@
-//! A second uplink of the host: another outside, and somebody on it who means harm.
+//! A second uplink of the host, with a client and a hostile host.
 
 use super::scene::Scene;
 use tidegate_testbed::{Namespace, Segment};
 
-/// The host's addresses there.
+/// The host's addresses on the uplink.
 pub(crate) const HOST: [&str; 2] = ["198.51.100.1", "2001:db8:2::1"];
 
-/// Who is there.
+/// The hosts on the uplink.
 pub(crate) struct Uplink {
-    /// An honest client.
+    /// A regular client.
     pub(crate) client: Namespace,
-    /// Sends everything by way of the host: to its containers, to its gateways, to its loopback
-    /// addresses.
+    /// Routes everything through the host, including container, gateway and loopback addresses.
     pub(crate) hostile: Namespace,
     _link: Segment,
 }
 
 impl Uplink {
-    /// Gives the scene's host `eth1`.
+    /// Adds the uplink as `eth1` of the scene's host.
     #[track_caller]
     pub(crate) fn new(scene: &Scene) -> Self {
         let uplink =
@@ -33,8 +32,7 @@ impl Uplink {
                  -6 route add default via {host6}"
             ));
         }
-        // Loopback addresses are nothing special to it: it has none of its own, and sends there as
-        // anywhere.
+        // It has no loopback addresses and routes them like any other address.
         uplink.hostile.sysctl("net.ipv4.conf.all.route_localnet", "1");
         uplink.hostile.ip_all(&format!(
             "addr del 127.0.0.1/8 dev lo
@@ -42,7 +40,7 @@ impl Uplink {
              route add 127.0.0.0/8 via {host4}
              -6 route add ::1/128 via {host6}"
         ));
-        // The least that a kernel checks by itself: sources are believed, wherever they come in.
+        // Without the reverse path filter, the host accepts any source address on any interface.
         for key in ["all", "default", "eth0", "eth1"] {
             scene.net.host.sysctl(&format!("net.ipv4.conf.{key}.rp_filter"), "0");
         }

@@ -1,5 +1,5 @@
-//! VPNs, QoS scripts and second uplinks of the host: what was closed stays closed, what worked
-//! keeps working, and no mark or rule of theirs is lost, whichever came first.
+//! VPNs, QoS scripts and second uplinks of the host. Isolation holds, connectivity is kept, and
+//! their marks and rules are unchanged, regardless of whether tidegate or they start first.
 
 use super::firewall::MODES;
 use super::matrix::peer_as_seen;
@@ -10,8 +10,8 @@ use tidegate_testbed::server::PeerServer;
 use tidegate_testbed::{Namespace, Process, Segment, Signal, eventually};
 
 const SOON: Duration = Duration::from_secs(10);
-/// How long an answer is waited for that is not to come, and one that is.
-const PATIENCE: [Duration; 2] = [Duration::from_millis(300), Duration::from_secs(5)];
+/// Timeouts of a probe without an expected answer, and with one.
+const TIMEOUTS: [Duration; 2] = [Duration::from_millis(300), Duration::from_secs(5)];
 
 /// Without a firewall.
 const NONE: &[&str] = &["--firewall=none"];
@@ -31,13 +31,13 @@ services:
     networks: { away: { ipv4_address: 10.78.2.10 } }
 "#;
 
-/// What software of others does to the host, and how it takes that back.
+/// Commands with which other software configures the host, and reverts that.
 struct Vpn {
     up: &'static str,
     down: &'static str,
 }
 
-/// As mesh VPNs do: packets that come in by its link are marked (bits 16 to 23) and accepted.
+/// Like mesh VPNs: packets that arrive on its link are marked (bits 16 to 23) and accepted.
 const MESH: Vpn = Vpn {
     up: "iptables -N vpn-fwd
          iptables -A vpn-fwd -i vpn0 -j MARK --set-xmark 0x40000/0xff0000
@@ -49,8 +49,8 @@ const MESH: Vpn = Vpn {
            iptables -X vpn-fwd",
 };
 
-/// A class for what leaves by the uplink, kept with the connection. The counters tell whether the
-/// mark is as it was set, and whether anybody else's bits are seen.
+/// A QoS class for packets on the uplink, saved in the connection mark. The counters show whether
+/// the mark is restored, and whether it has bits of other software.
 const QOS: Vpn = Vpn {
     up: "iptables -t mangle -A PREROUTING -j CONNMARK --restore-mark
          iptables -t mangle -A FORWARD -i eth0 -m mark --mark 0x5 -m comment --comment restored
@@ -66,7 +66,8 @@ const QOS: Vpn = Vpn {
            iptables -t mangle -D POSTROUTING -j CONNMARK --save-mark",
 };
 
-/// `wg-quick up`, but for the tunnel itself: rules without a priority, before all others.
+/// `wg-quick up` without the tunnel itself. Its rules have no priority, so the kernel places them
+/// before all others.
 const WG_QUICK: Vpn = Vpn {
     up: "ip route add default dev vpn0 table 51820
          ip rule add not fwmark 51820 table 51820
@@ -105,8 +106,7 @@ impl Host {
         for key in ["all", "default", "eth0", "vpn0"] {
             scene.net.host.sysctl(&format!("net.ipv4.conf.{key}.rp_filter"), "0");
         }
-        // iptables leaves the chains that it has made for somebody once: they are there from the
-        // start.
+        // Creates all chains now, since iptables does not remove chains with the last rule.
         scene.sh("for program in iptables ip6tables; do
                for table in filter mangle; do
                  for chain in INPUT FORWARD; do $program -t $table -A $chain -i none -j ACCEPT; done
@@ -127,9 +127,9 @@ impl Host {
         up
     }
 
-    /// Both firewalls and both ways to publish, each with `vpn` before and after.
+    /// Checks `modes` with `vpn` started before the project, and after it.
     #[track_caller]
-    fn keeps_its_promises_beside(&self, vpn: &Vpn, modes: &[&[&str]], check: impl Fn(&Self, &str)) {
+    fn assert_compatible(&self, vpn: &Vpn, modes: &[&[&str]], check: impl Fn(&Self, &str)) {
         for flags in modes {
             let before = state(&self.scene.net.host);
             self.scene.sh(vpn.up);
@@ -141,18 +141,24 @@ impl Host {
             assert_eq!(state(&self.scene.net.host), theirs, "VPN first, {flags:?}");
             self.scene.sh(vpn.down);
             assert_eq!(state(&self.scene.net.host), before, "VPN first, {flags:?}");
-            self.later(vpn, flags, &theirs, &check);
+            self.assert_compatible_later(vpn, flags, &theirs, &check);
         }
     }
 
-    /// `vpn` comes while a project is up, and outlasts it as `theirs`.
+    /// Starts `vpn` while a project is up. The host's state after the project is `theirs`.
     #[track_caller]
-    fn later(&self, vpn: &Vpn, flags: &[&str], theirs: &str, check: &impl Fn(&Self, &str)) {
+    fn assert_compatible_later(
+        &self,
+        vpn: &Vpn,
+        flags: &[&str],
+        theirs: &str,
+        check: &impl Fn(&Self, &str),
+    ) {
         let before = state(&self.scene.net.host);
         let mut up = self.up(flags);
         self.scene.sh(vpn.up);
         if flags.contains(&"--firewall=iptables") {
-            // Until the jump is behind what was appended, a rule there sees the mark.
+            // A rule appended after the jump sees the mark until the jump is moved to the end.
             assert!(eventually(SOON, || self.marks_last()), "VPN later, {flags:?}");
         }
         self.check(&format!("VPN later, {flags:?}"));
@@ -168,8 +174,8 @@ impl Host {
         assert_eq!(state(&self.scene.net.host), before, "VPN later, {flags:?}");
     }
 
-    /// Whether the jump to the mark is the last rule of its hook: mangle POSTROUTING, or PREROUTING
-    /// where policy rules are the guards.
+    /// Whether the jump to the chain that sets the mark is the last rule of its hook: mangle
+    /// POSTROUTING, or PREROUTING if policy rules are the guards.
     fn marks_last(&self) -> bool {
         ["POSTROUTING", "PREROUTING"].iter().any(|hook| {
             let listed = self.scene.net.host.exec("iptables", &["-t", "mangle", "-S", hook]);
@@ -182,7 +188,7 @@ impl Host {
         let client = &self.scene.net.client;
         let _servers = [&self.server, &self.peer, client]
             .map(|namespace| PeerServer::tcp(namespace, "0.0.0.0:80".parse().unwrap()));
-        // A rule that was appended behind ours has to be noticed first.
+        // Retried until tidegate has noticed a rule appended after its own.
         let works = |from: &Namespace, at: &str| {
             assert!(eventually(SOON, || answers(from, at, true)), "{when}: {at} does not answer");
         };
@@ -201,10 +207,10 @@ impl Host {
 
 fn answers(from: &Namespace, at: &str, expected: bool) -> bool {
     let at: SocketAddr = at.parse().unwrap();
-    from.run(|| peer_as_seen(at, false, PATIENCE[usize::from(expected)])).is_ok()
+    from.run(|| peer_as_seen(at, false, TIMEOUTS[usize::from(expected)])).is_ok()
 }
 
-/// Rules that the kernel numbers itself have other numbers where ours were among them.
+/// Removes the priorities of policy rules. The kernel's choice depends on tidegate's rules.
 fn without_priorities(state: &str) -> String {
     let rule = |line: &str| match line.split_once(":\t") {
         Some((number, rule)) if number.parse::<u32>().is_ok() => format!("{rule}\n"),
@@ -214,22 +220,22 @@ fn without_priorities(state: &str) -> String {
 }
 
 #[test]
-fn a_mesh_vpn_that_marks_what_it_forwards_changes_nothing() {
+fn isolation_and_connectivity_hold_with_a_marking_mesh_vpn() {
     let host = Host::new(Scene::new());
-    host.keeps_its_promises_beside(&MESH, &MODES, |_, _| {});
-    host.keeps_its_promises_beside(&MESH, &[NONE], |_, _| {});
+    host.assert_compatible(&MESH, &MODES, |_, _| {});
+    host.assert_compatible(&MESH, &[NONE], |_, _| {});
 }
 
-/// Where policy rules stand behind the rules, the mark is set before the route is looked up.
+/// With policy rules as guards, the mark is set before the route lookup.
 #[test]
-fn a_mesh_vpn_changes_nothing_where_policy_rules_are_the_guards() {
-    Host::new(Scene::lacking("gates")).keeps_its_promises_beside(&MESH, &MODES, |_, _| {});
+fn isolation_and_connectivity_hold_with_a_mesh_vpn_and_policy_rules() {
+    Host::new(Scene::lacking("gates")).assert_compatible(&MESH, &MODES, |_, _| {});
 }
 
 #[test]
-fn a_qos_script_finds_its_marks_as_it_set_them_and_nobody_elses() {
-    Host::new(Scene::new()).keeps_its_promises_beside(&QOS, &MODES, |host, when| {
-        // Of connections that are forwarded. Sockets of ours have a mark of their own.
+fn marks_of_a_qos_script_are_preserved() {
+    Host::new(Scene::new()).assert_compatible(&QOS, &MODES, |host, when| {
+        // Counts forwarded connections. Sockets of the proxy have their own mark.
         let listed = host.scene.net.host.exec("iptables", &["-t", "mangle", "-nvxL"]);
         let packets = |comment: &str| -> Vec<u64> {
             let rules = listed.lines().filter(|line| line.contains(&format!("/* {comment} */")));
@@ -238,31 +244,31 @@ fn a_qos_script_finds_its_marks_as_it_set_them_and_nobody_elses() {
         assert!(packets("restored").iter().all(|count| *count > 0), "{when}: {listed}");
         assert_eq!(packets("foreign"), [0, 0], "{when}: {listed}");
     });
-    Host::new(Scene::new()).keeps_its_promises_beside(&QOS, &[NONE], |_, _| {});
+    Host::new(Scene::new()).assert_compatible(&QOS, &[NONE], |_, _| {});
 }
 
 #[test]
-fn wg_quick_changes_nothing() {
+fn isolation_and_connectivity_hold_with_wg_quick() {
     let modes: Vec<_> = MODES.into_iter().chain([NONE]).collect();
-    Host::new(Scene::new()).keeps_its_promises_beside(&WG_QUICK, &modes, |host, when| {
-        // By the tunnel, with the host's address there.
+    Host::new(Scene::new()).assert_compatible(&WG_QUICK, &modes, |host, when| {
+        // Egress through the tunnel is masqueraded to the host's address in it.
         let at: SocketAddr = "192.0.2.50:80".parse().unwrap();
         let _server = PeerServer::tcp(&host.peer, at);
-        let seen = host.server.run(|| peer_as_seen(at, false, PATIENCE[1])).unwrap();
+        let seen = host.server.run(|| peer_as_seen(at, false, TIMEOUTS[1])).unwrap();
         assert!(seen.starts_with("100.64.7.1"), "{when}: {seen}");
     });
 }
 
 #[test]
-fn an_openvpn_changes_nothing() {
+fn isolation_and_connectivity_hold_with_openvpn() {
     let modes: Vec<_> = MODES.into_iter().chain([NONE]).collect();
-    Host::new(Scene::new()).keeps_its_promises_beside(&HALVES, &modes, |_, _| {});
+    Host::new(Scene::new()).assert_compatible(&HALVES, &modes, |_, _| {});
 }
 
-/// The host's rules and routes are followed by the sockets of the engine, and its marks concern no
-/// packet of containers.
+/// Rootless: the engine's sockets use the host's rules and routes, and marks do not apply to
+/// packets of containers.
 #[test]
-fn vpns_change_nothing_for_the_networks_of_an_ordinary_user() {
+fn isolation_and_connectivity_hold_with_vpns_rootless() {
     let mut host = Host::new(Scene::new().with_open_tun());
     host.file = with_commands(FILE, &["server", "stranger"]);
     for (name, vpn) in [("mesh", MESH), ("QoS", QOS), ("wg-quick", WG_QUICK), ("OpenVPN", HALVES)] {
@@ -287,10 +293,10 @@ fn vpns_change_nothing_for_the_networks_of_an_ordinary_user() {
     }
 }
 
-/// Rules at priorities before which four more do not fit. What is closed stays closed, and it is
-/// said.
+/// Tidegate needs four priorities before the rule. Isolation holds without them, and a warning is
+/// logged.
 #[test]
-fn a_rule_that_cannot_be_preceded_opens_nothing_and_is_named() {
+fn isolation_holds_with_a_preceding_rule_and_a_warning_is_logged() {
     for priority in [0, 4, 5] {
         for first in [true, false] {
             let when = format!("priority {priority}, {}", if first { "first" } else { "later" });
@@ -305,18 +311,18 @@ fn a_rule_that_cannot_be_preceded_opens_nothing_and_is_named() {
             if !first {
                 host.scene.sh(&add);
             }
-            let told = || up.output().contains("precedes those of tidegate");
-            assert!(eventually(SOON, || told() == (priority < 5)), "{when}: {}", up.output());
+            let is_logged = || up.output().contains("precedes those of tidegate");
+            assert!(eventually(SOON, || is_logged() == (priority < 5)), "{when}: {}", up.output());
             if priority == 5 {
-                // Ours are ahead of it, and the engine follows it with the host's address.
+                // Tidegate's rules precede it, and the engine's sockets use its route.
                 let at: SocketAddr = "192.0.2.50:80".parse().unwrap();
                 let _server = PeerServer::tcp(&host.peer, at);
-                let seen = || host.server.run(|| peer_as_seen(at, false, PATIENCE[1]));
+                let seen = || host.server.run(|| peer_as_seen(at, false, TIMEOUTS[1]));
                 assert!(
                     eventually(SOON, || seen().is_ok_and(|seen| seen.starts_with("100.64.7.1"))),
                     "{when}"
                 );
-                assert!(!told(), "{when}");
+                assert!(!is_logged(), "{when}");
             } else {
                 assert!(
                     up.output().contains("a priority of 5 or higher"),
@@ -332,9 +338,9 @@ fn a_rule_that_cannot_be_preceded_opens_nothing_and_is_named() {
     }
 }
 
-/// As a script has it that is run when a link comes up.
+/// Scripts that run when a link comes up append such rules.
 #[test]
-fn a_rule_that_is_appended_behind_the_mark_is_asked_before_it() {
+fn a_rule_appended_after_the_mark_is_moved_before_it() {
     let host = Host::new(Scene::new());
     for flags in [MODES[2], MODES[3]] {
         let mut up = host.up(flags);
@@ -346,7 +352,7 @@ fn a_rule_that_is_appended_behind_the_mark_is_asked_before_it() {
     }
 }
 
-/// Two uplinks, and a client far behind the second one.
+/// Two uplinks, with a client beyond the router of the second one.
 struct TwoUplinks {
     host: Host,
     far: Namespace,
@@ -365,25 +371,25 @@ impl TwoUplinks {
         Self { host, far, _link: link }
     }
 
-    fn asks(&self) -> bool {
+    fn is_answered(&self) -> bool {
         self.far.run(|| {
             let socket =
                 socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
             socket.bind(&"192.0.2.77:0".parse::<SocketAddr>().unwrap().into()).unwrap();
             let at: SocketAddr = "198.51.100.1:8080".parse().unwrap();
-            socket.connect_timeout(&at.into(), PATIENCE[1]).is_ok()
+            socket.connect_timeout(&at.into(), TIMEOUTS[1]).is_ok()
         })
     }
 }
 
 #[test]
-fn an_answer_leaves_by_the_uplink_that_was_asked() {
+fn replies_leave_by_the_uplink_of_the_request() {
     for routes in [
-        // As cloud images have it: a table of its own for the second address.
+        // Cloud images: a separate table for the second address.
         "ip rule add from 198.51.100.1 table 200
          ip route add 198.51.100.0/24 dev eth1 table 200
          ip route add default via 198.51.100.9 table 200",
-        // As DHCP on two links has it.
+        // DHCP on two links: a second default route in `main`.
         "ip route add default via 198.51.100.9 metric 300",
     ] {
         for flags in [MODES[1], MODES[3]] {
@@ -393,7 +399,7 @@ fn an_answer_leaves_by_the_uplink_that_was_asked() {
             let mut up = two.host.up(flags);
             {
                 let _server = PeerServer::tcp(&two.host.server, "0.0.0.0:80".parse().unwrap());
-                assert!(two.asks(), "{flags:?} {routes}");
+                assert!(two.is_answered(), "{flags:?} {routes}");
             }
             two.host.check(&format!("{flags:?} {routes}"));
             up.stop(Signal::INT, SOON);
@@ -402,16 +408,16 @@ fn an_answer_leaves_by_the_uplink_that_was_asked() {
     }
 }
 
-/// The script of a second uplink is run when that comes up.
+/// The route of the second uplink is added while the project is up.
 #[test]
-fn an_uplink_that_comes_later_is_answered_by_too() {
+fn replies_leave_by_an_uplink_that_is_added_later() {
     let two = TwoUplinks::new();
     for flags in [MODES[1], MODES[3]] {
         let before = state(&two.host.scene.net.host);
         let mut up = two.host.up(flags);
         let _server = PeerServer::tcp(&two.host.server, "0.0.0.0:80".parse().unwrap());
         two.host.scene.sh("ip route add default via 198.51.100.9 metric 300");
-        assert!(eventually(SOON, || two.asks()), "{flags:?}");
+        assert!(eventually(SOON, || two.is_answered()), "{flags:?}");
         two.host.scene.sh("ip route del default via 198.51.100.9 metric 300");
         let listed = || two.host.scene.net.host.exec("ip", &["rule"]);
         assert!(eventually(SOON, || !listed().contains("fwmark")), "{flags:?}: {}", listed());

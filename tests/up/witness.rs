@@ -1,4 +1,5 @@
-//! A server that remembers what it was asked: what gets in need not be answered to do harm.
+//! A UDP server that records datagrams. A datagram that arrives can do harm even if its answer does
+//! not reach the sender.
 
 use std::collections::BTreeSet;
 use std::net::{SocketAddr, UdpSocket};
@@ -8,10 +9,10 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 use tidegate_testbed::Namespace;
 
-/// How often its threads look whether they are to end.
-const LOOK_UP: Duration = Duration::from_millis(50);
+/// Interval at which the threads check whether they have to end.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// UDP servers that answer every datagram and keep it.
+/// UDP servers that record and answer every datagram.
 #[derive(Default)]
 pub(crate) struct Witness {
     seen: Arc<Mutex<BTreeSet<String>>>,
@@ -25,14 +26,14 @@ impl Witness {
         let mut witness = Self::default();
         for address in addresses {
             let socket = namespace.run(|| UdpSocket::bind(address)).unwrap();
-            socket.set_read_timeout(Some(LOOK_UP)).unwrap();
+            socket.set_read_timeout(Some(POLL_INTERVAL)).unwrap();
             let (seen, ended) = (Arc::clone(&witness.seen), Arc::clone(&witness.ended));
             witness.threads.push(std::thread::spawn(move || listen(&socket, &seen, &ended)));
         }
         witness
     }
 
-    /// Whether this datagram came.
+    /// Whether a datagram with the payload `text` has arrived.
     pub(crate) fn has_seen(&self, text: &str) -> bool {
         self.seen.lock().unwrap().contains(text)
     }
@@ -41,7 +42,7 @@ impl Witness {
 fn listen(socket: &UdpSocket, seen: &Mutex<BTreeSet<String>>, ended: &AtomicBool) {
     let mut buffer = [0; 200];
     while !ended.load(Ordering::Acquire) {
-        // Errors are answers to what was sent before, or the time-out.
+        // Errors are timeouts, or ICMP errors for previous answers.
         if let Ok((length, peer)) = socket.recv_from(&mut buffer) {
             seen.lock().unwrap().insert(String::from_utf8_lossy(&buffer[..length]).into_owned());
             let _ = socket.send_to(b"!", peer);
