@@ -43,6 +43,7 @@ test-unit:
 
 bench:
 	@scripts/test-deps
+	$(CARGO) build --release --locked
 	$(CARGO) bench --locked --bench compare -- --out benches/results $(BENCH_ARGS)
 	$(CARGO) bench --locked -p tidegate-dns --bench dnsperf
 	$(CARGO) bench --locked -p tidegate-netfilter --bench port_guard
@@ -50,6 +51,7 @@ bench:
 # A few minutes instead of twenty: whether everything runs, not how fast.
 bench-quick:
 	@scripts/test-deps
+	$(CARGO) build --release --locked
 	$(CARGO) bench --locked --bench compare -- --quick $(BENCH_ARGS)
 
 lint:

@@ -11,16 +11,13 @@
 //! ports. A single task changes the networks. It carries out one order at a time to the end, even
 //! if the client disconnects.
 //!
-//! The types of the API are in [`types`] and are not used internally, so that internal types can
-//! change independently. The OpenAPI document is generated from them and from the routes.
-//! `docs/openapi.json` is a copy; a test compares the two.
+//! The types of the API are in [`tidegate_api::types`] and are not used internally, so that
+//! internal types can change independently. The OpenAPI document is generated from them and from
+//! the routes. `docs/openapi.json` is a copy; a test compares the two.
 
-pub(crate) mod client;
 mod problem;
 mod routes;
 mod server;
-pub(crate) mod socket;
-pub(crate) mod types;
 mod view;
 
 pub(crate) use problem::Problem;

@@ -4,18 +4,17 @@
 //! Each takes the bytes a fuzzer made and panics if a property does not hold. Not part of the
 //! interface.
 
-use crate::compat::docker_proxy::flags::{Invocation, Listen, parse as parse_flags};
-use crate::compose;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
+use tidegate_docker_proxy::flags::{Invocation, Listen, parse as parse_flags};
 
 /// A Compose file is understood or refused in one line that begins with the file's name, and what
 /// is understood is within its bounds.
 pub fn check_compose(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let env = |name: &str| (name.len() > 3).then(|| name.to_owned());
-    match compose::parse(text, Path::new("compose.yaml"), "fuzz", &env) {
+    match tidegate_compose::parse(text, Path::new("compose.yaml"), "fuzz", &env) {
         Ok(project) => {
             assert!(!project.services.is_empty(), "a project without services");
             for service in &project.services {

@@ -281,13 +281,20 @@ fn sources(root: &std::path::Path) -> Vec<std::path::PathBuf> {
     let mut found = Vec::new();
     let mut directories: Vec<_> = [
         "src",
-        "proxy/src",
-        "nat/src",
+        "api/src",
+        "compose/src",
         "dns/src",
-        "netsetup/src",
-        "netns/src",
+        "drop-ins",
+        "nat/src",
         "netfilter/src",
+        "netns/src",
+        "netsetup/src",
+        "process/src",
+        "proxy/src",
+        "publish/src",
         "reactor/src",
+        "services/src",
+        "telemetry/src",
     ]
     .iter()
     .map(|part| root.join(part))

@@ -28,8 +28,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
-use tidegate::compose::Restart;
-use tidegate::services::{
+use tidegate_model::Restart;
+use tidegate_services::{
     Exit, Output, ServiceError, ServiceSpec, StandardOutput, State, Status, Supervisor, sweep,
 };
 use tidegate_testbed::{Namespace, Process, Signal, eventually, procfs, require_root};

@@ -148,8 +148,9 @@ impl Kind {
     /// The path of its program: an environment variable for our own binaries, otherwise the result
     /// of Cargo.
     fn program(self) -> Option<PathBuf> {
-        let built = |variable: &str, path: Option<&str>| {
-            env::var_os(variable).map(PathBuf::from).or_else(|| path.map(PathBuf::from))
+        let built = |variable: &str, name: &str| {
+            let beside = || Some(env::current_exe().ok()?.ancestors().nth(2)?.join(name));
+            env::var_os(variable).map(PathBuf::from).or_else(beside).filter(|path| path.exists())
         };
         match self {
             Self::Dnat | Self::Masquerade => find_program("nft"),
@@ -161,14 +162,10 @@ impl Kind {
             Self::Netavark => find_program("netavark"),
             Self::DockerRules | Self::DockerRulesAgain => find_program("iptables-restore"),
             Self::Publish | Self::PublishNetns | Self::KernelNftables | Self::KernelIptables => {
-                built("TIDEGATE_BENCH_BIN", option_env!("CARGO_BIN_EXE_tidegate"))
+                built("TIDEGATE_BENCH_BIN", "tidegate")
             }
-            Self::Engine => {
-                built("TIDEGATE_BENCH_SLIRP4NETNS", option_env!("CARGO_BIN_EXE_slirp4netns"))
-            }
-            Self::DropIn => {
-                built("TIDEGATE_BENCH_DOCKER_PROXY", option_env!("CARGO_BIN_EXE_docker-proxy"))
-            }
+            Self::Engine => built("TIDEGATE_BENCH_SLIRP4NETNS", "slirp4netns"),
+            Self::DropIn => built("TIDEGATE_BENCH_DOCKER_PROXY", "docker-proxy"),
         }
     }
 }

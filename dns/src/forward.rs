@@ -610,7 +610,7 @@ impl Forwarder {
             match same_case {
                 None if attempt.form.mixed => health.note_case_preserved(server, now),
                 Some(same) if attempt.case_changed => {
-                    health.note_case_changed(server, Some(!same), now)
+                    health.note_case_changed(server, Some(!same), now);
                 }
                 _ => {}
             }

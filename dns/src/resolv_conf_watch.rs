@@ -167,7 +167,7 @@ pub(crate) async fn run(
         match Watch::new(&path).and_then(register) {
             Ok(again) => watch = again,
             Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "resolv.conf not watched again")
+                tracing::warn!(path = %path.display(), %error, "resolv.conf not watched again");
             }
         }
     }

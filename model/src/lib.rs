@@ -16,12 +16,15 @@
 //! | [`Histogram`] | distribution of durations |
 //! | [`LogInterval`] | rate limit for log events |
 //! | [`CidrSet`] | address allow-list |
+//! | [`Restart`] | restart policy of a service |
+//! | [`without_errno`] | texts of errors without numbers |
 //! | [`Feature`] | kernel features that are optional, and their overrides |
 //! | [`registry`] | identifiers that tidegate claims on the host, and the ranges of other software that it avoids |
 
 #![forbid(unsafe_code)]
 
 mod cidr_set;
+mod error_text;
 pub mod feature;
 mod flow_key;
 #[doc(hidden)]
@@ -32,9 +35,11 @@ mod log_interval;
 mod port_mapping;
 mod protocol;
 pub mod registry;
+mod restart;
 mod share;
 
 pub use cidr_set::{CidrSet, CidrSetError};
+pub use error_text::without_errno;
 pub use feature::{Feature, LACKS};
 pub use flow_key::{FlowKey, PublishLabel, PublishLabelError, canonical};
 pub use histogram::{Histogram, HistogramReading};
@@ -45,4 +50,5 @@ pub use port_mapping::{
     PortSpecProblem, host_addresses, overlap,
 };
 pub use protocol::{Protocol, UnknownProtocol};
+pub use restart::Restart;
 pub use share::{Ranking, may_take, share_of};

@@ -17,6 +17,8 @@
 //!
 //! - [`Namespace`]: a handle, opened by path or PID. Runs code inside, reads and sets sysctls.
 //! - [`AddressBook`]: current addresses, on-link subnets and routes of a namespace.
+//! - [`HostContext`]: the namespaces of published ports and of networks.
+//! - [`port_holders`]: the processes that hold a port.
 //! - [`LocalPeers`]: user ID of a client on the same host.
 //! - [`ChangeListener`]: change notifications.
 //! - [`PolicyRoute`]: rules, routes and sysctls that are reverted on drop, or by a later process if
@@ -41,10 +43,12 @@ mod background;
 mod change_listener;
 mod family;
 mod handle;
+mod host_context;
 mod local_peer;
 mod lock;
 mod netlink;
 mod policy_route;
+pub mod port_holders;
 mod routes;
 mod run_directory;
 mod system;
@@ -55,6 +59,7 @@ pub use background::drop_in_background;
 pub use change_listener::{ChangeListener, Topic};
 pub use family::{Families, Family};
 pub use handle::{Namespace, NamespaceId, OpenError};
+pub use host_context::{HostContext, HostContextError};
 pub use local_peer::LocalPeers;
 pub use lock::{Lock, lock_file};
 pub use policy_route::{

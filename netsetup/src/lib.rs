@@ -23,6 +23,8 @@
 //! This crate does not handle published ports served in userspace, nor container processes: the
 //! binary does.
 
+#![forbid(unsafe_code)]
+
 mod desired;
 mod error;
 mod fact;

@@ -1,13 +1,13 @@
 //! Errors of requests, and their HTTP status.
 
-use super::types::ErrorBody;
-use crate::port_error::without_numbers;
-use crate::publisher::PublishError;
 use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use std::fmt::Display;
 use std::io;
+use tidegate_api::types::ErrorBody;
+use tidegate_model::without_errno;
+use tidegate_publish::publisher::PublishError;
 
 /// An error of a request: the status, and one line of text.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -19,7 +19,7 @@ pub(crate) struct Problem {
 
 impl Problem {
     fn new(status: StatusCode, line: &dyn Display) -> Self {
-        Self { status, line: without_numbers(&line.to_string()).replace('\n', " ") }
+        Self { status, line: without_errno(&line.to_string()).replace('\n', " ") }
     }
 
     /// The request is invalid.

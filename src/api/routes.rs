@@ -1,10 +1,7 @@
 //! The routes of the API and their handlers.
 
 use super::problem::Problem;
-use super::types::{Endpoint, ErrorBody, Figures, Network, NewNamespace, NewPorts, Port, Status};
 use super::view::{Order, View, port_of};
-use crate::bind::runs;
-use crate::publisher::{PortId, PublishError};
 use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, PathRejection};
 use axum::extract::{DefaultBodyLimit, Path, State};
@@ -14,7 +11,12 @@ use axum::{Json, Router};
 use serde::de::DeserializeOwned;
 use std::path::PathBuf;
 use std::sync::Arc;
+use tidegate_api::types::{
+    Endpoint, ErrorBody, Figures, Network, NewNamespace, NewPorts, Port, Status,
+};
 use tidegate_model::{PortSpec, Protocol};
+use tidegate_publish::bind::runs;
+use tidegate_publish::publisher::{PortId, PublishError};
 use tokio::sync::oneshot;
 use utoipa::OpenApi;
 

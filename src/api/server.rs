@@ -1,13 +1,13 @@
 //! Accepts clients, with bounds on their number and time.
 
 use super::routes::router;
-use super::socket::{Place, Socket};
 use super::view::View;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use std::sync::Arc;
 use std::time::Duration;
+use tidegate_api::socket::{Place, Socket};
 use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;

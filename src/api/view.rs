@@ -1,23 +1,23 @@
 //! The state of the running project, converted to the types of the API.
 
 use super::problem::Problem;
-use super::types::{
-    Attachment, Endpoint, Exit, Figures, Fill, Metrics, NatFigures, Network, NetworkFigures, Port,
-    PortFigures, Service, State, Status, Subnet, Transport, UpstreamFigures,
-};
-use crate::metrics_endpoint::MetricsStatus;
-use crate::publisher::{OpenPort, Publisher};
-use crate::services::{self, Observer};
-use crate::version::{COMMIT, VERSION};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
+use tidegate_api::types::{
+    Attachment, Endpoint, Exit, Figures, Fill, Metrics, NatFigures, Network, NetworkFigures, Port,
+    PortFigures, Service, State, Status, Subnet, Transport, UpstreamFigures,
+};
 use tidegate_dns::Resolver;
 use tidegate_model::Protocol;
 use tidegate_nat as nat;
 use tidegate_netsetup::{self as netsetup, Desired};
 use tidegate_proxy::{Direction, PortSnapshot};
+use tidegate_publish::publisher::{OpenPort, Publisher};
+use tidegate_services::Observer;
+use tidegate_telemetry::metrics_endpoint::MetricsStatus;
+use tidegate_telemetry::version::{COMMIT, VERSION};
 use tokio::sync::{mpsc, oneshot};
 
 /// A running project.
@@ -299,16 +299,16 @@ fn microseconds(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
-fn service_of(status: &services::Status) -> Service {
-    let exit = |exit: services::Exit| match exit {
-        services::Exit::Code(code) => Exit { code: Some(code), signal: None },
-        services::Exit::Signal(signal) => Exit { code: None, signal: Some(signal) },
+fn service_of(status: &tidegate_services::Status) -> Service {
+    let exit = |exit: tidegate_services::Exit| match exit {
+        tidegate_services::Exit::Code(code) => Exit { code: Some(code), signal: None },
+        tidegate_services::Exit::Signal(signal) => Exit { code: None, signal: Some(signal) },
     };
     let (state, ended) = match status.state {
-        services::State::Starting => (State::Starting, None),
-        services::State::Running => (State::Running, None),
-        services::State::Restarting(how) => (State::Restarting, Some(exit(how))),
-        services::State::Ended(how) => (State::Ended, Some(exit(how))),
+        tidegate_services::State::Starting => (State::Starting, None),
+        tidegate_services::State::Running => (State::Running, None),
+        tidegate_services::State::Restarting(how) => (State::Restarting, Some(exit(how))),
+        tidegate_services::State::Ended(how) => (State::Ended, Some(exit(how))),
     };
     Service {
         name: status.name.clone(),
@@ -330,10 +330,10 @@ mod tests {
 
     #[test]
     fn the_exit_of_a_service_is_reported_with_its_state() {
-        let mut status = services::Status {
+        let mut status = tidegate_services::Status {
             name: "web".into(),
             pid: None,
-            state: services::State::Restarting(services::Exit::Signal(9)),
+            state: tidegate_services::State::Restarting(tidegate_services::Exit::Signal(9)),
             restarts: 2,
             since: SystemTime::UNIX_EPOCH,
         };
@@ -341,7 +341,7 @@ mod tests {
         assert_eq!((service.state, service.restarts), (State::Restarting, 2));
         assert_eq!(service.exit, Some(Exit { code: None, signal: Some(9) }));
         assert_eq!(service.since.as_deref(), Some("1970-01-01T00:00:00Z"));
-        status.state = services::State::Running;
+        status.state = tidegate_services::State::Running;
         assert_eq!(service_of(&status).exit, None);
     }
 }

@@ -9,17 +9,18 @@ mod publish;
 mod top;
 mod up;
 
-use crate::compat::{docker_proxy, slirp4netns};
 use crate::doctor::{TRIAL, trial};
-use crate::metrics_endpoint::MetricsAddress;
-use crate::port_error::without_numbers;
-use crate::services;
-use crate::{EXIT_FAILURE, EXIT_USAGE, logging};
 use clap::{CommandFactory, Parser, Subcommand};
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
+use tidegate_docker_proxy as docker_proxy;
+use tidegate_model::without_errno;
+use tidegate_process::{EXIT_FAILURE, EXIT_USAGE};
+use tidegate_slirp4netns as slirp4netns;
+use tidegate_telemetry::logging;
+use tidegate_telemetry::metrics_endpoint::MetricsAddress;
 use tracing_subscriber::filter::LevelFilter;
 
 /// Container networking in userspace: published ports that tell the truth.
@@ -82,8 +83,8 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
         }
     }
     // Internal subcommands, hidden from help and completion.
-    if args.get(1).is_some_and(|command| command == services::init::SUBCOMMAND) {
-        return services::init::main();
+    if args.get(1).is_some_and(|command| command == tidegate_services::init::SUBCOMMAND) {
+        return tidegate_services::init::main();
     }
     if args.get(1).is_some_and(|command| command == TRIAL) {
         return trial(args.into_iter().skip(2));
@@ -144,7 +145,7 @@ impl Command {
 /// The error and its causes. A cause that its error already contains is not repeated.
 fn one_line(error: &anyhow::Error) -> String {
     let mut line = String::new();
-    for cause in error.chain().map(|cause| without_numbers(&cause.to_string())) {
+    for cause in error.chain().map(|cause| without_errno(&cause.to_string())) {
         if !line.contains(&cause) {
             let separator = if line.is_empty() { "" } else { ": " };
             line.push_str(separator);

@@ -1,13 +1,13 @@
 //! `tidegate ps`: lists the running project.
 
-use crate::api::client::Client;
-use crate::api::types::{Endpoint, Network, Service, State, Status};
-use crate::bind::runs;
 use crate::table::table;
 use anyhow::Context;
 use clap::Args;
 use std::io::{self, Write};
+use tidegate_api::client::Client;
+use tidegate_api::types::{Endpoint, Network, Service, State, Status};
 use tidegate_model::PublishLabel;
+use tidegate_publish::bind::runs;
 
 /// List the services of tidegate up with their addresses and published ports, and the networks
 ///
@@ -88,7 +88,7 @@ fn services_table(services: &[Service], endpoints: &[Endpoint]) -> String {
 fn networks_table(networks: &[Network]) -> String {
     let mut rows = vec![["NETWORK", "SUBNET", "GATEWAY", "INTERNAL", "BRIDGE"].map(str::to_owned)];
     for network in networks {
-        let list = |of: fn(&crate::api::types::Subnet) -> String| {
+        let list = |of: fn(&tidegate_api::types::Subnet) -> String| {
             network.subnets.iter().map(of).collect::<Vec<_>>().join(", ")
         };
         rows.push([
@@ -126,7 +126,7 @@ fn state(service: &Service) -> String {
 }
 
 fn published(endpoint: &Endpoint) -> String {
-    let label = |port: &crate::api::types::Port| {
+    let label = |port: &tidegate_api::types::Port| {
         Some((port.publish.parse::<PublishLabel>().ok()?, port.container_port))
     };
     let ports: Vec<_> = endpoint.ports.iter().filter_map(label).collect();
@@ -137,7 +137,7 @@ fn published(endpoint: &Endpoint) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::types::Exit;
+    use tidegate_api::types::Exit;
 
     #[test]
     fn a_state_shows_the_last_exit_and_the_restarts() {

@@ -2,12 +2,6 @@
 
 use super::duration::{optional_timeout, timeout};
 use super::{UsageError, metrics_address};
-use crate::bind::{bind, raise_descriptor_limit, runs};
-use crate::client_address::{Source, sweep_stale_owners};
-use crate::confine;
-use crate::host_context::HostContext;
-use crate::limits::ProxyLimits;
-use crate::metrics_endpoint::Recorder;
 use anyhow::{Context, anyhow, bail};
 use clap::{ArgGroup, Args};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -19,8 +13,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_model::{CidrSet, PortSpec, Protocol, PublishLabel, overlap};
+use tidegate_netns::HostContext;
 use tidegate_netns::{AddressBook, Namespace};
-use tidegate_proxy::{Engine, Listener, PortOptions, ProxyProtocol, Settings, Upstream};
+use tidegate_process::confine;
+use tidegate_process::raise_descriptor_limit;
+use tidegate_proxy::{Engine, Listener, PortOptions, ProxyProtocol, Settings, Upstream, describe};
+use tidegate_publish::bind::{bind, runs};
+use tidegate_publish::client_address::{Source, sweep_stale_owners};
+use tidegate_publish::limits::ProxyLimits;
+use tidegate_telemetry::metrics_endpoint::Recorder;
 
 /// Publish ports of a container or an address, in the foreground
 ///
@@ -183,9 +184,12 @@ impl Publish {
             Some(recorder) => {
                 let served = recorder.status().served();
                 let view = Arc::clone(&engine);
-                recorder
-                    .serve(move || (view.snapshot(), view.usage()))
-                    .context("metrics endpoint")?;
+                let recorder = recorder.with(move |page| {
+                    // Writing to text cannot fail.
+                    let _ =
+                        describe(&view.snapshot(), page).and_then(|()| view.usage().describe(page));
+                });
+                recorder.serve().context("metrics endpoint")?;
                 served
             }
             None => None,

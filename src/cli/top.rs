@@ -2,12 +2,12 @@
 
 use super::UsageError;
 use super::duration::timeout;
-use crate::api::client::Client;
 use crate::top::{Order, Rates, State, View, frame, screen};
 use anyhow::Context;
 use clap::Args;
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
+use tidegate_api::client::Client;
 
 /// The bounds of the sampling interval.
 const INTERVALS: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(3600)];

@@ -2,12 +2,12 @@
 
 use super::duration::optional_timeout;
 use super::{UsageError, metrics_address};
-use crate::firewall::{FirewallChoice, PublishBy};
-use crate::limits::ProxyLimits;
 use crate::up::{NatLimits, Up as Instance};
 use clap::Args;
 use std::path::PathBuf;
 use std::time::Duration;
+use tidegate_publish::firewall::{FirewallChoice, PublishBy};
+use tidegate_publish::limits::ProxyLimits;
 
 /// The default file names of Compose, in order of precedence.
 const FILES: [&str; 4] =

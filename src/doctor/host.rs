@@ -79,7 +79,7 @@ impl PartialEq<Errno> for Code {
 impl std::fmt::Display for Code {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let text = std::io::Error::from_raw_os_error(self.0).to_string();
-        f.write_str(&crate::port_error::without_numbers(&text))
+        f.write_str(&tidegate_model::without_errno(&text))
     }
 }
 

@@ -1,9 +1,9 @@
 //! Rates: the difference of two [`Figures`] over the time between them.
 
-use crate::api::types::{Figures, Fill, PortFigures};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::Duration;
+use tidegate_api::types::{Figures, Fill, PortFigures};
 
 /// Current values and rates per second (`_rate`). A rate is NaN until there are earlier figures to
 /// compare with; in JSON it is null.
@@ -211,10 +211,10 @@ fn networks(
     per: Per,
     ports: &[PortRates],
 ) -> Vec<NetworkRates> {
-    let rates = |network: &crate::api::types::NetworkFigures| {
+    let rates = |network: &tidegate_api::types::NetworkFigures| {
         let old =
             before.and_then(|before| before.networks.iter().find(|old| old.name == network.name));
-        let rate = |field: fn(&crate::api::types::NetworkFigures) -> u64| {
+        let rate = |field: fn(&tidegate_api::types::NetworkFigures) -> u64| {
             per.second(field(network), old.map_or(0, field))
         };
         let mut flow = Flow::default();
@@ -235,7 +235,7 @@ fn networks(
 fn nat(before: Option<&Figures>, now: &Figures, per: Per) -> Option<NatRates> {
     let nat = now.nat.as_ref()?;
     let old = before.and_then(|before| before.nat.as_ref());
-    let rate = |field: fn(&crate::api::types::NatFigures) -> u64| {
+    let rate = |field: fn(&tidegate_api::types::NatFigures) -> u64| {
         per.second(field(nat), old.map_or(0, field))
     };
     Some(NatRates {
@@ -249,13 +249,13 @@ fn nat(before: Option<&Figures>, now: &Figures, per: Per) -> Option<NatRates> {
 }
 
 fn upstreams(before: Option<&Figures>, now: &Figures, per: Per) -> Vec<UpstreamRates> {
-    let rates = |upstream: &crate::api::types::UpstreamFigures| {
+    let rates = |upstream: &tidegate_api::types::UpstreamFigures| {
         let old = before
             .and_then(|before| before.upstreams.iter().find(|old| old.server == upstream.server));
-        let of = |field: fn(&crate::api::types::UpstreamFigures) -> u64| {
+        let of = |field: fn(&tidegate_api::types::UpstreamFigures) -> u64| {
             (field(upstream), old.map_or(0, field))
         };
-        let rate = |field: fn(&crate::api::types::UpstreamFigures) -> u64| {
+        let rate = |field: fn(&tidegate_api::types::UpstreamFigures) -> u64| {
             let (now, before) = of(field);
             per.second(now, before)
         };
@@ -278,7 +278,7 @@ fn upstreams(before: Option<&Figures>, now: &Figures, per: Per) -> Vec<UpstreamR
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::api::types::{NatFigures, NetworkFigures, UpstreamFigures};
+    use tidegate_api::types::{NatFigures, NetworkFigures, UpstreamFigures};
 
     /// Two networks, two endpoints and three ports, `elapsed_ms` after the start, with every
     /// counter a multiple of `done`.

@@ -2,9 +2,6 @@
 
 use super::state::State;
 use super::view::draw;
-use crate::EXIT_FAILURE;
-use crate::api::client::Client;
-use crate::api::types::Figures;
 use anyhow::Context;
 use ratatui::crossterm::event::{self, Event};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -15,6 +12,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Duration;
+use tidegate_api::client::Client;
+use tidegate_api::types::Figures;
+use tidegate_process::EXIT_FAILURE;
 
 /// How often keys and signals are polled, the bound of their latency.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);

@@ -2,8 +2,8 @@
 
 use super::rates::Rates;
 use super::sheet::{Order, Sheet, View};
-use crate::api::types::Figures;
 use std::time::Duration;
+use tidegate_api::types::Figures;
 
 /// The longest filter, in characters.
 pub(super) const LONGEST_FILTER: usize = 64;

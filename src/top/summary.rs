@@ -2,8 +2,8 @@
 
 use super::cell::{age, bytes_of, number, rate_of};
 use super::rates::Rates;
-use crate::api::types::Fill;
 use std::time::Duration;
+use tidegate_api::types::Fill;
 
 /// A part of a summary line.
 #[derive(Clone, Debug, PartialEq)]

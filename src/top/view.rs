@@ -239,7 +239,7 @@ mod tests {
         figures.ports = (0..500)
             .map(|id| {
                 let publish = format!("0.0.0.0:{}/tcp", 1000 + id);
-                crate::api::types::PortFigures { id, publish, ..one.clone() }
+                tidegate_api::types::PortFigures { id, publish, ..one.clone() }
             })
             .collect();
         let mut state = State::new(

@@ -1,7 +1,6 @@
 //! Log events and the table on standard output once a project is up.
 
 use super::Running;
-use crate::bind::runs;
 use crate::table::table;
 use anyhow::bail;
 use std::collections::BTreeMap;
@@ -9,6 +8,7 @@ use std::io::Write;
 use std::sync::mpsc;
 use std::time::Duration;
 use tidegate_model::PublishLabel;
+use tidegate_publish::bind::runs;
 
 /// Maximum wait until the table is written, so that it precedes the output of services.
 const WRITE_TIMEOUT: Duration = Duration::from_millis(500);

@@ -27,9 +27,6 @@ use super::{
     uplinks, warn_of_preceding_rule,
 };
 use crate::api::{Order, Problem};
-use crate::firewall::BypassedRules;
-use crate::publisher::PublishError;
-use crate::services::State;
 use anyhow::Context;
 use std::collections::BTreeSet;
 use std::fs;
@@ -44,6 +41,9 @@ use tidegate_netns::{
     policy_route_sysctls_hold, repair_policy_routes,
 };
 use tidegate_netsetup::{Firewall, Place, RepairKind, Repaired, SetupError};
+use tidegate_publish::firewall::BypassedRules;
+use tidegate_publish::publisher::PublishError;
+use tidegate_services::State;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;

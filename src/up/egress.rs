@@ -3,20 +3,20 @@
 //! Containers reach the host at an address of the engine ([`registry::ENGINE_ADDRESSES`]). There it
 //! forwards DNS queries to the host's servers and, with `--allow-host-loopback`, connections to the
 //! host's loopback. The device also carries the datagrams of UDP ports that the engine publishes
-//! ([`NatPublisher`](crate::nat_publish::NatPublisher)).
+//! ([`NatPublisher`](tidegate_publish::nat_publish::NatPublisher)).
 
 use super::layout::{Layout, fnv};
-use crate::compose::Project;
-use crate::host_context::HostContext;
 use crate::port_guards::bridge_programs;
 use rustix::process::{Resource, getrlimit};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, OnceLock, Weak};
+use tidegate_compose::Project;
 use tidegate_model::{CidrSet, Feature, registry};
 use tidegate_nat::{
     FloodListener, Nat, Policy, PolicyNetwork, Settings, StartError, Tun, TunOptions,
 };
+use tidegate_netns::HostContext;
 use tidegate_netns::{Family, Namespace, interface_index};
 use tidegate_netsetup::{EngineDevice, NatIsolation, Network, Observed};
 use tidegate_reactor::Descriptors;

@@ -8,7 +8,6 @@
 //! policer, thus selects the admitted flows. The policer is removed once it drops at most
 //! [`CALM_FRAMES`] frames per [`CHECK_INTERVAL`].
 
-use crate::host_context::HostContext;
 use ipnet::IpNet;
 use std::collections::BTreeMap;
 use std::io;
@@ -19,6 +18,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 use tidegate_nat::FloodListener;
 use tidegate_netfilter::{Mechanism, PortGuards};
+use tidegate_netns::HostContext;
 use tidegate_netsetup::Desired;
 
 /// Interval between two checks of a policer.

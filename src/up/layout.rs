@@ -3,12 +3,12 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
-use crate::compose::{self, Project};
 use ipnet::IpNet;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::net::IpAddr;
 use std::time::Instant;
+use tidegate_compose::{self, Project};
 use tidegate_model::registry;
 use tidegate_netsetup::{
     Attachment, Desired, Endpoint, Exhausted, Interface, Ipam, IpamError, Mac, Network, Observed,
@@ -200,7 +200,7 @@ fn is_default(route: &IpNet) -> bool {
     route.prefix_len() <= 3
 }
 
-fn fixed(attachment: &compose::Attachment) -> impl Iterator<Item = IpAddr> + use<> {
+fn fixed(attachment: &tidegate_compose::Attachment) -> impl Iterator<Item = IpAddr> + use<> {
     let v4 = attachment.ipv4_address.map(IpAddr::V4);
     v4.into_iter().chain(attachment.ipv6_address.map(IpAddr::V6))
 }
@@ -271,7 +271,8 @@ services:
 ";
 
     fn lay_out(text: &str, observed: &Observed) -> (Project, Result<Layout, LayoutError>) {
-        let project = compose::parse(text, Path::new("compose.yaml"), "demo", &|_| None).unwrap();
+        let project =
+            tidegate_compose::parse(text, Path::new("compose.yaml"), "demo", &|_| None).unwrap();
         let mut count = 0;
         let mut random = || {
             count += 1;

@@ -1,8 +1,6 @@
 //! Metric families `tidegate_network_*`. They are rendered from the current state at each scrape,
 //! so the series of an object end with the object.
 
-use crate::publisher::Publisher;
-use crate::services::Observer;
 use ::metrics::{Counter, counter, describe_counter};
 use ipnet::IpNet;
 use std::collections::BTreeMap;
@@ -11,6 +9,8 @@ use tidegate_model::registry;
 use tidegate_netfilter::{Dropped, Mechanism, PortGuards, SpoofReason};
 use tidegate_netns::Namespace;
 use tidegate_netsetup::{Change, Desired, Firewall, Network, RepairKind, capacity};
+use tidegate_publish::publisher::Publisher;
+use tidegate_services::Observer;
 
 /// A metric family: name, type and help text.
 type Family = (&'static str, &'static str, &'static str);
@@ -93,12 +93,12 @@ impl Repairs {
 
 /// Appends the families of `firewall` to `page`, in the Prometheus text format (exposition format
 /// 0.0.4). Without a firewall they have no series.
-pub(super) fn ruleset_families(firewall: Option<&Firewall>, page: &mut String) {
+pub(super) fn ruleset_families(firewall: Option<&Firewall>, page: &mut impl Write) {
     // Writing to a String does not fail.
     let _ = render_updates(firewall, page);
 }
 
-fn render_updates(firewall: Option<&Firewall>, page: &mut String) -> fmt::Result {
+fn render_updates(firewall: Option<&Firewall>, page: &mut impl Write) -> fmt::Result {
     let of = |change: Change| format!("change=\"{}\"", change.as_str());
     head(UPDATES, page)?;
     for (firewall, change) in
@@ -129,7 +129,7 @@ pub(super) fn families(
     desired: &Desired,
     publisher: &Publisher,
     observer: Option<&Observer>,
-    page: &mut String,
+    page: &mut impl Write,
 ) {
     let mut ports: BTreeMap<String, u64> = BTreeMap::new();
     for port in publisher.ports() {
@@ -148,7 +148,7 @@ pub(super) fn spoofed_families(
     desired: &Desired,
     guards: &PortGuards,
     host: &Namespace,
-    page: &mut String,
+    page: &mut impl Write,
 ) {
     let dropped = match guards.mechanism() {
         Mechanism::Classic => BTreeMap::new(),
@@ -161,7 +161,7 @@ pub(super) fn spoofed_families(
 fn render_spoofed(
     desired: &Desired,
     dropped: &BTreeMap<String, Dropped>,
-    page: &mut String,
+    page: &mut impl Write,
 ) -> fmt::Result {
     head(SPOOFED, page)?;
     for endpoint in &desired.endpoints {
@@ -198,7 +198,7 @@ fn render(
     ports: &BTreeMap<String, u64>,
     relocations: &BTreeMap<String, u64>,
     restarts: &BTreeMap<String, u64>,
-    page: &mut String,
+    page: &mut impl Write,
 ) -> fmt::Result {
     head(INFO, page)?;
     for network in &desired.networks {
@@ -244,7 +244,7 @@ fn render(
     Ok(())
 }
 
-fn head((name, kind, help): Family, page: &mut String) -> fmt::Result {
+fn head((name, kind, help): Family, page: &mut impl Write) -> fmt::Result {
     writeln!(page, "# HELP {name} {help}\n# TYPE {name} {kind}")
 }
 

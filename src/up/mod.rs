@@ -23,18 +23,8 @@ mod metrics;
 mod names;
 mod repair_schedule;
 
-use crate::api::socket::{self, Socket};
 use crate::api::{Adopted, MAX_CLIENTS, Order, Server, View};
-use crate::bind::{raise_descriptor_limit, reserve};
-use crate::client_address::sweep_stale_owners;
-use crate::compose::{self, Project, Run};
-use crate::firewall::{Chosen, FirewallChoice, PublishBy, choose, opening, targets, zones};
-use crate::host_context::HostContext;
-use crate::limits::ProxyLimits;
-use crate::metrics_endpoint::{MetricsAddress, MetricsStatus, Recorder};
 use crate::port_guards::{self, bridge_programs};
-use crate::publisher::{Endpoint, Publisher};
-use crate::services::{self, ServiceSpec, StandardOutput, Supervisor};
 use anyhow::{Context, anyhow, bail};
 use control::{Attaching, Outcome, end_servers};
 use egress::Egress;
@@ -54,14 +44,27 @@ use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
+use tidegate_api::socket::{self, Socket};
+use tidegate_compose::{self, Project, Run};
 use tidegate_model::{PortSpec, Protocol, registry};
 use tidegate_netfilter::PortGuards;
+use tidegate_netns::HostContext;
 use tidegate_netns::{ChangeListener, Namespace, Topic, interface_index, run_directory};
 use tidegate_netsetup::{
     BridgePrograms, DefaultRoute, Desired, Firewall, FirewallIsolation, Journal, JournalError,
     Kernel, Observed, Opening, ReplyPath, RuleIsolation, Setup, Uplink,
 };
-use tidegate_proxy::{GatewayAcl, GatewayNetworks, Listener, Settings};
+use tidegate_process::raise_descriptor_limit;
+use tidegate_proxy::{GatewayAcl, GatewayNetworks, Listener, Settings, describe};
+use tidegate_publish::bind::reserve;
+use tidegate_publish::client_address::sweep_stale_owners;
+use tidegate_publish::firewall::{
+    Chosen, FirewallChoice, PublishBy, choose, opening, targets, zones,
+};
+use tidegate_publish::limits::ProxyLimits;
+use tidegate_publish::publisher::{Endpoint, Publisher};
+use tidegate_services::{ServiceSpec, StandardOutput, Supervisor};
+use tidegate_telemetry::metrics_endpoint::{MetricsAddress, MetricsStatus, Recorder};
 use tokio::io::{Interest, unix::AsyncFd};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
@@ -216,7 +219,7 @@ impl Up {
 
     async fn run_on(&self, host_context: &HostContext) -> anyhow::Result<bool> {
         let (started, begun) = (SystemTime::now(), Instant::now());
-        let mut project = compose::load(&self.file)?;
+        let mut project = tidegate_compose::load(&self.file)?;
         if let Some(name) = &self.project {
             project.name.clone_from(name);
         }
@@ -243,14 +246,14 @@ impl Up {
             }
             error => error.into(),
         })?;
-        services::sweep(&run).context("files of services that were killed")?;
+        tidegate_services::sweep(&run).context("files of services that were killed")?;
         sweep_stale_owners();
         raise_descriptor_limit();
         let chosen = choose(self.firewall, self.publish, host_context, &project.name)?;
         chosen.tell();
         if self.allow_host_loopback && chosen.firewall.is_some() {
             bail!(
-                "--allow-host-loopback requires the NAT engine, but the kernel forwards egress here; add --firewall=none"
+                "--allow-host-loopback: requires the NAT engine, but the kernel forwards egress here; add --firewall=none"
             );
         }
         let device = match &chosen.firewall {
@@ -486,7 +489,7 @@ impl Up {
             publisher.use_nat_engine(Arc::clone(egress.nat()));
         }
         // Set once the supervisor runs, which starts after the metrics endpoint.
-        let observer: Arc<OnceLock<services::Observer>> = Arc::default();
+        let observer: Arc<OnceLock<tidegate_services::Observer>> = Arc::default();
         let starting = async {
             let mut names = NameServers::new(
                 project,
@@ -505,6 +508,12 @@ impl Up {
                 publisher.adopt(&service, protocol, listeners)?;
             }
             if let Some(recorder) = recorder {
+                let reported = Arc::clone(&publisher);
+                let recorder = recorder.with(move |page| {
+                    // Writing to text cannot fail.
+                    let _ = describe(&reported.snapshot(), page)
+                        .and_then(|()| reported.usage().describe(page));
+                });
                 let (desired, reported) = (layout.desired.clone(), Arc::clone(&publisher));
                 let services = Arc::clone(&observer);
                 let recorder = recorder.with(move |page| {
@@ -535,10 +544,9 @@ impl Up {
                 // The ACL of a port that belongs to no endpoint.
                 let acl = GatewayAcl::new(Arc::clone(&gateway_networks), []);
                 let acl = if host_context.is_rootless() { acl.for_other_namespace() } else { acl };
-                let recorder = recorder.controlled_by(acl);
-                let reported = Arc::clone(&publisher);
                 recorder
-                    .serve(move || (reported.snapshot(), reported.usage()))
+                    .denying(move |ingress| acl.denies(ingress))
+                    .serve()
                     .context("metrics endpoint")?;
             }
             let mut supervisor = Supervisor::new(run, StandardOutput, self.grace);
@@ -824,7 +832,7 @@ fn specs(
             .any(|service| service.name == *name && matches!(service.run, Run::Command(_)))
     };
     let host = names::host_resolv_conf();
-    let spec = |service: &compose::Service| {
+    let spec = |service: &tidegate_compose::Service| {
         let Run::Command(command) = &service.run else { return None };
         let hostname = service.hostname.clone().unwrap_or_else(|| service.name.clone());
         Some(ServiceSpec {

@@ -2,8 +2,6 @@
 //! gateways of a network.
 
 use super::layout::Layout;
-use crate::compose::{Names, Network, Project, Run, Service};
-use crate::host_context::HostContext;
 use anyhow::Context;
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -11,9 +9,11 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
+use tidegate_compose::{Names, Network, Project, Run, Service};
 use tidegate_dns::{
     EndpointSpec, NetworkSpec, PORT, ResolvConf, Resolver, SERVER, ServeOptions, Serving, Settings,
 };
+use tidegate_netns::HostContext;
 use tidegate_netns::{Namespace, interface_index};
 use tokio::runtime::Handle;
 

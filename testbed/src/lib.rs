@@ -64,6 +64,7 @@ pub use pattern::Pattern;
 pub use process::{Process, Signal, pass_fd};
 pub use require::{
     debian_package, find_program, raise_open_files, require_program, require_root, version_line,
+    workspace_program,
 };
 pub use segment::Segment;
 pub use topology::{Builder as TopologyBuilder, Topology, addr};

@@ -35,6 +35,21 @@ pub fn find_program(program: &str) -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
+/// The path of a program that another package of this workspace builds, beside the running test in
+/// `target`.
+///
+/// # Panics
+/// If it was not built. `cargo test --workspace` builds all programs.
+#[track_caller]
+pub fn workspace_program(name: &str) -> PathBuf {
+    let test = env::current_exe().expect("path of the test");
+    // target/PROFILE/deps/TEST
+    let program = test.ancestors().nth(2).map(|profile| profile.join(name));
+    program
+        .filter(|program| program.exists())
+        .unwrap_or_else(|| panic!("{name} is not built; run cargo build --workspace"))
+}
+
 /// The Debian package of a program of the tests and benchmarks. Programs not listed have a package
 /// of the same name.
 pub fn debian_package(program: &str) -> &str {

@@ -6,9 +6,9 @@ use super::environment::shortened;
 use super::namespaces::inside;
 use crate::doctor::host::Host;
 use crate::doctor::report::Row;
-use crate::firewall::preference;
 use rustix::io::Errno;
 use tidegate_netsetup::{FirewallKind, IptablesState, UserRule};
+use tidegate_publish::firewall::preference;
 
 const NFTABLES: &str = "nftables";
 const IPTABLES: &str = "iptables";

@@ -9,8 +9,6 @@ pub use trial::{TRIAL, trial};
 use super::host::{
     Capabilities, Forwarding, Found, Host, Limits, RunDirectory, Service, UserNamespaces,
 };
-use crate::port_error::without_numbers;
-use crate::port_holders;
 use rustix::fs::{Access, access};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
@@ -21,6 +19,8 @@ use std::fs;
 use std::io;
 use std::path::Path;
 use tidegate_model::Protocol;
+use tidegate_model::without_errno;
+use tidegate_netns::port_holders;
 use tidegate_netns::{Namespace, run_directory};
 use tidegate_netsetup::{IptablesState, Kernel, Observed};
 
@@ -58,7 +58,7 @@ pub(super) fn host() -> Host {
 }
 
 fn text_of(error: &dyn Display) -> String {
-    without_numbers(&error.to_string())
+    without_errno(&error.to_string())
 }
 
 fn capabilities() -> Capabilities {

@@ -6,7 +6,7 @@
 
 use super::device;
 use crate::doctor::host::{Code, Found, Inside, Trial};
-use crate::{EXIT_FAILURE, EXIT_USAGE, port_guards};
+use crate::port_guards;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, socket};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
@@ -21,6 +21,7 @@ use tidegate_netns::Namespace;
 use tidegate_netsetup::{
     Attachment, Desired, Endpoint, Interface, Kernel, Mac, Network, Op, RuleIsolation, Subnet,
 };
+use tidegate_process::{EXIT_FAILURE, EXIT_USAGE};
 
 /// The internal subcommand of the child process.
 pub const TRIAL: &str = "doctor-trial";

@@ -1,0 +1,360 @@
+//! The JSON types of the API, separate from internal types.
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use std::net::IpAddr;
+use utoipa::ToSchema;
+
+/// The running project.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Status {
+    /// Version of tidegate.
+    #[schema(example = "0.1.0")]
+    pub version: String,
+    /// Commit of the build, or "unknown".
+    pub commit: String,
+    /// Name of the project.
+    #[schema(example = "hello")]
+    pub project: String,
+    /// Path of the Compose file.
+    #[schema(example = "/srv/hello/compose.yaml")]
+    pub compose_file: String,
+    /// Process id.
+    pub pid: u32,
+    /// Start time (RFC 3339, UTC).
+    #[schema(example = "2026-01-31T12:00:00Z")]
+    pub started: String,
+    /// Isolation of the networks: "nftables", "iptables", or "without-firewall" (policy rules, and
+    /// forwarding disabled on the bridges).
+    #[schema(example = "nftables")]
+    pub isolation: String,
+    /// The metrics endpoint; null if it is disabled.
+    pub metrics: Option<Metrics>,
+    /// The services, in the order of the Compose file.
+    pub services: Vec<Service>,
+}
+
+/// The metrics endpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Metrics {
+    /// The configured address, with a port or a range of ports.
+    #[schema(example = "127.0.0.1:9464")]
+    pub address: String,
+    /// The address and port in use; null while another program occupies them and tidegate retries.
+    #[schema(example = "127.0.0.1:9464")]
+    pub served: Option<String>,
+}
+
+/// A service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Service {
+    /// The name of the service and of its endpoint.
+    #[schema(example = "web")]
+    pub name: String,
+    /// The state of the service.
+    pub state: State,
+    /// The process id of its command while it runs.
+    pub pid: Option<u32>,
+    /// The number of restarts.
+    pub restarts: u32,
+    /// The last exit of its command.
+    pub exit: Option<Exit>,
+    /// When it entered this state (RFC 3339, UTC); null for adopted services.
+    pub since: Option<String>,
+}
+
+/// The state of a service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// Its namespaces are being set up.
+    Starting,
+    /// Its command is running.
+    Running,
+    /// Its command has exited and will be restarted.
+    Restarting,
+    /// Its command has exited and will not be restarted.
+    Ended,
+    /// An adopted namespace (`x-netns`); tidegate does not run its processes.
+    Adopted,
+    /// An adopted namespace whose path leads to no namespace: the container is down.
+    Gone,
+}
+
+/// How a command exited: exactly one of the two is set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Exit {
+    /// Exit code.
+    pub code: Option<i32>,
+    /// The signal that killed it.
+    pub signal: Option<i32>,
+}
+
+/// A network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Network {
+    /// The name of the network.
+    #[schema(example = "front")]
+    pub name: String,
+    /// The bridge on the host.
+    #[schema(example = "tg-front-1a2b")]
+    pub bridge: String,
+    /// Subnets, at most one per address family, IPv4 first.
+    pub subnets: Vec<Subnet>,
+    /// The network has no egress.
+    pub internal: bool,
+    /// Its endpoints can connect to each other.
+    pub inter_container: bool,
+    /// The MTU in bytes.
+    pub mtu: u32,
+    /// The names of its endpoints.
+    pub endpoints: Vec<String>,
+}
+
+/// A subnet of a network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Subnet {
+    /// The prefix.
+    #[schema(value_type = String, example = "172.28.0.0/24")]
+    pub subnet: IpNet,
+    /// The gateway address, which belongs to the host.
+    #[schema(value_type = String, example = "172.28.0.1")]
+    pub gateway: IpAddr,
+}
+
+/// A network namespace attached to networks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Endpoint {
+    /// The name of the endpoint and of its service.
+    #[schema(example = "web")]
+    pub name: String,
+    /// The identity of the namespace, in the format of /proc/PID/ns/net.
+    #[schema(example = "net:[4026532008]")]
+    pub namespace: String,
+    /// The path of the namespace, if it was adopted.
+    #[schema(example = "/run/netns/web")]
+    pub netns: Option<String>,
+    /// Its attachments to networks.
+    pub attachments: Vec<Attachment>,
+    /// Its published ports.
+    pub ports: Vec<Port>,
+}
+
+/// The attachment of an endpoint to a network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Attachment {
+    /// The name of the network.
+    #[schema(example = "front")]
+    pub network: String,
+    /// The interface in the endpoint.
+    #[schema(example = "eth0")]
+    pub interface: String,
+    /// The MAC address of that interface.
+    #[schema(example = "02:5d:0a:9b:10:c4")]
+    pub mac: String,
+    /// Its addresses with the prefix length of the subnet.
+    #[schema(value_type = Vec<String>, example = json!(["172.28.0.2/24"]))]
+    pub addresses: Vec<IpNet>,
+    /// The default route of the endpoint uses this network.
+    pub default_route: bool,
+}
+
+/// A published port: one socket on the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Port {
+    /// The id of the port. Ids are not reused.
+    pub id: u32,
+    /// The endpoint that it forwards to.
+    #[schema(example = "web")]
+    pub endpoint: String,
+    /// The label of the port in metrics.
+    #[schema(example = "0.0.0.0:8080/tcp")]
+    pub publish: String,
+    /// The address on the host.
+    #[schema(value_type = String, example = "0.0.0.0")]
+    pub host_ip: IpAddr,
+    /// The port on the host.
+    pub host_port: u16,
+    /// The transport protocol.
+    pub protocol: Transport,
+    /// The port in the endpoint.
+    pub container_port: u16,
+}
+
+/// The transport protocol of a published port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
+}
+
+/// Counters since the start, and current values. A rate is the difference of two samples with the
+/// same `pid` and `started`, divided by the difference of their `elapsed_ms`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Figures {
+    /// Name of the project.
+    #[schema(example = "hello")]
+    pub project: String,
+    /// Process id.
+    pub pid: u32,
+    /// Start time (RFC 3339, UTC).
+    #[schema(example = "2026-01-31T12:00:00Z")]
+    pub started: String,
+    /// Milliseconds since the start, by a monotonic clock.
+    pub elapsed_ms: u64,
+    /// Published ports, one per socket, as in `/v1/ports`.
+    pub ports: Vec<PortFigures>,
+    /// TCP connections of all published ports.
+    pub connections: Fill,
+    /// File descriptors of published ports, connections and sessions.
+    pub descriptors: Fill,
+    /// Networks, as in `/v1/networks`.
+    pub networks: Vec<NetworkFigures>,
+    /// The NAT engine; null if the kernel masquerades, or without egress.
+    pub nat: Option<NatFigures>,
+    /// Upstream name servers.
+    pub upstreams: Vec<UpstreamFigures>,
+}
+
+/// The fill level of a bounded table.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Fill {
+    /// Entries in use.
+    pub used: u64,
+    /// The limit.
+    pub limit: u64,
+}
+
+/// Counters of a published port: one socket on the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PortFigures {
+    /// The id of the port.
+    pub id: u32,
+    /// The endpoint that it forwards to.
+    #[schema(example = "web")]
+    pub endpoint: String,
+    /// The label of the port in metrics.
+    #[schema(example = "0.0.0.0:8080/tcp")]
+    pub publish: String,
+    /// The port in the endpoint.
+    pub container_port: u16,
+    /// Open TCP connections or UDP sessions.
+    pub open: Fill,
+    /// Accepted TCP connections, including refused ones; UDP sessions created.
+    pub begun: u64,
+    /// TCP connections that were not connected to the endpoint.
+    pub refused: u64,
+    /// TCP connections that ended with a reset; UDP sessions evicted.
+    pub cut: u64,
+    /// Payload to the endpoint, in bytes.
+    pub bytes_in: u64,
+    /// Payload to clients, in bytes.
+    pub bytes_out: u64,
+    /// Datagrams to the endpoint.
+    pub datagrams_in: u64,
+    /// Datagrams to clients.
+    pub datagrams_out: u64,
+    /// Dropped datagrams.
+    pub dropped: u64,
+    /// Successful connects to the endpoint (TCP).
+    pub dialled: u64,
+    /// The total time of these connects, in microseconds.
+    pub dial_us: u64,
+}
+
+/// Counters of a network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct NetworkFigures {
+    /// The name of the network.
+    #[schema(example = "front")]
+    pub name: String,
+    /// The names of its endpoints.
+    pub endpoints: Vec<String>,
+    /// Answered DNS queries. An endpoint on several networks counts on its first one.
+    pub questions: u64,
+    /// Of those, answered with SERVFAIL or REFUSED.
+    pub questions_failed: u64,
+    /// Of those, answered with NXDOMAIN.
+    pub questions_unknown: u64,
+}
+
+/// Counters of the NAT engine. "In" is towards containers, "out" is towards external hosts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct NatFigures {
+    /// Current flows of all protocols.
+    pub flows: Fill,
+    /// Of those, TCP connections.
+    pub flows_tcp: u64,
+    /// Flows created.
+    pub begun: u64,
+    /// Payload to containers, in bytes.
+    pub bytes_in: u64,
+    /// Payload to external hosts, in bytes.
+    pub bytes_out: u64,
+    /// Packets to containers through the TUN device.
+    pub packets_in: u64,
+    /// Packets from containers through the TUN device.
+    pub packets_out: u64,
+    /// Dropped packets.
+    pub dropped: u64,
+    /// TCP connections that failed or ended with a reset.
+    pub resets: u64,
+    /// Retransmissions to containers.
+    pub retransmissions: u64,
+}
+
+/// Counters of an upstream name server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct UpstreamFigures {
+    /// The address of the server.
+    #[schema(example = "192.0.2.53:53")]
+    pub server: String,
+    /// Whether the server is tried first. A server that did not respond loses this.
+    pub trusted: bool,
+    /// Queries sent.
+    pub asked: u64,
+    /// Of those, without a response in time.
+    pub silent: u64,
+    /// Of those, answered with an error.
+    pub failed: u64,
+    /// Responses with a measured response time.
+    pub answered: u64,
+    /// The total of these response times, in microseconds.
+    pub took_us: u64,
+}
+
+/// Ports to publish.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewPorts {
+    /// The endpoint to forward to.
+    #[schema(example = "web")]
+    pub endpoint: String,
+    /// Ports in the syntax of `docker run -p`: `[HOST_IP:][HOST_PORT[-END]:]PORT[-END][/tcp|udp]`.
+    /// Without HOST_PORT, a free port is chosen. Without HOST_IP, the port is published on all IPv4
+    /// and IPv6 addresses, and the response contains one port for each family.
+    #[schema(example = "8081:80")]
+    pub spec: String,
+}
+
+/// The new namespace of an adopted endpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewNamespace {
+    /// The absolute path of the network namespace.
+    #[schema(example = "/run/netns/web")]
+    pub netns: String,
+}
+
+/// The error of a request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ErrorBody {
+    /// One line that names the object, the cause and the remedy.
+    #[schema(example = "there is no endpoint \"wbe\"")]
+    pub error: String,
+}

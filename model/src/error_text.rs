@@ -1,0 +1,23 @@
+//! Texts of errors.
+
+/// Returns `text` without the `(os error N)` that Rust adds to the texts of the kernel.
+#[must_use]
+pub fn without_errno(text: &str) -> String {
+    let mut pieces = text.split(" (os error ");
+    let first = pieces.next().unwrap_or_default().to_owned();
+    pieces.fold(first, |before, rest| match rest.split_once(')') {
+        Some((number, after)) if number.bytes().all(|byte| byte.is_ascii_digit()) => before + after,
+        _ => before + " (os error " + rest,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_error_numbers_of_the_kernel_are_removed() {
+        let text = "a: Invalid argument (os error 22): b (os error x) c (os error 1)";
+        assert_eq!(without_errno(text), "a: Invalid argument: b (os error x) c");
+    }
+}

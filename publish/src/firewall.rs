@@ -1,0 +1,331 @@
+//! The host's firewall: which one is used, and what is opened in it.
+
+use anyhow::{Context, bail};
+use clap::ValueEnum;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use tidegate_model::{Feature, PublishLabel};
+use tidegate_netns::HostContext;
+use tidegate_netns::Namespace;
+use tidegate_netsetup::{
+    Desired, DockerUser, Endpoint, Firewall, FirewallKind, IptablesState, Network, Opening, Zone,
+};
+
+/// What closes networks, and leads containers out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum FirewallChoice {
+    /// nftables, else iptables, else none; iptables first where its FORWARD chain drops what it
+    /// does not know
+    #[default]
+    Auto,
+    /// Tables of tidegate's own in nftables
+    Nftables,
+    /// Chains of tidegate's own in iptables and ip6tables
+    Iptables,
+    /// No firewall: policy rules alone, and the NAT engine for egress
+    None,
+}
+
+/// What carries connections to published ports.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum PublishBy {
+    /// Sockets of this process
+    #[default]
+    Proxy,
+    /// Destination NAT of the kernel; sockets where that does not reach: loopback, a container's
+    /// own port, IPv6 to IPv4
+    Kernel,
+}
+
+/// A firewall that was chosen, and why.
+#[derive(Debug, Default)]
+pub struct Chosen {
+    /// `None` for none.
+    pub firewall: Option<Arc<Firewall>>,
+    /// What carries published ports.
+    pub publish: PublishBy,
+    /// For those who wonder: a clause.
+    pub why: String,
+}
+
+impl Chosen {
+    /// Tells the log.
+    pub fn tell(&self) {
+        let why = &self.why;
+        match &self.firewall {
+            Some(firewall) => {
+                tracing::info!(firewall = %firewall.kind(), why, "networks are closed by");
+            }
+            None => tracing::info!(why, "networks are closed without a firewall"),
+        }
+    }
+}
+
+/// For each family, IPv4 first, the rule of DOCKER-USER that ports served by a socket would bypass.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BypassedRules {
+    rules: [Option<String>; 2],
+    /// Whether the kernel asks DOCKER-USER of what it forwards.
+    forward: [bool; 2],
+}
+
+impl BypassedRules {
+    /// What `host` has now, with the firewall `kind`. Bounded in time, but a program may run.
+    ///
+    /// # Errors
+    /// The rules cannot be read: who publishes then does not know whether a rule is bypassed.
+    pub fn observe(kind: Option<FirewallKind>, host: &Namespace) -> io::Result<Self> {
+        Ok(Self::of(kind, &DockerUser::of(host)?.map(Some)))
+    }
+
+    /// The chains of iptables ask Docker's, of all that comes in; but some of its rules mean
+    /// something of forwarded packets alone.
+    fn of(kind: Option<FirewallKind>, docker_user: &[Option<DockerUser>; 2]) -> Self {
+        let rules = docker_user.each_ref().map(|docker_user| {
+            let docker_user = docker_user.as_ref()?;
+            let rule = match kind {
+                Some(FirewallKind::Iptables) => docker_user.about_forwarding(),
+                Some(FirewallKind::Nftables) | None => docker_user.rules.first(),
+            };
+            rule.map(|rule| rule.text.clone())
+        });
+        let asks_itself = kind == Some(FirewallKind::Iptables);
+        let forward = docker_user.each_ref().map(|docker_user| {
+            asks_itself || docker_user.as_ref().is_some_and(|docker_user| docker_user.forward)
+        });
+        Self { rules, forward }
+    }
+
+    /// One of them.
+    pub fn any(&self) -> Option<&str> {
+        self.rules.iter().flatten().map(String::as_str).next()
+    }
+
+    /// The rule that `opening` would bypass. What is forwarded Docker's own chains ask it of, and
+    /// what the host asks itself nobody does.
+    pub fn by(&self, opening: &Opening) -> Option<&str> {
+        let served_by_a_socket = opening.to.is_none() && !opening.address.is_loopback();
+        served_by_a_socket.then(|| self.rules[usize::from(opening.address.is_ipv6())].as_deref())?
+    }
+
+    /// Whether the rule that `opening` would bypass holds once the kernel translates the port.
+    pub fn holds_when_forwarded(&self, opening: &Opening) -> bool {
+        self.forward[usize::from(opening.address.is_ipv6())]
+    }
+}
+
+/// Chooses the firewall for the networks of `host_context`, with the rules of `owner`, and what
+/// carries published ports.
+///
+/// # Errors
+/// What was asked for cannot be had: one line that says why.
+pub fn choose(
+    choice: FirewallChoice,
+    publish: Option<PublishBy>,
+    host_context: &HostContext,
+    owner: &str,
+) -> anyhow::Result<Chosen> {
+    let iptables = if host_context.is_rootless() {
+        [None, None]
+    } else {
+        IptablesState::of(host_context.networks())?
+    };
+    let (firewall, mut why) = choose_firewall(choice, host_context, owner, &iptables)?;
+    let kind = firewall.as_ref().map(|firewall| firewall.kind());
+    let docker_user = iptables.each_ref().map(|state| Some(state.as_ref()?.docker_user.clone()));
+    let bypassed = BypassedRules::of(kind, &docker_user);
+    let publish = match (kind, publish, bypassed.any()) {
+        (None, Some(PublishBy::Kernel), _) => {
+            bail!("--publish=kernel needs a firewall, and none is used: {why}")
+        }
+        (None, _, Some(rule)) => bail!(
+            "--firewall=none: DOCKER-USER has the rule {rule:?}, which published ports would bypass; use --firewall=iptables, or remove the rule"
+        ),
+        (Some(kind), Some(PublishBy::Proxy), Some(rule)) => bail!(
+            "--publish=proxy with {kind}: DOCKER-USER has the rule {rule:?}, which ports served by a socket would bypass; use --publish=kernel, or remove the rule"
+        ),
+        (Some(_), None, Some(rule)) => {
+            why = format!("{why}; ports are published by the kernel, because of the rule {rule:?}");
+            PublishBy::Kernel
+        }
+        (_, publish, _) => publish.unwrap_or_default(),
+    };
+    Ok(Chosen { firewall, publish, why })
+}
+
+fn choose_firewall(
+    choice: FirewallChoice,
+    host_context: &HostContext,
+    owner: &str,
+    iptables: &[Option<IptablesState>; 2],
+) -> anyhow::Result<(Option<Arc<Firewall>>, String)> {
+    let open = |kind| {
+        let firewall = Firewall::new(kind, host_context.networks(), owner)?;
+        let firewall =
+            if Feature::OwnedTables.is_forced_off() { firewall.shared() } else { firewall };
+        io::Result::Ok(Arc::new(if Feature::Gates.is_forced_off() {
+            firewall.ungated()
+        } else {
+            firewall
+        }))
+    };
+    let wanted = match choice {
+        FirewallChoice::None => return Ok((None, "asked for".to_owned())),
+        FirewallChoice::Auto if host_context.is_rootless() => {
+            return Ok((None, "the networks are apart from the host".to_owned()));
+        }
+        FirewallChoice::Auto => None,
+        FirewallChoice::Nftables => Some(FirewallKind::Nftables),
+        FirewallChoice::Iptables => Some(FirewallKind::Iptables),
+    };
+    if let Some(kind) = wanted {
+        if host_context.is_rootless() {
+            bail!(
+                "--firewall={kind} needs root: without it the networks are apart from the host's firewall"
+            );
+        }
+        let firewall = open(kind).with_context(|| format!("--firewall={kind}"))?;
+        return Ok((Some(firewall), "asked for".to_owned()));
+    }
+    let (order, because) = preference(iptables);
+    let mut missing = Vec::new();
+    for kind in order {
+        match open(kind) {
+            Ok(firewall) => {
+                let why = if missing.is_empty() { because.to_owned() } else { missing.join("; ") };
+                return Ok((Some(firewall), why));
+            }
+            Err(error) => missing.push(format!("no {kind}: {error}")),
+        }
+    }
+    Ok((None, missing.join("; ")))
+}
+
+/// Which firewall is tried first, and why. What nftables lets through iptables may drop, if it is
+/// in use.
+pub fn preference(iptables: &[Option<IptablesState>; 2]) -> ([FirewallKind; 2], &'static str) {
+    let any = |is: fn(&IptablesState) -> bool| iptables.iter().flatten().any(is);
+    let because = if any(|state| state.forward_drops) {
+        "the chain FORWARD of iptables drops what it does not know"
+    } else if any(|state| state.docker_user.has_rules()) {
+        "the chain DOCKER-USER has rules"
+    } else {
+        return ([FirewallKind::Nftables, FirewallKind::Iptables], "it is there");
+    };
+    ([FirewallKind::Iptables, FirewallKind::Nftables], because)
+}
+
+/// What a firewall has to know of the networks of `desired`.
+pub fn zones(desired: &Desired) -> Vec<Zone> {
+    let zone = |network: &Network| Zone {
+        bridge: network.bridge.name.clone(),
+        subnets: network.subnets.iter().map(|subnet| subnet.subnet).collect(),
+        internal: network.internal,
+        verified: desired.verifies_sources(&network.name),
+    };
+    desired.networks.iter().map(zone).collect()
+}
+
+/// The addresses that the kernel may translate published ports of `endpoint` to: those by whose
+/// network its answers leave.
+pub fn targets(endpoint: &Endpoint) -> Vec<IpAddr> {
+    let ways_out = endpoint.attachments.iter().filter(|attachment| attachment.default_route);
+    ways_out.flat_map(|attachment| &attachment.addresses).map(ipnet::IpNet::addr).collect()
+}
+
+/// What a firewall has to know of the published port `label`, which leads to `container_port`.
+/// `targets` are the addresses that the kernel may translate to: none where our sockets carry
+/// everything.
+pub fn opening(label: PublishLabel, container_port: u16, targets: &[IpAddr]) -> Opening {
+    let at = label.address();
+    // What is asked for on the host itself is never forwarded.
+    let target = targets.iter().find(|ip| ip.is_ipv4() == at.is_ipv4() && !at.ip().is_loopback());
+    Opening {
+        protocol: label.protocol(),
+        address: at.ip(),
+        port: at.port(),
+        to: target.map(|ip| SocketAddr::new(*ip, container_port)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tidegate_model::Protocol;
+    use tidegate_netsetup::{DockerUser, UserRule};
+
+    fn with_rules(rules: &[&str]) -> [Option<IptablesState>; 2] {
+        let rules =
+            rules.iter().map(|rule| UserRule { text: format!("-A DOCKER-USER {rule}") }).collect();
+        [
+            Some(IptablesState {
+                docker_user: DockerUser { rules, forward: true },
+                ..IptablesState::default()
+            }),
+            None,
+        ]
+    }
+
+    #[test]
+    fn iptables_goes_first_where_it_has_something_to_say() {
+        let first = |state| preference(&state).0[0];
+        assert_eq!(first([None, None]), FirewallKind::Nftables);
+        assert_eq!(first(with_rules(&[])), FirewallKind::Nftables);
+        assert_eq!(first(with_rules(&["-j DROP"])), FirewallKind::Iptables);
+        let drops = IptablesState { forward_drops: true, ..IptablesState::default() };
+        assert_eq!(first([None, Some(drops)]), FirewallKind::Iptables);
+    }
+
+    #[test]
+    fn rules_of_docker_user_are_bypassed_where_nobody_asks_them() {
+        let with_rules = |rules: &[&str]| {
+            let rule = |rule: &&str| UserRule { text: format!("-A DOCKER-USER {rule}") };
+            [Some(DockerUser { rules: rules.iter().map(rule).collect(), forward: true }), None]
+        };
+        let (about_clients, about_containers) =
+            ("-s 203.0.113.0/24 -j DROP", "-p tcp --dport 80 -j DROP");
+        let all = with_rules(&[about_clients, about_containers]);
+        let bypassed = |kind| BypassedRules::of(kind, &all).any().map(str::to_owned);
+        let iptables = Some(FirewallKind::Iptables);
+        assert_eq!(bypassed(iptables), Some(format!("-A DOCKER-USER {about_containers}")));
+        assert_eq!(
+            bypassed(Some(FirewallKind::Nftables)),
+            Some(format!("-A DOCKER-USER {about_clients}"))
+        );
+        assert_eq!(bypassed(None), bypassed(Some(FirewallKind::Nftables)));
+        assert_eq!(BypassedRules::of(iptables, &with_rules(&[about_clients])).any(), None);
+
+        let bypassed = BypassedRules::of(None, &all);
+        let at = |at: &str, to: Option<&str>| {
+            let at: SocketAddr = at.parse().unwrap();
+            let to = to.map(|to| to.parse().unwrap());
+            Opening { protocol: Protocol::Tcp, address: at.ip(), port: at.port(), to }
+        };
+        assert!(bypassed.by(&at("0.0.0.0:80", None)).is_some());
+        assert_eq!(bypassed.by(&at("0.0.0.0:80", Some("10.9.0.2:80"))), None, "forwarded");
+        assert_eq!(bypassed.by(&at("127.0.0.1:80", None)), None, "the host itself");
+        assert_eq!(bypassed.by(&at("[::]:80", None)), None, "no rule of that family");
+        assert!(bypassed.holds_when_forwarded(&at("0.0.0.0:80", None)));
+        assert!(!bypassed.holds_when_forwarded(&at("[::]:80", None)), "nobody asks it");
+    }
+
+    #[test]
+    fn the_kernel_translates_to_an_address_of_the_same_family_and_never_from_loopback() {
+        let targets: Vec<IpAddr> = ["10.9.0.2", "fd09::2"].map(|ip| ip.parse().unwrap()).to_vec();
+        for (at, targets, to) in [
+            ("0.0.0.0:8080", &targets[..], Some("10.9.0.2:80")),
+            ("203.0.113.1:8080", &targets, Some("10.9.0.2:80")),
+            ("[::]:8080", &targets, Some("[fd09::2]:80")),
+            ("[::]:8080", &targets[..1], None),
+            ("127.0.0.1:8080", &targets, None),
+            ("[::1]:8080", &targets, None),
+            ("0.0.0.0:8080", &[], None),
+        ] {
+            let label = PublishLabel::new(at.parse().unwrap(), Protocol::Tcp);
+            let opened = opening(label, 80, targets);
+            assert_eq!(opened.to, to.map(|to| to.parse().unwrap()), "{at}");
+            assert_eq!((opened.address, opened.port), (label.address().ip(), 8080));
+        }
+    }
+}

@@ -1,0 +1,20 @@
+//! Published ports: their sockets, the addresses of clients, the rules of the firewall, and the
+//! upstreams that connect to containers.
+//!
+//! | module | purpose |
+//! |---|---|
+//! | [`bind`] | opens the sockets of a port mapping |
+//! | [`client_address`] | the source address that a container sees |
+//! | [`firewall`] | which firewall is used, and what publishes ports |
+//! | [`limits`] | limits of published ports, as flags and as a variable |
+//! | [`nat_publish`] | ports that the NAT engine carries |
+//! | [`port_error`] | one line for a port that cannot be opened |
+//! | [`publisher`] | adds and removes ports at run time |
+
+pub mod bind;
+pub mod client_address;
+pub mod firewall;
+pub mod limits;
+pub mod nat_publish;
+pub mod port_error;
+pub mod publisher;

@@ -1,7 +1,0 @@
-//! docker-proxy, by tidegate: for `dockerd --userland-proxy-path`.
-
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
-    tidegate::compat::docker_proxy::main(std::env::args_os().skip(1))
-}
