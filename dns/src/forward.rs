@@ -11,6 +11,7 @@ mod tcp;
 
 use crate::answer::{Answer, Response};
 use crate::cache::{Cache, Key};
+use crate::client_id::ClientId;
 use crate::message::{Bits, Request, StoredRequest, kind, relay};
 use crate::metrics::{NetworkStats, Overload, ProcessMetrics, Usage};
 use crate::partition::Partition;
@@ -18,7 +19,6 @@ use crate::pending::{Admission, Evicted, Limits, NextQuery, Pending};
 use crate::scheduler::Rate;
 use crate::servers::{HOST, ServerList};
 use crate::upstream::{Check, CheckStep, Failover, Figures, Form, Health, Step};
-use crate::zone::ClientId;
 pub(crate) use port::Bridges;
 use port::{Egress, Outstanding, Ports};
 use rustix::net::SendFlags;

@@ -4,9 +4,10 @@
 //! API.
 
 use crate::answer::{Response, SentQuery};
+use crate::client_id::ClientId;
 use crate::message::{Request, relay};
 use crate::metrics::NetworkStats;
-use crate::zone::{ClientId, EndpointSpec, Limits, NetworkSpec, Zones};
+use crate::zone::{EndpointSpec, Limits, NetworkSpec, Zones};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 

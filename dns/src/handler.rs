@@ -1,15 +1,16 @@
 //! Handles one client message: writes the response, or registers the client as waiting. No I/O of
 //! its own.
 
+use crate::client_id::ClientId;
 use crate::forward::{Lookup, ReplyTo, Waiter};
 use crate::message::{Bits, Rcode, Reply, Request, relay};
 use crate::metrics::NetworkStats;
 use crate::name::DisplayName;
 use crate::non_query;
 use crate::resolve::{Resolution, resolve};
-use crate::resolver::Shared;
 use crate::servers::ServerList;
-use crate::zone::{ClientId, Zones};
+use crate::shared::Shared;
+use crate::zone::Zones;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};

@@ -45,6 +45,7 @@ compile_error!("network namespaces exist on Linux only");
 
 mod answer;
 mod cache;
+mod client_id;
 mod error;
 mod forward;
 pub mod fuzz;
@@ -62,9 +63,11 @@ mod resolver;
 mod scheduler;
 mod server;
 mod servers;
+mod shared;
 mod upstream;
 mod zone;
 
+pub use client_id::ClientId;
 pub use error::{ServeError, StartError, ZoneError};
 pub use metrics::{FAMILIES, Questions, USAGE_FAMILIES, Upstream, Usage};
 pub use name::NameError;
@@ -72,4 +75,4 @@ pub use resolv_conf::{PORT, ResolvConf, SERVER};
 pub use resolv_conf_watch::{REST, Watch, servers};
 pub use resolver::{Resolver, ServeOptions, Settings};
 pub use server::{Listen, Serving};
-pub use zone::{ClientId, EndpointSpec, Limits, NetworkSpec};
+pub use zone::{EndpointSpec, Limits, NetworkSpec};

@@ -3,9 +3,9 @@
 //! Families of a network or an upstream server are written from its own counters at scrape time and
 //! disappear with it. Families of the whole process use the `metrics` facade.
 
+use crate::client_id::ClientId;
 use crate::message::{Rcode, kind};
 use crate::upstream::{BUCKETS, Figures};
-use crate::zone::ClientId;
 use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
 use std::fmt::{self, Write};
 use std::net::SocketAddr;

@@ -7,7 +7,7 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
-use crate::zone::ClientId;
+use crate::client_id::ClientId;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 

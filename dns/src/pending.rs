@@ -22,10 +22,10 @@
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
 use crate::cache::Key;
+use crate::client_id::ClientId;
 use crate::metrics::Overload;
 use crate::partition::{Holdings, Source};
 use crate::scheduler::{Rate, Scheduler};
-use crate::zone::ClientId;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 

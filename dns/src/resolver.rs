@@ -3,18 +3,18 @@
 use crate::error::{ServeError, StartError, ZoneError};
 use crate::forward::{Bounds, Forwarder, Namespaces, dispatch};
 use crate::metrics::{self, NetworkStats, ProcessMetrics, Questions, Upstream, Usage};
-use crate::partition::{Partition, Shares};
+use crate::partition::Shares;
 use crate::resolv_conf_watch::{self, Watch};
 use crate::resolve::Policy;
 use crate::server::{self, Listen, Serving};
-use crate::servers::{ServerList, ServerLists, TooManyLists};
+use crate::servers::ServerLists;
+use crate::shared::{Shared, lock};
 use crate::upstream::Figures;
 use crate::zone::{EndpointSpec, Limits, NetworkSpec, Zones};
-use std::collections::BTreeMap;
 use std::fmt::{self, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 use tidegate_netns::Namespace;
 use tokio::sync::watch;
@@ -87,125 +87,6 @@ impl Settings {
             tcp_clients: 128,
             tcp_clients_in_all: 4096,
         }
-    }
-}
-
-/// Addresses of servers in the namespaces from which queries are sent.
-#[derive(Default)]
-struct Host {
-    /// Addresses of servers of this resolver, with their number.
-    own_addresses: BTreeMap<SocketAddr, usize>,
-    /// The servers in the `resolv.conf` of the host.
-    servers: Arc<[SocketAddr]>,
-}
-
-/// State that all servers share.
-pub(crate) struct Shared {
-    zones: RwLock<Zones>,
-    lists: Mutex<ServerLists>,
-    host: Mutex<Host>,
-    pub(crate) forwarder: Arc<Forwarder>,
-    /// The upstream servers of the host, for subscribers.
-    announced: watch::Sender<Arc<[SocketAddr]>>,
-    pub(crate) policy: Policy,
-    pub(crate) ttl: u32,
-    pub(crate) namespaces: Namespaces,
-    pub(crate) tcp_clients: usize,
-    /// The TCP clients of all servers.
-    pub(crate) connections: Mutex<Shares>,
-    pub(crate) metrics: Arc<ProcessMetrics>,
-}
-
-impl Shared {
-    pub(crate) fn zones(&self) -> RwLockReadGuard<'_, Zones> {
-        // Invariants hold after every change, so a poisoned lock is usable.
-        self.zones.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn zones_mut(&self) -> RwLockWriteGuard<'_, Zones> {
-        self.zones.write().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Records that this resolver serves at `address`.
-    pub(crate) fn add_own_address(&self, address: SocketAddr) {
-        let mut host = lock(&self.host);
-        *host.own_addresses.entry(address).or_default() += 1;
-        self.update_host_servers(&host);
-    }
-
-    pub(crate) fn remove_own_address(&self, address: SocketAddr) {
-        let mut host = lock(&self.host);
-        if let Some(count) = host.own_addresses.get_mut(&address) {
-            *count -= 1;
-            if *count == 0 {
-                host.own_addresses.remove(&address);
-            }
-        }
-        self.update_host_servers(&host);
-    }
-
-    fn host_servers(&self, servers: Arc<[SocketAddr]>) {
-        let mut host = lock(&self.host);
-        host.servers = servers;
-        self.update_host_servers(&host);
-    }
-
-    /// Sets the upstream servers of the host: those of its file without addresses of this resolver,
-    /// which would be a forwarding loop.
-    fn update_host_servers(&self, host: &Host) {
-        let is_own = |server: &SocketAddr| host.own_addresses.contains_key(server);
-        let (own, others): (Vec<_>, Vec<_>) = host.servers.iter().copied().partition(is_own);
-        for server in own {
-            tracing::warn!(%server, "DNS server in resolv.conf is tidegate itself; skipped");
-        }
-        let others: Arc<[SocketAddr]> = others.into();
-        self.announced.send_if_modified(|announced| {
-            let changed = *announced != others;
-            announced.clone_from(&others);
-            changed
-        });
-        self.forwarder.set_host(others);
-    }
-
-    /// Admits a TCP client of `partition` until the value is dropped. `None` at the limit.
-    pub(crate) fn admit(self: &Arc<Self>, partition: Partition) -> Option<Admitted> {
-        let mut connections = lock(&self.connections);
-        connections.allows(&partition).then(|| {
-            connections.take(&partition);
-            Admitted { shared: Arc::clone(self), partition }
-        })
-    }
-
-    /// The list of `servers`, for the network or container that `of` names.
-    fn list(
-        &self,
-        of: impl Fn() -> String,
-        servers: &[SocketAddr],
-    ) -> Result<Option<ServerList>, ZoneError> {
-        if let Some(server) =
-            servers.iter().find(|server| lock(&self.host).own_addresses.contains_key(server))
-        {
-            return Err(ZoneError::OwnAddress { of: of(), server: *server });
-        }
-        lock(&self.lists).get(servers).map_err(|TooManyLists| ZoneError::TooManyServerLists(of()))
-    }
-}
-
-/// An admitted TCP client.
-pub(crate) struct Admitted {
-    shared: Arc<Shared>,
-    partition: Partition,
-}
-
-impl Drop for Admitted {
-    fn drop(&mut self) {
-        lock(&self.shared.connections).release(&self.partition, 1);
-    }
-}
-
-impl fmt::Debug for Shared {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Shared").finish_non_exhaustive()
     }
 }
 
@@ -425,8 +306,4 @@ pub struct ServeOptions {
     /// queried from the namespace of the host. A container on internal networks only has no
     /// upstream servers.
     pub servers: Vec<SocketAddr>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

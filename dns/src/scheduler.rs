@@ -25,8 +25,8 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
+use crate::client_id::ClientId;
 use crate::partition::{Partition, Source};
-use crate::zone::ClientId;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 

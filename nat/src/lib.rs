@@ -81,7 +81,8 @@ pub mod wire;
 pub use error::StartError;
 pub use flow_table::TableLimits;
 pub use forward::{Forward, ForwardId, ForwardSource, Guard, MAX_FORWARDS, PublishError};
-pub use io::tun::{MIN_MTU, Tun, TunOptions};
+pub use io::tun::Tun;
+pub use io::tun_options::{MIN_MTU, TunOptions};
 pub use layer2::{Layer2Options, Layer2V6};
 pub use limits::Rate;
 pub use metrics::{

@@ -1,5 +1,6 @@
 //! Observation and modification of the kernel over rtnetlink, with one socket per namespace.
 
+mod link;
 mod messages;
 mod observe;
 
@@ -23,10 +24,11 @@ use tidegate_netns::{Namespace, interface_index};
 use tokio::runtime::Handle as Runtime;
 use tokio::task::JoinHandle;
 
+use link::Link;
 use messages::{
     default_route, engine_route, group, link_of, message_of, reply_route, subnet_route,
 };
-use observe::{Depth, Link, Snapshot};
+use observe::{Depth, Snapshot};
 
 /// Number of the `main` table (`RT_TABLE_MAIN`).
 const MAIN: u32 = 254;

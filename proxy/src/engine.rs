@@ -4,21 +4,21 @@ use crate::config::{PortOptions, Settings};
 use crate::gateway_acl::GatewayAcl;
 use crate::listener::Listener;
 use crate::metrics::{EngineUsage, PortSnapshot, ProcessMetrics, SeriesLabel};
-use crate::port::{Port, PortStats, Refusal};
+use crate::port::{Port, PortStats};
+use crate::shared::{Message, Shared};
 use crate::tcp::{Limits, Shares};
 use crate::udp::LoopGuard;
-use crate::worker::{Message, Worker};
+use crate::worker::Worker;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tidegate_model::{LogInterval, Protocol};
-use tidegate_reactor::{Descriptors, EventLoop, Permit, Sender};
+use tidegate_reactor::{Descriptors, EventLoop, Permit};
 
 /// Polling interval of [`Engine::drain`].
 const DRAIN_POLL: Duration = Duration::from_millis(20);
@@ -30,131 +30,10 @@ const PAUSE_LOG: Duration = Duration::from_secs(1);
 /// accepted and one for a client that waits.
 const DESCRIPTORS_PER_LOOP: usize = 2;
 
-/// State shared by all loops.
-pub(crate) struct Shared {
-    pub(crate) settings: Settings,
-    pub(crate) descriptors: Arc<Descriptors>,
-    /// TCP connections of each loop. The length is the maximum number of loops.
-    pub(crate) loads: Box<[AtomicUsize]>,
-    pub(crate) shares: Arc<Shares>,
-    /// Whether TCP ports with different port numbers are published.
-    pub(crate) several_ports: AtomicBool,
-    pub(crate) metrics: ProcessMetrics,
-    pub(crate) pause_log: LogInterval,
-    limit_logs: [LogInterval; Refusal::ALL.len()],
-    budget_log: LogInterval,
-    pub(crate) loop_guard: LoopGuard,
-    /// Called by each thread before anything else.
-    prepare: Prepare,
-    loops: Mutex<Vec<Option<Loop>>>,
-}
-
-type Prepare = Box<dyn Fn() -> io::Result<()> + Send + Sync>;
-
-struct Loop {
-    sender: Sender<Message>,
-    thread: JoinHandle<()>,
-}
-
-impl Shared {
-    /// TCP connections of all loops.
-    pub(crate) fn connections(&self) -> usize {
-        self.loads.iter().map(|load| load.load(Ordering::Relaxed)).sum()
-    }
-
-    /// Logs that `limit` is reached at `port`, with the largest client; at most once a minute per
-    /// limit.
-    pub(crate) fn log_limit(&self, port: &Port, limit: Refusal, now: Instant) {
-        if self.limit_logs[limit as usize].is_due(now) {
-            let (client, held) = self.shares.usage().largest.unzip();
-            tracing::warn!(
-                publish = %port.label,
-                limit = limit.as_str(),
-                largest = client.map(|client| client.to_string()),
-                connections = held,
-                "limit of connections reached"
-            );
-        }
-    }
-
-    /// Logs that the byte budget is exhausted, with the largest client; at most once a minute.
-    pub(crate) fn log_budget(&self, port: &Port, now: Instant) {
-        if self.budget_log.is_due(now) {
-            let (client, bytes) = self.shares.usage().largest_of_bytes.unzip();
-            tracing::warn!(
-                publish = %port.label,
-                limit = self.settings.held_bytes,
-                largest = client.map(|client| client.to_string()),
-                bytes,
-                "limit of bytes held for peers that do not read reached"
-            );
-        }
-    }
-
-    /// The loop with the fewest TCP connections, started or not.
-    pub(crate) fn least_loaded(&self) -> usize {
-        let load = |index: &usize| self.loads[*index].load(Ordering::Relaxed);
-        (0..self.loads.len()).min_by_key(load).unwrap_or(0)
-    }
-
-    /// Sends `message` to loop `index`, and starts the loop if necessary.
-    ///
-    /// # Errors
-    /// Returns the message if the loop cannot be started or has ended.
-    pub(crate) fn send(self: &Arc<Self>, index: usize, message: Message) -> Result<(), Message> {
-        let mut loops = self.loops();
-        if loops[index].is_none() {
-            match self.start(index) {
-                Ok(started) => loops[index] = Some(started),
-                Err(error) => {
-                    tracing::error!(%error, "event loop could not be started");
-                    return Err(message);
-                }
-            }
-        }
-        let Some(Loop { sender, .. }) = &loops[index] else { return Err(message) };
-        sender.send(message).map_err(|closed| closed.0)
-    }
-
-    fn start(self: &Arc<Self>, index: usize) -> io::Result<Loop> {
-        let (event_loop, sender) = EventLoop::new()?;
-        let shared = Arc::clone(self);
-        let (prepared, is_prepared) = mpsc::channel();
-        let thread = std::thread::Builder::new().name(format!("tidegate-data-{index}")).spawn(
-            move || {
-                let ready = (shared.prepare)();
-                let failed = ready.is_err();
-                // `start` waits for this result below.
-                let _ = prepared.send(ready);
-                if failed {
-                    return;
-                }
-                let mut worker = Worker::new(index, shared);
-                if let Err(error) = event_loop.run(&mut worker) {
-                    tracing::error!(%error, "event loop ended");
-                }
-            },
-        )?;
-        is_prepared
-            .recv()
-            .unwrap_or_else(|_| Err(io::Error::other("the thread of an event loop panicked")))?;
-        Ok(Loop { sender, thread })
-    }
-
-    fn loops(&self) -> MutexGuard<'_, Vec<Option<Loop>>> {
-        self.loops.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Sends `message` to every running loop, and waits until each has dropped its `done`.
-    fn broadcast(&self, message: impl Fn(mpsc::Sender<()>) -> Message) {
-        let (done, all_done) = mpsc::channel();
-        for running in self.loops().iter().flatten() {
-            // A loop that has ended has closed its ports.
-            let _ = running.sender.send(message(done.clone()));
-        }
-        drop(done);
-        // Nothing is sent on this channel; `recv` returns when the last sender is dropped.
-        let _ = all_done.recv();
+/// Runs the loop `index` on the calling thread.
+fn run(index: usize, shared: Arc<Shared>, event_loop: EventLoop<Message>) {
+    if let Err(error) = event_loop.run(&mut Worker::new(index, shared)) {
+        tracing::error!(%error, "event loop ended");
     }
 }
 
@@ -248,6 +127,7 @@ impl Engine {
             budget_log: LogInterval::default(),
             loop_guard: LoopGuard::default(),
             prepare: Box::new(prepare),
+            run,
             loops: Mutex::new((0..workers).map(|_| None).collect()),
             settings,
         };
@@ -396,7 +276,7 @@ impl Engine {
     /// Closes all ports, resets all connections and ends the threads immediately.
     pub fn stop(&self) {
         *self.ports() = Ports::default();
-        let loops: Vec<Loop> = self.shared.loops().iter_mut().filter_map(Option::take).collect();
+        let loops: Vec<_> = self.shared.loops().iter_mut().filter_map(Option::take).collect();
         for running in &loops {
             // A loop that has ended has no receiver.
             let _ = running.sender.send(Message::Stop);

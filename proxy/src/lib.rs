@@ -27,6 +27,7 @@ mod listener;
 mod metrics;
 mod port;
 pub mod proxy_protocol;
+mod shared;
 pub mod tcp;
 pub mod udp;
 mod upstream;

@@ -12,20 +12,11 @@
 //! changes between its own series and the sum, and the sum keeps the counts of closed ports, so no
 //! counter decreases.
 
-use crate::port::{Direction, DropReason, Port, Refusal};
+use crate::port::{DIAL_BOUNDS, Direction, DropReason, LIFE_BOUNDS, Port, Refusal};
 use metrics::{Counter, counter, describe_counter};
 use std::fmt::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use tidegate_model::{HistogramReading, Protocol, PublishLabel, registry};
-
-/// Bucket bounds of the dial time in seconds: from a container on this host, over a full accept
-/// queue, to the first and the second retransmission of a SYN (RFC 6298: after 1 s, and 2 s later).
-/// The dial timeout bounds the last bucket.
-pub(crate) const DIAL_BOUNDS: [f64; 8] = [0.000_1, 0.000_5, 0.002_5, 0.01, 0.05, 0.25, 1.0, 3.0];
-
-/// Bucket bounds of the lifetime of connections and sessions in seconds: from one request to an
-/// hour.
-pub(crate) const LIFE_BOUNDS: [f64; 8] = [0.001, 0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0];
 
 /// Type of a metric family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

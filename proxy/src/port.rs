@@ -1,12 +1,20 @@
 //! A published port as shared by all loops: its options and counters.
 
 use crate::PortOptions;
-use crate::metrics::{DIAL_BOUNDS, LIFE_BOUNDS};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tidegate_model::{Histogram, PublishLabel};
+
+/// Bucket bounds of the dial time in seconds: from a container on this host, over a full accept
+/// queue, to the first and the second retransmission of a SYN (RFC 6298: after 1 s, and 2 s later).
+/// The dial timeout bounds the last bucket.
+pub(crate) const DIAL_BOUNDS: [f64; 8] = [0.000_1, 0.000_5, 0.002_5, 0.01, 0.05, 0.25, 1.0, 3.0];
+
+/// Bucket bounds of the lifetime of connections and sessions in seconds: from one request to an
+/// hour.
+pub(crate) const LIFE_BOUNDS: [f64; 8] = [0.001, 0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0];
 
 /// Direction of payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

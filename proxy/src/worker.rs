@@ -1,19 +1,18 @@
 //! An event loop of the engine with its ports, connections and sessions.
 
 use crate::cpu_meter::Meter;
-use crate::engine::Shared;
 use crate::listener::Listener;
 use crate::port::{Direction, Port, Refusal, Tally};
+use crate::shared::{Message, Shared};
 use crate::tcp::{
-    AcceptBatch, Accepted, Claim, Connection, Holder, NARROW_BYTES, Phase, Reservation, Scratch,
-    Side, Turn, WIDE_BYTES,
+    AcceptBatch, Accepted, Claim, Connection, Holder, NARROW_BYTES, Phase, Scratch, Side, Turn,
+    WIDE_BYTES,
 };
 use crate::udp::{Batches, Relay};
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc;
 use std::time::{Duration, Instant};
 use tidegate_reactor::{Arena, Context, Handler, Interest, Key, List, PipePool, Readiness, Token};
 
@@ -75,26 +74,6 @@ impl Tag {
     fn of(token: Token) -> Self {
         Self::ALL[usize::from(token.tag())]
     }
-}
-
-/// A command for a loop.
-#[derive(Debug)]
-pub(crate) enum Message {
-    /// Serve these ports.
-    Publish(Vec<(Arc<Port>, Listener)>),
-    /// Close this port and end its flows. `done` is dropped when that is complete.
-    Unpublish { port: Arc<Port>, done: mpsc::Sender<()> },
-    /// Take over a connection that another loop accepted.
-    Adopt(Box<(Accepted, Reservation)>),
-    /// Take over a connection that another loop accepted, and evict one of your own for it because
-    /// of `limit`.
-    AdmitByEviction { accepted: Box<Accepted>, limit: Refusal },
-    /// The byte budget is exceeded, and one of your connections holds most of it.
-    EnforceByteBudget,
-    /// Stop accepting; running connections continue. `done` is dropped when that is complete.
-    Drain { done: mpsc::Sender<()> },
-    /// Reset all connections and exit.
-    Stop,
 }
 
 /// State of a published port in its loop.

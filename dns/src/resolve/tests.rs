@@ -1,7 +1,8 @@
 use super::*;
+use crate::client_id::ClientId;
 use crate::name::Name;
 use crate::zone::tests::{endpoint, network, zones};
-use crate::zone::{ClientId, NetworkSpec, Zones};
+use crate::zone::{NetworkSpec, Zones};
 
 fn example() -> Zones {
     let un1 = NetworkSpec { subnets: vec!["198.18.1.0/24".parse().unwrap()], ..network("un1") };

@@ -7,13 +7,13 @@ mod sockets;
 mod tcp;
 mod udp;
 
+use crate::client_id::ClientId;
 use crate::error::ServeError;
 use crate::handler::ServerContext;
 use crate::message::PAYLOAD;
 use crate::resolv_conf::{PORT, SERVER};
-use crate::resolver::Shared;
 use crate::servers::ServerList;
-use crate::zone::ClientId;
+use crate::shared::Shared;
 use redirect::Redirect;
 use sockets::SocketPair;
 use std::io;

@@ -21,7 +21,7 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
-use super::inbound::Published;
+use super::published::Published;
 use super::tcp::{icmp_error_of, is_exhaustion};
 use super::{Engine, Flow};
 use crate::flow_table::{Class, FlowKey};

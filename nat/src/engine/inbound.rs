@@ -28,6 +28,7 @@
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
 use super::datagrams::{Session, SessionSocket};
+use super::published::Published;
 use super::tcp::is_exhaustion;
 use super::{Engine, Flow};
 use crate::flow_table::{Admission, Class, FlowKey, Limit, Origin};
@@ -37,7 +38,6 @@ use crate::metrics::{DropReason, FlowKind, ForwardStats};
 use crate::tcp::Connection;
 use crate::tcp::conn::{Inbound, Phase};
 use crate::wire::protocol;
-use std::collections::VecDeque;
 use std::collections::hash_map::Entry;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -61,61 +61,6 @@ const FIRST_PORT: u16 = 1024;
 
 /// Pause before a port without a free descriptor is retried.
 const PAUSE: Duration = Duration::from_millis(100);
-
-/// A published port.
-pub(super) struct Published<H: Host> {
-    id: ForwardId,
-    forward: Forward,
-    port: Port<H::Listener, H::Datagrams>,
-    guard: Option<Arc<dyn Guard>>,
-    stats: Arc<ForwardStats>,
-}
-
-/// Sessions of one client of published ports.
-#[derive(Debug, Default)]
-pub(super) struct ClientSessions {
-    held: usize,
-    /// Sessions in order of creation; some have ended.
-    oldest_first: VecDeque<Key>,
-}
-
-/// Number of oldest sessions to search for an unanswered one.
-const SCAN_LIMIT: usize = 64;
-
-impl ClientSessions {
-    fn begin(&mut self, flow: Key) {
-        self.held += 1;
-        self.oldest_first.push_back(flow);
-    }
-
-    /// Removes ended sessions, if they are more than half.
-    fn compact(&mut self, exists: impl Fn(Key) -> bool) {
-        if self.oldest_first.len() > 2 * self.held + SCAN_LIMIT {
-            self.oldest_first.retain(|flow| exists(*flow));
-        }
-    }
-
-    /// The session to evict: the oldest unanswered one among the first [`SCAN_LIMIT`], or the
-    /// oldest.
-    fn oldest(
-        &mut self,
-        exists: impl Fn(Key) -> bool,
-        is_unanswered: impl Fn(Key) -> bool,
-    ) -> Option<Key> {
-        while self.oldest_first.front().is_some_and(|flow| !exists(*flow)) {
-            self.oldest_first.pop_front();
-        }
-        let unanswered =
-            self.oldest_first.iter().take(SCAN_LIMIT).find(|flow| is_unanswered(**flow));
-        unanswered.or(self.oldest_first.front()).copied()
-    }
-}
-
-impl<H: Host> Published<H> {
-    pub(super) fn port_mut(&mut self) -> &mut Port<H::Listener, H::Datagrams> {
-        &mut self.port
-    }
-}
 
 /// Published port, client address, and local address that the client sends to.
 pub(super) type Client = (Key, SocketAddr, Option<IpAddr>);

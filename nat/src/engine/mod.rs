@@ -33,6 +33,7 @@ pub mod classify;
 mod datagrams;
 mod icmp;
 pub(crate) mod inbound;
+mod published;
 mod tcp;
 
 use crate::fair_queue::{FairQueue, QueueLimits};
@@ -51,7 +52,8 @@ use crate::wire::protocol;
 use crate::wire::virtio::{Segmentation, VirtioHeader};
 use classify::Parsed;
 use datagrams::Session;
-use inbound::{Client, Published};
+use inbound::Client;
+use published::{ClientSessions, Published};
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{Hash, Hasher};
 use std::net::IpAddr;
@@ -142,7 +144,7 @@ pub struct Engine<H: Host> {
     /// Sessions of published ports.
     clients: HashMap<Client, Key, HashKey>,
     /// Sessions of each client, by its share.
-    sessions: HashMap<IpAddr, inbound::ClientSessions, HashKey>,
+    sessions: HashMap<IpAddr, ClientSessions, HashKey>,
     /// Number of TCP connections of each client of published ports, by its share.
     connections: HashMap<IpAddr, usize, HashKey>,
     /// Ports that are not watched until `resume_at`.

@@ -6,3 +6,4 @@ mod netlink;
 pub(crate) mod sockets;
 mod sys;
 pub(crate) mod tun;
+pub(crate) mod tun_options;

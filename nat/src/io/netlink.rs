@@ -2,7 +2,7 @@
 //! privilege in the initial user namespace (`dev_ioctl`, net/core/dev_ioctl.c); netlink requires
 //! one only over the network namespace.
 
-use super::tun::TunOptions;
+use super::tun_options::TunOptions;
 use ipnet::IpNet;
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,

@@ -107,7 +107,7 @@ impl FamilyRules {
                 );
             }
         }
-        let asks_docker = self.listed.iter().any(|line| line.ends_with(rules::TO_DOCKER_USER));
+        let asks_docker = self.listed.iter().any(|line| line.ends_with(saved::TO_DOCKER_USER));
         Ok(saved.of_owner(&ruleset.owner) == self.listed
             && saved.docker_user().has_rules() == asks_docker)
     }

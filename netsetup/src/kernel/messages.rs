@@ -1,7 +1,7 @@
 //! Conversion between facts and rtnetlink messages.
 
 use super::MAIN;
-use super::observe::Link;
+use super::link::Link;
 use crate::{Mac, Reach, Rule};
 use ipnet::IpNet;
 use rtnetlink::RouteMessageBuilder;

@@ -3,8 +3,9 @@
 use super::connection::{Connection, Phase, Side, reset_on_close};
 use super::shares::{Capacity, Holder, Reservation, Verdict};
 use crate::port::{Port, Refusal, Tally};
+use crate::shared::Message;
 use crate::upstream::{Flow, is_exhaustion};
-use crate::worker::{Message, PortState, Tag, Worker};
+use crate::worker::{PortState, Tag, Worker};
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, acceptfrom_with};
 use std::io;

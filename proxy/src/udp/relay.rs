@@ -1,9 +1,9 @@
 //! Forwarding of datagrams in both directions.
 
 use super::session_table::{Client, SessionTable};
-use crate::engine::Shared;
 use crate::listener::{Listener, enable_gro, prepare_datagrams};
 use crate::port::{Direction, DropReason, Port, Tally};
+use crate::shared::Shared;
 use crate::tcp::log_revived;
 use crate::upstream::{Flow, Lease, is_exhaustion};
 use crate::worker::{PortState, SessionRef, Tag, Worker};

@@ -8,7 +8,7 @@
 //! first packet of a translated connection is marked in `nat`, next to its translation.
 
 use super::program::Family;
-use super::saved::{DOCKER_USER, Saved};
+use super::saved::{DOCKER_USER, Saved, TABLE_MADE};
 use crate::firewall::ruleset::{MAPPED, MASQUERADED};
 use crate::firewall::{Opening, Ruleset, Zone, link_scoped_prefixes};
 use ipnet::IpNet;
@@ -16,12 +16,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::net::IpAddr;
 use tidegate_model::{Protocol, registry};
-
-/// Suffix of rules that jump to DOCKER-USER.
-pub(super) const TO_DOCKER_USER: &str = "-j DOCKER-USER";
-
-/// Suffix of the rule which records that a table was created for tidegate.
-pub(super) const TABLE_MADE: &str = "--comment \"this table was made for tidegate\"";
 
 /// Maximum ports per rule (`XT_MULTI_PORTS`).
 const MAX_PORTS_PER_RULE: usize = 15;

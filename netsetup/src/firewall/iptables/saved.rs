@@ -1,6 +1,6 @@
 //! Parsed output of `iptables-save`.
 
-use super::{is_of_owner, rules};
+use super::is_of_owner;
 use std::collections::BTreeSet;
 use tidegate_model::registry;
 
@@ -145,7 +145,7 @@ impl Saved {
     /// Returns the tables that were created for tidegate, according to the marker rules.
     pub(super) fn created_tables(&self) -> BTreeSet<String> {
         let is_marker = |rule: &String| {
-            rule.ends_with(rules::TABLE_MADE)
+            rule.ends_with(TABLE_MADE)
                 && chain_of(rule).starts_with(registry::IPTABLES_CHAIN_PREFIX)
         };
         let created_tables = self.tables.iter().filter(|table| table.rules.iter().any(is_marker));
@@ -199,10 +199,16 @@ impl Saved {
                 }
             }
         }
-        let forward = table.rules_of("FORWARD").any(|rule| rule.ends_with(rules::TO_DOCKER_USER));
+        let forward = table.rules_of("FORWARD").any(|rule| rule.ends_with(TO_DOCKER_USER));
         DockerUser { rules, forward }
     }
 }
+
+/// Suffix of rules that jump to DOCKER-USER.
+pub(super) const TO_DOCKER_USER: &str = "-j DOCKER-USER";
+
+/// Suffix of the rule which records that a table was created for tidegate.
+pub(super) const TABLE_MADE: &str = "--comment \"this table was made for tidegate\"";
 
 /// Docker's chain for rules of the administrator.
 pub(super) const DOCKER_USER: &str = "DOCKER-USER";
