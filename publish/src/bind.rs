@@ -1,4 +1,4 @@
-//! Opening published ports, and telling which are open: what `publish` and `up` have in common.
+//! Binds published ports, and formats them for output, for `publish` and `up`.
 
 use crate::port_error;
 use rustix::io::Errno;
@@ -8,13 +8,15 @@ use std::net::SocketAddr;
 use tidegate_model::{HostPort, PortMapping, PublishLabel, host_addresses, registry};
 use tidegate_proxy::{BindError, Listener};
 
-/// Attempts to find an ephemeral port that is free on both 0.0.0.0 and [::].
+/// The number of attempts with a port of the kernel's choice, which may be free on only one of
+/// 0.0.0.0 and [::].
 const EPHEMERAL_ATTEMPTS: usize = 16;
 
-/// Ports above those of masqueraded flows that are tried for an ephemeral one.
+/// The number of ports above those of masqueraded flows that are tried first.
 const HIGH_ATTEMPTS: usize = 64;
 
-/// Why a port cannot be opened: one line that names the port, who has it, and what to do.
+/// Why a port cannot be opened: one line with the port, the cause and the remedy. The line names
+/// the process that holds the port if it is known.
 #[derive(Debug, thiserror::Error)]
 #[error("{line}")]
 pub struct PortError {
@@ -23,7 +25,7 @@ pub struct PortError {
 }
 
 impl PortError {
-    /// What kind of reason it is: `AddrInUse` where someone else has the port.
+    /// The kind of the error; `AddrInUse` if another socket is bound to the port.
     pub fn kind(&self) -> io::ErrorKind {
         self.kind
     }
@@ -35,20 +37,22 @@ impl From<BindError> for PortError {
     }
 }
 
-/// Opens the sockets of one mapping. Clients may connect from here on, and wait.
+/// Opens the sockets of one mapping. Clients may connect from now on; their connections are queued
+/// until they are accepted.
 ///
 /// # Errors
-/// [`PortError`]; nothing is open then.
+/// [`PortError`]; no socket is open then.
 pub fn bind(mapping: &PortMapping) -> Result<Vec<Listener>, PortError> {
     let reserved = reserve(mapping)?;
     reserved.iter().try_for_each(Listener::open)?;
     Ok(reserved)
 }
 
-/// Takes the addresses of one mapping. Clients are refused until they are opened.
+/// Binds the sockets of one mapping without listening. Clients are refused until
+/// [`Listener::open`].
 ///
 /// # Errors
-/// [`PortError`]; nothing is taken then.
+/// [`PortError`]; no address is bound then.
 pub fn reserve(mapping: &PortMapping) -> Result<Vec<Listener>, PortError> {
     let taken = |line: String| PortError { line, kind: io::ErrorKind::AddrInUse };
     let open = |port: u16| bind_addresses(mapping, port);
@@ -66,10 +70,10 @@ pub fn reserve(mapping: &PortMapping) -> Result<Vec<Listener>, PortError> {
         }
         HostPort::Ephemeral => {
             let mut last = None;
-            // A port that is published among those of masqueraded flows leaves these fewer; the
-            // kernel would choose one there.
-            let kernels = iter::repeat_n(0, EPHEMERAL_ATTEMPTS);
-            for port in high_ports().take(HIGH_ATTEMPTS).chain(kernels) {
+            // The kernel would choose a port from the range of masqueraded flows, which would then
+            // have one port less.
+            let chosen_by_kernel = iter::repeat_n(0, EPHEMERAL_ATTEMPTS);
+            for port in high_ports().take(HIGH_ATTEMPTS).chain(chosen_by_kernel) {
                 match open(port) {
                     Ok(listeners) => return Ok(listeners),
                     Err(error) if error.source.kind() == io::ErrorKind::AddrInUse => {
@@ -83,18 +87,20 @@ pub fn reserve(mapping: &PortMapping) -> Result<Vec<Listener>, PortError> {
     }
 }
 
-/// The ports above those of masqueraded flows, from a random one on.
+/// The ports above those of masqueraded flows, in ascending order from a random one, with
+/// wraparound.
 fn high_ports() -> impl Iterator<Item = u16> {
     let first = registry::MASQUERADE_PORTS.end() + 1;
     let count = u16::MAX - first + 1;
     let mut random = [0; 2];
-    // Without randomness the search begins at the first one.
+    // Without random bytes, the search starts at the first port.
     let _ = rustix::rand::getrandom(&mut random[..], rustix::rand::GetRandomFlags::empty());
     let begin = u16::from_ne_bytes(random) % count;
     (0..count).map(move |step| first + (begin + step) % count)
 }
 
-/// Opens `port` (0: any free one, the same on each) on every address of the mapping.
+/// Binds `port` on every address of the mapping. With 0, the kernel chooses the port of the first
+/// address, and the others use the same port.
 fn bind_addresses(mapping: &PortMapping, mut port: u16) -> Result<Vec<Listener>, BindError> {
     let mut listeners: Vec<Listener> = Vec::new();
     for ip in host_addresses(mapping.host_ip) {
@@ -103,7 +109,7 @@ fn bind_addresses(mapping: &PortMapping, mut port: u16) -> Result<Vec<Listener>,
                 port = listener.label().address().port();
                 listeners.push(listener);
             }
-            // A kernel without IPv6: IPv4 was what could be meant by "all addresses".
+            // On a kernel without IPv6, all addresses are all IPv4 addresses.
             Err(error)
                 if mapping.host_ip.is_none()
                     && ip.is_ipv6()
@@ -114,7 +120,8 @@ fn bind_addresses(mapping: &PortMapping, mut port: u16) -> Result<Vec<Listener>,
     Ok(listeners)
 }
 
-/// Neighbouring ports, told as ranges: what is published, and the container's ports.
+/// Joins consecutive ports into ranges. Each element is the range of published ports, as
+/// `0.0.0.0:9000-9001/tcp`, and the range of container ports.
 pub fn runs(published: &[(PublishLabel, u16)]) -> Vec<(String, String)> {
     let mut runs: Vec<((PublishLabel, u16), u16)> = Vec::new();
     for (label, container_port) in published {
@@ -149,14 +156,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ephemeral_ports_are_looked_for_above_those_of_masqueraded_flows() {
+    fn ephemeral_ports_are_above_those_of_masqueraded_flows() {
         let mut ports: Vec<u16> = high_ports().collect();
         ports.sort_unstable();
         assert_eq!(ports, (61_000..=u16::MAX).collect::<Vec<_>>());
     }
 
     #[test]
-    fn neighbouring_ports_are_told_as_ranges() {
+    fn consecutive_ports_are_joined_into_ranges() {
         let label = |text: &str| text.parse::<PublishLabel>().unwrap();
         let published = [
             (label("0.0.0.0:9000/tcp"), 80),

@@ -1,5 +1,5 @@
-//! Limits of published ports: flags of `tidegate publish` and `tidegate up`, and for docker-proxy,
-//! whose command line is Docker's, the variable [`VARIABLE`].
+//! Limits of published ports. `tidegate publish` and `tidegate up` take them as flags. docker-proxy
+//! has the command line of Docker's program and reads them from the environment ([`VARIABLE`]).
 
 use clap::Args;
 use std::fmt;
@@ -7,43 +7,44 @@ use std::num::NonZeroUsize;
 use std::str::FromStr;
 use tidegate_proxy::{PortOptions, Settings};
 
-/// The variable: the flags by their names, without dashes in front, as `NAME=VALUE,NAME=VALUE`.
+/// The environment variable with the limits of docker-proxy, as `NAME=VALUE,NAME=VALUE`. A name is
+/// that of a flag without the leading dashes.
 pub const VARIABLE: &str = "TIDEGATE_PROXY_LIMITS";
 
-/// The limits. Whatever they are, one client gets two thirds of a limit, so that others are served.
+/// The limits. One client gets at most two thirds of a limit, so that others are served.
 #[derive(Args, Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProxyLimits {
-    /// TCP connections over all ports at most; one client gets two thirds
+    /// Maximum number of TCP connections of all ports; one client gets at most two thirds
     #[arg(long, value_name = "N", default_value_t = Self::default().max_connections)]
     pub max_connections: NonZeroUsize,
 
-    /// TCP connections of one port at most; one client gets two thirds
+    /// Maximum number of TCP connections of one port; one client gets at most two thirds
     #[arg(long, value_name = "N", default_value_t = Self::default().max_port_connections)]
     pub max_port_connections: NonZeroUsize,
 
-    /// TCP connections of one client, an IPv4 address or an IPv6 /64, at most [default: its share
-    /// of the others]
+    /// Maximum number of TCP connections of one client, which is an IPv4 address or an IPv6 /64
+    /// [default: its share of the other limits]
     #[arg(long, value_name = "N")]
     pub max_client_connections: Option<NonZeroUsize>,
 
-    /// UDP sessions of one port at most; of the client that has most, the longest silent one makes
-    /// room
+    /// Maximum number of UDP sessions of one port; at the limit, the client with the most sessions
+    /// loses its longest idle one
     #[arg(long, value_name = "N", default_value_t = Self::default().udp_max_sessions)]
     pub udp_max_sessions: NonZeroUsize,
 
-    /// UDP sessions of one client, an IPv4 address or an IPv6 /64, at one port at most; its own
-    /// longest silent one makes room
+    /// Maximum number of UDP sessions of one client, which is an IPv4 address or an IPv6 /64, at one
+    /// port; at the limit, it loses its longest idle one
     #[arg(long, value_name = "N", default_value_t = Self::default().udp_max_source_sessions)]
     pub udp_max_source_sessions: NonZeroUsize,
 
-    /// Memory that TCP connections may hold for peers that do not read, in bytes or with K, M or G
-    /// behind it
+    /// Maximum memory for data of TCP connections whose peers do not read, in bytes or with the
+    /// suffix K, M or G
     #[arg(long, value_name = "SIZE", default_value_t = Self::default().max_held)]
     pub max_held: HeldBytes,
 }
 
-/// A size of memory that is enough for one connection: a whole number of bytes, KiB (K), MiB (M) or
-/// GiB (G).
+/// A size of memory: a whole number of bytes, KiB (K), MiB (M) or GiB (G). It is at least what one
+/// connection may hold ([`Settings::LEAST_HELD_BYTES`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeldBytes(usize);
 
@@ -70,11 +71,11 @@ impl FromStr for HeldBytes {
         match bytes {
             Some(bytes) if bytes >= least => Ok(Self(bytes)),
             Some(_) => Err(format!(
-                "one connection may hold {}K; it has to be as much at least",
+                "must be at least {}K, which one connection may hold",
                 least >> 10
             )),
             None => {
-                Err("a size is a whole number of bytes, or one with K, M or G behind it".into())
+                Err("not a whole number of bytes, with an optional suffix K, M or G".into())
             }
         }
     }
@@ -95,21 +96,21 @@ impl Default for ProxyLimits {
 }
 
 impl ProxyLimits {
-    /// Limits all ports together.
+    /// Sets the limits that all ports share.
     pub fn limit_engine(&self, settings: &mut Settings) {
         settings.max_connections = self.max_connections.get();
         settings.max_client_connections = self.max_client_connections.map(NonZeroUsize::get);
         settings.held_bytes = self.max_held.0;
     }
 
-    /// Limits a port.
+    /// Sets the limits of one port.
     pub fn limit_port(&self, options: &mut PortOptions) {
         options.max_connections = self.max_port_connections.get();
         options.sessions.sessions = self.udp_max_sessions.get();
         options.sessions.per_source = self.udp_max_source_sessions.get();
     }
 
-    /// Sets the limit that a flag of this name sets.
+    /// Sets the limit of the flag `--name`.
     fn set(&mut self, name: &str, value: &str) -> Result<(), LimitError> {
         let number = || {
             let number = value.parse();
@@ -133,31 +134,31 @@ impl ProxyLimits {
     }
 }
 
-/// What [`VARIABLE`] has that is no limit.
+/// Why the value of [`VARIABLE`] is invalid.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LimitError {
     /// Not of the form `NAME=VALUE`.
     #[error("\"{0}\" is not of the form NAME=VALUE")]
     Form(String),
-    /// No number, or none that can be a limit.
-    #[error("{name}={value}: a limit is a whole number, 1 at least")]
+    /// The value is not a number, or is 0.
+    #[error("{name}={value}: a limit is a whole number of at least 1")]
     Number {
-        /// The limit.
+        /// The name of the limit.
         name: String,
-        /// What is said of it.
+        /// The value as given.
         value: String,
     },
-    /// No size, or too small a one.
+    /// The value is not a size, or is too small.
     #[error("max-held={value}: {reason}")]
     Size {
-        /// What is said of it.
+        /// The value as given.
         value: String,
-        /// What is wrong with that.
+        /// Why it is invalid.
         reason: String,
     },
-    /// There is no such limit.
+    /// No limit has this name.
     #[error(
-        "there is no limit \"{0}\": say max-connections, max-port-connections, max-client-connections, max-held, \
+        "unknown limit \"{0}\"; use max-connections, max-port-connections, max-client-connections, max-held, \
          udp-max-sessions or udp-max-source-sessions"
     )]
     Name(String),
@@ -189,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn the_variable_sets_what_the_flags_set_by_the_same_names() {
+    fn the_variable_and_the_flags_set_the_same_limits() {
         for argument in Flags::command().get_arguments().filter_map(|argument| argument.get_long())
         {
             if argument == "help" {
@@ -204,36 +205,36 @@ mod tests {
     }
 
     #[test]
-    fn the_defaults_are_those_of_the_engine() {
+    fn the_defaults_equal_those_of_the_engine() {
         let upstream = tidegate_proxy::Direct::new(std::net::Ipv4Addr::LOCALHOST.into());
         let mut options = PortOptions::new(std::sync::Arc::new(upstream));
-        let (mine, engines) = (ProxyLimits::default(), options.sessions);
-        mine.limit_port(&mut options);
-        assert_eq!(options.sessions.sessions, engines.sessions);
-        assert_eq!(options.sessions.per_source, engines.per_source);
+        let (limits, engine) = (ProxyLimits::default(), options.sessions);
+        limits.limit_port(&mut options);
+        assert_eq!(options.sessions.sessions, engine.sessions);
+        assert_eq!(options.sessions.per_source, engine.per_source);
         let mut settings = Settings::default();
-        mine.limit_engine(&mut settings);
+        limits.limit_engine(&mut settings);
         assert_eq!(settings.max_connections, Settings::default().max_connections);
         assert_eq!(settings.max_client_connections, Settings::default().max_client_connections);
         assert_eq!(settings.held_bytes, Settings::default().held_bytes);
-        assert_eq!(mine.max_held.to_string(), "256M");
+        assert_eq!(limits.max_held.to_string(), "256M");
     }
 
     #[test]
-    fn what_is_no_limit_is_refused_in_a_line_that_names_it() {
+    fn an_invalid_limit_is_an_error_that_names_it() {
         for (text, reason) in [
             ("max-connections", "\"max-connections\" is not of the form NAME=VALUE"),
-            ("max-connections=0", "max-connections=0: a limit is a whole number, 1 at least"),
-            ("udp-max-sessions=-1", "udp-max-sessions=-1: a limit is a whole number, 1 at least"),
+            ("max-connections=0", "max-connections=0: a limit is a whole number of at least 1"),
+            ("udp-max-sessions=-1", "udp-max-sessions=-1: a limit is a whole number of at least 1"),
             (
                 "max-held=1023K",
-                "max-held=1023K: one connection may hold 1024K; it has to be as much at least",
+                "max-held=1023K: must be at least 1024K, which one connection may hold",
             ),
             (
                 "max-held=1T",
-                "max-held=1T: a size is a whole number of bytes, or one with K, M or G behind it",
+                "max-held=1T: not a whole number of bytes, with an optional suffix K, M or G",
             ),
-            ("max=1", "there is no limit \"max\": say "),
+            ("max=1", "unknown limit \"max\"; use "),
         ] {
             let error = text.parse::<ProxyLimits>().unwrap_err().to_string();
             assert!(error.starts_with(reason), "{error}");

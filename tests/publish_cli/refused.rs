@@ -41,11 +41,11 @@ fn invalid_command_lines_are_rejected_with_the_reason() {
         ("8080:80 --to 172.30.0.2 --udp-max-source-sessions 0", "number would be zero"),
         (
             "8080:80 --to 172.30.0.2 --max-held 1023K",
-            "one connection may hold 1024K; it has to be as much at least",
+            "must be at least 1024K, which one connection may hold",
         ),
         (
             "8080:80 --to 172.30.0.2 --max-held much",
-            "a size is a whole number of bytes, or one with K, M or G behind it",
+            "not a whole number of bytes, with an optional suffix K, M or G",
         ),
         ("8080:80 --to 172.30.0.2 --dial-timeout 5", "5"),
         ("8080:80 --to 172.30.0.2 --dial-timeout 0s", "longer than 0"),

@@ -195,7 +195,7 @@ fn an_invalid_variable_is_rejected_in_one_line() {
         (
             LIMITS,
             "max-connections=0",
-            r#"TIDEGATE_PROXY_LIMITS="max-connections=0": max-connections=0: a limit is a whole number, 1 at least"#,
+            r#"TIDEGATE_PROXY_LIMITS="max-connections=0": max-connections=0: a limit is a whole number of at least 1"#,
         ),
         (
             SOURCE,
