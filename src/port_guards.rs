@@ -1,4 +1,4 @@
-//! The port guards of a project: which mechanism this host has for them.
+//! Selection of the mechanism for the port guards of a project.
 
 use std::io;
 use std::sync::Arc;
@@ -7,13 +7,13 @@ use tidegate_netfilter::{Gate, GatePolicy, InternalGuard, Mechanism, PortGuards}
 use tidegate_netns::Namespace;
 use tidegate_netsetup::{BridgePrograms, Guards};
 
-/// Why there are no port guards: what was in the way of each mechanism.
+/// Why there are no port guards: each mechanism with its error.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", .0.iter().map(|(mechanism, error)| format!("{mechanism}: {error}")).collect::<Vec<_>>().join("; "))]
 pub(crate) struct NoPortGuards(pub(crate) Vec<(Mechanism, io::Error)>);
 
 impl NoPortGuards {
-    /// What to do about it.
+    /// The remedy, for the log.
     pub(crate) fn remedy(&self) -> &'static str {
         let denied =
             |(_, error): &(Mechanism, io::Error)| error.kind() == io::ErrorKind::PermissionDenied;
@@ -21,7 +21,8 @@ impl NoPortGuards {
     }
 }
 
-/// What to do where no mechanism works; `denied` says of each whether a privilege is missing.
+/// The remedy if no mechanism works. `denied` has an item per mechanism: whether it failed for lack
+/// of a privilege.
 pub(crate) fn remedy(mut denied: impl ExactSizeIterator<Item = bool>) -> &'static str {
     if denied.len() > 0 && denied.all(|denied| denied) {
         "run as root on the host itself, with CAP_BPF and CAP_NET_ADMIN"
@@ -30,8 +31,9 @@ pub(crate) fn remedy(mut denied: impl ExactSizeIterator<Item = bool>) -> &'stati
     }
 }
 
-/// The port guards of `owner`, of the best mechanism that works in a network namespace made to try
-/// it.
+/// Creates the port guards of `owner` with the first mechanism that works in a temporary network
+/// namespace.
+
 ///
 /// # Errors
 /// [`NoPortGuards`].
@@ -41,7 +43,7 @@ pub(crate) fn port_guards(owner: &str) -> Result<Arc<PortGuards>, NoPortGuards> 
         .and_then(|scratch| scratch.with(|| PortGuards::probe(&candidates, owner)));
     match tried {
         Ok(probed) => probed.map(Arc::new).map_err(NoPortGuards),
-        // None could be tried.
+        // No namespace for the trials: every mechanism gets this error.
         Err(error) => {
             let code = error.raw_os_error();
             let error =
@@ -53,7 +55,7 @@ pub(crate) fn port_guards(owner: &str) -> Result<Arc<PortGuards>, NoPortGuards> 
     }
 }
 
-/// The mechanisms that are tried, in order.
+/// The mechanisms to try, in order.
 pub(crate) fn candidates() -> Vec<Mechanism> {
     Mechanism::ALL.into_iter().filter(|mechanism| !is_forced_off(*mechanism)).collect()
 }
@@ -68,7 +70,7 @@ fn is_forced_off(mechanism: Mechanism) -> bool {
     features.iter().any(|feature| feature.is_forced_off())
 }
 
-/// How `guards` of `owner` are attached, as networks are planned.
+/// How the plan of the networks attaches `guards` of `owner`.
 pub(crate) fn attachment(guards: Option<&PortGuards>, owner: &str) -> Guards {
     match guards.map(PortGuards::mechanism) {
         None => Guards::None,

@@ -1,17 +1,17 @@
-//! Where this process stands: the namespace that it publishes ports in, and the one that its
-//! networks are in.
+//! The network namespaces of this process: the one in which it publishes ports, and the one of its
+//! networks.
 //!
-//! | | ports | bridges and rules | the data plane's threads |
+//! | started by | published ports | bridges and rules | threads of the data plane |
 //! |---|---|---|---|
-//! | as root | the namespace it was started in | the same | the same |
-//! | as an ordinary user | the same | one of its own, in a user namespace of its own | in the latter |
+//! | root | the namespace of the host, in which it was started | the same | the same |
+//! | an ordinary user | the namespace of the host | a new one, in a new user namespace | in the new one |
 //!
-//! A listening socket belongs to the namespace that it was made in, whoever accepts from it. So
-//! without privileges too one process does it all: what publishes stays outside, what connects to
-//! containers lives inside, and only descriptors of one process lie in between.
+//! A socket belongs to the namespace in which it was created, regardless of the thread that accepts
+//! from it. One process is therefore enough without root too: its listening sockets are in the
+//! namespace of the host, and the threads that connect to containers are in the new one.
 //!
-//! An ordinary user's services are one step further inside: each in a child of that user namespace,
-//! which owns the service's network namespace and nothing else.
+//! Without root, each service has a user namespace of its own, a child of the new one. It owns only
+//! the network namespace of the service.
 
 use crate::{Namespace, become_root_of_a_user_namespace, is_privileged};
 use rustix::io::Errno;
@@ -44,20 +44,21 @@ pub struct HostContext {
 }
 
 impl HostContext {
-    /// Where this process was started; its networks are there too.
+    /// Ports and networks in the current namespace.
     ///
     /// # Errors
-    /// `/proc` is not mounted, or no descriptor is left.
+    /// If `/proc` is not mounted, or no file descriptor is left.
     pub fn here() -> io::Result<Self> {
         let here = Namespace::current()?;
         Ok(Self { ports: here.clone(), networks: here })
     }
 
-    /// Here, for who may make networks here. For others, who become root of a user namespace by it,
-    /// one inside that. To be called while the process has but one thread.
+    /// Ports in the current namespace, and networks in the same if this process may create them
+    /// there. Otherwise this makes the process root of a new user namespace, and the networks are in
+    /// a new network namespace. Must be called while the process has a single thread.
     ///
     /// # Errors
-    /// One line that says what the host would have to allow.
+    /// One line with the setting of the host that prevents this.
     pub fn for_networks() -> Result<Self, HostContextError> {
         let here = Self::here().map_err(HostContextError::Current)?;
         if Namespace::current_is_enterable() {
@@ -70,13 +71,13 @@ impl HostContext {
         Ok(Self { networks, ..here })
     }
 
-    /// A network namespace for a service. Without root it belongs to a user namespace of its own,
-    /// so that root in the service has no capability over the namespace of the bridges. Every veth
-    /// pair tells the ID of that one (`IFLA_LINK_NETNSID`), and a process that has `CAP_NET_ADMIN`
-    /// over it can make links there, past all guards.
+    /// Creates a network namespace for a service. Without root, it belongs to a user namespace of
+    /// its own, so that root in the service has no capability over the namespace of the bridges. The
+    /// veth pair of the service reveals the ID of that namespace (`IFLA_LINK_NETNSID`), and a
+    /// process with `CAP_NET_ADMIN` over it can create links there that bypass all guards.
     ///
     /// # Errors
-    /// One line that says what the host would have to allow.
+    /// One line with the setting of the host that prevents this.
     pub fn create_for_service(&self) -> Result<Namespace, HostContextError> {
         if !self.is_rootless() {
             return Namespace::create().map_err(HostContextError::Network);
@@ -84,19 +85,19 @@ impl HostContext {
         Namespace::create_in_user_namespace().map_err(explain)
     }
 
-    /// Where ports are published.
+    /// The namespace in which ports are published.
     #[must_use]
     pub fn ports(&self) -> &Namespace {
         &self.ports
     }
 
-    /// Where bridges are.
+    /// The namespace of the bridges.
     #[must_use]
     pub fn networks(&self) -> &Namespace {
         &self.networks
     }
 
-    /// Whether the networks are apart from the host.
+    /// Whether the networks are in another namespace than the published ports.
     #[must_use]
     pub fn is_rootless(&self) -> bool {
         self.ports.id() != self.networks.id()
@@ -106,12 +107,13 @@ impl HostContext {
 fn explain(source: io::Error) -> HostContextError {
     let remedy = match Errno::from_io_error(&source) {
         Some(Errno::NOSPC) => {
-            "the host allows no more of them; raise sysctls user.max_user_namespaces and \
+            "the limit of the host is reached; raise the sysctls user.max_user_namespaces and \
              user.max_net_namespaces"
         }
         Some(Errno::PERM | Errno::ACCESS) => {
-            "the host keeps them from ordinary users; set sysctl kernel.unprivileged_userns_clone=1 or \
-             kernel.apparmor_restrict_unprivileged_userns=0, whichever it has, or run as root"
+            "the host denies them to ordinary users; set the sysctl that exists, \
+             kernel.unprivileged_userns_clone=1 or \
+             kernel.apparmor_restrict_unprivileged_userns=0, or run as root"
         }
         _ => "run as root",
     };

@@ -1,14 +1,15 @@
-//! Published ports that the NAT engine carries, where it owns the containers' default route: UDP
-//! shows the client's own address there.
+//! Published UDP ports that the NAT engine forwards if it provides the default route of the
+//! containers. The container then sees the address of the client.
 //!
-//! TCP has a better way: a socket made in the container's namespace shows the client as well, and
-//! crosses neither device nor bridge (see [`client_address`](crate::client_address)). Of UDP that
-//! takes a rule in the container for each client, and no client could talk to the container
-//! directly meanwhile. What comes in by the engine's device goes back there by the default route,
-//! for every client alike.
+//! For TCP, a socket in the namespace of the container also preserves the address of the client,
+//! and its packets cross neither a device nor a bridge (see
+//! [`client_address`](crate::client_address)). For UDP, that would need a policy rule in the
+//! container for each client, and a client could not contact the container directly while its rule
+//! exists. Through the engine, no rule is needed: the replies to all clients leave by the default
+//! route, which leads to the engine.
 //!
-//! It takes an address that the default route leads away from. A container on internal networks
-//! only has none, and its ports stay with the publisher's own sockets.
+//! This requires an address of the container on the network of its default route. A container that
+//! is attached only to internal networks has none, and the proxy serves its ports.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -21,17 +22,17 @@ use tidegate_proxy::{
     DropReason as DatagramDrop, Engine, GatewayAcl, Listener, PortSnapshot, SeriesLabel,
 };
 
-/// The engine, and who else publishes ports.
+/// Publishes ports through the NAT engine, beside those of the proxy.
 #[derive(Clone)]
 pub struct NatPublisher {
     nat: Arc<Nat>,
-    /// Of the ports that it publishes.
-    others: Arc<Engine>,
+    /// The proxy, which serves the other published ports.
+    proxy: Arc<Engine>,
 }
 
-/// A port that the engine carries; dropped, it is closed.
+/// A port that the NAT engine forwards. It is closed on drop.
 pub struct NatPort {
-    way: NatPublisher,
+    publisher: NatPublisher,
     id: ForwardId,
     forward: Forward,
     stats: Arc<ForwardStats>,
@@ -40,16 +41,17 @@ pub struct NatPort {
 }
 
 impl NatPublisher {
-    /// By `nat`, beside ports of `others`.
-    pub fn new(nat: Arc<Nat>, others: Arc<Engine>) -> Self {
-        Self { nat, others }
+    /// A publisher that uses `nat` and shares limits and access control with `proxy`.
+    pub fn new(nat: Arc<Nat>, proxy: Arc<Engine>) -> Self {
+        Self { nat, proxy }
     }
 
-    /// Leads what comes to `listener`, of UDP, to `port` of a container at `guests`: at most one
-    /// address of each family, and at least one. `acl` controls access.
+    /// Forwards datagrams to `listener`, a UDP socket, to `port` of a container. `guests` are the
+    /// addresses of the container: one or two, and at most one of each family. `acl` controls
+    /// access.
     ///
     /// # Errors
-    /// What is in the way; the port is closed then.
+    /// If the engine cannot serve the port; it is closed then.
     pub fn publish(
         &self,
         listener: Listener,
@@ -66,19 +68,19 @@ impl NatPublisher {
             guest: SocketAddr::new(*guest, port),
             source: ForwardSource::Client,
         };
-        // Before anything comes in.
-        self.others.add_foreign_udp_port(label.address());
-        let guard = Arc::new(AccessGuard { acl: acl.clone(), others: Arc::clone(&self.others) });
+        // Before the first datagram, so that the loop guard of the proxy knows the port.
+        self.proxy.add_foreign_udp_port(label.address());
+        let guard = Arc::new(AccessGuard { acl: acl.clone(), proxy: Arc::clone(&self.proxy) });
         let published = self.nat.publish_on(OwnedFd::from(listener), forward, Some(guard));
         let found = published.map(|id| (id, self.nat.forward_stats(id).unwrap_or_default()));
         match found {
             Ok((id, stats)) => {
-                let has_series = self.others.reserve_series(1) > 0;
+                let has_series = self.proxy.reserve_series(1) > 0;
                 let is_closed = AtomicBool::new(false);
-                Ok(NatPort { way: self.clone(), id, forward, stats, has_series, is_closed })
+                Ok(NatPort { publisher: self.clone(), id, forward, stats, has_series, is_closed })
             }
             Err(error) => {
-                self.others.remove_foreign_udp_port(label.address());
+                self.proxy.remove_foreign_udp_port(label.address());
                 Err(io::Error::other(error))
             }
         }
@@ -86,45 +88,45 @@ impl NatPublisher {
 }
 
 impl NatPort {
-    /// Its figures, in the words of the publisher's own ports.
+    /// The counters of the port, with the drop reasons of the proxy.
     pub fn snapshot(&self) -> PortSnapshot {
         let stats = &self.stats;
         let mut dropped = [0; DatagramDrop::ALL.len()];
         for reason in DropReason::ALL {
-            let as_told = match reason {
+            let proxy_reason = match reason {
                 DropReason::ShutOut | DropReason::Malformed => DatagramDrop::NotAllowed,
                 DropReason::NoRoom => DatagramDrop::NoRoom,
                 DropReason::TooBig => DatagramDrop::TooLong,
                 DropReason::Policy | DropReason::Unreachable => DatagramDrop::BackendUnreachable,
                 _ => DatagramDrop::Exhausted,
             };
-            dropped[as_told as usize] += stats.dropped[reason as usize].get();
+            dropped[proxy_reason as usize] += stats.dropped[reason as usize].get();
         }
         dropped[DatagramDrop::BackendRefused as usize] += stats.refusals.get();
-        // The engine counts out first, the publisher in.
-        let turned = |[out, into]: [u64; 2]| [into, out];
+        // The first counter of the engine is egress; that of the proxy is ingress.
+        let ingress_first = |[egress, ingress]: [u64; 2]| [ingress, egress];
         PortSnapshot {
             accepted: stats.flows_begun.get(),
             live: stats.flows.get(),
-            limit: self.way.nat.figures().share_limit,
+            limit: self.publisher.nat.figures().share_limit,
             cut: stats.evicted.get(),
-            bytes: turned(stats.bytes.each_ref().map(tidegate_nat::Count::get)),
-            datagrams: turned(stats.datagrams.each_ref().map(tidegate_nat::Count::get)),
+            bytes: ingress_first(stats.bytes.each_ref().map(tidegate_nat::Count::get)),
+            datagrams: ingress_first(stats.datagrams.each_ref().map(tidegate_nat::Count::get)),
             dropped,
             ..PortSnapshot::empty(SeriesLabel::Port(self.forward.label()))
         }
     }
 
-    /// Whether it has series of its own in metrics.
+    /// Whether the port has its own series in the metrics.
     pub fn has_series(&self) -> bool {
         self.has_series
     }
 
-    /// Closes it: nothing more is counted when this returns.
+    /// Closes the port. The counters do not change after this returns.
     pub fn close(&self) {
         if !self.is_closed.swap(true, Ordering::Relaxed) {
-            self.way.nat.unpublish(self.id);
-            self.way.others.remove_foreign_udp_port(self.forward.listen);
+            self.publisher.nat.unpublish(self.id);
+            self.publisher.proxy.remove_foreign_udp_port(self.forward.listen);
         }
     }
 }
@@ -133,19 +135,19 @@ impl Drop for NatPort {
     fn drop(&mut self) {
         self.close();
         if self.has_series {
-            self.way.others.release_series();
+            self.publisher.proxy.release_series();
         }
     }
 }
 
-/// Access control, as at the publisher's own ports.
+/// The access control of the ports of the proxy.
 struct AccessGuard {
     acl: GatewayAcl,
-    others: Arc<Engine>,
+    proxy: Arc<Engine>,
 }
 
 impl Guard for AccessGuard {
     fn admits(&self, ingress: &Ingress) -> bool {
-        !self.acl.denies(ingress) && !self.others.is_reflected(ingress.client, &self.acl)
+        !self.acl.denies(ingress) && !self.proxy.is_reflected(ingress.client, &self.acl)
     }
 }
