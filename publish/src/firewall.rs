@@ -1,4 +1,4 @@
-//! The host's firewall: which one is used, and what is opened in it.
+//! Selection of the host's firewall, and the networks and published ports in its terms.
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
@@ -12,75 +12,77 @@ use tidegate_netsetup::{
     Desired, DockerUser, Endpoint, Firewall, FirewallKind, IptablesState, Network, Opening, Zone,
 };
 
-/// What closes networks, and leads containers out.
+/// The firewall that isolates networks and masquerades the egress of containers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum FirewallChoice {
-    /// nftables, else iptables, else none; iptables first where its FORWARD chain drops what it
-    /// does not know
+    /// nftables, else iptables, else none; iptables first if the policy of its FORWARD chain is DROP
+    /// or DOCKER-USER has rules
     #[default]
     Auto,
-    /// Tables of tidegate's own in nftables
+    /// Separate tables in nftables
     Nftables,
-    /// Chains of tidegate's own in iptables and ip6tables
+    /// Separate chains in iptables and ip6tables
     Iptables,
-    /// No firewall: policy rules alone, and the NAT engine for egress
+    /// No firewall: guards and policy rules isolate networks, and the NAT engine provides egress
     None,
 }
 
-/// What carries connections to published ports.
+/// How connections to published ports are forwarded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum PublishBy {
-    /// Sockets of this process
+    /// By sockets of this process
     #[default]
     Proxy,
-    /// Destination NAT of the kernel; sockets where that does not reach: loopback, a container's
-    /// own port, IPv6 to IPv4
+    /// By destination NAT of the kernel, and by sockets where it does not apply: connections from
+    /// loopback, from a container to its own port, and from IPv6 to IPv4
     Kernel,
 }
 
-/// A firewall that was chosen, and why.
+/// The selected firewall, with the reason.
 #[derive(Debug, Default)]
 pub struct Chosen {
-    /// `None` for none.
+    /// `None` to use no firewall.
     pub firewall: Option<Arc<Firewall>>,
-    /// What carries published ports.
+    /// How published ports are forwarded.
     pub publish: PublishBy,
-    /// For those who wonder: a clause.
+    /// The reason, for the log: a clause.
     pub why: String,
 }
 
 impl Chosen {
-    /// Tells the log.
+    /// Logs the selection.
     pub fn tell(&self) {
         let why = &self.why;
         match &self.firewall {
             Some(firewall) => {
-                tracing::info!(firewall = %firewall.kind(), why, "networks are closed by");
+                tracing::info!(firewall = %firewall.kind(), why, "firewall selected");
             }
-            None => tracing::info!(why, "networks are closed without a firewall"),
+            None => tracing::info!(why, "no firewall used"),
         }
     }
 }
 
-/// For each family, IPv4 first, the rule of DOCKER-USER that ports served by a socket would bypass.
+/// The rules of DOCKER-USER that ports served by a userspace socket would bypass.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BypassedRules {
+    /// The first such rule of each family, IPv4 first.
     rules: [Option<String>; 2],
-    /// Whether the kernel asks DOCKER-USER of what it forwards.
+    /// Whether packets that the kernel forwards traverse DOCKER-USER, for each family.
     forward: [bool; 2],
 }
 
 impl BypassedRules {
-    /// What `host` has now, with the firewall `kind`. Bounded in time, but a program may run.
+    /// Reads the current rules of `host`, for the firewall `kind`. This may run iptables-save, with
+    /// a timeout.
     ///
     /// # Errors
-    /// The rules cannot be read: who publishes then does not know whether a rule is bypassed.
+    /// If the rules cannot be read, so that it is unknown whether a port would bypass one.
     pub fn observe(kind: Option<FirewallKind>, host: &Namespace) -> io::Result<Self> {
         Ok(Self::of(kind, &DockerUser::of(host)?.map(Some)))
     }
 
-    /// The chains of iptables ask Docker's, of all that comes in; but some of its rules mean
-    /// something of forwarded packets alone.
+    /// tidegate's iptables chains jump to DOCKER-USER for all incoming packets, so only rules that
+    /// are meaningful for forwarded packets alone would be bypassed.
     fn of(kind: Option<FirewallKind>, docker_user: &[Option<DockerUser>; 2]) -> Self {
         let rules = docker_user.each_ref().map(|docker_user| {
             let docker_user = docker_user.as_ref()?;
@@ -90,36 +92,36 @@ impl BypassedRules {
             };
             rule.map(|rule| rule.text.clone())
         });
-        let asks_itself = kind == Some(FirewallKind::Iptables);
+        let jumps_itself = kind == Some(FirewallKind::Iptables);
         let forward = docker_user.each_ref().map(|docker_user| {
-            asks_itself || docker_user.as_ref().is_some_and(|docker_user| docker_user.forward)
+            jumps_itself || docker_user.as_ref().is_some_and(|docker_user| docker_user.forward)
         });
         Self { rules, forward }
     }
 
-    /// One of them.
+    /// One of the rules, of any family.
     pub fn any(&self) -> Option<&str> {
         self.rules.iter().flatten().map(String::as_str).next()
     }
 
-    /// The rule that `opening` would bypass. What is forwarded Docker's own chains ask it of, and
-    /// what the host asks itself nobody does.
+    /// The rule that `opening` would bypass. A port that the kernel forwards bypasses none, because
+    /// forwarded packets traverse DOCKER-USER. Connections of the host to itself never do.
     pub fn by(&self, opening: &Opening) -> Option<&str> {
         let served_by_a_socket = opening.to.is_none() && !opening.address.is_loopback();
         served_by_a_socket.then(|| self.rules[usize::from(opening.address.is_ipv6())].as_deref())?
     }
 
-    /// Whether the rule that `opening` would bypass holds once the kernel translates the port.
+    /// Whether the rule that `opening` would bypass applies once the kernel forwards the port.
     pub fn holds_when_forwarded(&self, opening: &Opening) -> bool {
         self.forward[usize::from(opening.address.is_ipv6())]
     }
 }
 
-/// Chooses the firewall for the networks of `host_context`, with the rules of `owner`, and what
-/// carries published ports.
+/// Selects the firewall for the networks of `host_context`, which has its rules under the name
+/// `owner`, and how published ports are forwarded.
 ///
 /// # Errors
-/// What was asked for cannot be had: one line that says why.
+/// One line with the reason, if the requested combination is not possible.
 pub fn choose(
     choice: FirewallChoice,
     publish: Option<PublishBy>,
@@ -171,9 +173,9 @@ fn choose_firewall(
         }))
     };
     let wanted = match choice {
-        FirewallChoice::None => return Ok((None, "asked for".to_owned())),
+        FirewallChoice::None => return Ok((None, "requested".to_owned())),
         FirewallChoice::Auto if host_context.is_rootless() => {
-            return Ok((None, "the networks are apart from the host".to_owned()));
+            return Ok((None, "networks of an ordinary user are separate from the host".to_owned()));
         }
         FirewallChoice::Auto => None,
         FirewallChoice::Nftables => Some(FirewallKind::Nftables),
@@ -182,11 +184,11 @@ fn choose_firewall(
     if let Some(kind) = wanted {
         if host_context.is_rootless() {
             bail!(
-                "--firewall={kind} needs root: without it the networks are apart from the host's firewall"
+                "--firewall={kind} needs root; networks of an ordinary user are separate from the firewall of the host"
             );
         }
         let firewall = open(kind).with_context(|| format!("--firewall={kind}"))?;
-        return Ok((Some(firewall), "asked for".to_owned()));
+        return Ok((Some(firewall), "requested".to_owned()));
     }
     let (order, because) = preference(iptables);
     let mut missing = Vec::new();
@@ -202,21 +204,23 @@ fn choose_firewall(
     Ok((None, missing.join("; ")))
 }
 
-/// Which firewall is tried first, and why. What nftables lets through iptables may drop, if it is
-/// in use.
-pub fn preference(iptables: &[Option<IptablesState>; 2]) -> ([FirewallKind; 2], &'static str) {
+/// The order in which firewalls are tried, and the reason. iptables, if in use, may drop packets
+/// that nftables accepts.
+pub fn preference(
+    iptables: &[Option<IptablesState>; 2],
+) -> ([FirewallKind; 2], &'static str) {
     let any = |is: fn(&IptablesState) -> bool| iptables.iter().flatten().any(is);
     let because = if any(|state| state.forward_drops) {
-        "the chain FORWARD of iptables drops what it does not know"
+        "the chain FORWARD of iptables has the policy DROP"
     } else if any(|state| state.docker_user.has_rules()) {
         "the chain DOCKER-USER has rules"
     } else {
-        return ([FirewallKind::Nftables, FirewallKind::Iptables], "it is there");
+        return ([FirewallKind::Nftables, FirewallKind::Iptables], "it is available");
     };
     ([FirewallKind::Iptables, FirewallKind::Nftables], because)
 }
 
-/// What a firewall has to know of the networks of `desired`.
+/// The firewall properties of the networks of `desired`.
 pub fn zones(desired: &Desired) -> Vec<Zone> {
     let zone = |network: &Network| Zone {
         bridge: network.bridge.name.clone(),
@@ -227,19 +231,18 @@ pub fn zones(desired: &Desired) -> Vec<Zone> {
     desired.networks.iter().map(zone).collect()
 }
 
-/// The addresses that the kernel may translate published ports of `endpoint` to: those by whose
-/// network its answers leave.
+/// The addresses to which the kernel may translate published ports of `endpoint`: those on the
+/// networks of its default routes, by which its replies leave.
 pub fn targets(endpoint: &Endpoint) -> Vec<IpAddr> {
-    let ways_out = endpoint.attachments.iter().filter(|attachment| attachment.default_route);
-    ways_out.flat_map(|attachment| &attachment.addresses).map(ipnet::IpNet::addr).collect()
+    let attachments = endpoint.attachments.iter().filter(|attachment| attachment.default_route);
+    attachments.flat_map(|attachment| &attachment.addresses).map(ipnet::IpNet::addr).collect()
 }
 
-/// What a firewall has to know of the published port `label`, which leads to `container_port`.
-/// `targets` are the addresses that the kernel may translate to: none where our sockets carry
-/// everything.
+/// The published port `label`, forwarded to `container_port`, in the terms of the firewall.
+/// `targets` are the addresses to which the kernel may translate; none if sockets serve the port.
 pub fn opening(label: PublishLabel, container_port: u16, targets: &[IpAddr]) -> Opening {
     let at = label.address();
-    // What is asked for on the host itself is never forwarded.
+    // The kernel does not forward connections from loopback.
     let target = targets.iter().find(|ip| ip.is_ipv4() == at.is_ipv4() && !at.ip().is_loopback());
     Opening {
         protocol: label.protocol(),
@@ -268,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn iptables_goes_first_where_it_has_something_to_say() {
+    fn iptables_is_preferred_if_it_drops_forwarded_packets_or_has_user_rules() {
         let first = |state| preference(&state).0[0];
         assert_eq!(first([None, None]), FirewallKind::Nftables);
         assert_eq!(first(with_rules(&[])), FirewallKind::Nftables);
@@ -278,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn rules_of_docker_user_are_bypassed_where_nobody_asks_them() {
+    fn rules_of_docker_user_are_bypassed_by_packets_that_do_not_traverse_it() {
         let with_rules = |rules: &[&str]| {
             let rule = |rule: &&str| UserRule { text: format!("-A DOCKER-USER {rule}") };
             [Some(DockerUser { rules: rules.iter().map(rule).collect(), forward: true }), None]
@@ -307,11 +310,11 @@ mod tests {
         assert_eq!(bypassed.by(&at("127.0.0.1:80", None)), None, "the host itself");
         assert_eq!(bypassed.by(&at("[::]:80", None)), None, "no rule of that family");
         assert!(bypassed.holds_when_forwarded(&at("0.0.0.0:80", None)));
-        assert!(!bypassed.holds_when_forwarded(&at("[::]:80", None)), "nobody asks it");
+        assert!(!bypassed.holds_when_forwarded(&at("[::]:80", None)), "no jump from FORWARD");
     }
 
     #[test]
-    fn the_kernel_translates_to_an_address_of_the_same_family_and_never_from_loopback() {
+    fn the_kernel_translates_to_the_same_family_and_never_from_loopback() {
         let targets: Vec<IpAddr> = ["10.9.0.2", "fd09::2"].map(|ip| ip.parse().unwrap()).to_vec();
         for (at, targets, to) in [
             ("0.0.0.0:8080", &targets[..], Some("10.9.0.2:80")),

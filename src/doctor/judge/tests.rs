@@ -419,7 +419,7 @@ fn the_chosen_firewall_is_reported_with_the_reason() {
         };
         Host { iptables: Ok([Some(state), None]), ..good() }
     };
-    expect("firewall", &good(), Verdict::Note, "uses nftables: it is there");
+    expect("firewall", &good(), Verdict::Note, "uses nftables: it is available");
     expect("firewall", &docker(&[]), Verdict::Note, "uses iptables: the chain FORWARD");
     expect("iptables", &docker(&[]), Verdict::Note, "iptables v1.8.9 (legacy)");
     let rules = docker(&[
