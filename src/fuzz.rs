@@ -1,16 +1,16 @@
-//! What the fuzz targets of this package check, as ordinary functions, so that a plain test can
-//! replay a corpus.
+//! The checks of the fuzz targets of this package, as functions, so that a test can replay the
+//! corpora.
 //!
-//! Each takes the bytes a fuzzer made and panics if a property does not hold. Not part of the
-//! interface.
+//! Each function takes the input of the fuzzer and panics if a property does not hold. Not part of
+//! the interface.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 use tidegate_docker_proxy::flags::{Invocation, Listen, parse as parse_flags};
 
-/// A Compose file is understood or refused in one line that begins with the file's name, and what
-/// is understood is within its bounds.
+/// A Compose file is accepted, or rejected with one line that begins with the name of the file.
+/// References in an accepted file resolve.
 pub fn check_compose(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let env = |name: &str| (name.len() > 3).then(|| name.to_owned());
@@ -20,11 +20,11 @@ pub fn check_compose(data: &[u8]) {
             for service in &project.services {
                 for attachment in &service.networks {
                     let network = project.networks.get(&attachment.network);
-                    assert!(network.is_some(), "{:?} is on no network of the file", service.name);
+                    assert!(network.is_some(), "{:?} has a network that is not in the file", service.name);
                 }
                 for name in &service.depends_on {
                     let known = project.services.iter().any(|other| other.name == *name);
-                    assert!(known, "{:?} depends on what is not there", service.name);
+                    assert!(known, "{:?} depends on an unknown service", service.name);
                 }
             }
         }
@@ -35,8 +35,8 @@ pub fn check_compose(data: &[u8]) {
     }
 }
 
-/// docker-proxy's flags, separated by zero bytes: what is accepted makes sense, what is not is told
-/// in one line.
+/// The flags of docker-proxy, separated by NUL bytes. Accepted ports are not 0, and an error has a
+/// message.
 pub fn check_docker_proxy_flags(data: &[u8]) {
     let args = data.split(|byte| *byte == 0).map(|arg| OsString::from_vec(arg.to_vec()));
     match parse_flags(args) {

@@ -1,8 +1,7 @@
-//! What tidegate's binaries are made of: command line, drop-in personalities, and the wiring
-//! between the crates.
+//! The code of the binaries: the command line, the replacements for docker-proxy and slirp4netns,
+//! and the wiring between the crates.
 //!
-//! This is no library for others; it is one so that `tidegate`, `docker-proxy` and the tests share
-//! it.
+//! It is a library so that the binaries and the tests share it, and has no stable interface.
 
 mod api;
 pub mod cli;
@@ -13,3 +12,10 @@ mod port_guards;
 mod table;
 mod top;
 pub mod up;
+pub mod version;
+
+/// The exit status of a command that failed.
+pub const EXIT_FAILURE: u8 = 1;
+
+/// The exit status for an invalid command line.
+pub const EXIT_USAGE: u8 = 2;

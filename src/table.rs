@@ -1,6 +1,6 @@
-//! Tables for people: columns as wide as what is in them.
+//! Text tables with aligned columns.
 
-/// The lines of a table, each ending in a newline; the first row is its head.
+/// The lines of a table, each with a newline. The first row is the heading.
 pub(crate) fn table<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
     let width =
         |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);

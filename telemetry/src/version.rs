@@ -1,9 +1,9 @@
-//! What this build is called.
+//! The version of this build.
 
-/// The version, as in Cargo.toml.
+/// The version in Cargo.toml.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// The commit that was built, where the build was told: `TIDEGATE_COMMIT`.
+/// The commit, from the variable `TIDEGATE_COMMIT` at build time.
 pub const COMMIT: &str = match option_env!("TIDEGATE_COMMIT") {
     Some(commit) => commit,
     None => "unknown",

@@ -1,4 +1,4 @@
-//! docker-proxy, by tidegate: for `dockerd --userland-proxy-path`.
+//! A replacement for docker-proxy, for `dockerd --userland-proxy-path`.
 
 use std::process::ExitCode;
 

@@ -1,4 +1,4 @@
-//! slirp4netns, by tidegate: for rootlesskit, podman and whoever else starts it.
+//! A replacement for slirp4netns, for rootlesskit, podman and other callers.
 
 use std::process::ExitCode;
 
