@@ -20,7 +20,11 @@ pub fn check_compose(data: &[u8]) {
             for service in &project.services {
                 for attachment in &service.networks {
                     let network = project.networks.get(&attachment.network);
-                    assert!(network.is_some(), "{:?} has a network that is not in the file", service.name);
+                    assert!(
+                        network.is_some(),
+                        "{:?} has a network that is not in the file",
+                        service.name
+                    );
                 }
                 for name in &service.depends_on {
                     let known = project.services.iter().any(|other| other.name == *name);

@@ -54,8 +54,8 @@ impl HostContext {
     }
 
     /// Ports in the current namespace, and networks in the same if this process may create them
-    /// there. Otherwise this makes the process root of a new user namespace, and the networks are in
-    /// a new network namespace. Must be called while the process has a single thread.
+    /// there. Otherwise this makes the process root of a new user namespace, and the networks are
+    /// in a new network namespace. Must be called while the process has a single thread.
     ///
     /// # Errors
     /// One line with the setting of the host that prevents this.
@@ -72,8 +72,8 @@ impl HostContext {
     }
 
     /// Creates a network namespace for a service. Without root, it belongs to a user namespace of
-    /// its own, so that root in the service has no capability over the namespace of the bridges. The
-    /// veth pair of the service reveals the ID of that namespace (`IFLA_LINK_NETNSID`), and a
+    /// its own, so that root in the service has no capability over the namespace of the bridges.
+    /// The veth pair of the service reveals the ID of that namespace (`IFLA_LINK_NETNSID`), and a
     /// process with `CAP_NET_ADMIN` over it can create links there that bypass all guards.
     ///
     /// # Errors

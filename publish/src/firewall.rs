@@ -15,8 +15,8 @@ use tidegate_netsetup::{
 /// The firewall that isolates networks and masquerades the egress of containers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum FirewallChoice {
-    /// nftables, else iptables, else none; iptables first if the policy of its FORWARD chain is DROP
-    /// or DOCKER-USER has rules
+    /// nftables, else iptables, else none; iptables first if the policy of its FORWARD chain is
+    /// DROP or DOCKER-USER has rules
     #[default]
     Auto,
     /// Separate tables in nftables
@@ -175,7 +175,10 @@ fn choose_firewall(
     let wanted = match choice {
         FirewallChoice::None => return Ok((None, "requested".to_owned())),
         FirewallChoice::Auto if host_context.is_rootless() => {
-            return Ok((None, "networks of an ordinary user are separate from the host".to_owned()));
+            return Ok((
+                None,
+                "networks of an ordinary user are separate from the host".to_owned(),
+            ));
         }
         FirewallChoice::Auto => None,
         FirewallChoice::Nftables => Some(FirewallKind::Nftables),

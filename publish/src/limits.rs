@@ -32,8 +32,8 @@ pub struct ProxyLimits {
     #[arg(long, value_name = "N", default_value_t = Self::default().udp_max_sessions)]
     pub udp_max_sessions: NonZeroUsize,
 
-    /// Maximum number of UDP sessions of one client, which is an IPv4 address or an IPv6 /64, at one
-    /// port; at the limit, it loses its longest idle one
+    /// Maximum number of UDP sessions of one client, which is an IPv4 address or an IPv6 /64, at
+    /// one port; at the limit, it loses its longest idle one
     #[arg(long, value_name = "N", default_value_t = Self::default().udp_max_source_sessions)]
     pub udp_max_source_sessions: NonZeroUsize,
 
@@ -70,13 +70,10 @@ impl FromStr for HeldBytes {
         let bytes = digits.parse::<usize>().ok().and_then(|number| number.checked_mul(1 << shift));
         match bytes {
             Some(bytes) if bytes >= least => Ok(Self(bytes)),
-            Some(_) => Err(format!(
-                "must be at least {}K, which one connection may hold",
-                least >> 10
-            )),
-            None => {
-                Err("not a whole number of bytes, with an optional suffix K, M or G".into())
+            Some(_) => {
+                Err(format!("must be at least {}K, which one connection may hold", least >> 10))
             }
+            None => Err("not a whole number of bytes, with an optional suffix K, M or G".into()),
         }
     }
 }
