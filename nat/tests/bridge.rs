@@ -2,7 +2,7 @@
 //! each bridge to the device, which is in the namespace of the host.
 //!
 //! ```text
-//!   client (the world)          host                                     container, neighbour
+//!   client (external)          host                                     container, neighbour
 //!   203.0.113.9      ───veth─── eth0      br0 (forwarding) ───veth───    172.30.0.2, .3
 //!                                 ▲         │ rule: iif br0 lookup 777
 //!                       sockets   │         ▼
@@ -24,7 +24,7 @@ use tidegate_testbed::server::{EchoServer, PeerServer, Sink, Source};
 use tidegate_testbed::transfer::{self, Transfer};
 use tidegate_testbed::{Namespace, Topology, addr};
 
-const MUCH: u64 = if common::OLD_KERNEL { 10 << 20 } else { 100 << 20 };
+const BULK_BYTES: u64 = if common::OLD_KERNEL { 10 << 20 } else { 100 << 20 };
 
 fn start(net: &Topology, policy: Policy) -> Nat {
     let host = netns(&net.host);
@@ -60,24 +60,24 @@ fn policy() -> Policy {
 }
 
 fn transfer_both_ways(net: &Topology, container: &Namespace) {
-    for world in [IpAddr::from(addr::CLIENT_V4), addr::CLIENT_V6.into()] {
-        let sink = Sink::tcp(&net.client, (world, 7001).into(), 3);
+    for external in [IpAddr::from(addr::CLIENT_V4), addr::CLIENT_V6.into()] {
+        let sink = Sink::tcp(&net.client, (external, 7001).into(), 3);
         container.run(|| {
             let mut stream = TcpStream::connect(sink.addr()).unwrap();
-            transfer::send(&mut stream, 3, MUCH).unwrap();
+            transfer::send(&mut stream, 3, BULK_BYTES).unwrap();
             stream.shutdown(Shutdown::Write).unwrap();
         });
-        assert_eq!(sink.wait(1, Duration::from_secs(60)), [Transfer::complete(MUCH)]);
-        let source = Source::tcp(&net.client, (world, 7002).into(), 4, MUCH);
+        assert_eq!(sink.wait(1, Duration::from_secs(60)), [Transfer::complete(BULK_BYTES)]);
+        let source = Source::tcp(&net.client, (external, 7002).into(), 4, BULK_BYTES);
         let received = container.run(|| {
             let mut stream = TcpStream::connect(source.addr()).unwrap();
             transfer::receive(&mut stream, 4)
         });
-        assert_eq!(received, Transfer::complete(MUCH));
+        assert_eq!(received, Transfer::complete(BULK_BYTES));
 
-        let echo = EchoServer::udp(&net.client, (world, 7003).into());
-        let socket =
-            container.run(|| UdpSocket::bind((if world.is_ipv4() { "0.0.0.0" } else { "::" }, 0)));
+        let echo = EchoServer::udp(&net.client, (external, 7003).into());
+        let socket = container
+            .run(|| UdpSocket::bind((if external.is_ipv4() { "0.0.0.0" } else { "::" }, 0)));
         let socket = socket.unwrap();
         socket.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
         socket.connect(echo.addr()).unwrap();

@@ -11,7 +11,7 @@ use tidegate_nat::wire::head::{self, TcpHead};
 use tidegate_nat::wire::protocol;
 use tidegate_nat::wire::tcp::flags::{ACK, FIN, PSH, RST, SYN};
 use tidegate_nat::{DropReason, FlowKind, Rate, Settings, TableLimits};
-use world::{Bench, Dice, Seen, at, frame, segment};
+use world::{Bench, Random, Seen, at, frame, segment};
 
 const LIMITS: TableLimits = TableLimits {
     flows: 500,
@@ -48,14 +48,14 @@ impl Neighbour {
     fn start(bench: &mut Bench) -> Self {
         let syn = TcpHead { sequence: 99, flags: SYN, ..segment(at(NEIGHBOUR), at(REMOTE)) };
         bench.frame(&frame(&syn, b""));
-        let stream = bench.world().streams.len() - 1;
+        let stream = bench.host().streams.len() - 1;
         bench.remote_answers(stream, Ok(()));
         let answer = bench.next_segment().unwrap();
         let mut neighbour =
             Self { stream, datagrams: 0, next: 100, expected: answer.sequence.wrapping_add(1) };
         bench.frame(&frame(&neighbour.head(ACK), b""));
         bench.frame(&udp(at(NEIGHBOUR), at(REMOTE), b"ping"));
-        neighbour.datagrams = bench.world().datagrams.len() - 1;
+        neighbour.datagrams = bench.host().datagrams.len() - 1;
         neighbour.check(bench);
         neighbour
     }
@@ -70,23 +70,23 @@ impl Neighbour {
     }
 
     fn check(&mut self, bench: &mut Bench) {
-        bench.world().frames.clear();
-        let before = bench.world().streams[self.stream].sent.len();
+        bench.host().frames.clear();
+        let before = bench.host().streams[self.stream].sent.len();
         bench.frame(&frame(&self.head(ACK | PSH), b"question"));
         self.next += 8;
-        assert_eq!(&bench.world().streams[self.stream].sent[before..], b"question");
-        bench.world().frames.clear();
+        assert_eq!(&bench.host().streams[self.stream].sent[before..], b"question");
+        bench.host().frames.clear();
         bench.remote_sends(self.stream, b"answer");
         let seen = bench.next_segment().unwrap();
         assert_eq!((seen.sequence, &seen.payload[..]), (self.expected, &b"answer"[..]));
         self.expected = self.expected.wrapping_add(6);
         bench.frame(&frame(&self.head(ACK), b""));
         let index = self.datagrams;
-        let before = bench.world().datagrams[index].sent.len();
+        let before = bench.host().datagrams[index].sent.len();
         bench.frame(&udp(at(NEIGHBOUR), at(REMOTE), b"ping"));
-        assert_eq!(bench.world().datagrams[index].sent.len(), before + 1);
-        bench.world().datagrams[index].waiting.push_back(b"pong".to_vec());
-        bench.world().frames.clear();
+        assert_eq!(bench.host().datagrams[index].sent.len(), before + 1);
+        bench.host().datagrams[index].waiting.push_back(b"pong".to_vec());
+        bench.host().frames.clear();
         bench.datagrams_ready(index, Ready { readable: true, ..Ready::default() });
         assert!(bench.next_frame().unwrap().ends_with(b"pong"));
     }
@@ -122,7 +122,7 @@ fn a_syn_flood_is_limited_to_its_share() {
 #[test]
 fn connections_that_the_guest_never_completes_count_as_unanswered() {
     let mut bench = bench();
-    bench.world().answer_at_once = Some(Ok(()));
+    bench.host().connect_result_at_once = Some(Ok(()));
     for port in 1..1000u16 {
         let syn =
             TcpHead { flags: SYN, ..segment(at(&format!("10.0.0.1:{port}")), at("192.0.2.1:80")) };
@@ -131,7 +131,7 @@ fn connections_that_the_guest_never_completes_count_as_unanswered() {
     assert_eq!(bench.engine.flows(), LIMITS.unanswered_per_source);
     bench.pass(Duration::from_secs(1000));
     assert_eq!(bench.engine.flows(), 0);
-    assert_eq!(bench.world().open, 0, "all sockets are closed");
+    assert_eq!(bench.host().open, 0, "all sockets are closed");
 }
 
 #[test]
@@ -170,17 +170,17 @@ fn a_flood_of_sessions_evicts_itself() {
 fn descriptor_exhaustion_evicts_unanswered_flows_first() {
     let mut bench = bench();
     let mut neighbour = Neighbour::start(&mut bench);
-    bench.world().descriptors = 12;
+    bench.host().descriptors = 12;
     for port in 1..100u16 {
         bench.frame(&udp(SocketAddr::from(([10, 0, 0, 1], port)), at("192.0.2.1:9"), b"x"));
     }
-    assert!(bench.world().open <= 12);
+    assert!(bench.host().open <= 12);
     assert!(bench.dropped(DropReason::Descriptors) > 0);
     bench.pass(Duration::from_millis(200));
     let syn = TcpHead { flags: SYN, ..segment(at("10.0.0.2:1"), at("192.0.2.1:80")) };
-    let connections = bench.world().streams.len();
+    let connections = bench.host().streams.len();
     bench.frame(&frame(&syn, b""));
-    assert_eq!(bench.world().streams.len(), connections + 1, "a descriptor was freed");
+    assert_eq!(bench.host().streams.len(), connections + 1, "a descriptor was freed");
     neighbour.check(&mut bench);
 }
 
@@ -188,8 +188,8 @@ fn descriptor_exhaustion_evicts_unanswered_flows_first() {
 fn buffers_are_limited_per_source() {
     let mut bench = bench();
     let mut neighbour = Neighbour::start(&mut bench);
-    bench.world().room = 0;
-    bench.world().answer_at_once = Some(Ok(()));
+    bench.host().room = 0;
+    bench.host().connect_result_at_once = Some(Ok(()));
     let mut kept = 0usize;
     for port in 1..40u16 {
         let source = SocketAddr::from(([10, 0, 0, 1], port));
@@ -215,7 +215,7 @@ fn buffers_are_limited_per_source() {
 }
 
 #[test]
-fn fragments_that_overlap_reach_nobody() {
+fn overlapping_fragments_are_dropped() {
     let mut bench = bench();
     let (source, destination) = (at("10.0.0.1:7"), at("192.0.2.1:9"));
     let payload = [7; 2000];
@@ -231,23 +231,23 @@ fn fragments_that_overlap_reach_nobody() {
     piece(1600..2008, false, 1);
     piece(0..1000, true, 2);
     piece(1000..2008, false, 2);
-    assert_eq!(bench.world().datagrams.len(), 1);
+    assert_eq!(bench.host().datagrams.len(), 1);
     assert_eq!(
-        bench.world().datagrams[0].sent,
+        bench.host().datagrams[0].sent,
         [payload.to_vec()],
         "only the second packet, which is valid"
     );
-    assert!(!bench.world().datagrams[0].dont_fragment);
+    assert!(!bench.host().datagrams[0].dont_fragment);
 }
 
 #[test]
-fn a_million_first_fragments_take_no_more_than_their_room() {
+fn first_fragments_without_the_rest_are_limited() {
     let mut bench = bench();
     let mut neighbour = Neighbour::start(&mut bench);
-    let mut dice = Dice(5);
+    let mut random = Random(5);
     for id in 0..200_000u32 {
-        let source = at(&format!("10.0.0.{}:0", 1 + dice.below(200)));
-        let offset = dice.below(8000) as usize * 8;
+        let source = at(&format!("10.0.0.{}:0", 1 + random.below(200)));
+        let offset = random.below(8000) as usize * 8;
         let head = head::fragment(
             source.ip(),
             at(REMOTE).ip(),
@@ -276,10 +276,10 @@ fn errors_and_resets_are_rate_limited() {
             TcpHead { flags: ACK, ..segment(at(&format!("10.0.0.1:{port}")), at("192.0.2.1:80")) };
         bench.frame(&frame(&stray, b""));
     }
-    assert_eq!(bench.world().frames.len(), 20);
+    assert_eq!(bench.host().frames.len(), 20);
     assert_eq!(bench.dropped(DropReason::Policy), 9999);
     bench.frame(&udp(at(NEIGHBOUR), at("198.51.100.1:9"), b"x"));
-    assert_eq!(bench.world().frames.len(), 21, "a neighbour still gets errors");
+    assert_eq!(bench.host().frames.len(), 21, "a neighbour still gets errors");
 }
 
 #[test]
@@ -321,7 +321,7 @@ proptest! {
         let mut neighbour = Neighbour::start(&mut bench);
         let (inside, outside) = (at("10.0.0.1:7"), at("192.0.2.1:80"));
         let mut expected = 0;
-        bench.world().room = 50_000;
+        bench.host().room = 50_000;
         for ((flags, sequence, acknowledgement, window, length, echo), wait, act) in segments {
             let head = TcpHead {
                 sequence,
@@ -334,15 +334,15 @@ proptest! {
                 ..segment(inside, outside)
             };
             bench.frame(&frame(&head, &vec![1; length]));
-            let last = bench.world().streams.len() - 1;
+            let last = bench.host().streams.len() - 1;
             if last != neighbour.stream {
                 match act {
                     0 => bench.remote_answers(last, Ok(())),
-                    1 if bench.world().streams[last].answer.is_some() => bench.remote_sends(last, &[5; 3000]),
+                    1 if bench.host().streams[last].answer.is_some() => bench.remote_sends(last, &[5; 3000]),
                     2 => bench.remote_closes(last),
-                    3 if bench.world().streams[last].answer.is_some() => bench.stream_ready(last, Ready { writable: true, ..Ready::default() }),
+                    3 if bench.host().streams[last].answer.is_some() => bench.stream_ready(last, Ready { writable: true, ..Ready::default() }),
                     4 => {
-                        bench.world().streams[last].broken = true;
+                        bench.host().streams[last].broken = true;
                         bench.stream_ready(last, Ready { error: true, ..Ready::default() });
                     }
                     _ => {}
@@ -358,7 +358,7 @@ proptest! {
         neighbour.check(&mut bench);
         bench.pass(Duration::from_secs(3 * 3600));
         prop_assert_eq!(bench.engine.flows(), 0);
-        prop_assert_eq!(bench.world().open, 0);
+        prop_assert_eq!(bench.host().open, 0);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use tidegate_nat::wire::tcp::Segment;
 use tidegate_nat::wire::tcp::flags::{ACK, FIN, PSH, RST, SYN};
 use tidegate_nat::wire::udp::Datagram;
 use tidegate_nat::{DropReason, FlowKind, ForwardSource, ForwardStats, Guard, Rate};
-use world::{Bench, Dice, FakeListener, GATEWAY, Seen, at, frame, segment};
+use world::{Bench, FakeListener, GATEWAY, Random, Seen, at, frame, segment};
 
 const GUEST: &str = "10.0.2.100:80";
 const CLIENT: &str = "198.51.100.7:40000";
@@ -85,7 +85,7 @@ impl Server {
     }
 
     fn is_reset(&mut self) -> bool {
-        let aborted = self.bench.world().streams[0].aborted;
+        let aborted = self.bench.host().streams[0].aborted;
         aborted && self.bench.engine.flows() == 0
     }
 }
@@ -113,7 +113,7 @@ fn rfc_9293_3_10_7_3_a_syn_ack_establishes_the_connection() {
     assert_eq!(first.acknowledgement, server.next, "it also completes the handshake");
     server.expected = server.expected.wrapping_add(8);
     server.send(b"answer");
-    assert_eq!(server.bench.world().streams[0].sent, b"answer");
+    assert_eq!(server.bench.host().streams[0].sent, b"answer");
     assert_eq!([0, 1].map(|direction| server.stats.bytes[direction].get()), [6, 8]);
 }
 
@@ -199,7 +199,7 @@ fn rfc_9293_3_5_a_simultaneous_open_succeeds() {
     assert_eq!(server.bench.next_segment().unwrap().payload, b"hello");
     server.expected = server.expected.wrapping_add(5);
     server.send(b"hello");
-    assert_eq!(server.bench.world().streams[0].sent, b"hello");
+    assert_eq!(server.bench.host().streams[0].sent, b"hello");
 }
 
 #[test]
@@ -241,7 +241,7 @@ fn a_client_reset_before_accept_ends_the_connection_but_a_half_close_does_not() 
     assert!(fin.has(FIN));
 
     let mut server = Server::syn_received();
-    server.bench.world().streams[0].broken = true;
+    server.bench.host().streams[0].broken = true;
     server.bench.stream_ready(0, Ready { readable: true, writable: true, error: true, more: true });
     let reset = server.bench.next_segment().unwrap();
     assert_eq!((reset.flags, reset.sequence), (RST, server.expected));
@@ -265,7 +265,7 @@ fn a_lingering_connection_is_replaced_by_the_next() {
 }
 
 #[test]
-fn who_would_be_answered_past_us_or_trusted_shows_the_gateway() {
+fn local_container_and_link_local_clients_are_shown_as_the_gateway() {
     for client in [
         "127.0.0.1:5",
         "192.0.2.1:5",
@@ -276,7 +276,7 @@ fn who_would_be_answered_past_us_or_trusted_shows_the_gateway() {
     ] {
         let mut bench =
             Bench::with(|settings| settings.policy.sources = vec!["10.0.2.0/24".parse().unwrap()]);
-        bench.world().local.push("192.0.2.1".parse().unwrap());
+        bench.host().local.push("192.0.2.1".parse().unwrap());
         let server = Server::syn_received_from(bench, ForwardSource::Client, client);
         assert_eq!(server.outside.ip(), GATEWAY.parse::<IpAddr>().unwrap(), "{client}");
         assert!(server.outside.port() >= 1024);
@@ -303,7 +303,7 @@ fn a_five_tuple_in_use_shows_the_gateway_and_is_counted() {
     bench.client(0, CLIENT);
     assert_eq!(next_syn(&mut bench), None);
     assert_eq!((stats.refused(), bench.dropped(DropReason::Conflict)), (1, 1));
-    assert!(bench.world().streams[1].aborted);
+    assert!(bench.host().streams[1].aborted);
 }
 
 #[test]
@@ -314,14 +314,14 @@ fn unanswered_clients_of_a_stopped_guest_have_a_separate_limit() {
         bench.client(0, &format!("198.51.100.7:{port}"));
     }
     assert_eq!((stats.flows.get(), stats.refused(), stats.evicted.get()), (10, 0, 20));
-    let cut = bench.world().streams.iter().filter(|stream| stream.aborted).count();
+    let cut = bench.host().streams.iter().filter(|stream| stream.aborted).count();
     assert_eq!(cut, 20, "the oldest clients are reset");
-    let before = bench.world().streams.len();
+    let before = bench.host().streams.len();
     bench.frame(&frame(
         &TcpHead { flags: SYN, ..segment(at("10.0.2.100:5"), at("192.0.2.9:80")) },
         b"",
     ));
-    assert_eq!(bench.world().streams.len(), before + 1, "the guest itself can still connect");
+    assert_eq!(bench.host().streams.len(), before + 1, "the guest itself can still connect");
     bench.pass(Duration::from_secs(80));
     assert_eq!(stats.flows.get(), 0);
 }
@@ -336,7 +336,7 @@ fn a_client_at_its_connection_limit_is_reset_and_others_are_not() {
     assert_eq!((stats.flows.get(), stats.evicted.get()), (6, 0), "two thirds");
     assert_eq!((stats.refused(), bench.dropped(DropReason::ClientLimit)), (2, 2));
     let aborted =
-        |bench: &mut Bench| bench.world().streams.iter().filter(|stream| stream.aborted).count();
+        |bench: &mut Bench| bench.host().streams.iter().filter(|stream| stream.aborted).count();
     assert_eq!(aborted(&mut bench), 2);
     for host in 1..=3 {
         bench.client(0, &format!("198.51.100.{}:1", 10 + host));
@@ -353,16 +353,16 @@ fn a_client_at_its_connection_limit_is_reset_and_others_are_not() {
 fn without_descriptors_clients_wait_in_the_accept_queue() {
     let mut bench = Bench::new();
     let stats = bench.publish_tcp(GUEST, ForwardSource::Client);
-    bench.world().descriptors = 1;
+    bench.host().descriptors = 1;
     for port in 1..=3 {
-        bench.world().listeners[0].clients.push_back(at(&format!("198.51.100.7:{port}")));
+        bench.host().listeners[0].clients.push_back(at(&format!("198.51.100.7:{port}")));
     }
     bench.listener_ready(0);
-    assert_eq!((stats.flows.get(), bench.world().listeners[0].clients.len()), (1, 2));
-    assert_eq!(bench.world().listeners[0].key, None, "the listener is not watched");
-    bench.world().descriptors = 100;
+    assert_eq!((stats.flows.get(), bench.host().listeners[0].clients.len()), (1, 2));
+    assert_eq!(bench.host().listeners[0].key, None, "the listener is not watched");
+    bench.host().descriptors = 100;
     bench.pass(Duration::from_millis(100));
-    assert!(bench.world().listeners[0].key.is_some());
+    assert!(bench.host().listeners[0].key.is_some());
     bench.listener_ready(0);
     assert_eq!((stats.flows.get(), stats.refused()), (3, 0));
 }
@@ -392,7 +392,7 @@ fn datagrams_show_the_client_and_replies_leave_through_the_port() {
     bench.datagram_from(0, CLIENT, b"question");
     assert_eq!(datagram(&mut bench), Some((at(CLIENT), at(GUEST), b"question".to_vec())));
     bench.frame(&udp(at(GUEST), at(CLIENT), b"answer"));
-    let port = &bench.world().datagrams[0];
+    let port = &bench.host().datagrams[0];
     assert_eq!((&port.sent[..], port.sent_to[0]), (&[b"answer".to_vec()][..], at(CLIENT)));
     assert_eq!(
         port.sent_from,
@@ -401,7 +401,7 @@ fn datagrams_show_the_client_and_replies_leave_through_the_port() {
     );
     assert_eq!((stats.flows.get(), bench.stats.flows(FlowKind::Udp)), (1, 1));
     assert_eq!([0, 1].map(|direction| stats.bytes[direction].get()), [6, 8]);
-    assert_eq!(bench.world().datagrams.len(), 1, "the session has no socket of its own");
+    assert_eq!(bench.host().datagrams.len(), 1, "the session has no socket of its own");
     // An answered session is kept for three minutes.
     bench.pass(Duration::from_secs(100));
     assert_eq!(stats.flows.get(), 1);
@@ -417,9 +417,9 @@ fn a_guest_can_use_the_port_only_to_reply() {
     bench.frame(&udp(at(GUEST), at("198.51.100.7:40001"), b"unasked"));
     bench.frame(&udp(at("10.0.2.100:81"), at(CLIENT), b"unasked"));
     bench.frame(&udp(at("10.0.2.55:80"), at(CLIENT), b"unasked"));
-    assert_eq!(bench.world().datagrams[0].sent, Vec::<Vec<u8>>::new());
+    assert_eq!(bench.host().datagrams[0].sent, Vec::<Vec<u8>>::new());
     assert_eq!(
-        bench.world().datagrams.len(),
+        bench.host().datagrams.len(),
         4,
         "such datagrams leave through sockets of their own"
     );
@@ -431,7 +431,7 @@ fn a_client_of_two_host_addresses_has_two_sessions() {
     let stats = bench.publish_udp(GUEST, ForwardSource::Client);
     bench.datagram_from(0, CLIENT, b"one");
     let second: IpAddr = "192.0.2.55".parse().unwrap();
-    bench.world().datagrams[0].arrival = Some(second);
+    bench.host().datagrams[0].arrival = Some(second);
     bench.datagram_from(0, CLIENT, b"two");
     assert_eq!(datagram(&mut bench).unwrap().0, at(CLIENT));
     let (shown, _, _) = datagram(&mut bench).unwrap();
@@ -442,7 +442,7 @@ fn a_client_of_two_host_addresses_has_two_sessions() {
     );
     assert_eq!((stats.flows.get(), stats.fallbacks.get()), (2, 1));
     bench.frame(&udp(at(GUEST), shown, b"answer"));
-    let port = &bench.world().datagrams[0];
+    let port = &bench.host().datagrams[0];
     assert_eq!((port.sent_to[0], port.sent_from[0]), (at(CLIENT), Some(second)));
 }
 
@@ -459,11 +459,11 @@ fn a_flood_of_spoofed_clients_evicts_itself() {
         bench.datagram_from(0, &format!("203.0.113.{}:{}", number % 250, number + 1), b"flood");
     }
     assert_eq!((stats.flows.get(), stats.refused()), (50, 0));
-    bench.world().frames.clear();
+    bench.host().frames.clear();
     bench.frame(&udp(at(GUEST), at(CLIENT), b"more"));
-    assert_eq!(bench.world().datagrams[0].sent.len(), 2, "the answered session remains");
+    assert_eq!(bench.host().datagrams[0].sent.len(), 2, "the answered session remains");
     bench.frame(&udp(at("10.0.2.100:5"), at("192.0.2.9:53"), b"q"));
-    assert_eq!(bench.world().datagrams.len(), 2, "the guest itself can still send");
+    assert_eq!(bench.host().datagrams.len(), 2, "the guest itself can still send");
 }
 
 #[test]
@@ -527,7 +527,7 @@ fn icmp_errors_about_replies_reach_the_guest() {
     let mut bench = Bench::new();
     bench.publish_udp(GUEST, ForwardSource::Client);
     bench.datagram_from(0, CLIENT, b"question");
-    bench.world().frames.clear();
+    bench.host().frames.clear();
     let gone = SocketError {
         icmp_error: IcmpError::PortUnreachable,
         offender: Some(at(CLIENT).ip()),
@@ -535,8 +535,8 @@ fn icmp_errors_about_replies_reach_the_guest() {
         payload: b"answer".to_vec(),
     };
     let unknown = SocketError { destination: Some(at("203.0.113.9:9")), ..gone.clone() };
-    bench.world().datagrams[0].problems.extend([unknown, gone]);
-    let key = bench.world().datagrams[0].key.unwrap();
+    bench.host().datagrams[0].problems.extend([unknown, gone]);
+    let key = bench.host().datagrams[0].key.unwrap();
     let now = bench.now;
     bench.engine.port_ready(key, Ready { error: true, ..Ready::default() }, now);
     let frame = bench.next_frame().unwrap();
@@ -550,7 +550,7 @@ fn icmp_errors_about_replies_reach_the_guest() {
         (IcmpError::PortUnreachable, at(GUEST), at(CLIENT))
     );
     assert_eq!(bench.next_frame(), None, "errors about unknown clients are dropped");
-    bench.world().datagrams[0].outcome = Some(SendOutcome::TooBig(1400));
+    bench.host().datagrams[0].outcome = Some(SendOutcome::TooBig(1400));
     bench.frame(&udp(at(GUEST), at(CLIENT), &[1; 1450]));
     let frame = bench.next_frame().unwrap();
     let parsed = Message::parse(&Packet::parse(&frame[10..]).unwrap());
@@ -567,9 +567,9 @@ fn unpublishing_keeps_connections_and_ends_sessions() {
     }
     server.bench.settle();
     assert_eq!((udp_stats.flows.get(), server.stats.flows.get()), (0, 1));
-    assert!(server.bench.world().datagrams[0].closed);
+    assert!(server.bench.host().datagrams[0].closed);
     server.send(b"still here");
-    assert_eq!(server.bench.world().streams[0].sent, b"still here");
+    assert_eq!(server.bench.host().streams[0].sent, b"still here");
 }
 
 /// A guard that denies all clients.
@@ -592,14 +592,14 @@ impl Guard for DenyAll {
 #[test]
 fn a_denied_client_is_reset_without_a_flow() {
     let mut bench = Bench::new();
-    bench.world().listeners.push(FakeListener::default());
+    bench.host().listeners.push(FakeListener::default());
     let guard: Arc<dyn Guard> = Arc::new(DenyAll);
     let protocol = tidegate_model::Protocol::Tcp;
     let stats = bench.publish(protocol, GUEST, ForwardSource::Client, Port::Tcp(0), Some(guard));
     bench.client(0, CLIENT);
     assert_eq!((next_syn(&mut bench), stats.refused(), bench.engine.flows()), (None, 1, 0));
     assert_eq!(bench.dropped(DropReason::ShutOut), 1);
-    assert!(bench.world().streams[0].aborted);
+    assert!(bench.host().streams[0].aborted);
 }
 
 #[test]
@@ -614,9 +614,9 @@ fn a_guest_outside_the_policy_gets_no_clients() {
 /// For any replies of a guest, no limit is exceeded, every client is served or reset, and the
 /// connection of another guest is unaffected.
 #[test]
-fn a_hostile_server_harms_nobody_else() {
+fn a_hostile_server_does_not_affect_others() {
     for seed in 0..200 {
-        let mut dice = Dice(seed);
+        let mut random = Random(seed);
         let mut bench = Bench::with(|settings| {
             (settings.limits.flows, settings.limits.flows_per_source) = (40, 30);
         });
@@ -631,7 +631,7 @@ fn a_hostile_server_harms_nobody_else() {
         };
         bench.frame(&neighbour(SYN | ACK, 1, syn.sequence.wrapping_add(1)));
         for step in 0..200u16 {
-            if dice.percent(20) {
+            if random.percent(20) {
                 bench.client(0, &format!("203.0.113.1:{}", 1 + step));
             }
             let mut syns = vec![at("203.0.113.1:1")];
@@ -644,34 +644,34 @@ fn a_hostile_server_harms_nobody_else() {
                     numbers.extend([seen.sequence.wrapping_add(1), seen.acknowledgement]);
                 }
             }
-            let outside = syns[dice.below(syns.len() as u64) as usize];
-            let mut number = || match dice.below(4) {
-                0 => dice.next() as u32,
-                _ => numbers[dice.below(numbers.len() as u64) as usize],
+            let outside = syns[random.below(syns.len() as u64) as usize];
+            let mut number = || match random.below(4) {
+                0 => random.next() as u32,
+                _ => numbers[random.below(numbers.len() as u64) as usize],
             };
             let (sequence, acknowledgement) = (number(), number());
-            let flags = [SYN | ACK, SYN, ACK, RST, RST | ACK, FIN | ACK][dice.below(6) as usize];
-            let scale = dice.percent(50).then(|| dice.below(256) as u8);
-            let mss = dice.percent(50).then(|| dice.below(70_000) as u16);
+            let flags = [SYN | ACK, SYN, ACK, RST, RST | ACK, FIN | ACK][random.below(6) as usize];
+            let scale = random.percent(50).then(|| random.below(256) as u8);
+            let mss = random.percent(50).then(|| random.below(70_000) as u16);
             let head = TcpHead {
                 flags,
                 sequence,
                 acknowledgement,
-                window: dice.next() as u16,
+                window: random.next() as u16,
                 mss: mss.filter(|_| flags & SYN != 0),
                 scale: scale.filter(|_| flags & SYN != 0),
                 ..segment(at(GUEST), outside)
             };
-            bench.frame(&frame(&head, if dice.percent(50) { b"data" } else { b"" }));
-            if dice.percent(30) {
-                bench.pass(Duration::from_millis(dice.below(2000)));
+            bench.frame(&frame(&head, if random.percent(50) { b"data" } else { b"" }));
+            if random.percent(30) {
+                bench.pass(Duration::from_millis(random.below(2000)));
             }
             assert!(bench.engine.flows() <= 40);
         }
-        let sent = bench.world().streams[0].sent.len();
+        let sent = bench.host().streams[0].sent.len();
         bench.frame(&neighbour(ACK, 2 + sent as u32, syn.sequence.wrapping_add(1)));
         assert_eq!(
-            bench.world().streams[0].sent.len(),
+            bench.host().streams[0].sent.len(),
             sent + 4,
             "seed {seed}: the neighbour is unaffected"
         );
@@ -681,9 +681,9 @@ fn a_hostile_server_harms_nobody_else() {
             (0, 0),
             "seed {seed}: idle flows end"
         );
-        let world = bench.world();
+        let host = bench.host();
         assert!(
-            world.streams.iter().all(|stream| stream.aborted || stream.shut),
+            host.streams.iter().all(|stream| stream.aborted || stream.shut),
             "every remote side is notified"
         );
     }

@@ -17,8 +17,8 @@ use tidegate_testbed::eventually;
 use tidegate_testbed::server::{EchoServer, PeerServer, Sink, Source};
 use tidegate_testbed::transfer::{self, Transfer};
 
-const MUCH: u64 = if common::OLD_KERNEL { 20 << 20 } else { 200 << 20 };
-const PATIENCE: Duration = Duration::from_secs(60);
+const BULK_BYTES: u64 = if common::OLD_KERNEL { 20 << 20 } else { 200 << 20 };
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Address and port in the container, by family.
 fn inside(family: usize, port: u16) -> SocketAddr {
@@ -43,7 +43,7 @@ fn read_peer(net: &tidegate_testbed::Namespace, to: SocketAddr) -> String {
     net.run(|| {
         let mut seen = String::new();
         let mut stream = TcpStream::connect(to).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         stream.read_to_string(&mut seen).unwrap();
         seen
     })
@@ -62,7 +62,7 @@ fn transfer_both_ways(net: &Net, bytes: u64) {
             transfer::receive(&mut stream, 0)
         });
         assert_eq!(sent, Transfer::complete(0), "the container closes as well");
-        assert_eq!(sink.wait(1, PATIENCE), [Transfer::complete(bytes)]);
+        assert_eq!(sink.wait(1, TIMEOUT), [Transfer::complete(bytes)]);
 
         let source = Source::tcp(&net.container, inside(family, 7002), 4, bytes);
         let to = publish(net, Protocol::Tcp, family, source.addr(), ForwardSource::Gateway);
@@ -74,14 +74,14 @@ fn transfer_both_ways(net: &Net, bytes: u64) {
 
 #[test]
 fn two_hundred_megabytes_are_transferred_both_ways() {
-    transfer_both_ways(&Net::new(), MUCH);
+    transfer_both_ways(&Net::new(), BULK_BYTES);
 }
 
 #[test]
 fn it_works_without_optional_kernel_features() {
     let options = Options { capabilities: Capabilities::NONE, ..Options::default() };
     let net = Net::with(&options, |_| {});
-    transfer_both_ways(&net, MUCH / 4);
+    transfer_both_ways(&net, BULK_BYTES / 4);
     batches_arrive_in_order(&net);
 }
 
@@ -89,7 +89,7 @@ fn it_works_without_optional_kernel_features() {
 fn drops_at_the_device_lose_no_data() {
     transfer_both_ways(
         &Net::with(&Options { queue_length: 3, ..Options::default() }, |_| {}),
-        MUCH / 8,
+        BULK_BYTES / 8,
     );
 }
 
@@ -205,7 +205,7 @@ fn a_closed_container_port_resets_the_client() {
         assert_eq!(stream.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
         assert!(begun.elapsed() < Duration::from_secs(10));
     }
-    assert!(eventually(PATIENCE, || net.nat.stats().flows(FlowKind::Tcp) == 0));
+    assert!(eventually(TIMEOUT, || net.nat.stats().flows(FlowKind::Tcp) == 0));
 }
 
 #[test]
@@ -239,7 +239,7 @@ fn half_closes_and_resets_are_forwarded() {
     let (client, mut server) = connect();
     reset(client);
     assert_eq!(server.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
-    assert!(eventually(PATIENCE, || net.nat.stats().flows(FlowKind::Tcp) == 0), "no flow remains");
+    assert!(eventually(TIMEOUT, || net.nat.stats().flows(FlowKind::Tcp) == 0), "no flow remains");
 }
 
 #[test]
@@ -392,7 +392,7 @@ fn without_descriptors_clients_wait_until_some_are_free() {
     nat.publish(forward).unwrap();
     let connect = || {
         let stream = net.server.run(|| TcpStream::connect(at(HOST[0], 8080)).unwrap());
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         stream
     };
     let speaks = |stream: &mut TcpStream| {
@@ -402,7 +402,7 @@ fn without_descriptors_clients_wait_until_some_are_free() {
     let mut two = [connect(), connect()];
     two.iter_mut().for_each(speaks);
     let mut third = connect();
-    assert!(eventually(PATIENCE, || nat.stats().dropped(DropReason::Descriptors) > 0));
+    assert!(eventually(TIMEOUT, || nat.stats().dropped(DropReason::Descriptors) > 0));
     drop(two);
     speaks(&mut third);
 }

@@ -62,7 +62,7 @@ impl Guest {
     }
 
     fn index(&mut self) -> usize {
-        self.bench.world().streams.len() - 1
+        self.bench.host().streams.len() - 1
     }
 
     fn head(&self, flags: u8) -> TcpHead {
@@ -109,7 +109,7 @@ impl Guest {
 
     fn sent(&mut self) -> &[u8] {
         let index = self.index();
-        &self.bench.world().streams[index].sent
+        &self.bench.host().streams[index].sent
     }
 }
 
@@ -238,7 +238,7 @@ fn rfc_5961_3_2_a_reset_is_valid_only_with_the_next_sequence_number() {
     assert_eq!(guest.bench.engine.flows(), 1);
     guest.send_as(|head| head.flags = RST, b"");
     assert_eq!(guest.bench.engine.flows(), 0);
-    assert!(guest.bench.world().streams[0].aborted, "the reset is forwarded");
+    assert!(guest.bench.host().streams[0].aborted, "the reset is forwarded");
 }
 
 #[test]
@@ -317,7 +317,7 @@ fn rfc_9293_3_10_7_4_data_outside_of_the_window_is_dropped() {
 #[test]
 fn rfc_9293_3_8_6_the_window_closes_for_a_stalled_server_and_reopens() {
     let mut bench = Bench::new();
-    bench.world().room = 1000;
+    bench.host().room = 1000;
     let mut guest = Guest::connected_with(bench, |head| head.scale = Some(0));
     let mut sent = 0usize;
     loop {
@@ -335,7 +335,7 @@ fn rfc_9293_3_8_6_the_window_closes_for_a_stalled_server_and_reopens() {
     guest.send_as(|_| {}, b"x");
     let answer = guest.receive().unwrap();
     assert_eq!((answer.acknowledgement, answer.window), (guest.next, 0));
-    guest.bench.world().streams[0].room = usize::MAX;
+    guest.bench.host().streams[0].room = usize::MAX;
     guest.bench.stream_ready(0, Ready { writable: true, ..Ready::default() });
     assert!(guest.receive().unwrap().window > 0, "a window update is sent");
     assert_eq!(guest.sent().len(), sent);
@@ -359,7 +359,7 @@ fn rfc_6298_5_unacknowledged_data_is_retransmitted_with_backoff() {
     assert_eq!(waits, [200, 400, 800, 1600]);
     guest.expected = guest.expected.wrapping_add(5);
     guest.send(ACK, b"");
-    assert_eq!(guest.bench.world().streams[0].queue.len(), 0, "acknowledged data is discarded");
+    assert_eq!(guest.bench.host().streams[0].queue.len(), 0, "acknowledged data is discarded");
     guest.bench.pass(Duration::from_secs(60));
     assert_eq!(guest.receive(), None);
 }
@@ -372,7 +372,7 @@ fn rfc_9293_3_8_3_an_unresponsive_guest_resets_the_connection() {
     assert_eq!(guest.bench.engine.flows(), 1);
     guest.bench.pass(Duration::from_secs(600));
     assert_eq!(guest.bench.engine.flows(), 0);
-    assert!(guest.bench.world().streams[0].aborted);
+    assert!(guest.bench.host().streams[0].aborted);
     assert!(std::iter::from_fn(|| guest.receive()).last().unwrap().has(RST));
 }
 
@@ -426,7 +426,7 @@ fn rfc_9293_3_6_a_half_close_of_the_guest_leaves_the_other_half_open() {
     assert_eq!(guest.sent(), b"request");
     guest.bench.pass(Duration::from_millis(10));
     assert_eq!(guest.receive().unwrap().acknowledgement, guest.next);
-    assert!(guest.bench.world().streams[0].shut);
+    assert!(guest.bench.host().streams[0].shut);
     guest.bench.remote_sends(0, b"answer");
     assert_eq!(guest.receive_data(), b"answer");
     guest.send(ACK, b"");
@@ -437,7 +437,7 @@ fn rfc_9293_3_6_a_half_close_of_the_guest_leaves_the_other_half_open() {
     guest.expected = guest.expected.wrapping_add(1);
     guest.send(ACK, b"");
     assert_eq!(guest.bench.engine.flows(), 0);
-    assert!(!guest.bench.world().streams[0].aborted, "orderly close");
+    assert!(!guest.bench.host().streams[0].aborted, "orderly close");
 }
 
 #[test]
@@ -470,11 +470,11 @@ fn rfc_9293_3_8_6_3_a_fin_is_acknowledged_if_the_server_does_not_close() {
 #[test]
 fn a_server_that_sends_first_gets_the_handshake_ack_soon() {
     let mut bench = Bench::new();
-    bench.world().delay_handshake_acks = true;
+    bench.host().delay_handshake_acks = true;
     let mut guest = Guest::connected_with(bench, |_| {});
-    assert!(guest.bench.world().streams[0].delay_ack, "the handshake ACK is delayed");
+    assert!(guest.bench.host().streams[0].delay_ack, "the handshake ACK is delayed");
     guest.bench.pass(Duration::from_millis(1));
-    assert!(!guest.bench.world().streams[0].delay_ack);
+    assert!(!guest.bench.host().streams[0].delay_ack);
     guest.bench.remote_sends(0, b"hello");
     assert_eq!(guest.receive_data(), b"hello");
 }
@@ -490,7 +490,7 @@ fn rfc_9293_3_6_a_server_that_closes_first_still_receives_all_data() {
     guest.send(ACK | FIN, b"");
     assert_eq!(guest.receive().unwrap().acknowledgement, guest.next);
     assert_eq!(guest.sent(), b"late");
-    assert_eq!(guest.bench.world().streams_closed.get(&0), Some(&true), "the socket is closed");
+    assert_eq!(guest.bench.host().streams_closed.get(&0), Some(&true), "the socket is closed");
     // The last acknowledgement was lost, so the FIN is retransmitted.
     guest.next = guest.next.wrapping_sub(1);
     guest.send(ACK | FIN, b"");
@@ -502,7 +502,7 @@ fn rfc_9293_3_6_a_server_that_closes_first_still_receives_all_data() {
 #[test]
 fn rfc_9293_3_6_data_and_close_in_one_event_both_arrive() {
     let mut guest = Guest::connected();
-    guest.bench.world().streams[0].queue.extend(b"all there is");
+    guest.bench.host().streams[0].queue.extend(b"all there is");
     guest.bench.remote_closes(0);
     assert_eq!(guest.receive_data(), b"all there is");
     assert!(guest.receive().unwrap().has(FIN));
@@ -517,7 +517,7 @@ fn rfc_9293_3_10_7_4_data_after_a_fin_is_dropped() {
     assert_eq!(guest.sent(), b"this");
     guest.send_as(|head| head.sequence = start.wrapping_add(5), b"and this");
     assert_eq!(guest.sent(), b"this");
-    assert!(guest.bench.world().streams[0].shut);
+    assert!(guest.bench.host().streams[0].shut);
     guest.bench.pass(Duration::from_millis(10));
     let last = std::iter::from_fn(|| guest.receive()).last().unwrap();
     assert_eq!(last.acknowledgement, start.wrapping_add(5));
@@ -538,7 +538,7 @@ fn rfc_6191_a_new_connection_replaces_a_lingering_one() {
         },
         b"",
     );
-    assert_eq!(guest.bench.world().streams.len(), 2);
+    assert_eq!(guest.bench.host().streams.len(), 2);
     guest.bench.remote_answers(1, Ok(()));
     assert!(guest.receive().unwrap().has(SYN | ACK));
 }
@@ -546,7 +546,7 @@ fn rfc_6191_a_new_connection_replaces_a_lingering_one() {
 #[test]
 fn rfc_9293_3_5_3_a_reset_of_the_server_is_forwarded() {
     let mut guest = Guest::connected();
-    guest.bench.world().streams[0].broken = true;
+    guest.bench.host().streams[0].broken = true;
     guest.bench.stream_ready(0, Ready { error: true, readable: true, writable: true, more: true });
     let reset = guest.receive().unwrap();
     assert!(reset.has(RST));
@@ -588,7 +588,7 @@ fn rfc_1191_a_smaller_path_mtu_of_the_guest_is_respected() {
 /// The urgent pointer removes no byte from the stream, and no length is computed from it (RFC 6093,
 /// 3.1).
 #[test]
-fn rfc_6093_urgent_data_is_data_in_order_whatever_the_pointer_says() {
+fn rfc_6093_urgent_data_is_in_order_for_any_urgent_pointer() {
     /// Offset of the pointer: offload header of the device (10 bytes), IPv4 header, 18 bytes of TCP
     /// header.
     const POINTER: usize = 10 + 20 + 18;
@@ -610,7 +610,7 @@ fn rfc_6093_urgent_data_is_data_in_order_whatever_the_pointer_says() {
 /// For any reported path MTU, segments carry payload and all data arrives (RFC 1191, 3; RFC 8201,
 /// 4).
 #[test]
-fn rfc_1191_a_path_that_is_said_to_be_tiny_still_carries_payload() {
+fn rfc_1191_a_tiny_reported_path_mtu_still_permits_payload() {
     for mtu in [0_u32, 1, 20, 40, 52, 67, 68, 88, 576, 1279, 65_535, u32::MAX] {
         let mut guest = Guest::connected_with(Bench::new(), |head| head.scale = Some(4));
         guest.bench.remote_sends(0, &[7; 5000]);
@@ -634,7 +634,7 @@ fn rfc_1191_a_path_that_is_said_to_be_tiny_still_carries_payload() {
 /// An error with a short quotation or any header length is not read beyond its end (RFC 792; RFC
 /// 1812, 4.3.2.3).
 #[test]
-fn rfc_792_errors_are_read_within_their_bounds_whatever_they_quote() {
+fn rfc_792_errors_with_any_quotation_are_read_within_bounds() {
     let mut guest = Guest::connected();
     let quoted = frame(
         &TcpHead { sequence: guest.expected, ..segment(guest.outside, guest.inside) },

@@ -18,7 +18,7 @@ use tidegate_testbed::server::{EchoServer, Sink, Source};
 use tidegate_testbed::transfer::{self, Transfer};
 
 const NOBODY: u32 = 65_534;
-const MUCH: u64 = 200 << 20;
+const BULK_BYTES: u64 = 200 << 20;
 const AS_USER: &str = "--as-an-ordinary-user";
 
 fn main() {
@@ -30,7 +30,7 @@ fn main() {
     }
     let net = common::outside();
     let sink = Sink::tcp(&net.server, common::server(0, 7001), 3);
-    let _source = Source::tcp(&net.server, common::server(1, 7002), 4, MUCH);
+    let _source = Source::tcp(&net.server, common::server(1, 7002), 4, BULK_BYTES);
     let _echo = EchoServer::udp(&net.server, common::server(0, 7003));
     // The binary must be in a place that the user nobody can read.
     let program =
@@ -48,7 +48,7 @@ fn main() {
         output.status,
         String::from_utf8_lossy(&output.stdout)
     );
-    assert_eq!(sink.wait(1, Duration::from_secs(5)), [Transfer::complete(MUCH)]);
+    assert_eq!(sink.wait(1, Duration::from_secs(5)), [Transfer::complete(BULK_BYTES)]);
     println!("rootless egress: ok");
 }
 
@@ -72,10 +72,10 @@ fn as_an_ordinary_user() {
     container
         .with(|| {
             let mut stream = TcpStream::connect(common::server(0, 7001)).unwrap();
-            transfer::send(&mut stream, 3, MUCH).unwrap();
+            transfer::send(&mut stream, 3, BULK_BYTES).unwrap();
             stream.shutdown(Shutdown::Write).unwrap();
             let mut stream = TcpStream::connect(common::server(1, 7002)).unwrap();
-            assert_eq!(transfer::receive(&mut stream, 4), Transfer::complete(MUCH));
+            assert_eq!(transfer::receive(&mut stream, 4), Transfer::complete(BULK_BYTES));
             let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
             socket.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
             socket.connect(common::server(0, 7003)).unwrap();

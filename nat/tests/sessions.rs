@@ -68,9 +68,9 @@ fn datagrams_are_sent_in_one_batch_with_their_boundaries() {
         bench.engine.frame(&udp(at(IN), at(OUT), payload), now);
     }
     bench.settle();
-    let sent: Vec<usize> = bench.world().datagrams[0].sent.iter().map(Vec::len).collect();
+    let sent: Vec<usize> = bench.host().datagrams[0].sent.iter().map(Vec::len).collect();
     assert_eq!(sent, [100, 100, 40, 100, 0]);
-    assert_eq!(bench.world().datagrams.len(), 1);
+    assert_eq!(bench.host().datagrams.len(), 1);
 }
 
 #[test]
@@ -78,7 +78,7 @@ fn a_gso_batch_of_the_guest_is_segmented_by_the_kernel_only() {
     let mut bench = Bench::new();
     let head = head::datagrams(at(IN), at(OUT), 50_000, 1200, 1);
     bench.frame(&[head.bytes(), &[9; 50_000]].concat());
-    let sent = &bench.world().datagrams[0].sent;
+    let sent = &bench.host().datagrams[0].sent;
     assert_eq!(sent.len(), 42);
     assert!(sent[..41].iter().all(|datagram| datagram.len() == 1200));
 }
@@ -87,7 +87,7 @@ fn a_gso_batch_of_the_guest_is_segmented_by_the_kernel_only() {
 fn replies_are_merged_and_large_ones_fragmented() {
     let mut bench = Bench::new();
     bench.frame(&udp(at(IN), at(OUT), b"hello"));
-    bench.world().datagrams[0].waiting.extend([
+    bench.host().datagrams[0].waiting.extend([
         vec![1; 1000],
         vec![2; 1000],
         vec![3; 10],
@@ -114,7 +114,7 @@ fn rfc_4787_req_5_idle_sessions_end() {
         let out = SocketAddr::new(at(OUT).ip(), port);
         bench.frame(&udp(at(IN), out, b"hello"));
         if answered {
-            bench.world().datagrams[0].waiting.push_back(b"hi".to_vec());
+            bench.host().datagrams[0].waiting.push_back(b"hi".to_vec());
             bench.datagrams_ready(0, READABLE);
         }
         bench.pass(Duration::from_secs(seconds));
@@ -137,7 +137,7 @@ fn rfc_5508_icmp_errors_of_the_socket_are_forwarded_to_the_guest() {
         (IcmpError::HostUnreachable, None),
     ] {
         let payload = b"hello".to_vec();
-        bench.world().datagrams[0].problems.push_back(SocketError {
+        bench.host().datagrams[0].problems.push_back(SocketError {
             icmp_error,
             offender,
             destination: None,
@@ -154,7 +154,7 @@ fn rfc_5508_icmp_errors_of_the_socket_are_forwarded_to_the_guest() {
 fn rfc_1191_a_datagram_over_the_path_mtu_is_answered_with_the_mtu() {
     let mut bench = Bench::new();
     bench.frame(&udp(at(IN), at(OUT), b"first"));
-    bench.world().datagrams[0].outcome = Some(SendOutcome::TooBig(1280));
+    bench.host().datagrams[0].outcome = Some(SendOutcome::TooBig(1280));
     bench.frame(&udp(at(IN), at(OUT), &[0; 1400]));
     assert_eq!(parse_error(&bench.next_frame().unwrap()).0, IcmpError::TooBig(1280));
     assert_eq!(bench.dropped(DropReason::TooBig), 1);
@@ -168,9 +168,9 @@ fn rfc_1812_5_3_1_the_hop_limit_is_decremented_and_enforced() {
     assert_eq!((icmp_error, reporter), (IcmpError::HopLimit, at("10.0.2.2:0").ip()));
     assert_eq!(bench.engine.flows(), 0);
     bench.frame(&with_hop_limit(udp(at(IN), at(OUT), b"trace"), 5));
-    assert_eq!(bench.world().datagrams[0].hop_limit, Some(4));
+    assert_eq!(bench.host().datagrams[0].hop_limit, Some(4));
     bench.frame(&udp(at(IN), at(OUT), b"no trace"));
-    assert_eq!(bench.world().datagrams[0].hop_limit, None);
+    assert_eq!(bench.host().datagrams[0].hop_limit, None);
 }
 
 fn echo(source: &str, destination: &str, identifier: u16, payload: &[u8]) -> Vec<u8> {
@@ -192,9 +192,9 @@ fn rfc_5508_req_2_an_echo_reply_has_the_identifier_of_the_request() {
     {
         let mut bench = Bench::new();
         bench.frame(&echo(source, destination, 0xabcd, b"payload"));
-        let mut answer = bench.world().datagrams[0].sent[0].clone();
+        let mut answer = bench.host().datagrams[0].sent[0].clone();
         answer[4..6].copy_from_slice(&[1, 2]);
-        bench.world().datagrams[0].waiting.push_back(answer);
+        bench.host().datagrams[0].waiting.push_back(answer);
         bench.datagrams_ready(0, READABLE);
         let frame = bench.next_frame().unwrap();
         let packet = Packet::parse(&frame[10..]).unwrap();
@@ -221,12 +221,12 @@ fn dns_fails_over_to_the_next_resolver() {
     let mut bench = Bench::with(|settings| settings.policy.resolvers = resolvers.to_vec());
     let gateway = at("10.0.2.2:53");
     bench.frame(&udp(at(IN), gateway, b"query"));
-    assert_eq!(bench.world().datagrams[0].to, Some(resolvers[0]));
-    bench.world().datagrams[0].waiting.push_back(b"answer".to_vec());
+    assert_eq!(bench.host().datagrams[0].to, Some(resolvers[0]));
+    bench.host().datagrams[0].waiting.push_back(b"answer".to_vec());
     bench.datagrams_ready(0, READABLE);
     let (_, source, _, payload) = datagram(&bench.next_frame().unwrap());
     assert_eq!((source, &payload[..]), (gateway, &b"answer"[..]));
-    bench.world().datagrams[0].problems.push_back(SocketError {
+    bench.host().datagrams[0].problems.push_back(SocketError {
         icmp_error: IcmpError::PortUnreachable,
         offender: Some(resolvers[0].ip()),
         destination: None,
@@ -236,11 +236,11 @@ fn dns_fails_over_to_the_next_resolver() {
     let (_, _, _, reporter) = parse_error(&bench.next_frame().unwrap());
     assert_eq!(reporter, gateway.ip(), "the guest does not know the resolver");
     bench.frame(&udp(at("10.0.2.100:4001"), gateway, b"query"));
-    assert_eq!(bench.world().datagrams[1].to, Some(resolvers[1]));
+    assert_eq!(bench.host().datagrams[1].to, Some(resolvers[1]));
     // This resolver does not reply at all.
     bench.pass(Duration::from_secs(11));
     bench.frame(&udp(at("10.0.2.100:4002"), gateway, b"query"));
-    assert_eq!(bench.world().datagrams[2].to, Some(resolvers[0]));
+    assert_eq!(bench.host().datagrams[2].to, Some(resolvers[0]));
 }
 
 #[test]
@@ -252,7 +252,7 @@ fn port_unreachable_from_the_guest_ends_the_session() {
         head::icmp_error(at(IN).ip(), at(OUT).ip(), IcmpError::PortUnreachable, &[&quoted[10..]]);
     bench.frame(&[head.bytes(), &message].concat());
     assert_eq!(bench.engine.flows(), 0);
-    assert!(bench.world().datagrams[0].closed, "the host replies to later datagrams");
+    assert!(bench.host().datagrams[0].closed, "the host replies to later datagrams");
 }
 
 #[test]
@@ -267,8 +267,8 @@ fn rfc_4787_req_1_an_endpoint_independent_session_accepts_only_its_peers() {
         bench.engine.frame(&udp(at(IN), to, b"hello"), now);
     }
     bench.settle();
-    assert_eq!(bench.world().datagrams.len(), 1);
-    assert_eq!(bench.world().datagrams[0].sent_to, [one, other], "one GSO batch per peer");
+    assert_eq!(bench.host().datagrams.len(), 1);
+    assert_eq!(bench.host().datagrams[0].sent_to, [one, other], "one GSO batch per peer");
     assert_eq!(
         parse_error(&bench.next_frame().unwrap()).0,
         IcmpError::Prohibited,
@@ -282,7 +282,7 @@ fn rfc_4787_req_1_an_endpoint_independent_session_accepts_only_its_peers() {
         from(other, 4),
         from(at("192.0.2.3:6001"), 5),
     ];
-    bench.world().datagrams[0].waiting_from.extend(waiting);
+    bench.host().datagrams[0].waiting_from.extend(waiting);
     bench.datagrams_ready(0, READABLE);
     let seen: Vec<_> =
         std::iter::from_fn(|| bench.next_frame()).map(|frame| datagram(&frame)).collect();
@@ -291,7 +291,7 @@ fn rfc_4787_req_1_an_endpoint_independent_session_accepts_only_its_peers() {
     let here = at(IN);
     assert_eq!(seen, [(one, here, 200), (other, here, 100), (at("192.0.2.3:6001"), here, 100)]);
     assert_eq!(bench.dropped(DropReason::Unsolicited), 1);
-    bench.world().datagrams[0].problems.push_back(SocketError {
+    bench.host().datagrams[0].problems.push_back(SocketError {
         icmp_error: IcmpError::PortUnreachable,
         offender: Some(other.ip()),
         destination: Some(other),
@@ -306,7 +306,7 @@ fn rfc_4787_req_1_an_endpoint_independent_session_accepts_only_its_peers() {
     for host in 5..200 {
         bench.frame(&udp(here, SocketAddr::from(([203, 0, 113, host], 1)), b"hello"));
     }
-    bench.world().datagrams[0].waiting_from.push_back(from(one, 1));
+    bench.host().datagrams[0].waiting_from.push_back(from(one, 1));
     bench.datagrams_ready(0, READABLE);
     assert_eq!(bench.next_frame(), None);
     assert_eq!(bench.stats.flows(FlowKind::Udp), 1);

@@ -14,7 +14,7 @@ use tidegate_nat::host::Ready;
 use tidegate_nat::wire::head::TcpHead;
 use tidegate_nat::wire::tcp::flags::{ACK, FIN, PSH, RST, SYN};
 use tidegate_nat::{ForwardSource, Settings};
-use world::{Bench, Dice, Seen, at, frame, segment};
+use world::{Bench, Random, Seen, at, frame, segment};
 
 /// Properties of the link and of both sides in a run.
 #[derive(Clone, Copy, Debug)]
@@ -305,7 +305,7 @@ enum Event {
 #[derive(Debug)]
 struct Report {
     guest_reset: bool,
-    far_end_reset: bool,
+    remote_reset: bool,
     up: Vec<u8>,
     up_ended: bool,
     down: Vec<u8>,
@@ -324,10 +324,10 @@ impl Report {
 }
 
 fn run(conditions: Conditions, seed: u64, change: impl FnOnce(&mut Settings)) -> Report {
-    let mut dice = Dice(seed);
+    let mut random = Random(seed);
     let mut bench = Bench::with(change);
-    bench.world().room = conditions.read_size.min(100_000);
-    bench.world().answer_at_once = Some(Ok(()));
+    bench.host().room = conditions.read_size.min(100_000);
+    bench.host().connect_result_at_once = Some(Ok(()));
     let mut guest = Guest::new(conditions);
     if conditions.inbound {
         bench.publish_tcp(&guest.inside.to_string(), ForwardSource::Client);
@@ -345,13 +345,13 @@ fn run(conditions: Conditions, seed: u64, change: impl FnOnce(&mut Settings)) ->
         assert!(step < 4_000_000, "seed {seed}: not finished at {:?}", bench.now - start);
         guest.transmit(bench.now, bench.now - start, &mut out);
         let mut travel =
-            |event: Event, dice: &mut Dice, events: &mut BinaryHeap<_>, now: Instant| {
-                if dice.percent(conditions.loss) {
+            |event: Event, random: &mut Random, events: &mut BinaryHeap<_>, now: Instant| {
+                if random.percent(conditions.loss) {
                     return;
                 }
-                let copies = 1 + u32::from(dice.percent(conditions.duplication));
+                let copies = 1 + u32::from(random.percent(conditions.duplication));
                 for copy in 0..copies {
-                    let delay = Duration::from_micros(10 + dice.below(conditions.delay * 1000));
+                    let delay = Duration::from_micros(10 + random.below(conditions.delay * 1000));
                     order += 1;
                     let event = match (&event, copy) {
                         (Event::ToEngine(bytes), _) => Event::ToEngine(bytes.clone()),
@@ -362,11 +362,11 @@ fn run(conditions: Conditions, seed: u64, change: impl FnOnce(&mut Settings)) ->
                 }
             };
         for frame in out.drain(..) {
-            travel(Event::ToEngine(frame), &mut dice, &mut events, bench.now);
+            travel(Event::ToEngine(frame), &mut random, &mut events, bench.now);
         }
         while let Some(frame) = bench.next_frame() {
             for piece in cut(&frame) {
-                travel(Event::ToGuest(piece), &mut dice, &mut events, bench.now);
+                travel(Event::ToGuest(piece), &mut random, &mut events, bench.now);
             }
         }
         let next_event = events.peek().map(|Reverse((at, _, _))| *at);
@@ -394,7 +394,7 @@ fn run(conditions: Conditions, seed: u64, change: impl FnOnce(&mut Settings)) ->
             }
             Event::FarEnd => {
                 // The remote side reads some, sends some, and closes when everything is sent.
-                if let Some(stream) = bench.world().streams.first_mut() {
+                if let Some(stream) = bench.host().streams.first_mut() {
                     stream.room = stream.room.max(conditions.read_size.min(100_000));
                     let queued = stream.queue.len();
                     let more = (conditions.down - fed)
@@ -410,7 +410,7 @@ fn run(conditions: Conditions, seed: u64, change: impl FnOnce(&mut Settings)) ->
                         Ready { readable: true, writable: true, error: false, more: close },
                     );
                 }
-                let begun = !bench.world().streams.is_empty();
+                let begun = !bench.host().streams.is_empty();
                 let over = begun && bench.engine.flows() == 0;
                 if !over && !guest.reset {
                     order += 1;
@@ -426,10 +426,10 @@ fn run(conditions: Conditions, seed: u64, change: impl FnOnce(&mut Settings)) ->
     let took = bench.now - start;
     let flows_left = bench.engine.flows();
     // There is no stream if no SYN arrived.
-    let stream = bench.world().streams.drain(..).next().unwrap_or_default();
+    let stream = bench.host().streams.drain(..).next().unwrap_or_default();
     Report {
         guest_reset: guest.reset,
-        far_end_reset: stream.aborted,
+        remote_reset: stream.aborted,
         up: stream.sent,
         up_ended: stream.shut && !stream.aborted,
         down: guest.received,
@@ -485,7 +485,7 @@ fn check_with(conditions: Conditions, seed: u64, change: impl FnOnce(&mut Settin
     if report.down_ended {
         assert_eq!(report.down.len(), conditions.down, "premature end, down: {context}");
     }
-    let visible = report.guest_reset || report.far_end_reset;
+    let visible = report.guest_reset || report.remote_reset;
     assert!(
         report.is_complete(&conditions) || visible,
         "invisible end of the connection: {context}"
@@ -502,7 +502,7 @@ fn without_loss_all_data_arrives() {
         let conditions = Conditions { guest_closes_first, inbound, ..LOSSLESS };
         let report = check(conditions, 1);
         assert!(report.is_complete(&conditions), "{report:?}");
-        assert!(!report.guest_reset && !report.far_end_reset);
+        assert!(!report.guest_reset && !report.remote_reset);
     }
 }
 
@@ -595,19 +595,19 @@ fn under_heavy_loss_clients_of_a_port_are_served_or_reset() {
 fn heavy_loss(inbound: bool) {
     let mut complete = 0;
     for seed in 100..160 {
-        let mut dice = Dice(seed);
+        let mut random = Random(seed);
         let conditions = Conditions {
-            loss: 20 + dice.below(60),
-            duplication: dice.below(50),
-            delay: 1 + dice.below(400),
-            up: dice.below(20_000) as usize,
-            down: dice.below(20_000) as usize,
-            window: 500 + dice.below(60_000) as usize,
-            scale: if dice.percent(50) { Some(dice.below(8) as u8) } else { None },
-            timestamps: dice.percent(50),
-            mss: 100 + dice.below(1400) as u16,
-            read_size: 1 + dice.below(5000) as usize,
-            guest_closes_first: dice.percent(50),
+            loss: 20 + random.below(60),
+            duplication: random.below(50),
+            delay: 1 + random.below(400),
+            up: random.below(20_000) as usize,
+            down: random.below(20_000) as usize,
+            window: 500 + random.below(60_000) as usize,
+            scale: if random.percent(50) { Some(random.below(8) as u8) } else { None },
+            timestamps: random.percent(50),
+            mss: 100 + random.below(1400) as u16,
+            read_size: 1 + random.below(5000) as usize,
+            guest_closes_first: random.percent(50),
             inbound,
         };
         complete += u32::from(check(conditions, seed).is_complete(&conditions));

@@ -12,8 +12,8 @@ use tidegate_testbed::eventually;
 use tidegate_testbed::server::{EchoServer, PeerServer, Sink, Source, StalledServer};
 use tidegate_testbed::transfer::{self, Transfer};
 
-const MUCH: u64 = if common::OLD_KERNEL { 20 << 20 } else { 200 << 20 };
-const PATIENCE: Duration = Duration::from_secs(60);
+const BULK_BYTES: u64 = if common::OLD_KERNEL { 20 << 20 } else { 200 << 20 };
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Transfers `bytes` in both directions, over both families, and verifies each of them.
 fn transfer_both_ways(net: &Net, bytes: u64) {
@@ -26,7 +26,7 @@ fn transfer_both_ways(net: &Net, bytes: u64) {
             transfer::receive(&mut stream, 0)
         });
         assert_eq!(sent, Transfer::complete(0), "the server closes as well");
-        assert_eq!(sink.wait(1, PATIENCE), [Transfer::complete(bytes)]);
+        assert_eq!(sink.wait(1, TIMEOUT), [Transfer::complete(bytes)]);
 
         let source = Source::tcp(&net.server, server(family, 7002), 4, bytes);
         let received = net.container.run(|| {
@@ -39,19 +39,22 @@ fn transfer_both_ways(net: &Net, bytes: u64) {
 
 #[test]
 fn two_hundred_megabytes_are_transferred_both_ways() {
-    transfer_both_ways(&Net::new(), MUCH);
+    transfer_both_ways(&Net::new(), BULK_BYTES);
 }
 
 #[test]
 fn it_works_without_optional_kernel_features() {
     let options = Options { capabilities: Capabilities::NONE, ..Options::default() };
-    transfer_both_ways(&Net::with(&options, |_| {}), MUCH);
+    transfer_both_ways(&Net::with(&options, |_| {}), BULK_BYTES);
 }
 
 #[test]
 fn it_works_without_so_peek_off() {
     let capabilities = Capabilities { peek_offset: false, ..Capabilities::ALL };
-    transfer_both_ways(&Net::with(&Options { capabilities, ..Options::default() }, |_| {}), MUCH);
+    transfer_both_ways(
+        &Net::with(&Options { capabilities, ..Options::default() }, |_| {}),
+        BULK_BYTES,
+    );
 }
 
 #[test]
@@ -59,7 +62,7 @@ fn it_works_without_device_offload() {
     let capabilities = Capabilities { tcp_offload: false, ..Capabilities::ALL };
     transfer_both_ways(
         &Net::with(&Options { capabilities, ..Options::default() }, |_| {}),
-        MUCH / 4,
+        BULK_BYTES / 4,
     );
 }
 
@@ -73,9 +76,9 @@ fn drops_at_the_device_lose_no_data() {
                 let sink = Sink::tcp(&net.server, server(0, port), 3);
                 net.container.run(|| {
                     let mut stream = TcpStream::connect(sink.addr()).unwrap();
-                    transfer::send(&mut stream, 3, MUCH / 8).unwrap();
+                    transfer::send(&mut stream, 3, BULK_BYTES / 8).unwrap();
                 });
-                assert_eq!(sink.wait(1, PATIENCE), [Transfer::complete(MUCH / 8)]);
+                assert_eq!(sink.wait(1, TIMEOUT), [Transfer::complete(BULK_BYTES / 8)]);
             });
         }
     });
@@ -88,7 +91,10 @@ fn drops_at_the_device_lose_no_data() {
 
 #[test]
 fn an_mtu_of_65520_works() {
-    transfer_both_ways(&Net::with(&Options { mtu: 65_520, ..Options::default() }, |_| {}), MUCH);
+    transfer_both_ways(
+        &Net::with(&Options { mtu: 65_520, ..Options::default() }, |_| {}),
+        BULK_BYTES,
+    );
 }
 
 #[test]
@@ -164,12 +170,12 @@ fn resets_are_forwarded_both_ways() {
         let client = net.container.run(|| TcpStream::connect(server(0, 80)).unwrap());
         (client, listener.accept().unwrap().0)
     };
-    let (mut client, far_end) = connect();
-    reset(far_end);
+    let (mut client, remote) = connect();
+    reset(remote);
     assert_eq!(client.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
-    let (client, mut far_end) = connect();
+    let (client, mut remote) = connect();
     reset(client);
-    assert_eq!(far_end.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    assert_eq!(remote.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
 }
 
 #[test]
@@ -218,10 +224,10 @@ fn stopping_removes_the_device_and_resets_connections() {
     let net = Net::new();
     let listener = net.server.run(|| TcpListener::bind(server(0, 80)).unwrap());
     let mut client = net.container.run(|| TcpStream::connect(server(0, 80)).unwrap());
-    let mut far_end = listener.accept().unwrap().0;
+    let mut remote = listener.accept().unwrap().0;
     client.write_all(b"x").unwrap();
-    far_end.read_exact(&mut [0]).unwrap();
+    remote.read_exact(&mut [0]).unwrap();
     net.nat.stop();
-    assert_eq!(far_end.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    assert_eq!(remote.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
     assert!(!net.container.ip(&["-o", "link"]).contains("tun0"));
 }

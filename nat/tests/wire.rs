@@ -236,7 +236,7 @@ proptest! {
 }
 
 #[test]
-fn contradictions_are_refused() {
+fn segments_with_invalid_fields_are_rejected() {
     let ends =
         |port| (SocketAddr::from(([10, 0, 0, 1], port)), SocketAddr::from(([10, 0, 0, 2], 80)));
     let refused = |port, flags| {

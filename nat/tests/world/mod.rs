@@ -80,7 +80,7 @@ pub struct FakeDatagrams {
     pub closed: bool,
 }
 
-/// Socket handle that reports its drop to the world.
+/// Socket handle that reports its drop to the host.
 pub struct Handle(usize, Arc<std::sync::Mutex<Vec<usize>>>);
 
 impl Drop for Handle {
@@ -111,14 +111,14 @@ impl Batch for Datagrams {
 }
 
 #[derive(Default)]
-pub struct World {
+pub struct FakeHost {
     pub frames: VecDeque<Vec<u8>>,
     pub streams: Vec<FakeStream>,
     pub datagrams: Vec<FakeDatagrams>,
     pub listeners: Vec<FakeListener>,
     pub local: Vec<IpAddr>,
     /// Immediate result of a connect; if `None`, the test sets the result later.
-    pub answer_at_once: Option<Result<(), i32>>,
+    pub connect_result_at_once: Option<Result<(), i32>>,
     /// Space in the send buffer of new streams.
     pub room: usize,
     /// Whether handshake ACKs are delayed.
@@ -131,7 +131,7 @@ pub struct World {
     pub streams_closed: BTreeMap<usize, bool>,
 }
 
-impl World {
+impl FakeHost {
     pub fn new() -> Self {
         Self { room: usize::MAX, descriptors: 1000, ..Self::default() }
     }
@@ -148,7 +148,7 @@ impl World {
     }
 }
 
-impl Host for World {
+impl Host for FakeHost {
     type Stream = Handle;
     type Datagrams = Handle;
     type Listener = usize;
@@ -172,7 +172,7 @@ impl Host for World {
             return Err(io::Error::from_raw_os_error(24));
         }
         self.open += 1;
-        let answer = self.answer_at_once;
+        let answer = self.connect_result_at_once;
         let (room, delay_ack) = (self.room, self.delay_handshake_acks);
         self.streams.push(FakeStream {
             to: Some(to),
@@ -353,7 +353,7 @@ impl Host for World {
 
 /// An engine with an in-memory host and simulated time.
 pub struct Bench {
-    pub engine: Engine<World>,
+    pub engine: Engine<FakeHost>,
     pub stats: Arc<Stats>,
     pub start: Instant,
     pub now: Instant,
@@ -371,11 +371,11 @@ impl Bench {
         settings.policy.gateways = vec![GATEWAY.parse().unwrap(), "fd00::2".parse().unwrap()];
         change(&mut settings);
         let (start, stats) = (Instant::now(), Arc::new(Stats::default()));
-        let engine = Engine::new(World::new(), settings, SECRETS, Arc::clone(&stats), start);
+        let engine = Engine::new(FakeHost::new(), settings, SECRETS, Arc::clone(&stats), start);
         Self { engine, stats, start, now: start }
     }
 
-    pub fn world(&mut self) -> &mut World {
+    pub fn host(&mut self) -> &mut FakeHost {
         self.engine.host_mut()
     }
 
@@ -388,13 +388,13 @@ impl Bench {
     pub fn settle(&mut self) {
         self.engine.flush(self.now);
         for _ in 0..100_000 {
-            let ready = std::mem::take(&mut self.world().ready);
+            let ready = std::mem::take(&mut self.host().ready);
             let idle = ready.is_empty();
             for (key, ready) in ready {
                 self.engine.ready(key, ready, self.now);
             }
             if !self.engine.turn(self.now) && idle {
-                self.world().note_closed();
+                self.host().note_closed();
                 return;
             }
         }
@@ -422,7 +422,7 @@ impl Bench {
 
     /// Reports the readiness of a stream.
     pub fn stream_ready(&mut self, index: usize, ready: Ready) {
-        if let Some(key) = self.world().streams[index].key {
+        if let Some(key) = self.host().streams[index].key {
             self.engine.ready(key, ready, self.now);
         }
         self.settle();
@@ -430,17 +430,17 @@ impl Bench {
 
     /// The remote side sends `bytes`.
     pub fn remote_sends(&mut self, index: usize, bytes: &[u8]) {
-        self.world().streams[index].queue.extend(bytes);
+        self.host().streams[index].queue.extend(bytes);
         self.stream_ready(index, Ready { readable: true, ..Ready::default() });
     }
 
     pub fn remote_closes(&mut self, index: usize) {
-        self.world().streams[index].ended = true;
+        self.host().streams[index].ended = true;
         self.stream_ready(index, Ready { readable: true, more: true, ..Ready::default() });
     }
 
     pub fn remote_answers(&mut self, index: usize, answer: Result<(), i32>) {
-        self.world().streams[index].answer = Some(answer);
+        self.host().streams[index].answer = Some(answer);
         self.stream_ready(
             index,
             Ready { writable: true, error: answer.is_err(), ..Ready::default() },
@@ -448,7 +448,7 @@ impl Bench {
     }
 
     pub fn datagrams_ready(&mut self, index: usize, ready: Ready) {
-        if let Some(key) = self.world().datagrams[index].key {
+        if let Some(key) = self.host().datagrams[index].key {
             self.engine.ready(key, ready, self.now);
         }
         self.settle();
@@ -456,15 +456,15 @@ impl Bench {
 
     /// Publishes a TCP port. Its clients connect to listener 0, 1 and so on.
     pub fn publish_tcp(&mut self, guest: &str, source: ForwardSource) -> Arc<ForwardStats> {
-        let index = self.world().listeners.len();
-        self.world().listeners.push(FakeListener::default());
+        let index = self.host().listeners.len();
+        self.host().listeners.push(FakeListener::default());
         self.publish(Protocol::Tcp, guest, source, Port::Tcp(index), None)
     }
 
     /// Publishes a UDP port. Its socket is the next entry of `datagrams`.
     pub fn publish_udp(&mut self, guest: &str, source: ForwardSource) -> Arc<ForwardStats> {
         let kind = Some(DatagramKind::SharedUdp);
-        let world = self.world();
+        let world = self.host();
         world.open += 1;
         let arrival = Some("192.0.2.1".parse().unwrap());
         world.datagrams.push(FakeDatagrams { kind, arrival, ..FakeDatagrams::default() });
@@ -489,12 +489,12 @@ impl Bench {
 
     /// A client connects to listener `index`.
     pub fn client(&mut self, index: usize, client: &str) {
-        self.world().listeners[index].clients.push_back(at(client));
+        self.host().listeners[index].clients.push_back(at(client));
         self.listener_ready(index);
     }
 
     pub fn listener_ready(&mut self, index: usize) {
-        if let Some(key) = self.world().listeners[index].key {
+        if let Some(key) = self.host().listeners[index].key {
             self.engine.port_ready(key, Ready { readable: true, ..Ready::default() }, self.now);
         }
         self.settle();
@@ -502,15 +502,15 @@ impl Bench {
 
     /// A datagram arrives at published socket `index`.
     pub fn datagram_from(&mut self, index: usize, client: &str, bytes: &[u8]) {
-        self.world().datagrams[index].waiting_from.push_back((at(client), bytes.to_vec()));
-        if let Some(key) = self.world().datagrams[index].key {
+        self.host().datagrams[index].waiting_from.push_back((at(client), bytes.to_vec()));
+        if let Some(key) = self.host().datagrams[index].key {
             self.engine.port_ready(key, Ready { readable: true, ..Ready::default() }, self.now);
         }
         self.settle();
     }
 
     pub fn next_frame(&mut self) -> Option<Vec<u8>> {
-        self.world().frames.pop_front()
+        self.host().frames.pop_front()
     }
 
     /// Returns the next frame, which must be a TCP segment.
@@ -589,9 +589,9 @@ pub fn at(text: &str) -> SocketAddr {
 }
 
 /// Pseudo-random numbers (SplitMix64).
-pub struct Dice(pub u64);
+pub struct Random(pub u64);
 
-impl Dice {
+impl Random {
     pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
