@@ -31,17 +31,17 @@ fn a_storm_of_scrapes_fails_no_request_and_no_accepted_scrape() {
     let net = Topology::three();
     let echo = EchoServer::tcp(&net.container, (addr::CONTAINER_V4, 80).into());
     let publisher = Publisher::start(&net.host, "8080:80 9000-9399:9000-9399 --to 172.30.0.2");
-    let (over, pages, refused) = (
+    let (stop, pages, refused) = (
         Arc::new(AtomicBool::new(false)),
         Arc::new(AtomicUsize::new(0)),
         Arc::new(AtomicUsize::new(0)),
     );
     let scrapers: Vec<_> = (0..SCRAPERS)
         .map(|_| {
-            let (over, pages, refused) =
-                (Arc::clone(&over), Arc::clone(&pages), Arc::clone(&refused));
+            let (stop, pages, refused) =
+                (Arc::clone(&stop), Arc::clone(&pages), Arc::clone(&refused));
             net.host.spawn_thread(move || {
-                while !over.load(Ordering::Relaxed) {
+                while !stop.load(Ordering::Relaxed) {
                     match scrape() {
                         Some(page) => {
                             assert!(page.contains(
@@ -67,7 +67,7 @@ fn a_storm_of_scrapes_fails_no_request_and_no_accepted_scrape() {
             })
             .collect::<Vec<_>>()
     });
-    over.store(true, Ordering::Relaxed);
+    stop.store(true, Ordering::Relaxed);
     scrapers.into_iter().for_each(|scraper| scraper.join().unwrap());
     let slowest = times.iter().max().unwrap();
     let pages = pages.load(Ordering::Relaxed);
@@ -141,20 +141,20 @@ fn a_greedy_user_hardly_delays_the_scrapes_of_another() {
     const COUNT: usize = 50;
     let net = Topology::three();
     let publisher = Publisher::start(&net.host, "8080:80 9000-9019:9000-9019 --to 172.30.0.2");
-    let calm = net.host.run(|| scrapes(COUNT));
-    let over = Arc::new(AtomicBool::new(false));
+    let baseline = net.host.run(|| scrapes(COUNT));
+    let stop = Arc::new(AtomicBool::new(false));
     let greedy = |work: fn(&AtomicBool)| {
-        let over = Arc::clone(&over);
+        let stop = Arc::clone(&stop);
         net.host.spawn_thread(move || {
             // SAFETY: setfsuid(2) takes a number and affects only this thread.
             unsafe { libc::setfsuid(65_534) };
-            work(&over);
+            work(&stop);
         })
     };
     // Silent connections and scrapes in endless loops.
-    let silent = |over: &AtomicBool| {
+    let silent = |stop: &AtomicBool| {
         let mut held = std::collections::VecDeque::new();
-        while !over.load(Ordering::Relaxed) {
+        while !stop.load(Ordering::Relaxed) {
             held.extend(TcpStream::connect(METRICS));
             if held.len() > 200 {
                 held.pop_front();
@@ -162,16 +162,16 @@ fn a_greedy_user_hardly_delays_the_scrapes_of_another() {
             std::thread::sleep(Duration::from_micros(200));
         }
     };
-    let scraping = |over: &AtomicBool| {
-        while !over.load(Ordering::Relaxed) {
+    let scraping = |stop: &AtomicBool| {
+        while !stop.load(Ordering::Relaxed) {
             if scrape().is_none() {
                 std::thread::sleep(Duration::from_millis(1));
             }
         }
     };
     // Closed before they are accepted, when their user is no longer known.
-    let fleeting = |over: &AtomicBool| {
-        while !over.load(Ordering::Relaxed) {
+    let fleeting = |stop: &AtomicBool| {
+        while !stop.load(Ordering::Relaxed) {
             drop(TcpStream::connect(METRICS));
             std::thread::sleep(Duration::from_micros(200));
         }
@@ -179,22 +179,22 @@ fn a_greedy_user_hardly_delays_the_scrapes_of_another() {
     let mut threads = vec![greedy(silent), greedy(silent), greedy(fleeting)];
     threads.extend((0..30).map(|_| greedy(scraping)));
     std::thread::sleep(Duration::from_millis(500));
-    let beside = net.host.run(|| scrapes(COUNT));
-    over.store(true, Ordering::Relaxed);
+    let loaded = net.host.run(|| scrapes(COUNT));
+    stop.store(true, Ordering::Relaxed);
     threads.into_iter().for_each(|thread| thread.join().unwrap());
     let (median, last) = (COUNT / 2, COUNT - 1);
     println!(
-        "median {:?} calm, {:?} under load; slowest {:?}, {:?}",
-        calm[median], beside[median], calm[last], beside[last]
+        "median {:?} baseline, {:?} under load; slowest {:?}, {:?}",
+        baseline[median], loaded[median], baseline[last], loaded[last]
     );
     // A scrape waits for the page in progress and for pieces being sent. 33 threads and the server
     // share two cores.
     assert!(
-        beside[median] < calm[median] * 10 + Duration::from_millis(100),
+        loaded[median] < baseline[median] * 10 + Duration::from_millis(100),
         "{:?}",
-        beside[median]
+        loaded[median]
     );
-    assert!(beside[last] < BLOCKED, "{:?}", beside[last]);
+    assert!(loaded[last] < BLOCKED, "{:?}", loaded[last]);
     let metrics = publisher.metrics();
     assert!(metrics.count("tidegate_scrape_refused_total{reason=\"silent\"}") > 0);
     assert!(

@@ -35,7 +35,8 @@ use rustix::process::{ForeignRawFd, Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getf
 use socket2::SockRef;
 use support::{
     Backend, Publisher, TIMEOUT, address, ask, connect, container, host, host_v6, is_ready,
-    limit_open_files, many_addresses, read_all, read_to_end, reset, wait_for_reset, wait_until,
+    limit_open_files, read_all, read_to_end, reset, route_many_addresses, wait_for_reset,
+    wait_until,
 };
 use tidegate_testbed::server::{EchoServer, PeerServer, Sink, Source};
 use tidegate_testbed::transfer::{self, Transfer};
@@ -52,13 +53,13 @@ const FAST: u64 = MIB;
 const PORT: &str = "0.0.0.0:8080/tcp";
 
 /// A published port 8080 in front of a backend with explicit accepts.
-struct Bed {
+struct Setup {
     net: Topology,
     backend: Backend,
     publisher: Publisher,
 }
 
-impl Bed {
+impl Setup {
     #[track_caller]
     fn new(options: &str) -> Self {
         let net = Topology::three();
@@ -68,7 +69,7 @@ impl Bed {
         Self { net, backend, publisher }
     }
 
-    /// A bed that copies and one that splices at any read size, for each of `amounts`.
+    /// A setup that copies and one that splices at any read size, for each of `amounts`.
     fn each<const N: usize>(amounts: [u64; N]) -> impl Iterator<Item = (Self, u64)> {
         let options = ["--splice-from 1000000000", "--splice-from 0"];
         options.into_iter().flat_map(move |option| amounts.map(|moved| (Self::new(option), moved)))
@@ -116,15 +117,15 @@ fn carry(from: &TcpStream, to: &TcpStream, length: u64) {
 /// Connects, and returns the error of a refused client. An orderly end is a failure.
 #[track_caller]
 fn refused(from: &Namespace, to: SocketAddr) -> io::ErrorKind {
-    turned_away(from.run(|| TcpStream::connect_timeout(&to, TIMEOUT)))
+    error_of_refused(from.run(|| TcpStream::connect_timeout(&to, TIMEOUT)))
 }
 
 /// The error of a client that the proxy refuses.
 #[track_caller]
-fn turned_away(connected: io::Result<TcpStream>) -> io::ErrorKind {
+fn error_of_refused(connected: io::Result<TcpStream>) -> io::ErrorKind {
     match connected {
         Ok(stream) => {
-            let (bytes, error) = read_all(&support::patient(stream));
+            let (bytes, error) = read_all(&support::with_timeouts(stream));
             assert_eq!(bytes, b"");
             error.expect("the connection ended as if it had been served")
         }
@@ -138,7 +139,7 @@ fn turned_away(connected: io::Result<TcpStream>) -> io::ErrorKind {
 fn ask_in_turn(from: &Namespace, count: u32) {
     from.run(|| {
         for number in 0..count {
-            let stream = support::patient(TcpStream::connect(host(8080)).unwrap());
+            let stream = support::with_timeouts(TcpStream::connect(host(8080)).unwrap());
             assert_eq!(
                 ask(&stream, &number.to_be_bytes()),
                 number.to_be_bytes(),
@@ -166,7 +167,7 @@ fn black_hole(host: &Namespace) {
 }
 
 /// Undoes [`black_hole`].
-fn heal(host: &Namespace) {
+fn restore_path(host: &Namespace) {
     host.ip(&["neigh", "del", &addr::CONTAINER_V4.to_string(), "dev", "br0"]);
 }
 
@@ -183,7 +184,7 @@ fn answered_before_the_proxy_reads(
     let client = connect(&net.client, host(8080));
     wait_until("the backend is dialled", || dials(&net.host) == 1);
     pause(&publisher, true);
-    heal(&net.host);
+    restore_path(&net.host);
     let mut server = backend.accept();
     server.write_all(b"too busy").unwrap();
     end(server);
@@ -277,10 +278,10 @@ fn push_until_blocked(mut stream: &TcpStream, pattern: &mut Pattern) -> u64 {
 fn stalled_peer(server_stalls: bool) {
     const FAST_PHASE: u64 = 64 * MIB;
     const MOST: u64 = 4 * MIB;
-    let bed = Bed::new("");
+    let setup = Setup::new("");
     let mut figures = Vec::new();
     for fast_phase in [0, FAST_PHASE, FAST_PHASE, FAST_PHASE] {
-        let (sender, receiver) = bed.ordered_pair_after(0, server_stalls);
+        let (sender, receiver) = setup.ordered_pair_after(0, server_stalls);
         carry(&sender, &receiver, fast_phase);
         let mut pattern = Pattern::new(9);
         let accepted = push_until_blocked(&sender, &mut pattern);
@@ -324,17 +325,17 @@ fn unread(stream: &TcpStream) -> u64 {
 /// Runs `scene` over the path of the kernel and through the published port, and compares the
 /// results. The scene receives a function that stops the proxy (true) and continues it.
 fn same_as_without_a_proxy<T: PartialEq + std::fmt::Debug>(
-    bed: &Bed,
+    setup: &Setup,
     moved: u64,
     scene: impl Fn(&dyn Fn(bool), TcpStream, TcpStream) -> T,
 ) {
-    let direct = (connect(&bed.net.client, container(80)), bed.backend.accept());
+    let direct = (connect(&setup.net.client, container(80)), setup.backend.accept());
     carry(&direct.0, &direct.1, moved);
     carry(&direct.1, &direct.0, moved);
     let expected = scene(&|_| {}, direct.0, direct.1);
 
-    let (client, server) = bed.pair_after(moved);
-    let stop = |on| pause(&bed.publisher, on);
+    let (client, server) = setup.pair_after(moved);
+    let stop = |on| pause(&setup.publisher, on);
     assert_eq!(scene(&stop, client, server), expected, "after {moved} bytes each way");
 }
 
@@ -349,15 +350,15 @@ fn ask_and_answer(mut client: &TcpStream, mut server: &TcpStream) -> (Vec<u8>, V
 }
 
 /// Sends urgent data between other bytes, optionally followed by the end, before the proxy reads.
-fn send_around_urgent_data(bed: &Bed, mut client: &TcpStream, and_the_end: bool) {
-    pause(&bed.publisher, true);
+fn send_around_urgent_data(setup: &Setup, mut client: &TcpStream, and_the_end: bool) {
+    pause(&setup.publisher, true);
     client.write_all(b"before").unwrap();
     SockRef::from(client).send_out_of_band(b"!").unwrap();
     client.write_all(b"after").unwrap();
     if and_the_end {
         client.shutdown(Shutdown::Write).unwrap();
     }
-    pause(&bed.publisher, false);
+    pause(&setup.publisher, false);
 }
 
 /// Reads the bytes of [`send_around_urgent_data`]. The urgent byte is ignored, because SO_OOBINLINE

@@ -75,7 +75,7 @@ fn echo(socket: &UdpSocket, to: SocketAddr, datagram: &[u8]) -> Vec<u8> {
 
 /// Sends a datagram from `client` to a plain server socket. Returns the address for replies.
 #[track_caller]
-fn meet(client: &UdpSocket, to: SocketAddr, server: &UdpSocket) -> SocketAddr {
+fn open_session(client: &UdpSocket, to: SocketAddr, server: &UdpSocket) -> SocketAddr {
     client.send_to(b"hello", to).unwrap();
     let (hello, upstream) = receive(server);
     assert_eq!(hello, b"hello");
@@ -196,12 +196,12 @@ fn add_address(namespace: &Namespace, address: &str) {
 }
 
 /// A server that replies to datagrams starting with a question mark and ignores others.
-struct Choosy {
+struct SelectiveServer {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Choosy {
+impl SelectiveServer {
     #[track_caller]
     fn start(namespace: &Namespace, listen: SocketAddr) -> Self {
         let socket = socket(namespace, listen);
@@ -221,7 +221,7 @@ impl Choosy {
     }
 }
 
-impl Drop for Choosy {
+impl Drop for SelectiveServer {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {

@@ -120,7 +120,7 @@ fn a_closed_standard_output_does_not_end_it() {
     for _ in 0..3 {
         // Ports 81 and 53 of the container are closed, which is logged.
         let refused = net.client.run(|| TcpStream::connect((addr::HOST_V4, 8081)));
-        assert!(refused.is_err() || read_all(&patient(refused.unwrap())).1.is_some());
+        assert!(refused.is_err() || read_all(&with_timeouts(refused.unwrap())).1.is_some());
         let socket = net.client.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).unwrap();
         socket.send_to(b"?", (addr::HOST_V4, 5353)).unwrap();
         let served = connect(&net.client, (addr::HOST_V4, 8080).into());
@@ -185,7 +185,7 @@ fn ten_thousand_ports_of_one_process_are_ready_and_served() {
     net.client.run(|| {
         for port in (20_000..=last).filter(|port| !backends.contains_key(port)) {
             let end = TcpStream::connect_timeout(&(addr::HOST_V4, port).into(), TIMEOUT)
-                .and_then(|stream| patient(stream).read(&mut [0]));
+                .and_then(|stream| with_timeouts(stream).read(&mut [0]));
             assert_eq!(
                 end.map_err(|error| error.kind()),
                 Err(io::ErrorKind::ConnectionReset),

@@ -8,7 +8,7 @@ use tidegate_testbed::Protocol::{Tcp, Udp};
 use tidegate_testbed::server::{EchoServer, PeerServer};
 
 use crate::ask::{ask, echo, echo_datagram, open, open_datagrams};
-use crate::scene::{ABOVE, Family, Mode, SERVED, Scene, Servers};
+use crate::scene::{Family, Mode, PORT_OFFSET, SERVED, Scene, Servers};
 
 /// The echo port of the container.
 const ECHO: u16 = 90;
@@ -30,39 +30,39 @@ fn neighbour_and_host_reach_the_container_directly_in_every_mode() {
             [PeerServer::tcp(namespace, any), PeerServer::udp(namespace, any)]
         })
         .collect();
-    let mut lasting = Talks::beside(&scene);
-    lasting.exchange("before anything is published");
+    let mut direct = EchoSessions::direct(&scene);
+    direct.exchange("before anything is published");
     for mode in Mode::STEERING {
         assert_direct(&scene, &format!("{mode:?}: before"));
         let ports = "8080-8082:80-82";
-        let echo = format!("{}:{ECHO}", ABOVE + ECHO);
+        let echo = format!("{}:{ECHO}", PORT_OFFSET + ECHO);
         let publisher = scene.publish(
             mode,
             &[ports, &format!("{ports}/udp"), &echo, &format!("{echo}/udp")],
             &["--udp-idle-timeout", "300ms", "--drain-timeout", "0"],
         );
-        lasting.exchange("published");
+        direct.exchange("published");
         assert_direct(&scene, &format!("{mode:?}: published"));
 
         // From the same ports that talk directly, and to the same servers.
-        let mut sessions = Talks::through(&scene);
+        let mut sessions = EchoSessions::through(&scene);
         sessions.exchange("a session");
         for port in SERVED {
             for protocol in [Tcp, Udp] {
                 for family in Family::BOTH {
-                    ask(&scene.net.client, protocol, (family.host(), ABOVE + port));
+                    ask(&scene.net.client, protocol, (family.host(), PORT_OFFSET + port));
                 }
             }
         }
-        lasting.exchange("with sessions");
+        direct.exchange("with sessions");
         assert_direct(&scene, &format!("{mode:?}: with sessions"));
         sessions.exchange("the session continues");
 
         drop(sessions);
-        lasting.exchange("after the sessions");
+        direct.exchange("after the sessions");
         assert_direct(&scene, &format!("{mode:?}: after the sessions"));
         publisher.terminate();
-        lasting.exchange("no longer published");
+        direct.exchange("no longer published");
         assert_direct(&scene, &format!("{mode:?}: no longer published"));
     }
 }
@@ -77,7 +77,7 @@ fn outside_clients_reach_the_container_directly_as_documented() {
             for port in SERVED {
                 for protocol in [Tcp, Udp] {
                     let published =
-                        || ask(&scene.net.client, protocol, (family.host(), ABOVE + port));
+                        || ask(&scene.net.client, protocol, (family.host(), PORT_OFFSET + port));
                     let direct = || {
                         let seen = ask(&scene.net.client, protocol, (family.container(), port));
                         assert_eq!(seen.peer, seen.own, "{mode:?}: {protocol:?} port {port}");
@@ -122,32 +122,32 @@ fn assert_direct(scene: &Scene, when: &str) {
 
 /// Long-lived sessions with echo servers.
 #[derive(Default)]
-struct Talks {
+struct EchoSessions {
     streams: Vec<TcpStream>,
     sockets: Vec<UdpSocket>,
 }
 
-impl Talks {
+impl EchoSessions {
     /// From the neighbour and the host to the container itself.
-    fn beside(scene: &Scene) -> Self {
-        let mut talks = Self::default();
+    fn direct(scene: &Scene) -> Self {
+        let mut sessions = Self::default();
         for family in Family::BOTH {
             for from in [&scene.neighbour, &scene.net.host] {
-                talks.add(from, (family.container(), ECHO));
+                sessions.add(from, (family.container(), ECHO));
             }
         }
-        talks
+        sessions
     }
 
     /// From an outside client, the host and the neighbour to the published port.
     fn through(scene: &Scene) -> Self {
-        let mut talks = Self::default();
+        let mut sessions = Self::default();
         for family in Family::BOTH {
             for from in [&scene.net.client, &scene.neighbour, &scene.net.host] {
-                talks.add(from, (family.host(), ABOVE + ECHO));
+                sessions.add(from, (family.host(), PORT_OFFSET + ECHO));
             }
         }
-        talks
+        sessions
     }
 
     fn add(&mut self, from: &Namespace, to: (IpAddr, u16)) {

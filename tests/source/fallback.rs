@@ -10,7 +10,7 @@ use tidegate_testbed::server::{EchoServer, PeerServer};
 use tidegate_testbed::{Namespace, addr};
 
 use crate::ask::{ask, bind_datagrams, connect, try_ask};
-use crate::scene::{ABOVE, Family, Mode, SERVED, SOON, SPECIFIC, Scene, Servers, WILDCARD};
+use crate::scene::{Family, Mode, PORT_OFFSET, SERVED, SOON, SPECIFIC, Scene, Servers, WILDCARD};
 
 /// A fixed port of the client.
 const PORT: u16 = 40_123;
@@ -31,7 +31,7 @@ fn an_address_and_port_in_use_falls_back_to_the_gateway() {
                 let taken = occupy(ours, protocol, client);
                 for port in SERVED {
                     // A new port each time: that of the first connection is in TIME_WAIT.
-                    let host = (family.host(), ABOVE + port);
+                    let host = (family.host(), PORT_OFFSET + port);
                     let seen = try_ask(&scene.net.client, protocol, client, host).expect(&case);
                     assert_eq!(seen.peer.ip(), family.gateway(), "{case}: {seen:?}");
                     conflicts += 1;
@@ -118,7 +118,7 @@ fn assert_sessions(specs: &[&str], targets: &[(IpAddr, u16)]) {
             let target = SocketAddr::from(target);
             let text = format!("turn {turn} to {target}");
             assert_eq!(
-                answerer(&socket, target, &text),
+                reply_source(&socket, target, &text),
                 target,
                 "{mode:?}: {text}: the response came from another address"
             );
@@ -130,7 +130,7 @@ fn assert_sessions(specs: &[&str], targets: &[(IpAddr, u16)]) {
 
 /// Sends `text` to an echo server until it comes back, and returns the source of the response.
 #[track_caller]
-fn answerer(socket: &UdpSocket, to: SocketAddr, text: &str) -> SocketAddr {
+fn reply_source(socket: &UdpSocket, to: SocketAddr, text: &str) -> SocketAddr {
     let deadline = Instant::now() + SOON;
     let mut buffer = [0; 256];
     while Instant::now() < deadline {
@@ -161,7 +161,7 @@ fn assert_mismatch(scene: &Scene, family: Family) {
             for port in [SPECIFIC, WILDCARD] {
                 for from in Family::BOTH {
                     let case = format!("{mode:?} {protocol:?} from {from:?}, port {port}");
-                    let seen = ask(&scene.net.client, protocol, (from.host(), ABOVE + port));
+                    let seen = ask(&scene.net.client, protocol, (from.host(), PORT_OFFSET + port));
                     if from == family && shows {
                         assert_eq!(seen.peer, seen.own, "{case}");
                     } else {
@@ -169,7 +169,8 @@ fn assert_mismatch(scene: &Scene, family: Family) {
                         mismatched += u64::from(shows);
                     }
                     // The host is never shown as itself, so this is not a fallback.
-                    let seen = ask(&scene.net.host, protocol, (from.loopback(), ABOVE + port));
+                    let seen =
+                        ask(&scene.net.host, protocol, (from.loopback(), PORT_OFFSET + port));
                     assert_eq!(seen.peer.ip(), family.gateway(), "{case}: the host");
                 }
             }

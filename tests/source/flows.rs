@@ -11,7 +11,7 @@ use tidegate_testbed::transfer::{self, Transfer};
 use tidegate_testbed::{Namespace, eventually};
 
 use crate::ask::{ask, connect, datagrams, echo, echo_datagram, open, open_datagrams};
-use crate::scene::{ABOVE, Family, Mode, SERVED, SOON, Scene, Servers};
+use crate::scene::{Family, Mode, PORT_OFFSET, SERVED, SOON, Scene, Servers};
 
 /// The echo port of the container, and its published ports.
 const ECHO: u16 = 90;
@@ -34,7 +34,7 @@ fn a_bulk_transfer_uses_the_short_path_in_both_directions() {
     let _echo = echo_servers(&scene);
     let publisher = scene.publish(Mode::Netns, &ECHO_SPECS, &[]);
     for family in Family::BOTH {
-        let stream = open(&scene.net.client, (family.host(), ABOVE + ECHO));
+        let stream = open(&scene.net.client, (family.host(), PORT_OFFSET + ECHO));
         stream.set_read_timeout(Some(2 * SOON)).unwrap();
         let before = eth0_bytes(&scene.net.container);
         let sending = {
@@ -66,7 +66,7 @@ fn flows_of_two_clients_do_not_mix() {
         let mut streams = Vec::new();
         let mut sockets = Vec::new();
         for family in Family::BOTH {
-            let host = (family.host(), ABOVE + ECHO);
+            let host = (family.host(), PORT_OFFSET + ECHO);
             // Both clients use the same port.
             for client_address in [family.client(), family.pick(OTHER_V4, OTHER_V6)] {
                 streams.push(connect(client, (client_address, PORT), host).unwrap());
@@ -107,8 +107,9 @@ fn a_closed_container_port_refuses_at_once() {
             for (from, to) in paths {
                 let refusal = || {
                     let begun = Instant::now();
-                    let ending = connect(from, (family.unspecified(), 0), (to, ABOVE + CLOSED))
-                        .and_then(|mut stream| io::copy(&mut stream, &mut io::sink()));
+                    let ending =
+                        connect(from, (family.unspecified(), 0), (to, PORT_OFFSET + CLOSED))
+                            .and_then(|mut stream| io::copy(&mut stream, &mut io::sink()));
                     let error = ending.expect_err("no listener").kind();
                     assert_eq!(error, io::ErrorKind::ConnectionReset, "{mode:?}: {to}");
                     begun.elapsed()
@@ -138,8 +139,8 @@ fn the_rule_of_a_udp_client_is_removed_with_its_last_session() {
                 let case = format!("{mode:?} {family:?} port {port}");
                 let rules = || rules_about(steered, family.client(), port);
                 assert!(eventually(SOON, || rules() == 0), "{case}: a stale rule");
-                ask(&scene.net.client, Udp, (family.host(), ABOVE + port));
-                ask(&scene.net.client, Udp, (family.host(), ABOVE + port));
+                ask(&scene.net.client, Udp, (family.host(), PORT_OFFSET + port));
+                ask(&scene.net.client, Udp, (family.host(), PORT_OFFSET + port));
                 // On a busy machine the sessions may already have ended; then there is no rule.
                 assert!(rules() <= 1, "{case}: one rule serves both sessions");
                 assert!(eventually(SOON, || rules() == 0), "{case}: the rule was not removed");
@@ -147,7 +148,7 @@ fn the_rule_of_a_udp_client_is_removed_with_its_last_session() {
                 let seen = ask(&scene.net.client, Udp, (family.container(), port));
                 assert_eq!(seen.peer, seen.own, "{case}");
                 // The next session adds the rule again.
-                let seen = ask(&scene.net.client, Udp, (family.host(), ABOVE + port));
+                let seen = ask(&scene.net.client, Udp, (family.host(), PORT_OFFSET + port));
                 assert_eq!(seen.peer, seen.own, "{case}");
             }
         }
@@ -167,7 +168,7 @@ fn the_rule_of_a_udp_client_exists_during_its_session() {
             for port in SERVED {
                 assert_eq!(rules_about(steered, family.client(), port), 0, "{mode:?} {family:?}");
                 for _ in 0..2 {
-                    ask(&scene.net.client, Udp, (family.host(), ABOVE + port));
+                    ask(&scene.net.client, Udp, (family.host(), PORT_OFFSET + port));
                     assert_eq!(
                         rules_about(steered, family.client(), port),
                         1,

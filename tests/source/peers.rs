@@ -7,7 +7,7 @@ use tidegate_testbed::Protocol::{self, Tcp, Udp};
 use tidegate_testbed::{Namespace, addr};
 
 use crate::ask::{Seen, ask, bind_datagrams, exchange};
-use crate::scene::{ABOVE, Family, Mode, SERVED, SOON, Scene, Servers, WILDCARD};
+use crate::scene::{Family, Mode, PORT_OFFSET, SERVED, SOON, Scene, Servers, WILDCARD};
 
 /// Names of clients.
 const OUTSIDE: &str = "an outside client";
@@ -57,7 +57,7 @@ fn a_network_that_the_container_joins_later_counts_as_its_own() {
     let publisher = scene.publish_all(Mode::NetnsClient, &[]);
     for protocol in [Tcp, Udp] {
         let question =
-            || ask(&scene.net.client, protocol, (addr::HOST_V4.into(), ABOVE + WILDCARD));
+            || ask(&scene.net.client, protocol, (addr::HOST_V4.into(), PORT_OFFSET + WILDCARD));
         assert_shown(question(), addr::CLIENT_V4.into(), true, "an outside client");
         scene.net.container.ip(&["addr", "add", "203.0.113.77/24", "dev", "eth0"]);
         assert_shown(question(), addr::GATEWAY_V4.into(), false, "a client on the network");
@@ -75,7 +75,7 @@ fn a_client_on_the_link_is_shown_as_the_gateway() {
         let publisher = scene.publish_all(mode, &[]);
         let (host, _) = link_local(&scene.net.host);
         let (_, scope) = link_local(&scene.net.client);
-        let to = SocketAddrV6::new(host, ABOVE + WILDCARD, 0, scope);
+        let to = SocketAddrV6::new(host, PORT_OFFSET + WILDCARD, 0, scope);
         let mut text = String::new();
         let mut stream = scene.net.client.run(|| TcpStream::connect(to)).unwrap();
         stream.set_read_timeout(Some(SOON)).unwrap();
@@ -103,7 +103,7 @@ fn assert_table(mode: Mode) {
         for protocol in [Tcp, Udp] {
             for port in SERVED {
                 let case = format!("{mode:?}: {client} to {to}, {protocol:?} port {port}");
-                let seen = ask(from, protocol, (to, ABOVE + port));
+                let seen = ask(from, protocol, (to, PORT_OFFSET + port));
                 assert!(!seen.peer.ip().is_loopback(), "{case}: {seen:?}");
                 let shows = shows_clients(mode, protocol);
                 if shows && client == OUTSIDE && container == family {

@@ -20,11 +20,11 @@ fn an_ordinary_user_cannot_show_clients_to_an_address() {
 #[test]
 fn an_ordinary_user_cannot_enter_the_namespace_of_its_own_process() {
     let scene = Scene::new();
-    let mut inhabitant = scene.net.container.command("setpriv");
-    inhabitant.args(AS_NOBODY).args(["sh", "-c", "echo in; exec sleep 600"]);
-    let inhabitant = Process::spawn(&mut inhabitant);
-    inhabitant.wait_for_line("in", SOON);
-    let pid = inhabitant.pid().to_string();
+    let mut resident = scene.net.container.command("setpriv");
+    resident.args(AS_NOBODY).args(["sh", "-c", "echo in; exec sleep 600"]);
+    let resident = Process::spawn(&mut resident);
+    resident.wait_for_line("in", SOON);
+    let pid = resident.pid().to_string();
     for source in [&["--source", "client"][..], &[]] {
         let text = refused(&scene, &AS_NOBODY, &[&["--pid", &pid], source].concat());
         assert!(text.contains("CAP_SYS_ADMIN") || text.contains("CAP_NET_ADMIN"), "{text}");

@@ -24,7 +24,7 @@ pub(crate) const DUAL_STACK: u16 = 82;
 pub(crate) const SERVED: [u16; 3] = [SPECIFIC, WILDCARD, DUAL_STACK];
 
 /// The difference between a published port and the container port.
-pub(crate) const ABOVE: u16 = 8000;
+pub(crate) const PORT_OFFSET: u16 = 8000;
 
 /// Client, host, container and neighbour.
 pub(crate) struct Scene {
@@ -64,8 +64,8 @@ pub(crate) struct Publisher {
     process: Process,
     host: Namespace,
     metrics: SocketAddr,
-    /// The process of `--pid`.
-    _inhabitant: Option<Process>,
+    /// The process of `--pid`, if the mode needs one.
+    _resident: Option<Process>,
 }
 
 /// The rules, routes and sysctls of every namespace that tidegate might change.
@@ -95,8 +95,8 @@ impl Scene {
     /// Publishes `specs` and waits until they are ready.
     #[track_caller]
     pub(crate) fn publish(&self, mode: Mode, specs: &[&str], options: &[&str]) -> Publisher {
-        let inhabitant = mode.needs_inhabitant().then(|| self.inhabitant());
-        let target = mode.arguments(&self.net.container, inhabitant.as_ref());
+        let resident = mode.needs_resident().then(|| self.resident());
+        let target = mode.arguments(&self.net.container, resident.as_ref());
         let mut command = self.command(env!("CARGO_BIN_EXE_tidegate"));
         command.arg("publish").args(specs).args(&target);
         command.args(["--metrics", "127.0.0.1:0"]).args(options);
@@ -105,23 +105,23 @@ impl Scene {
         let line = process.wait_for_line("metrics at http://", SOON);
         let metrics = line.trim_start_matches("metrics at http://").trim_end_matches("/metrics");
         let metrics = metrics.parse().unwrap_or_else(|error| panic!("{line}: {error}"));
-        Publisher { process, host: self.net.host.clone(), metrics, _inhabitant: inhabitant }
+        Publisher { process, host: self.net.host.clone(), metrics, _resident: resident }
     }
 
     /// Publishes all of [`SERVED`], TCP and UDP.
     #[track_caller]
     pub(crate) fn publish_all(&self, mode: Mode, options: &[&str]) -> Publisher {
-        let ports = format!("{}-{}:80-82", ABOVE + SPECIFIC, ABOVE + DUAL_STACK);
+        let ports = format!("{}-{}:80-82", PORT_OFFSET + SPECIFIC, PORT_OFFSET + DUAL_STACK);
         self.publish(mode, &[&ports, &format!("{ports}/udp")], options)
     }
 
     /// A process in the container.
-    fn inhabitant(&self) -> Process {
-        let inhabitant = Process::spawn(
+    fn resident(&self) -> Process {
+        let resident = Process::spawn(
             self.net.container.command("sh").args(["-c", "echo in; exec sleep 600"]),
         );
-        inhabitant.wait_for_line("in", SOON);
-        inhabitant
+        resident.wait_for_line("in", SOON);
+        resident
     }
 
     #[track_caller]
@@ -237,16 +237,16 @@ impl Mode {
         Self::ToClient(Family::V6),
     ];
 
-    fn needs_inhabitant(self) -> bool {
+    fn needs_resident(self) -> bool {
         matches!(self, Self::Pid | Self::PidClient)
     }
 
-    fn arguments(self, container: &Namespace, inhabitant: Option<&Process>) -> Vec<String> {
-        let target = match (self, inhabitant) {
+    fn arguments(self, container: &Namespace, resident: Option<&Process>) -> Vec<String> {
+        let target = match (self, resident) {
             (Self::To(family) | Self::ToClient(family), _) => {
                 ["--to".into(), family.container().to_string()]
             }
-            (_, Some(inhabitant)) => ["--pid".into(), inhabitant.pid().to_string()],
+            (_, Some(resident)) => ["--pid".into(), resident.pid().to_string()],
             (_, None) => ["--netns".into(), container.path().display().to_string()],
         };
         let source = match self {

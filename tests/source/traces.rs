@@ -4,7 +4,7 @@ use tidegate_testbed::Protocol::{Tcp, Udp};
 use tidegate_testbed::server::EchoServer;
 
 use crate::ask::{ask, echo, echo_datagram, open, open_datagrams};
-use crate::scene::{ABOVE, Family, Mode, SERVED, Scene, Servers};
+use crate::scene::{Family, Mode, PORT_OFFSET, SERVED, Scene, Servers};
 
 /// The protocol of all rules and routes of tidegate.
 const PROTOCOL: &str = "proto 116";
@@ -17,7 +17,7 @@ fn the_exit_restores_the_previous_state() {
     let before = scene.state();
     for mode in Mode::ALL {
         let publisher = scene.publish_all(mode, &["--drain-timeout", "0"]);
-        talk_to_everyone(&scene);
+        open_flows_to_all_servers(&scene);
         publisher.terminate();
         scene.assert_untouched(&before, &format!("{mode:?}"));
 
@@ -41,7 +41,7 @@ fn the_next_process_removes_the_state_of_a_killed_one() {
     for mode in Mode::STEERING {
         let publisher = scene.publish_all(mode, &[]);
         let idle = scene.state().to_string();
-        talk_to_everyone(&scene);
+        open_flows_to_all_servers(&scene);
         publisher.kill();
         let left = scene.state().to_string();
         assert!(left.contains(PROTOCOL), "{mode:?}: a killed process cannot clean up:\n{left}");
@@ -52,7 +52,7 @@ fn the_next_process_removes_the_state_of_a_killed_one() {
             idle,
             "{mode:?}: only the state of the second one remains"
         );
-        talk_to_everyone(&scene);
+        open_flows_to_all_servers(&scene);
         publisher.terminate();
         scene.assert_untouched(&before, &format!("{mode:?}"));
     }
@@ -64,7 +64,7 @@ fn a_start_without_own_rules_removes_the_state_of_a_killed_process() {
     let _servers = Servers::start(&scene);
     let before = scene.state();
     let publisher = scene.publish_all(Mode::NetnsClient, &[]);
-    talk_to_everyone(&scene);
+    open_flows_to_all_servers(&scene);
     publisher.kill();
     // UDP with the address of the gateway needs no rule.
     let publisher = scene.publish(Mode::NetnsProxy, &["8080:80/udp"], &[]);
@@ -80,7 +80,7 @@ fn a_sysctl_that_was_already_set_stays_set() {
     scene.net.container.sysctl("net.ipv6.fwmark_reflect", "1");
     let before = scene.state();
     let publisher = scene.publish_all(Mode::Netns, &[]);
-    talk_to_everyone(&scene);
+    open_flows_to_all_servers(&scene);
     publisher.terminate();
     scene.assert_untouched(&before, "terminated");
     scene.publish_all(Mode::Netns, &[]).kill();
@@ -95,7 +95,7 @@ fn only_documented_state_is_set() {
     let before = scene.state().to_string();
     for mode in Mode::ALL {
         let publisher = scene.publish_all(mode, &[]);
-        talk_to_everyone(&scene);
+        open_flows_to_all_servers(&scene);
         let during = scene.state().to_string();
         let (ours, sysctls): (Vec<_>, Vec<_>) = during
             .lines()
@@ -132,12 +132,12 @@ fn only_documented_state_is_set() {
 
 /// Opens one flow of each kind to every server.
 #[track_caller]
-fn talk_to_everyone(scene: &Scene) {
+fn open_flows_to_all_servers(scene: &Scene) {
     for family in Family::BOTH {
         for port in SERVED {
             for protocol in [Tcp, Udp] {
-                ask(&scene.net.client, protocol, (family.host(), ABOVE + port));
-                ask(&scene.net.host, protocol, (family.loopback(), ABOVE + port));
+                ask(&scene.net.client, protocol, (family.host(), PORT_OFFSET + port));
+                ask(&scene.net.host, protocol, (family.loopback(), PORT_OFFSET + port));
             }
         }
     }

@@ -35,7 +35,7 @@ pub(crate) fn host_v6(port: u16) -> SocketAddr {
 }
 
 /// Routes 198.18.0.0/15 to the client, so that it can use any of these addresses.
-pub(crate) fn many_addresses(net: &Topology) {
+pub(crate) fn route_many_addresses(net: &Topology) {
     net.client.ip(&["route", "add", "local", "198.18.0.0/15", "dev", "lo"]);
     net.host.ip(&["route", "add", "198.18.0.0/15", "via", &addr::CLIENT_V4.to_string()]);
 }
@@ -197,11 +197,11 @@ pub(crate) fn http(namespace: &Namespace, to: &str, request: &str) -> (String, S
 #[track_caller]
 pub(crate) fn connect(namespace: &Namespace, to: SocketAddr) -> TcpStream {
     let connected = namespace.run(|| TcpStream::connect_timeout(&to, TIMEOUT));
-    patient(connected.unwrap_or_else(|error| panic!("connect to {to}: {error}")))
+    with_timeouts(connected.unwrap_or_else(|error| panic!("connect to {to}: {error}")))
 }
 
 /// Sets the timeouts of a stream.
-pub(crate) fn patient(stream: TcpStream) -> TcpStream {
+pub(crate) fn with_timeouts(stream: TcpStream) -> TcpStream {
     stream.set_read_timeout(Some(TIMEOUT)).expect("set a read timeout");
     stream.set_write_timeout(Some(TIMEOUT)).expect("set a write timeout");
     stream
@@ -224,7 +224,7 @@ impl Backend {
     #[track_caller]
     pub(crate) fn accept_from(&self) -> (TcpStream, SocketAddr) {
         let (stream, peer) = self.0.accept().expect("a connection comes in");
-        (patient(stream), peer)
+        (with_timeouts(stream), peer)
     }
 
     /// The next connection.

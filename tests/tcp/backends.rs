@@ -61,7 +61,7 @@ fn a_silent_backend_resets_the_client_after_the_dial_timeout() {
     publisher.wait_for_metrics(|metrics| metrics.refused(PORT, "dial_timeout") == 1);
     wait_until("the dial has ended", || dials(&net.host) == 0);
     // The backend is reachable again.
-    heal(&net.host);
+    restore_path(&net.host);
     let _echo = EchoServer::tcp(&net.container, container(80));
     assert_eq!(ask(&connect(&net.client, host(8080)), b"reachable again"), b"reachable again");
 }
@@ -75,10 +75,10 @@ fn a_client_that_resets_while_the_backend_is_dialled_ends_the_dial() {
         &format!("8080:80 --to {} --dial-timeout 1h", addr::CONTAINER_V4),
     );
     let idle = publisher.process.open_fds();
-    let mut impatient = connect(&net.client, host(8080));
-    impatient.write_all(b"anybody there?").unwrap();
+    let mut client = connect(&net.client, host(8080));
+    client.write_all(b"anybody there?").unwrap();
     wait_until("the backend is dialled", || dials(&net.host) == 1);
-    reset(impatient);
+    reset(client);
     wait_until("the dial is abandoned", || dials(&net.host) == 0);
     let metrics = publisher.wait_for_metrics(|metrics| metrics.port("connections", PORT) == 0);
     assert_eq!(metrics.refused(PORT, "client_gone"), 1);
@@ -98,7 +98,7 @@ fn a_client_that_half_closes_while_the_backend_is_dialled_is_served() {
     client.write_all(b"a request").unwrap();
     client.shutdown(Shutdown::Write).unwrap();
     wait_until("the backend is dialled", || dials(&net.host) == 1);
-    heal(&net.host);
+    restore_path(&net.host);
     let mut server = backend.accept();
     assert_eq!(read_to_end(&server), b"a request");
     server.write_all(b"an answer").unwrap();

@@ -4,10 +4,10 @@ use super::*;
 
 #[test]
 fn both_sockets_use_no_delay_and_keep_alive() {
-    let bed = Bed::new("");
-    let (_client, _server) = bed.pair_after(1);
+    let setup = Setup::new("");
+    let (_client, _server) = setup.pair_after(1);
     let mut seen = 0;
-    for socket in sockets_of(&bed.publisher) {
+    for socket in sockets_of(&setup.publisher) {
         let socket = SockRef::from(&socket);
         let port = |address: io::Result<socket2::SockAddr>| Some(address.ok()?.as_socket()?.port());
         let (local, peer) = (port(socket.local_addr()), port(socket.peer_addr()));
@@ -26,19 +26,20 @@ fn both_sockets_use_no_delay_and_keep_alive() {
 
 #[test]
 fn messages_are_copied_and_streams_are_spliced() {
-    let bed = Bed::new("");
+    let setup = Setup::new("");
     let pipes = || {
         let link = |name: &str| {
-            std::fs::read_link(format!("/proc/{}/fd/{name}", bed.publisher.process.pid()))
+            std::fs::read_link(format!("/proc/{}/fd/{name}", setup.publisher.process.pid()))
         };
-        let names = std::fs::read_dir(format!("/proc/{}/fd", bed.publisher.process.pid())).unwrap();
+        let names =
+            std::fs::read_dir(format!("/proc/{}/fd", setup.publisher.process.pid())).unwrap();
         let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
         names
             .filter(|name| link(name).is_ok_and(|to| to.to_string_lossy().starts_with("pipe:")))
             .count()
     };
     let before = pipes();
-    let (client, server) = bed.pair();
+    let (client, server) = setup.pair();
     for _ in 0..2000 {
         carry(&client, &server, 64);
         carry(&server, &client, 64);
@@ -60,42 +61,42 @@ fn a_stalled_client_is_sent_only_what_buffers_hold_and_resumes_intact() {
 
 #[test]
 fn a_stalled_connection_does_not_block_another_on_the_same_loop() {
-    let bed = Bed::new("--workers 1");
-    let (stalled, stalled_server) = bed.pair_after(FAST);
+    let setup = Setup::new("--workers 1");
+    let (stalled, stalled_server) = setup.pair_after(FAST);
     push_until_blocked(&stalled, &mut Pattern::new(1));
     push_until_blocked(&stalled_server, &mut Pattern::new(2));
-    let (client, server) = bed.pair();
+    let (client, server) = setup.pair();
     carry(&client, &server, 16 * MIB);
     carry(&server, &client, 16 * MIB);
 }
 
 #[test]
 fn buffered_bytes_of_a_reset_connection_reach_no_other() {
-    let bed = Bed::new("--workers 1 --splice-from 0");
+    let setup = Setup::new("--workers 1 --splice-from 0");
     for by_client in [true, false, true, false] {
-        let (sender, receiver) = bed.ordered_pair_after(FAST, by_client);
+        let (sender, receiver) = setup.ordered_pair_after(FAST, by_client);
         // The proxy holds some of the bytes at the reset.
         push_until_blocked(&sender, &mut Pattern::new(13));
         reset(sender);
         drop(receiver);
-        let (client, server) = bed.pair_after(4 * MIB);
+        let (client, server) = setup.pair_after(4 * MIB);
         assert_eq!(ask_and_answer(&client, &server), (b"more".to_vec(), b"an answer".to_vec()));
     }
 }
 
 #[test]
 fn waiting_connections_use_no_cpu() {
-    let bed = Bed::new("");
-    let idle = bed.pair_after(FAST);
-    let half_closed = [bed.pair_after(1), bed.pair_after(FAST)];
+    let setup = Setup::new("");
+    let idle = setup.pair_after(FAST);
+    let half_closed = [setup.pair_after(1), setup.pair_after(FAST)];
     half_closed[0].0.shutdown(Shutdown::Write).unwrap();
     half_closed[1].1.shutdown(Shutdown::Write).unwrap();
-    let stalled = bed.pair_after(FAST);
+    let stalled = setup.pair_after(FAST);
     push_until_blocked(&stalled.0, &mut Pattern::new(1));
     // Blocked in one direction and ended in the other.
     stalled.1.shutdown(Shutdown::Write).unwrap();
     assert_eq!(read_to_end(&stalled.0), b"");
-    assert_idle(&bed.publisher);
+    assert_idle(&setup.publisher);
     drop(idle);
 }
 

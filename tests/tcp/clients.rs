@@ -14,13 +14,13 @@ fn only_clients_of_allowed_networks_are_accepted() {
     let publisher = Publisher::start(&net.host, &arguments);
     assert_eq!(ask(&connect(&net.client, host(8080)), b"v4"), b"v4");
     assert_eq!(ask(&connect(&net.client, host_v6(8080)), b"v6"), b"v6");
-    let strangers = [
+    let denied_clients = [
         (&neighbour, host(8080)),
         (&neighbour, host_v6(8080)),
         (&net.host, (Ipv4Addr::LOCALHOST, 8080).into()),
         (&net.host, (Ipv6Addr::LOCALHOST, 8080).into()),
     ];
-    for (refusals, (from, to)) in (1..).zip(strangers) {
+    for (refusals, (from, to)) in (1..).zip(denied_clients) {
         assert_eq!(refused(from, to), io::ErrorKind::ConnectionReset, "{to}");
         publisher.wait_for_metrics(|metrics| {
             let of = |publish| metrics.refused(publish, "not_allowed");

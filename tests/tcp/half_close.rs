@@ -4,8 +4,8 @@ use super::*;
 
 #[test]
 fn a_client_that_has_half_closed_gets_a_late_response() {
-    for (bed, length) in Bed::each([1000, FAST]) {
-        let (client, server) = bed.pair();
+    for (setup, length) in Setup::each([1000, FAST]) {
+        let (client, server) = setup.pair();
         thread::scope(|scope| {
             scope.spawn(|| {
                 transfer::send(&mut &client, 1, length).unwrap();
@@ -24,8 +24,8 @@ fn a_client_that_has_half_closed_gets_a_late_response() {
 
 #[test]
 fn a_server_that_has_half_closed_gets_a_late_request() {
-    for (bed, length) in Bed::each([1000, FAST]) {
-        let (client, server) = bed.pair();
+    for (setup, length) in Setup::each([1000, FAST]) {
+        let (client, server) = setup.pair();
         thread::scope(|scope| {
             scope.spawn(|| {
                 transfer::send(&mut &server, 1, length).unwrap();
@@ -43,11 +43,11 @@ fn a_server_that_has_half_closed_gets_a_late_request() {
 
 #[test]
 fn an_end_without_payload_is_forwarded() {
-    let bed = Bed::new("");
-    let (client, server) = bed.pair();
+    let setup = Setup::new("");
+    let (client, server) = setup.pair();
     client.shutdown(Shutdown::Write).unwrap();
     assert_eq!(read_to_end(&server), b"");
     server.shutdown(Shutdown::Write).unwrap();
     assert_eq!(read_to_end(&client), b"");
-    bed.publisher.wait_for_metrics(|metrics| metrics.port("connections", PORT) == 0);
+    setup.publisher.wait_for_metrics(|metrics| metrics.port("connections", PORT) == 0);
 }

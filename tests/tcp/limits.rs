@@ -6,7 +6,7 @@ use super::*;
 #[track_caller]
 pub(super) fn connect_from(namespace: &Namespace, source: Ipv4Addr, to: SocketAddr) -> TcpStream {
     let connected = try_connect_from(namespace, source, to);
-    support::patient(
+    support::with_timeouts(
         connected.unwrap_or_else(|error| panic!("connect from {source} to {to}: {error}")),
     )
 }
@@ -27,27 +27,27 @@ fn try_connect_from(
 /// The error of a client at `source` that the proxy refuses.
 #[track_caller]
 fn refused_from(namespace: &Namespace, source: Ipv4Addr, to: SocketAddr) -> io::ErrorKind {
-    turned_away(try_connect_from(namespace, source, to))
+    error_of_refused(try_connect_from(namespace, source, to))
 }
 
 #[test]
 fn one_client_gets_two_thirds_of_a_port_and_freed_slots_are_reused() {
-    let bed = Bed::new("--max-port-connections 6");
-    many_addresses(&bed.net);
-    let mut held: Vec<_> = (0..4).map(|_| bed.pair()).collect();
+    let setup = Setup::new("--max-port-connections 6");
+    route_many_addresses(&setup.net);
+    let mut held: Vec<_> = (0..4).map(|_| setup.pair()).collect();
     for refusals in 1..=5 {
-        assert_eq!(refused(&bed.net.client, host(8080)), io::ErrorKind::ConnectionReset);
-        let metrics = bed.publisher.metrics();
+        assert_eq!(refused(&setup.net.client, host(8080)), io::ErrorKind::ConnectionReset);
+        let metrics = setup.publisher.metrics();
         assert_eq!(metrics.refused(PORT, "client_limit"), refusals);
         assert_eq!(metrics.port("connections", PORT), 4);
     }
-    assert!(!bed.backend.has_waiting(), "a refused client must not reach the backend");
-    let warning = bed.publisher.process.wait_for_line("limit of connections reached", TIMEOUT);
+    assert!(!setup.backend.has_waiting(), "a refused client must not reach the backend");
+    let warning = setup.publisher.process.wait_for_line("limit of connections reached", TIMEOUT);
     let fields = format!("limit=\"client_limit\" largest=\"{}\" connections=4", addr::CLIENT_V4);
     assert!(warning.contains(&fields), "{warning}");
     let others: Vec<_> = (1..=2)
         .map(|number| {
-            (connect_from(&bed.net.client, address(number), host(8080)), bed.backend.accept())
+            (connect_from(&setup.net.client, address(number), host(8080)), setup.backend.accept())
         })
         .collect();
     for (client, server) in held.iter().chain(&others) {
@@ -55,42 +55,44 @@ fn one_client_gets_two_thirds_of_a_port_and_freed_slots_are_reused() {
         carry(server, client, 10_000);
     }
     held.pop();
-    bed.publisher.wait_for_metrics(|metrics| metrics.port("connections", PORT) == 5);
+    setup.publisher.wait_for_metrics(|metrics| metrics.port("connections", PORT) == 5);
     let (client, server) =
-        (connect_from(&bed.net.client, address(3), host(8080)), bed.backend.accept());
+        (connect_from(&setup.net.client, address(3), host(8080)), setup.backend.accept());
     carry(&client, &server, 10_000);
-    assert_eq!(bed.publisher.metrics().value("tidegate_proxy_client_connections_max"), 3.0);
-    assert_eq!(bed.publisher.process.output().matches("limit of connections reached").count(), 1);
+    assert_eq!(setup.publisher.metrics().value("tidegate_proxy_client_connections_max"), 3.0);
+    assert_eq!(setup.publisher.process.output().matches("limit of connections reached").count(), 1);
 }
 
 #[test]
 fn at_a_full_port_a_smaller_client_evicts_the_idlest_connection_of_the_largest() {
-    let bed = Bed::new("--max-port-connections 4");
-    many_addresses(&bed.net);
-    let held: Vec<_> = (0..3).map(|_| bed.pair()).collect();
-    let (other, _) = (connect_from(&bed.net.client, address(1), host(8080)), bed.backend.accept());
+    let setup = Setup::new("--max-port-connections 4");
+    route_many_addresses(&setup.net);
+    let held: Vec<_> = (0..3).map(|_| setup.pair()).collect();
+    let (other, _) =
+        (connect_from(&setup.net.client, address(1), host(8080)), setup.backend.accept());
     // Idle time counts in seconds: the first and the last connection are active, the middle one is
     // not.
     thread::sleep(Duration::from_millis(1100));
     carry(&held[0].0, &held[0].1, 100);
     carry(&held[2].1, &held[2].0, 100);
     let (newcomer, server) =
-        (connect_from(&bed.net.client, address(2), host(8080)), bed.backend.accept());
+        (connect_from(&setup.net.client, address(2), host(8080)), setup.backend.accept());
     carry(&newcomer, &server, 10_000);
     wait_for_reset(&held[1].0);
     for (client, server) in [&held[0], &held[2]] {
         carry(client, server, 10_000);
     }
-    let metrics = bed.publisher.metrics();
+    let metrics = setup.publisher.metrics();
     assert_eq!(metrics.count("tidegate_proxy_evicted_connections_total{reason=\"port_limit\"}"), 1);
     assert_eq!(metrics.port("connection_resets_total", PORT), 1);
     // With one more, all clients are equal: the next one is refused and evicts nobody.
-    let _one_more = (connect_from(&bed.net.client, address(3), host(8080)), bed.backend.accept());
+    let _one_more =
+        (connect_from(&setup.net.client, address(3), host(8080)), setup.backend.accept());
     assert_eq!(
-        refused_from(&bed.net.client, address(4), host(8080)),
+        refused_from(&setup.net.client, address(4), host(8080)),
         io::ErrorKind::ConnectionReset
     );
-    let metrics = bed.publisher.metrics();
+    let metrics = setup.publisher.metrics();
     assert_eq!(metrics.refused(PORT, "port_limit"), 1);
     assert_eq!(metrics.port("connection_resets_total", PORT), 2);
     drop(other);
@@ -99,7 +101,7 @@ fn at_a_full_port_a_smaller_client_evicts_the_idlest_connection_of_the_largest()
 #[test]
 fn the_total_limit_resets_connections_and_one_port_leaves_room_for_another() {
     let net = Topology::three();
-    many_addresses(&net);
+    route_many_addresses(&net);
     let backend = Backend::tcp(&net.container, container(80));
     let arguments = format!("8080:80 8081:80 --to {} --max-connections 6", addr::CONTAINER_V4);
     let publisher = Publisher::start(&net.host, &arguments);
@@ -128,7 +130,7 @@ fn the_total_limit_resets_connections_and_one_port_leaves_room_for_another() {
 fn with_64_descriptors_500_concurrent_clients_are_all_served() {
     raise_open_files(4096);
     let net = Topology::three();
-    many_addresses(&net);
+    route_many_addresses(&net);
     let _echo = EchoServer::tcp(&net.container, container(80));
     let publisher = Publisher::start_with(
         &net.host,
@@ -138,14 +140,14 @@ fn with_64_descriptors_500_concurrent_clients_are_all_served() {
         },
     );
     let idle = publisher.process.open_fds();
-    let mut old_friend = connect(&net.client, host(8080));
-    let mut greet = |text: &[u8]| {
-        old_friend.write_all(text).unwrap();
+    let mut established = connect(&net.client, host(8080));
+    let mut echo = |text: &[u8]| {
+        established.write_all(text).unwrap();
         let mut answer = vec![0; text.len()];
-        old_friend.read_exact(&mut answer).unwrap();
+        established.read_exact(&mut answer).unwrap();
         assert_eq!(answer, text);
     };
-    greet(b"before");
+    echo(b"before");
     let mut clients: Vec<TcpStream> =
         (0..500).map(|number| connect_from(&net.client, address(number), host(8080))).collect();
     for (number, client) in clients.iter_mut().enumerate() {
@@ -154,14 +156,14 @@ fn with_64_descriptors_500_concurrent_clients_are_all_served() {
     // No client disconnects, so everything that can be accepted has been.
     publisher
         .wait_for_metrics(|metrics| metrics.value("tidegate_proxy_accept_pauses_total") >= 1.0);
-    greet(b"while all slots are taken");
+    echo(b"while all slots are taken");
     for client in &clients {
         client.shutdown(Shutdown::Write).unwrap();
     }
     for (number, client) in clients.iter().enumerate() {
         assert_eq!(read_to_end(client), format!("request {number}").as_bytes());
     }
-    greet(b"after");
+    echo(b"after");
     assert_eq!(ask(&connect(&net.client, host(8080)), b"a newcomer"), b"a newcomer");
     drop(clients);
     wait_until("the descriptors are back", || publisher.process.open_fds() <= idle + 2);
@@ -174,7 +176,7 @@ fn with_64_descriptors_500_concurrent_clients_are_all_served() {
 fn with_64_descriptors_a_greedy_client_does_not_lock_out_others() {
     raise_open_files(4096);
     let net = Topology::three();
-    many_addresses(&net);
+    route_many_addresses(&net);
     let _echo = EchoServer::tcp(&net.container, container(80));
     let publisher = Publisher::start_with(
         &net.host,
@@ -231,13 +233,13 @@ fn a_client_at_its_share_hardly_delays_the_requests_of_others() {
     const COUNT: u32 = 500;
     raise_open_files(4096);
     let net = Topology::three();
-    many_addresses(&net);
+    route_many_addresses(&net);
     let _echo = EchoServer::tcp(&net.container, container(80));
     let arguments = format!("8080:80 8081:80 --to {} --max-connections 600", addr::CONTAINER_V4);
     let publisher = Publisher::start(&net.host, &arguments);
     let over = std::sync::atomic::AtomicBool::new(false);
-    let calm = [requests(&net.client, COUNT, 8080), requests(&net.client, COUNT, 8081)];
-    let (beside, held) = thread::scope(|scope| {
+    let baseline = [requests(&net.client, COUNT, 8080), requests(&net.client, COUNT, 8081)];
+    let (loaded, held) = thread::scope(|scope| {
         scope.spawn(|| {
             net.client.run(|| {
                 let mut held = Vec::new();
@@ -252,17 +254,17 @@ fn a_client_at_its_share_hardly_delays_the_requests_of_others() {
         });
         publisher.wait_for_metrics(|metrics| metrics.refused(PORT, "client_limit") > 100);
         let held = publisher.metrics().value("tidegate_proxy_client_connections_max");
-        let beside = [requests(&net.client, COUNT, 8080), requests(&net.client, COUNT, 8081)];
+        let loaded = [requests(&net.client, COUNT, 8080), requests(&net.client, COUNT, 8081)];
         over.store(true, std::sync::atomic::Ordering::Relaxed);
-        (beside, held)
+        (loaded, held)
     });
-    println!("calm {calm:?}, with a client of {held} connections {beside:?} (median, 99%)");
+    println!("baseline {baseline:?}, with a client of {held} connections {loaded:?} (median, 99%)");
     assert!(held >= 390.0, "{held} connections are less than the share");
-    for ((_, calm), (_, beside)) in calm.iter().zip(&beside) {
+    for ((_, baseline), (_, loaded)) in baseline.iter().zip(&loaded) {
         // The bound allows for a busy machine; the printed figures are exact.
         assert!(
-            *beside < *calm * 4 + Duration::from_millis(20),
-            "{calm:?} calm, {beside:?} beside"
+            *loaded < *baseline * 4 + Duration::from_millis(20),
+            "{baseline:?} baseline, {loaded:?} loaded"
         );
     }
     let metrics = publisher.metrics();
@@ -275,7 +277,7 @@ fn a_client_at_its_share_hardly_delays_the_requests_of_others() {
 #[test]
 fn waiting_for_descriptors_uses_almost_no_cpu() {
     let net = Topology::three();
-    many_addresses(&net);
+    route_many_addresses(&net);
     let echo = EchoServer::tcp(&net.container, container(80));
     let publisher = Publisher::start_with(
         &net.host,

@@ -31,8 +31,8 @@ fn a_quarter_of_a_gibibyte_arrives_intact_in_each_direction() {
 #[test]
 fn both_directions_run_at_once() {
     const LENGTH: u64 = 64 * MIB;
-    let bed = Bed::new("");
-    let (client, server) = bed.pair();
+    let setup = Setup::new("");
+    let (client, server) = setup.pair();
     thread::scope(|scope| {
         for (stream, seed) in [(&client, 1), (&server, 2)] {
             scope.spawn(move || {
@@ -49,8 +49,8 @@ fn both_directions_run_at_once() {
 #[test]
 fn writes_and_reads_of_odd_sizes_yield_the_same_stream() {
     const LENGTH: usize = 8 << 20;
-    let bed = Bed::new("");
-    let (mut client, mut server) = bed.pair();
+    let setup = Setup::new("");
+    let (mut client, mut server) = setup.pair();
     thread::scope(|scope| {
         scope.spawn(move || {
             let mut pattern = Pattern::new(5);
@@ -100,9 +100,9 @@ fn concurrent_connections_do_not_mix() {
 
 #[test]
 fn bytes_after_urgent_data_arrive() {
-    for (bed, moved) in Bed::each([1, FAST]) {
-        let (client, server) = bed.pair_after(moved);
-        send_around_urgent_data(&bed, &client, false);
+    for (setup, moved) in Setup::each([1, FAST]) {
+        let (client, server) = setup.pair_after(moved);
+        send_around_urgent_data(&setup, &client, false);
         assert_eq!(read_past_urgent_data(&server), "beforeafter", "after {moved} bytes each way");
         assert_eq!(ask_and_answer(&client, &server), (b"more".to_vec(), b"an answer".to_vec()));
     }
@@ -110,9 +110,9 @@ fn bytes_after_urgent_data_arrive() {
 
 #[test]
 fn bytes_between_urgent_data_and_the_end_arrive() {
-    for (bed, moved) in Bed::each([1, FAST]) {
-        let (client, server) = bed.pair_after(moved);
-        send_around_urgent_data(&bed, &client, true);
+    for (setup, moved) in Setup::each([1, FAST]) {
+        let (client, server) = setup.pair_after(moved);
+        send_around_urgent_data(&setup, &client, true);
         assert_eq!(read_past_urgent_data(&server), "beforeafter", "after {moved} bytes each way");
         assert_eq!(read_to_end(&server), b"");
     }
@@ -123,9 +123,9 @@ fn bytes_between_urgent_data_and_the_end_arrive() {
 fn urgent_data_does_not_truncate_a_fast_transfer() {
     const ROUNDS: usize = 400;
     const BEHIND: usize = 5000;
-    let bed = Bed::new("");
+    let setup = Setup::new("");
     for round in 0..ROUNDS {
-        let (mut client, server) = bed.pair();
+        let (mut client, server) = setup.pair();
         let before = (256 << 10) + round % 64 * 1024;
         let received = thread::scope(|scope| {
             let received = scope.spawn(|| read_to_end(&server));

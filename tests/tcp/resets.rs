@@ -4,8 +4,8 @@ use super::*;
 
 #[test]
 fn a_reset_by_the_client_reaches_the_server() {
-    for (bed, moved) in Bed::each([0, 1000, FAST]) {
-        let (client, server) = bed.pair_after(moved);
+    for (setup, moved) in Setup::each([0, 1000, FAST]) {
+        let (client, server) = setup.pair_after(moved);
         reset(client);
         assert_eq!(
             read_all(&server),
@@ -17,8 +17,8 @@ fn a_reset_by_the_client_reaches_the_server() {
 
 #[test]
 fn a_reset_by_the_server_reaches_the_client() {
-    for (bed, moved) in Bed::each([0, 1000, FAST]) {
-        let (client, server) = bed.pair_after(moved);
+    for (setup, moved) in Setup::each([0, 1000, FAST]) {
+        let (client, server) = setup.pair_after(moved);
         reset(server);
         assert_eq!(
             read_all(&client),
@@ -30,9 +30,9 @@ fn a_reset_by_the_server_reaches_the_client() {
 
 #[test]
 fn a_reset_reaches_a_peer_that_has_half_closed() {
-    for (bed, moved) in Bed::each([0, FAST]) {
+    for (setup, moved) in Setup::each([0, FAST]) {
         for by_client in [true, false] {
-            let (resetter, other) = bed.ordered_pair_after(moved, by_client);
+            let (resetter, other) = setup.ordered_pair_after(moved, by_client);
             other.shutdown(Shutdown::Write).unwrap();
             assert_eq!(read_to_end(&resetter), b"");
             reset(resetter);
@@ -48,9 +48,9 @@ fn a_reset_reaches_a_peer_that_has_half_closed() {
 
 #[test]
 fn a_reset_by_a_side_that_has_half_closed_reaches_the_peer() {
-    for (bed, moved) in Bed::each([0, FAST]) {
+    for (setup, moved) in Setup::each([0, FAST]) {
         for by_client in [true, false] {
-            let (resetter, other) = bed.ordered_pair_after(moved, by_client);
+            let (resetter, other) = setup.ordered_pair_after(moved, by_client);
             resetter.shutdown(Shutdown::Write).unwrap();
             assert_eq!(read_to_end(&other), b"");
             reset(resetter);
@@ -61,9 +61,9 @@ fn a_reset_by_a_side_that_has_half_closed_reaches_the_peer() {
 
 #[test]
 fn a_reset_during_a_transfer_never_looks_like_its_end() {
-    let bed = Bed::new("");
+    let setup = Setup::new("");
     for by_client in [true, false] {
-        let (sender, receiver) = bed.ordered_pair_after(0, by_client);
+        let (sender, receiver) = setup.ordered_pair_after(0, by_client);
         thread::scope(|scope| {
             let received = scope.spawn(|| transfer::receive(&mut &receiver, 1));
             transfer::send(&mut &sender, 1, 8 * MIB).unwrap();
@@ -79,8 +79,8 @@ fn a_reset_during_a_transfer_never_looks_like_its_end() {
 
 #[test]
 fn data_that_a_server_sends_before_its_reset_arrives_as_without_a_proxy() {
-    for (bed, moved) in Bed::each([1, FAST]) {
-        same_as_without_a_proxy(&bed, moved, |_, client, mut server| {
+    for (setup, moved) in Setup::each([1, FAST]) {
+        same_as_without_a_proxy(&setup, moved, |_, client, mut server| {
             server.write_all(&[b'x'; 8192]).unwrap();
             reset(server);
             read_all(&client)
@@ -90,8 +90,8 @@ fn data_that_a_server_sends_before_its_reset_arrives_as_without_a_proxy() {
 
 #[test]
 fn data_that_a_client_sends_before_its_reset_arrives_as_without_a_proxy() {
-    for (bed, moved) in Bed::each([1, FAST]) {
-        same_as_without_a_proxy(&bed, moved, |_, mut client, server| {
+    for (setup, moved) in Setup::each([1, FAST]) {
+        same_as_without_a_proxy(&setup, moved, |_, mut client, server| {
             client.write_all(&[b'x'; 8192]).unwrap();
             reset(client);
             read_all(&server)
@@ -103,8 +103,8 @@ fn data_that_a_client_sends_before_its_reset_arrives_as_without_a_proxy() {
 /// sending.
 #[test]
 fn the_response_to_a_rejected_upload_arrives_as_without_a_proxy() {
-    for (mut bed, moved) in Bed::each([1, FAST]) {
-        same_as_without_a_proxy(&bed, moved, |stop, client, mut server| {
+    for (mut setup, moved) in Setup::each([1, FAST]) {
+        same_as_without_a_proxy(&setup, moved, |stop, client, mut server| {
             push_until_blocked(&client, &mut Pattern::new(3));
             // A stopped proxy makes the order of events deterministic.
             stop(true);
@@ -114,14 +114,14 @@ fn the_response_to_a_rejected_upload_arrives_as_without_a_proxy() {
             stop(false);
             read_all(&client)
         });
-        assert!(bed.publisher.process.is_running());
+        assert!(setup.publisher.process.is_running());
     }
 }
 
 #[test]
 fn data_that_a_server_sends_before_its_close_arrives() {
-    for (bed, moved) in Bed::each([0, FAST]) {
-        let (client, mut server) = bed.pair_after(moved);
+    for (setup, moved) in Setup::each([0, FAST]) {
+        let (client, mut server) = setup.pair_after(moved);
         server.write_all(&[b'x'; 300_000]).unwrap();
         drop(server);
         let (bytes, error) = read_all(&client);

@@ -65,7 +65,7 @@ fn download_slowly(clients: &[TcpStream], patterns: &mut [Pattern], rounds: usiz
 fn four_hundred_stalled_readers_stay_within_the_budget_and_reset_no_slow_download() {
     raise_open_files(4096);
     let net = Topology::three();
-    many_addresses(&net);
+    route_many_addresses(&net);
     let _source = Source::tcp(&net.container, container(80), 5, 1 << 40);
     let publisher = Publisher::start(&net.host, &format!("8080:80 --to {}", addr::CONTAINER_V4));
     let own = publisher.process.rss();
@@ -98,7 +98,7 @@ fn beyond_the_budget_the_longest_stalled_connections_of_the_largest_client_are_r
     raise_open_files(4096);
     const BUDGET: u64 = 16 << 20;
     let net = Topology::three();
-    many_addresses(&net);
+    route_many_addresses(&net);
     let _source = Source::tcp(&net.container, container(80), 5, 1 << 40);
     let publisher =
         Publisher::start(&net.host, &format!("8080:80 --to {} --max-held 16M", addr::CONTAINER_V4));
@@ -130,21 +130,21 @@ fn beyond_the_budget_the_longest_stalled_connections_of_the_largest_client_are_r
 
 #[test]
 fn a_fast_stream_gets_large_buffers_and_returns_them_when_it_stalls_or_idles() {
-    let bed = Bed::new("");
-    let (client, server) = bed.pair_after(4 * MIB);
+    let setup = Setup::new("");
+    let (client, server) = setup.pair_after(4 * MIB);
     let held = |metrics: &support::Metrics| metrics.value("tidegate_proxy_held_bytes");
     // In both directions.
     let wide = f64::from(5 << 20);
-    assert_eq!(held(&bed.publisher.metrics()), wide);
-    bed.publisher.wait_for_metrics(|metrics| held(metrics) == 0.0);
+    assert_eq!(held(&setup.publisher.metrics()), wide);
+    setup.publisher.wait_for_metrics(|metrics| held(metrics) == 0.0);
     carry(&client, &server, 4 * MIB);
-    assert_eq!(held(&bed.publisher.metrics()), wide / 2.0);
+    assert_eq!(held(&setup.publisher.metrics()), wide / 2.0);
     // Received data stays buffered until it is read.
     let sent = push_until_blocked(&client, &mut Pattern::new(9));
     thread::sleep(Duration::from_millis(2500));
-    let stalled = held(&bed.publisher.metrics());
+    let stalled = held(&setup.publisher.metrics());
     assert!(stalled > 0.0 && stalled <= wide / 2.0, "{stalled}");
     let arrived = transfer::receive(&mut (&server).take(sent), 9);
     assert_eq!(arrived, Transfer::complete(sent));
-    bed.publisher.wait_for_metrics(|metrics| held(metrics) == 0.0);
+    setup.publisher.wait_for_metrics(|metrics| held(metrics) == 0.0);
 }

@@ -101,8 +101,8 @@ fn only_clients_of_the_allowed_networks_get_a_session() {
     let publisher = Publisher::start(&net.host, &arguments);
     let client = socket(&net.client, unspecified(host(5353)));
     assert_eq!(echo(&client, host(5353), b"welcome"), b"welcome");
-    let stranger = socket(&neighbour, unspecified(host(5353)));
-    stranger.send_to(b"let me in", host(5353)).unwrap();
+    let denied = socket(&neighbour, unspecified(host(5353)));
+    denied.send_to(b"let me in", host(5353)).unwrap();
     let metrics = publisher.wait_for_metrics(|metrics| metrics.dropped(PORT, "not_allowed") == 1);
     assert_eq!(metrics.port("sessions_total", PORT), 1);
 }

@@ -78,7 +78,7 @@ fn a_burst_of_mixed_sizes_keeps_every_boundary() {
     let _publisher =
         Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
     let client = socket(&net.client, unspecified(host(5353)));
-    let upstream = meet(&client, host(5353), &server);
+    let upstream = open_session(&client, host(5353), &server);
     // Runs of equal sizes, which may be batched, and sizes that must not be.
     let sizes = [
         1200,
@@ -133,7 +133,7 @@ fn gso_segments_arrive_intact_in_each_direction() {
         let server = socket(&net.container, listen);
         let publisher = Publisher::start(&net.host, &format!("5353:53/udp --to {}", listen.ip()));
         let client = socket(&net.client, unspecified(to));
-        let upstream = meet(&client, to, &server);
+        let upstream = open_session(&client, to, &server);
         // The last segment is shorter.
         let batches: Vec<Vec<u8>> =
             (0..20).map(|seed| payload(50 * usize::from(SEGMENT) + 77, seed)).collect();
@@ -170,7 +170,7 @@ fn gso_segments_larger_than_the_mtu_to_the_container_arrive() {
     let publisher =
         Publisher::start(&net.host, &format!("5353:53/udp --to {}", addr::CONTAINER_V4));
     let client = socket(&net.client, unspecified(host(5353)));
-    meet(&client, host(5353), &server);
+    open_session(&client, host(5353), &server);
     // The MTU of the bridge follows its port.
     net.host.ip(&["link", "set", "port2", "mtu", "1200"]);
     oversized_segments(&client, host(5353), &server);
@@ -193,7 +193,7 @@ fn gso_segments_larger_than_the_mtu_to_the_client_arrive() {
     }
     for to in [host(5353), host_v6(5353)] {
         let client = socket(&net.client, unspecified(to));
-        let upstream = meet(&client, to, &server);
+        let upstream = open_session(&client, to, &server);
         oversized_segments(&server, upstream, &client);
     }
 }

@@ -40,8 +40,8 @@ fn traffic_in_one_direction_keeps_a_session_alive() {
     let publisher = Publisher::start(&net.host, &arguments);
     let talker = socket(&net.client, unspecified(host(5353)));
     let listener = socket(&net.client, unspecified(host(5353)));
-    let of_talker = meet(&talker, host(5353), &server);
-    let of_listener = meet(&listener, host(5353), &server);
+    let of_talker = open_session(&talker, host(5353), &server);
+    let of_listener = open_session(&listener, host(5353), &server);
     let start = Instant::now();
     while start.elapsed() < TALK {
         talker.send_to(b"up", host(5353)).unwrap();
@@ -65,29 +65,29 @@ fn a_full_table_evicts_the_longest_idle_unanswered_session() {
     );
     let publisher = Publisher::start(&net.host, &arguments);
     let idle = publisher.process.open_fds();
-    let meet = |client: &UdpSocket| meet(client, host(5353), &server);
+    let open_session = |client: &UdpSocket| open_session(client, host(5353), &server);
     let answered = |client: &UdpSocket| {
-        let upstream = meet(client);
+        let upstream = open_session(client);
         server.send_to(b"an answer", upstream).unwrap();
         assert_eq!(receive(client).0, b"an answer");
         upstream
     };
     let new_socket = || socket(&net.client, unspecified(host(5353)));
 
-    let friends: Vec<UdpSocket> = (0..4).map(|_| new_socket()).collect();
-    let met: Vec<SocketAddr> = friends.iter().map(answered).collect();
-    let strangers: Vec<UdpSocket> = (0..20).map(|_| new_socket()).collect();
-    let strangers_met: Vec<SocketAddr> = strangers.iter().map(meet).collect();
+    let answered_clients: Vec<UdpSocket> = (0..4).map(|_| new_socket()).collect();
+    let answered_upstreams: Vec<SocketAddr> = answered_clients.iter().map(answered).collect();
+    let unanswered: Vec<UdpSocket> = (0..20).map(|_| new_socket()).collect();
+    let unanswered_upstreams: Vec<SocketAddr> = unanswered.iter().map(open_session).collect();
     let metrics = publisher.metrics();
     assert_eq!(metrics.port("sessions", PORT), 8);
     assert_eq!(metrics.port("sessions_total", PORT), 24);
     assert_eq!(metrics.port("evicted_sessions_total", PORT), 16);
     wait_until("the evicted ones have closed", || publisher.process.open_fds() <= idle + 8);
     // The answered sessions and the newest unanswered ones are kept.
-    for (friend, upstream) in friends.iter().zip(&met) {
-        assert_eq!(meet(friend), *upstream);
+    for (client, upstream) in answered_clients.iter().zip(&answered_upstreams) {
+        assert_eq!(open_session(client), *upstream);
     }
-    assert_eq!(meet(&strangers[19]), strangers_met[19]);
+    assert_eq!(open_session(&unanswered[19]), unanswered_upstreams[19]);
     assert_eq!(publisher.metrics().port("evicted_sessions_total", PORT), 16);
 
     // Four more answered sessions evict the last unanswered ones; then the longest idle answered
@@ -97,13 +97,17 @@ fn a_full_table_evicts_the_longest_idle_unanswered_session() {
         answered(client);
     }
     assert_eq!(
-        meet(&friends[0]),
-        met[0],
+        open_session(&answered_clients[0]),
+        answered_upstreams[0],
         "a datagram refreshes it, so its neighbour is the longest idle"
     );
     answered(&new_socket());
-    assert_eq!(meet(&friends[0]), met[0]);
-    assert_ne!(meet(&friends[1]), met[1], "a new session, because the old one was evicted");
+    assert_eq!(open_session(&answered_clients[0]), answered_upstreams[0]);
+    assert_ne!(
+        open_session(&answered_clients[1]),
+        answered_upstreams[1],
+        "a new session, because the old one was evicted"
+    );
     let metrics = publisher.metrics();
     assert_eq!(metrics.port("sessions", PORT), 8);
     assert_eq!(metrics.port("evicted_sessions_total", PORT), 16 + 4 + 2);
@@ -117,13 +121,13 @@ fn a_source_at_its_share_replaces_only_its_own_longest_idle_session() {
     let arguments = format!("5353:53/udp --to {} --udp-max-source-sessions 3", addr::CONTAINER_V4);
     let publisher = Publisher::start(&net.host, &arguments);
     let from = |address: Ipv4Addr| socket(&net.client, (address, 0).into());
-    let modest = from(Ipv4Addr::new(203, 0, 113, 10));
-    assert_eq!(echo(&modest, host(5353), b"another"), b"another");
+    let other = from(Ipv4Addr::new(203, 0, 113, 10));
+    assert_eq!(echo(&other, host(5353), b"another"), b"another");
     // Each from a new port, like a resolver: all are served.
     for number in 0..20_u8 {
         assert_eq!(echo(&from(addr::CLIENT_V4), host(5353), &[number]), [number]);
     }
-    assert_eq!(echo(&modest, host(5353), b"still open"), b"still open");
+    assert_eq!(echo(&other, host(5353), b"still open"), b"still open");
     let metrics = publisher.metrics();
     assert_eq!(metrics.port("sessions", PORT), 4);
     assert_eq!(metrics.port("sessions_total", PORT), 21);
@@ -186,16 +190,16 @@ fn twenty_thousand_sources_are_bounded_and_do_not_evict_an_active_client() {
     const BATCH: usize = 100;
     const SESSIONS: usize = 1000;
     let net = Topology::three();
-    support::many_addresses(&net);
-    let _server = Choosy::start(&net.container, container(53));
+    support::route_many_addresses(&net);
+    let _server = SelectiveServer::start(&net.container, container(53));
     let arguments = format!(
         "5353:53/udp --to {} --udp-max-sessions {SESSIONS} --udp-max-source-sessions 100",
         addr::CONTAINER_V4
     );
     let publisher = Publisher::start(&net.host, &arguments);
     let idle = publisher.process.open_fds();
-    let at_work = socket(&net.client, unspecified(host(5353)));
-    assert_eq!(echo(&at_work, host(5353), b"?answer me"), b"?answer me");
+    let active = socket(&net.client, unspecified(host(5353)));
+    assert_eq!(echo(&active, host(5353), b"?answer me"), b"?answer me");
 
     let mut memory = 0;
     for batch in (0..SOURCES).step_by(BATCH) {
@@ -209,7 +213,7 @@ fn twenty_thousand_sources_are_bounded_and_do_not_evict_an_active_client() {
         // Paced by the proxy.
         let sent = u64::from(batch) + BATCH as u64;
         publisher.wait_for_metrics(|metrics| metrics.port("sessions_total", PORT) > sent);
-        assert_eq!(echo(&at_work, host(5353), b"?still there"), b"?still there");
+        assert_eq!(echo(&active, host(5353), b"?still there"), b"?still there");
         assert!(publisher.process.open_fds() <= idle + SESSIONS);
         if sent == u64::from(SOURCES) / 4 {
             memory = publisher.process.rss();
@@ -237,7 +241,7 @@ fn twenty_thousand_sources_are_bounded_and_do_not_evict_an_active_client() {
         metrics.port("sessions_total", PORT) == u64::from(SOURCES) + 1 + greedy.len() as u64
     });
     assert_eq!(metrics.port("sessions", PORT), SESSIONS as u64);
-    assert_eq!(echo(&at_work, host(5353), b"?still there"), b"?still there");
+    assert_eq!(echo(&active, host(5353), b"?still there"), b"?still there");
 }
 
 #[test]
@@ -249,15 +253,15 @@ fn with_64_descriptors_all_clients_are_served_and_one_client_leaves_a_third_to_o
     let publisher = Publisher::start_with(&net.host, &arguments, |command| {
         support::limit_open_files(command, 64);
     });
-    let modest = socket(&net.client, (Ipv4Addr::new(203, 0, 113, 10), 0).into());
-    assert_eq!(echo(&modest, host(5353), b"hello"), b"hello");
+    let other = socket(&net.client, (Ipv4Addr::new(203, 0, 113, 10), 0).into());
+    assert_eq!(echo(&other, host(5353), b"hello"), b"hello");
     for number in 0..100 {
         let client = socket(&net.client, unspecified(host(5353)));
         assert_eq!(echo(&client, host(5353), &[number]), [number]);
     }
-    assert_eq!(echo(&modest, host(5353), b"and again"), b"and again");
+    assert_eq!(echo(&other, host(5353), b"and again"), b"and again");
     let metrics = publisher.metrics();
-    assert_eq!(metrics.port("sessions_total", PORT), 101, "the modest client kept its session");
+    assert_eq!(metrics.port("sessions_total", PORT), 101, "the other client kept its session");
     assert_eq!(metrics.dropped(PORT, "exhausted"), 0);
     let free = metrics.value("tidegate_proxy_descriptors_limit")
         - metrics.value("tidegate_proxy_descriptors");
@@ -273,10 +277,10 @@ fn unanswered_clients_do_not_lock_out_others_when_descriptors_are_short() {
     let publisher = Publisher::start_with(&net.host, &arguments, |command| {
         support::limit_open_files(command, 64);
     });
-    let at_work = socket(&net.client, unspecified(host(5353)));
-    let upstream = meet(&at_work, host(5353), &server);
+    let active = socket(&net.client, unspecified(host(5353)));
+    let upstream = open_session(&active, host(5353), &server);
     server.send_to(b"welcome", upstream).unwrap();
-    assert_eq!(receive(&at_work).0, b"welcome");
+    assert_eq!(receive(&active).0, b"welcome");
     let silent: Vec<UdpSocket> =
         (0..100).map(|_| socket(&net.client, unspecified(host(5353)))).collect();
     for client in &silent {
@@ -300,7 +304,7 @@ fn unanswered_clients_do_not_lock_out_others_when_descriptors_are_short() {
         late.send_to(b"let me in", host(5353)).unwrap();
         arrived(b"let me in").is_some()
     });
-    at_work.send_to(b"still there", host(5353)).unwrap();
+    active.send_to(b"still there", host(5353)).unwrap();
     assert_eq!(arrived(b"still there"), Some(upstream), "by the same session as before");
     assert!(publisher.metrics().port("evicted_sessions_total", PORT) > 0);
 }
