@@ -40,7 +40,7 @@ fn project() -> String {
     PROJECT.replace("TIDEGATE", TIDEGATE)
 }
 
-/// Its state follows the line that tells of it.
+/// Waits until the API reports the end, which may be after the line in the output.
 #[track_caller]
 fn wait_for_end_of_job(scene: &Scene) {
     let has_ended = || {
@@ -223,7 +223,7 @@ fn invalid_requests_are_rejected_in_one_line_without_effect() {
     }
 }
 
-/// After an intended change of the API, renew the copy with `RENEW=1 cargo test --test api
+/// After an intended change of the API, update the copy with `RENEW=1 cargo test --test api
 /// the_document`.
 #[test]
 fn the_document_matches_the_served_one() {
@@ -237,5 +237,5 @@ fn the_document_matches_the_served_one() {
         std::fs::write(COPY, format!("{served:#}\n")).unwrap();
     }
     let copy: Value = serde_json::from_str(&std::fs::read_to_string(COPY).unwrap()).unwrap();
-    assert_eq!(copy, served, "renew it with RENEW=1 cargo test --test api the_document");
+    assert_eq!(copy, served, "update it with RENEW=1 cargo test --test api the_document");
 }

@@ -56,12 +56,12 @@ fn every_expression_has_data_and_stored_values_match_the_traffic() {
     for round in 0..ROUNDS {
         server.wait_for_scrapes(2);
         traffic.round(round);
-        port_comes_and_goes(&other_socket);
+        publish_and_close_port(&other_socket);
     }
-    let _open = traffic.stay();
+    let _open = traffic.keep_open();
     server.wait_for_scrapes(2);
 
-    stored_exactly(&server, &traffic);
+    assert_stored_values(&server, &traffic);
     let page = server.scrape();
     assert_eq!(promtool(&["check", "metrics"], &page), "");
     panels_have_data(&server);
@@ -86,7 +86,7 @@ fn other(scene: &Scene, socket: &Path) -> Command {
 
 /// Two changes of the ruleset.
 #[track_caller]
-fn port_comes_and_goes(socket: &Path) {
+fn publish_and_close_port(socket: &Path) {
     let (code, ports) = ask::ask(
         socket,
         "POST",
@@ -100,7 +100,7 @@ fn port_comes_and_goes(socket: &Path) {
 
 /// Exact numbers of bytes, connections, datagrams, queries and flows.
 #[track_caller]
-fn stored_exactly(server: &Prometheus, traffic: &Traffic) {
+fn assert_stored_values(server: &Prometheus, traffic: &Traffic) {
     for (expression, expected) in traffic.expected() {
         let mut last = None;
         // Closed connections are counted a moment later, and scraped after that.
@@ -116,24 +116,26 @@ fn stored_exactly(server: &Prometheus, traffic: &Traffic) {
 fn panels_have_data(server: &Prometheus) {
     let mut failures = Vec::new();
     for dashboard in dashboards::all() {
-        let ticked: Vec<Variable> =
-            dashboard.variables.iter().map(|variable| variable.ticked(server)).collect();
+        let with_all_values: Vec<Variable> =
+            dashboard.variables.iter().map(|variable| variable.with_all_values(server)).collect();
         for panel in &dashboard.panels {
             for target in &panel.targets {
-                for (how, variables) in [("All", &dashboard.variables), ("ticked", &ticked)] {
+                for (how, variables) in
+                    [("All", &dashboard.variables), ("with_all_values", &with_all_values)]
+                {
                     let expression = dashboards::interpolate(&target.expression, variables);
                     let answer = if target.instant {
                         server.query(&expression)
                     } else {
                         server.query_range(&expression)
                     };
-                    let excused = WITHOUT_DATA.iter().any(|(title, _)| *title == panel.title);
+                    let expected = WITHOUT_DATA.iter().any(|(title, _)| *title == panel.title);
                     let result = match &answer {
                         Answer::Error(error) => error.as_str(),
                         Answer::Vector(_) if !target.instant => "a vector, not a matrix",
                         Answer::Matrix(_) if target.instant => "a matrix, not a vector",
-                        answer if answer.has_data() == excused => {
-                            if excused {
+                        answer if answer.has_data() == expected => {
+                            if expected {
                                 "has data, although listed in WITHOUT_DATA"
                             } else {
                                 "no data"

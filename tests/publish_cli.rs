@@ -24,8 +24,8 @@ use std::time::Instant;
 use clap::CommandFactory;
 use socket2::SockRef;
 use support::{
-    Backend, METRICS, Publisher, TIMEOUT, ask, connect, http, patient, read_all, tidegate,
-    wait_until,
+    Backend, METRICS, Publisher, TIMEOUT, ask, connect, http, read_all, tidegate, wait_until,
+    with_timeouts,
 };
 use tidegate_testbed::server::EchoServer;
 use tidegate_testbed::{
@@ -127,7 +127,8 @@ fn assert_nothing_is_bound(namespace: &Namespace) {
 /// Connects and reads a byte. Returns the number of bytes or the error.
 fn connect_and_see(from: &Namespace, to: SocketAddr) -> Result<usize, io::ErrorKind> {
     let read = from.run(|| {
-        TcpStream::connect_timeout(&to, TIMEOUT).and_then(|stream| patient(stream).read(&mut [0]))
+        TcpStream::connect_timeout(&to, TIMEOUT)
+            .and_then(|stream| with_timeouts(stream).read(&mut [0]))
     });
     read.map_err(|error| error.kind())
 }

@@ -109,24 +109,24 @@ fn a_terminal_shows_live_rates_and_handles_keys() {
     terminal.keys(&["2"]);
     terminal.wait_for("endpoints", |screen| screen.contains("web       back front"));
     terminal.keys(&["1", "/", "u", "d", "p"]);
-    terminal.wait_for("a filter that is typed", |screen| {
+    terminal.wait_for("the filter being edited", |screen| {
         screen.contains("filter: udp_") && !screen.contains("8080/tcp")
     });
     terminal.keys(&["Enter"]);
-    terminal.wait_for("a filter that was typed", |screen| {
+    terminal.wait_for("the filter after Enter", |screen| {
         screen.contains("filter: udp") && screen.contains("q quit")
     });
     terminal.keys(&["/", "Escape"]);
-    terminal.wait_for("all of them", |screen| {
+    terminal.wait_for("all ports without a filter", |screen| {
         screen.contains("8080/tcp") && !screen.contains("filter:")
     });
     terminal.keys(&["r"]);
-    terminal.wait_for("the other way round", |screen| {
+    terminal.wait_for("the reversed order", |screen| {
         screen.lines().nth(8).is_some_and(|line| line.contains("8080/tcp"))
     });
 
     terminal.resize(60, 20);
-    terminal.wait_for("the error about the size", |screen| {
+    terminal.wait_for("the error for a small terminal", |screen| {
         screen.contains("tidegate top needs 80 columns and 12 lines")
     });
     terminal.resize(100, 30);

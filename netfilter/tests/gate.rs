@@ -64,7 +64,7 @@ fn gate(mark: u32, mask: u32) -> Gate {
     Gate::new(&GatePolicy::Marked { mark, mask }).unwrap()
 }
 
-fn is_reached(from: &Namespace, address: &str) -> bool {
+fn reaches(from: &Namespace, address: &str) -> bool {
     from.command("ping").args(["-c", "1", "-W", "1", address]).output().unwrap().status.success()
 }
 
@@ -73,14 +73,14 @@ fn is_reached(from: &Namespace, address: &str) -> bool {
 fn gate_passes_packets_of_the_host_and_marked_packets_only() {
     let router = Router::new();
     let Router { host, left, right } = &router;
-    assert!(is_reached(left, "192.0.2.34"), "forwarded without a gate");
+    assert!(reaches(left, "192.0.2.34"), "forwarded without a gate");
     assert!(!router.has_gate("right"));
     router.put("right");
     assert!(router.has_gate("right"));
     assert!(!router.has_gate("left"));
-    assert!(!is_reached(left, "192.0.2.34"), "forwarded without a mark");
-    assert!(is_reached(host, "192.0.2.34"), "sent by the host");
-    assert!(!is_reached(right, "192.0.2.18"), "the reply is forwarded too");
+    assert!(!reaches(left, "192.0.2.34"), "forwarded without a mark");
+    assert!(reaches(host, "192.0.2.34"), "sent by the host");
+    assert!(!reaches(right, "192.0.2.18"), "the reply is forwarded too");
     for (mark, passes) in
         [("0x74670000", true), ("0x7467abcd", true), ("0x64670000", false), ("0x1", false)]
     {
@@ -89,10 +89,10 @@ fn gate_passes_packets_of_the_host_and_marked_packets_only() {
         );
         host.exec("nft", &["flush", "ruleset"]);
         host.exec("nft", &[&rules]);
-        assert_eq!(is_reached(left, "192.0.2.34"), passes, "{mark}");
+        assert_eq!(reaches(left, "192.0.2.34"), passes, "{mark}");
     }
     host.exec("nft", &["flush", "ruleset"]);
-    assert!(!is_reached(left, "192.0.2.34"), "dropped after the ruleset is flushed");
+    assert!(!reaches(left, "192.0.2.34"), "dropped after the ruleset is flushed");
 }
 
 #[test]
@@ -106,7 +106,7 @@ fn gate_is_removed_with_its_link_and_attaches_once() {
         gate.attach(index).unwrap();
         gate.attach(index).unwrap();
     });
-    assert!(!is_reached(&router.left, "192.0.2.34"));
+    assert!(!reaches(&router.left, "192.0.2.34"));
     let other = router.host.run(|| gate(0x0100_0000, 0xff00_0000).is_attached(index)).unwrap();
     assert!(!other, "a gate with another mark is a different gate");
     router.host.ip(&["link", "del", "right"]);
@@ -123,8 +123,8 @@ fn gate_for_links_passes_packets_received_on_them() {
         router.host.run(|| Gate::new(&policy).unwrap().attach(right)).unwrap();
     };
     attach(&[left]);
-    assert!(is_reached(&router.left, "192.0.2.34"));
+    assert!(reaches(&router.left, "192.0.2.34"));
     attach(&[right]);
-    assert!(!is_reached(&router.left, "192.0.2.34"), "every gate must pass the packet");
-    assert!(is_reached(&router.host, "192.0.2.34"), "sent by the host");
+    assert!(!reaches(&router.left, "192.0.2.34"), "every gate must pass the packet");
+    assert!(reaches(&router.host, "192.0.2.34"), "sent by the host");
 }

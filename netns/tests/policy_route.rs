@@ -239,7 +239,7 @@ fn sweep_finds_a_namespace_through_a_process() {
     let written = fs::read_to_string(&journal).unwrap();
     let path = scene.inside.path();
     fs::write(&journal, written.replace(path.to_str().unwrap(), "/run/netns/gone")).unwrap();
-    let _inhabitant = Process::spawn(scene.inside.command("sleep").arg("60"));
+    let _process = Process::spawn(scene.inside.command("sleep").arg("60"));
     assert_eq!(sweep_in(scene.journal.path()).unwrap(), 1);
     scene.assert_initial_state();
 }
@@ -366,18 +366,18 @@ fn failed_installation_leaves_nothing() {
 #[test]
 fn rules_and_routes_are_deleted_without_the_journal() {
     let scene = Scene::new();
-    let take_out = |journal: &Path| {
+    let install_and_drop_after = |journal: &Path| {
         let route = scene.install();
         let guard = route.steer(marked(Family::V6)).unwrap();
         fs::remove_dir_all(journal).unwrap();
         (route, guard)
     };
-    let lost = take_out(scene.journal.path());
+    let lost = install_and_drop_after(scene.journal.path());
     drop(lost);
     assert!(!snapshot(&scene.inside).contains("29700"));
 
     // A file in its place prevents the directory from being created again.
-    let unusable = take_out(scene.journal.path());
+    let unusable = install_and_drop_after(scene.journal.path());
     fs::write(scene.journal.path(), "").unwrap();
     drop(unusable);
     assert!(!snapshot(&scene.inside).contains("29700"));

@@ -36,7 +36,7 @@ static NEXT_CLIENT_PORT: AtomicU16 = AtomicU16::new(40_001);
 const SOON: Duration = Duration::from_secs(10);
 
 /// Timeout for packets that must not arrive.
-const A_WHILE: Duration = Duration::from_millis(500);
+const ABSENCE_TIMEOUT: Duration = Duration::from_millis(500);
 
 struct Scene {
     net: Topology,
@@ -116,7 +116,7 @@ impl Ends {
     }
 
     /// Selector of the container's replies to this client from the server port.
-    fn answers(self, protocol: Protocol) -> Selector {
+    fn replies(self, protocol: Protocol) -> Selector {
         Selector {
             to: Some(self.client),
             protocol: Some(protocol),
@@ -126,11 +126,11 @@ impl Ends {
     }
 
     /// Selector of the same replies as received by the host.
-    fn answers_at_host(self, protocol: Protocol) -> Selector {
+    fn replies_at_host(self, protocol: Protocol) -> Selector {
         Selector {
             from: Some(self.container),
             input_interface: Some("br0".to_owned()),
-            ..self.answers(protocol)
+            ..self.replies(protocol)
         }
     }
 }
@@ -145,7 +145,7 @@ fn socket_of_client(client: SocketAddr, kind: Type, mark: Option<u32>) -> Socket
     if let Some(mark) = mark {
         socket.set_mark(mark).unwrap();
     }
-    socket.set_read_timeout(Some(A_WHILE)).unwrap();
+    socket.set_read_timeout(Some(ABSENCE_TIMEOUT)).unwrap();
     socket.bind(&client.into()).unwrap();
     socket
 }
@@ -203,7 +203,7 @@ fn ask_udp(namespace: &Namespace, ends: Ends) -> io::Result<bool> {
 
 /// Sends one datagram and returns the reply.
 fn ask(socket: &UdpSocket) -> io::Result<String> {
-    socket.set_read_timeout(Some(A_WHILE))?;
+    socket.set_read_timeout(Some(ABSENCE_TIMEOUT))?;
     socket.send(b"who am I?")?;
     let mut answer = [0; 100];
     let length = socket.recv(&mut answer)?;
@@ -257,7 +257,7 @@ fn short_path_tcp_to_a_closed_port_is_refused_immediately() {
         let error =
             connect(&scene.container, ends.next_client(), closed, Some(MARK), SOON).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{error}");
-        assert!(start.elapsed() < A_WHILE, "{:?}", start.elapsed());
+        assert!(start.elapsed() < ABSENCE_TIMEOUT, "{:?}", start.elapsed());
     }
 }
 
@@ -272,11 +272,11 @@ fn short_path_tcp_reset_reaches_both_sides() {
                 connect(&scene.container, ends.next_client(), ends.server(), Some(MARK), SOON)
                     .unwrap();
             let far = Socket::from(listener.accept().unwrap().0);
-            let (cut, mut told) = if server_resets { (far, near) } else { (near, far) };
-            told.set_read_timeout(Some(SOON)).unwrap();
+            let (cut, mut notified) = if server_resets { (far, near) } else { (near, far) };
+            notified.set_read_timeout(Some(SOON)).unwrap();
             cut.set_linger(Some(Duration::ZERO)).unwrap();
             drop(cut);
-            assert_eq!(told.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+            assert_eq!(notified.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
         }
     }
 }
@@ -300,7 +300,7 @@ fn short_path_tcp_needs_each_of_its_sysctls() {
                 ends.next_client(),
                 ends.server(),
                 Some(MARK),
-                A_WHILE
+                ABSENCE_TIMEOUT
             )),
             "{}",
             ends.family
@@ -313,7 +313,13 @@ fn short_path_tcp_needs_each_of_its_sysctls() {
         check_tcp(&scene, &scene.container, ends, Some(MARK));
         let closed = SocketAddr::new(ends.container, CLOSED_PORT);
         assert!(
-            timed_out(connect(&scene.container, ends.next_client(), closed, Some(MARK), A_WHILE)),
+            timed_out(connect(
+                &scene.container,
+                ends.next_client(),
+                closed,
+                Some(MARK),
+                ABSENCE_TIMEOUT
+            )),
             "{}",
             ends.family
         );
@@ -350,7 +356,7 @@ fn short_path_udp_preserves_the_client_address_with_steering() {
         let _server = PeerServer::udp(&scene.net.container, ends.server());
         let lost = ask_udp(&scene.container, ends).unwrap_err();
         assert_eq!(lost.kind(), io::ErrorKind::WouldBlock, "not steered yet");
-        let steered = route.steer(ends.answers(Protocol::Udp)).unwrap();
+        let steered = route.steer(ends.replies(Protocol::Udp)).unwrap();
         check_udp(&scene.container, ends);
         drop(steered);
         assert!(ask_udp(&scene.container, ends).is_err());
@@ -383,7 +389,7 @@ fn short_path_udp_does_not_affect_neighbours_and_the_host() {
     let route = scene.install(&scene.container, &[]);
     for ends in ENDS {
         let _server = PeerServer::udp(&scene.net.container, ends.server());
-        let _steered = route.steer(ends.answers(Protocol::Udp)).unwrap();
+        let _steered = route.steer(ends.replies(Protocol::Udp)).unwrap();
         let seen = || {
             let any = if ends.family == Family::V4 { "0.0.0.0:0" } else { "[::]:0" };
             let socket = UdpSocket::bind(any).unwrap();
@@ -402,12 +408,12 @@ fn from_the_host_tcp_preserves_the_client_address_and_transfers_data() {
     let scene = Scene::new();
     let route = scene.install(&scene.host, &[]);
     for ends in ENDS {
-        let steered = route.steer(ends.answers_at_host(Protocol::Tcp)).unwrap();
+        let steered = route.steer(ends.replies_at_host(Protocol::Tcp)).unwrap();
         check_tcp(&scene, &scene.host, ends, None);
         drop(steered);
         let _server = EchoServer::tcp(&scene.net.container, ends.server());
         assert!(
-            connect(&scene.host, ends.next_client(), ends.server(), None, A_WHILE).is_err(),
+            connect(&scene.host, ends.next_client(), ends.server(), None, ABSENCE_TIMEOUT).is_err(),
             "no longer steered"
         );
     }
@@ -419,9 +425,9 @@ fn from_the_host_works_with_reverse_path_filters_and_without_forwarding() {
     scene.enable_reverse_path_filters();
     let route = scene.install(&scene.host, &[]);
     for ends in ENDS {
-        let _tcp = route.steer(ends.answers_at_host(Protocol::Tcp)).unwrap();
+        let _tcp = route.steer(ends.replies_at_host(Protocol::Tcp)).unwrap();
         check_tcp(&scene, &scene.host, ends, None);
-        let _udp = route.steer(ends.answers_at_host(Protocol::Udp)).unwrap();
+        let _udp = route.steer(ends.replies_at_host(Protocol::Udp)).unwrap();
         let _server = PeerServer::udp(&scene.net.container, ends.server());
         check_udp(&scene.host, ends);
     }
@@ -432,7 +438,7 @@ fn from_the_host_tcp_to_a_closed_port_is_refused_immediately() {
     let scene = Scene::new();
     let route = scene.install(&scene.host, &[]);
     for ends in ENDS {
-        let _steered = route.steer(ends.answers_at_host(Protocol::Tcp)).unwrap();
+        let _steered = route.steer(ends.replies_at_host(Protocol::Tcp)).unwrap();
         let error =
             connect(&scene.host, ends.next_client(), ends.server(), None, SOON).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{error}");
@@ -446,7 +452,7 @@ fn from_the_host_udp_preserves_the_client_address_with_steering() {
     for ends in ENDS {
         let _server = PeerServer::udp(&scene.net.container, ends.server());
         assert!(ask_udp(&scene.host, ends).is_err(), "not steered yet");
-        let _steered = route.steer(ends.answers_at_host(Protocol::Udp)).unwrap();
+        let _steered = route.steer(ends.replies_at_host(Protocol::Udp)).unwrap();
         check_udp(&scene.host, ends);
     }
 }

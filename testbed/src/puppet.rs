@@ -201,7 +201,7 @@ impl Puppet {
 /// # Panics
 /// If a thread can do more, or less.
 #[track_caller]
-pub fn assert_is_nothing_but_a_proxy(pid: u32, port: u16) {
+pub fn assert_confined_to_forwarding(pid: u32, port: u16) {
     /// `CAP_NET_ADMIN` and `CAP_SYS_RESOURCE`, for buffer and pipe sizes.
     const SIZES: u64 = 1 << 12 | 1 << 24;
     for task in tasks(pid) {

@@ -19,20 +19,20 @@ services:
   other: { x-netns: OTHER, networks: [ front ], ports: [ "8081:80" ] }
 "#;
 
-/// A path that points to one namespace and later to another, as that of a container.
-struct Named(PathBuf);
+/// A symbolic link to the namespace of a container, which can be pointed to another namespace.
+struct NamespaceLink(PathBuf);
 
-impl Named {
+impl NamespaceLink {
     fn new(scene: &Scene, name: &str) -> Self {
         Self(scene.directory.path().join(name))
     }
 
-    fn leads_to(&self, namespace: &Namespace) {
-        self.is_gone();
+    fn point_to(&self, namespace: &Namespace) {
+        self.remove();
         symlink(namespace.path(), &self.0).unwrap();
     }
 
-    fn is_gone(&self) {
+    fn remove(&self) {
         let _ = std::fs::remove_file(&self.0);
     }
 }
@@ -62,9 +62,9 @@ fn udp_answer(scene: &Scene, socket: &std::net::UdpSocket) -> bool {
 fn a_restarted_container_keeps_its_ports_and_others_are_not_affected() {
     let scene = Scene::new();
     let before = state(&scene.net.host);
-    let (name, other) = (Named::new(&scene, "box"), Namespace::new());
+    let (name, other) = (NamespaceLink::new(&scene, "box"), Namespace::new());
     let container = Namespace::new();
-    name.leads_to(&container);
+    name.point_to(&container);
     let mut up = up(&scene, &name.0, &other);
     let at = "10.77.1.2:80".parse().unwrap();
     let servers = (PeerServer::tcp(&container, at), PeerServer::udp(&container, at));
@@ -79,7 +79,7 @@ fn a_restarted_container_keeps_its_ports_and_others_are_not_affected() {
     assert!(udp_answer(&scene, &udp));
 
     for _ in 0..2 {
-        name.is_gone();
+        name.remove();
         let service = || get(&scene.socket(), "/v1/status").1["services"][0]["state"].clone();
         assert!(eventually(SOON, || service() == "gone"));
         let again = Namespace::new();
@@ -87,7 +87,7 @@ fn a_restarted_container_keeps_its_ports_and_others_are_not_affected() {
             PeerServer::tcp(&again, "0.0.0.0:80".parse().unwrap()),
             PeerServer::udp(&again, "0.0.0.0:80".parse().unwrap()),
         );
-        name.leads_to(&again);
+        name.point_to(&again);
         assert!(eventually(SOON, || service() == "adopted"));
         let seen = answer(&scene, "203.0.113.1:8080").expect("the restarted container responds");
         assert!(seen.starts_with("203.0.113.9:"), "the address of the client: {seen}");
@@ -104,9 +104,9 @@ fn a_restarted_container_keeps_its_ports_and_others_are_not_affected() {
 #[test]
 fn an_endpoint_is_attached_elsewhere_on_request() {
     let scene = Scene::new();
-    let (name, other) = (Named::new(&scene, "box"), Namespace::new());
+    let (name, other) = (NamespaceLink::new(&scene, "box"), Namespace::new());
     let (first, second) = (Namespace::new(), Namespace::new());
-    name.leads_to(&first);
+    name.point_to(&first);
     let _up = up(&scene, &name.0, &other);
     let inside = state(&second);
     let put = |path: &Path| {
@@ -146,7 +146,7 @@ fn an_endpoint_is_attached_elsewhere_on_request() {
     assert!(answer(&scene, "203.0.113.1:8080").is_some());
     // The first path is no longer watched.
     let third = Namespace::new();
-    name.leads_to(&third);
+    name.point_to(&third);
     std::thread::sleep(std::time::Duration::from_millis(1500));
     assert_eq!(
         get(&scene.socket(), "/v1/endpoints/box").1["netns"],
@@ -183,12 +183,13 @@ fn a_reused_pid_is_not_attached() {
 #[test]
 fn an_adopted_namespace_is_restored() {
     let scene = Scene::new();
-    let (name, other, again) = (Named::new(&scene, "box"), Namespace::new(), Namespace::new());
+    let (name, other, again) =
+        (NamespaceLink::new(&scene, "box"), Namespace::new(), Namespace::new());
     let setting = "net.ipv4.tcp_fwmark_accept";
     let all = |namespace: &Namespace| (state(namespace), namespace.read_sysctl(setting));
     let before = [&other, &again].map(all);
     let first = Namespace::new();
-    name.leads_to(&first);
+    name.point_to(&first);
     let path = scene.directory.path().join("with-metrics.yaml");
     let file = FILE.replace("BOX", &name.0.display().to_string());
     std::fs::write(&path, file.replace("OTHER", &other.path().display().to_string())).unwrap();
@@ -196,7 +197,7 @@ fn an_adopted_namespace_is_restored() {
     let mut up =
         Process::spawn(command.args(["up", "--metrics", "127.0.0.1:9464", "-f"]).arg(&path));
     up.wait_for_line("Ctrl-C takes", SOON);
-    name.leads_to(&again);
+    name.point_to(&again);
     assert!(eventually(SOON, || again.read_sysctl(setting) == "1"), "attached, with ports");
     up.stop(Signal::INT, SOON);
     assert!(

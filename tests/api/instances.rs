@@ -92,9 +92,9 @@ fn the_socket_is_private_to_its_user() {
 #[test]
 fn a_file_that_is_not_a_socket_is_left_alone() {
     let scene = Scene::new();
-    let precious = scene.directory.path().join("precious");
-    std::fs::write(&precious, "kept").unwrap();
-    let error = refused(scene.command(&project()).env("TIDEGATE_SOCKET", &precious));
+    let file = scene.directory.path().join("file");
+    std::fs::write(&file, "kept").unwrap();
+    let error = refused(scene.command(&project()).env("TIDEGATE_SOCKET", &file));
     assert!(error.contains("exists and is not a socket of tidegate"), "{error}");
-    assert_eq!(std::fs::read_to_string(&precious).unwrap(), "kept");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "kept");
 }

@@ -12,7 +12,7 @@ use tidegate_testbed::server::{EchoServer, PeerServer};
 use tidegate_testbed::{Namespace, Process};
 
 /// The longest acceptable pause in a transfer, with a margin for a busy machine.
-const HITCH: Duration = Duration::from_secs(1);
+const MAX_PAUSE: Duration = Duration::from_secs(1);
 
 /// The minimum number of rounds of a transfer.
 const ROUNDS: u32 = 200;
@@ -64,7 +64,7 @@ fn seen(from: &Namespace, to: &str) -> std::io::Result<String> {
 }
 
 /// TCP segments retransmitted by a namespace (`RetransSegs` of RFC 4022).
-fn sent_again(namespace: &Namespace) -> u64 {
+fn retransmitted_segments(namespace: &Namespace) -> u64 {
     let text = namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp")).unwrap();
     let [names, values] = [0, 1]
         .map(|index| text.lines().filter(|line| line.starts_with("Tcp:")).nth(index).unwrap());
@@ -109,9 +109,10 @@ fn ports_are_added_and_removed_without_interrupting_a_transfer() {
         transfer.join().unwrap()
     });
     println!("{rounds} rounds, the longest {longest:?}");
-    assert!(longest < HITCH, "{rounds} rounds, the longest {longest:?}");
-    let sent_again = [&scene.net.client, &scene.net.host, &container].map(sent_again);
-    assert_eq!(sent_again, [0; 3], "segments were retransmitted");
+    assert!(longest < MAX_PAUSE, "{rounds} rounds, the longest {longest:?}");
+    let retransmitted =
+        [&scene.net.client, &scene.net.host, &container].map(retransmitted_segments);
+    assert_eq!(retransmitted, [0; 3], "segments were retransmitted");
     let (_, left) = get(&scene.socket(), "/v1/ports");
     assert_eq!(left.as_array().unwrap().len(), 2, "{left}");
 }

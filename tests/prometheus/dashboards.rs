@@ -50,11 +50,11 @@ pub(crate) fn all() -> Vec<Dashboard> {
 }
 
 fn text(value: &Value) -> String {
-    value.as_str().unwrap_or_else(|| panic!("{value} is no text")).to_owned()
+    value.as_str().unwrap_or_else(|| panic!("{value} is not a string")).to_owned()
 }
 
 fn list(value: &Value) -> &[Value] {
-    value.as_array().map_or_else(|| panic!("{value} is no list"), Vec::as_slice)
+    value.as_array().map_or_else(|| panic!("{value} is not an array"), Vec::as_slice)
 }
 
 impl Dashboard {
@@ -100,10 +100,7 @@ impl Dashboard {
         let mut taken = BTreeSet::new();
         for panel in list(&json["panels"]) {
             let title = text(&panel["title"]);
-            assert!(
-                ids.insert(panel["id"].as_u64().unwrap()),
-                "{uid}: {title}: an id that another has"
-            );
+            assert!(ids.insert(panel["id"].as_u64().unwrap()), "{uid}: {title}: duplicate id");
             let [x, y, w, h] =
                 ["x", "y", "w", "h"].map(|key| panel["gridPos"][key].as_u64().unwrap());
             assert!(w > 0 && h > 0 && x + w <= 24, "{uid}: {title}");
@@ -113,7 +110,7 @@ impl Dashboard {
             if panel["type"] == "row" {
                 continue;
             }
-            assert!(title.ends_with('?'), "{uid}: {title} is no question");
+            assert!(title.ends_with('?'), "{uid}: {title} is not a question");
             assert!(!text(&panel["fieldConfig"]["defaults"]["unit"]).is_empty(), "{uid}: {title}");
             assert_eq!(panel["datasource"]["uid"], "${datasource}", "{uid}: {title}");
             let references: BTreeSet<String> =
@@ -138,7 +135,7 @@ impl Dashboard {
 impl Variable {
     /// The dashboard with all values of its variables selected. There must be some.
     #[track_caller]
-    pub(crate) fn ticked(&self, server: &Prometheus) -> Self {
+    pub(crate) fn with_all_values(&self, server: &Prometheus) -> Self {
         let (_, query) = self.query.split_once("label_values(").unwrap();
         let (selector, label) = query.strip_suffix(')').unwrap().rsplit_once(", ").unwrap();
         let all =

@@ -58,12 +58,12 @@ const QUESTIONS: [(&str, &str, u64, &str); 5] = [
 pub(crate) struct Traffic<'a> {
     net: &'a Topology,
     inside: Namespace,
-    world: World,
+    external: External,
     _echoes: [EchoServer; 2],
 }
 
 /// The external hosts.
-struct World {
+struct External {
     sink: Sink,
     source: Source,
     echo: EchoServer,
@@ -89,7 +89,7 @@ impl<'a> Traffic<'a> {
             "--user=root",
         ]));
         names.wait_for_line("started", SOON);
-        let world = World {
+        let external = External {
             sink: Sink::tcp(&net.client, outside(7001), 3),
             source: Source::tcp(&net.client, outside(7002), 4, RECEIVED),
             echo: EchoServer::udp(&net.client, outside(7003)),
@@ -99,7 +99,7 @@ impl<'a> Traffic<'a> {
             EchoServer::tcp(&inside, "[::]:80".parse().unwrap()),
             EchoServer::udp(&inside, "[::]:7".parse().unwrap()),
         ];
-        Self { net, inside, world, _echoes: echoes }
+        Self { net, inside, external, _echoes: echoes }
     }
 
     /// Runs one round.
@@ -121,19 +121,19 @@ impl<'a> Traffic<'a> {
             }
         });
         self.inside.run(|| {
-            let mut stream = connect(self.world.sink.addr());
+            let mut stream = connect(self.external.sink.addr());
             transfer::send(&mut stream, 3, SENT).unwrap();
             stream.shutdown(Shutdown::Write).unwrap();
             stream.read_to_end(&mut Vec::new()).unwrap();
-            let received = transfer::receive(&mut connect(self.world.source.addr()), 4);
+            let received = transfer::receive(&mut connect(self.external.source.addr()), 4);
             assert_eq!(received, Transfer::complete(RECEIVED));
             let socket = udp();
-            exchange(&socket, self.world.echo.addr(), OUTSIDE);
+            exchange(&socket, self.external.echo.addr(), OUTSIDE);
             for _ in 0..FORBIDDEN.0 {
                 udp().send_to(b"forbidden", FORBIDDEN.1).unwrap();
             }
         });
-        self.world.sink.wait(round as usize + 1, SOON);
+        self.external.sink.wait(round as usize + 1, SOON);
         for (name, kind, times, _) in QUESTIONS {
             let name = &name.replace("ROUND", &format!("round{round}"));
             for _ in 0..times {
@@ -143,7 +143,7 @@ impl<'a> Traffic<'a> {
     }
 
     /// Connections and sessions that stay open until the result is dropped.
-    pub(crate) fn stay(&self) -> [TcpStream; 2] {
+    pub(crate) fn keep_open(&self) -> [TcpStream; 2] {
         let client = self.net.client.run(|| {
             let mut stream = connect((addr::HOST_V4, 8080).into());
             stream.write_all(b"stay").unwrap();
@@ -151,14 +151,14 @@ impl<'a> Traffic<'a> {
             stream
         });
         let container = self.inside.run(|| {
-            let mut stream = connect(self.world.sink.addr());
+            let mut stream = connect(self.external.sink.addr());
             stream.write_all(b"stay").unwrap();
             stream
         });
         [client, container]
     }
 
-    /// Expressions with their values after [`ROUNDS`] rounds and [`Traffic::stay`].
+    /// Expressions with their values after [`ROUNDS`] rounds and [`Traffic::keep_open`].
     pub(crate) fn expected(&self) -> Vec<(String, f64)> {
         let rounds = u64::from(ROUNDS);
         let mut all = Vec::new();

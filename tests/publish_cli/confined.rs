@@ -3,7 +3,7 @@
 #![cfg(target_arch = "x86_64")]
 
 use super::*;
-use tidegate_testbed::puppet::{self, assert_is_nothing_but_a_proxy};
+use tidegate_testbed::puppet::{self, assert_confined_to_forwarding};
 
 #[test]
 fn a_proxy_to_an_address_can_only_forward() {
@@ -13,7 +13,7 @@ fn a_proxy_to_an_address_can_only_forward() {
     let proxy = Publisher::start(&net.host, "8080:80 8080:80/udp --to 172.30.0.2 --workers 2");
     let to = SocketAddr::from((addr::HOST_V4, 8080));
     let before = connect(&net.client, to);
-    assert_is_nothing_but_a_proxy(proxy.process.pid(), 80);
+    assert_confined_to_forwarding(proxy.process.pid(), 80);
     // The process continues to work, including threads, pipes and the metrics page.
     assert_eq!(ask(&before, b"from before"), b"from before");
     let payload = vec![7; 4 << 20];

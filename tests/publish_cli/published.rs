@@ -247,8 +247,8 @@ fn a_port_on_a_loopback_address_responds_to_the_host_only() {
     let process = Process::spawn(&mut command);
     process.wait_for_line("127.0.0.1:8080", TIMEOUT);
     let reaches = |from: &Namespace, to: SocketAddr| {
-        let patience = std::time::Duration::from_millis(500);
-        from.run(|| TcpStream::connect_timeout(&to, patience)).is_ok()
+        let timeout = std::time::Duration::from_millis(500);
+        from.run(|| TcpStream::connect_timeout(&to, timeout)).is_ok()
     };
     assert!(reaches(&net.host, ours));
     assert!(reaches(&net.client, of_others), "such packets arrive");

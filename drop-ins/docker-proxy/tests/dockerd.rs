@@ -41,7 +41,7 @@ fn without_iptables_every_path_to_a_published_port_uses_the_proxy() {
     let server =
         daemon.run("server", &["-p", "8080:80", "-p", "8080:53/udp"], &["tcp:80", "udp:53"]);
     let neighbour = daemon.run("neighbour", &[], &["tcp:1"]);
-    let stranger = daemon.stranger();
+    let other_network = daemon.run_on_other_network();
     let (host, outside) = (host(&machine), outside(&machine));
     let paths: [(&Place, IpAddr); 13] = [
         (&host, Ipv4Addr::LOCALHOST.into()),
@@ -56,8 +56,8 @@ fn without_iptables_every_path_to_a_published_port_uses_the_proxy() {
         (&neighbour.place, GATEWAY.into()),
         (&neighbour.place, addr::HOST_V4.into()),
         // So does a container on another network, also by its own gateway.
-        (&stranger.place, OTHER_GATEWAY.into()),
-        (&stranger.place, addr::HOST_V4.into()),
+        (&other_network.place, OTHER_GATEWAY.into()),
+        (&other_network.place, addr::HOST_V4.into()),
         (&server.place, OTHER_GATEWAY.into()),
     ];
     for (from, to) in paths {
@@ -66,7 +66,7 @@ fn without_iptables_every_path_to_a_published_port_uses_the_proxy() {
         }
     }
     assert_eq!(machine.net.host.read_sysctl("net.ipv4.ip_forward"), "0");
-    daemon.remove_stranger(stranger);
+    daemon.remove_with_network(other_network);
     daemon.end(Signal::TERM);
     machine.teardown();
 }
@@ -364,7 +364,7 @@ fn with_iptables_the_proxy_carries_what_the_rules_do_not_match() {
     let daemon = Daemon::start(&machine, &[]);
     let server =
         daemon.run("server", &["-p", "8080:80", "-p", "8080:53/udp"], &["tcp:80", "udp:53"]);
-    let stranger = daemon.stranger();
+    let other_network = daemon.run_on_other_network();
     let (host, outside) = (host(&machine), outside(&machine));
     assert_eq!(machine.proxies().len(), 4);
     for protocol in [Tcp, Udp] {
@@ -378,14 +378,14 @@ fn with_iptables_the_proxy_carries_what_the_rules_do_not_match() {
             (&host, addr::HOST_V6.into()),
             (&server.place, GATEWAY.into()),
             (&server.place, addr::HOST_V4.into()),
-            (&stranger.place, addr::HOST_V4.into()),
+            (&other_network.place, addr::HOST_V4.into()),
         ];
         for (from, to) in through_the_proxy {
             assert_eq!(from.asks(protocol, (to, 8080)), GATEWAY, "{from} to {to} ({protocol:?})");
         }
     }
     daemon.remove(server);
-    daemon.remove_stranger(stranger);
+    daemon.remove_with_network(other_network);
     machine.assert_no_proxies();
     for protocol in [Tcp, Udp] {
         outside.is_refused(protocol, (addr::HOST_V4, 8080));

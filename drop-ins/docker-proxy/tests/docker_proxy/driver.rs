@@ -80,7 +80,7 @@ impl Launch {
     }
 
     /// Sets the parent death signal to SIGTERM, like dockerd.
-    pub(crate) fn ends_with_its_parent(mut self) -> Self {
+    pub(crate) fn with_parent_death_signal(mut self) -> Self {
         // SAFETY: the closure makes one system call.
         unsafe {
             self.command.pre_exec(|| {

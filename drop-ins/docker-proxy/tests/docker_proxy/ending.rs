@@ -15,7 +15,7 @@ use crate::driver::{
 };
 
 /// The limit for the exit.
-const PROMPT: Duration = Duration::from_millis(200);
+const EXIT_LIMIT: Duration = Duration::from_millis(200);
 
 /// The signal of dockerd when a container stops, and that of the kernel when dockerd exits.
 const BOTH: [Signal; 2] = [Signal::INT, Signal::TERM];
@@ -78,7 +78,7 @@ fn stalled_connections_do_not_delay_the_exit() {
     for signal in BOTH {
         assert_prompt(|| {
             let proxy = Launch::new(&host, LOOPBACK).start().ready();
-            let clients: Vec<_> = (0..2).map(|_| stuffed(&host)).collect();
+            let clients: Vec<_> = (0..2).map(|_| blocked_connection(&host)).collect();
             let took = end(proxy, signal);
             drop(clients);
             took
@@ -141,7 +141,7 @@ fn signals_inherited_as_ignored_still_end_it() {
 #[test]
 fn it_ends_with_the_thread_that_started_it() {
     let host = Namespace::new();
-    let launch = Launch::new(&host, LOOPBACK).ends_with_its_parent();
+    let launch = Launch::new(&host, LOOPBACK).with_parent_death_signal();
     let mut proxy = thread::spawn(|| launch.start().ready()).join().unwrap();
     assert_eq!(proxy.wait(SOON).code(), Some(0));
     assert!(!host.is_bound(Protocol::Tcp, 8080));
@@ -181,7 +181,7 @@ fn end(mut proxy: Process, signal: Signal) -> Duration {
 fn assert_prompt(mut round: impl FnMut() -> Duration) {
     let mut rounds: Vec<Duration> = (0..3).map(|_| round()).collect();
     rounds.sort();
-    assert!(rounds[1] < PROMPT, "ending took {rounds:?}");
+    assert!(rounds[1] < EXIT_LIMIT, "ending took {rounds:?}");
 }
 
 /// A connection through the proxy: the end of the client and that of the backend, after payload in
@@ -204,7 +204,7 @@ fn ending_of(mut stream: TcpStream) -> Option<ErrorKind> {
 }
 
 /// A connection whose buffers are full.
-fn stuffed(host: &Namespace) -> TcpStream {
+fn blocked_connection(host: &Namespace) -> TcpStream {
     let mut client = connect(host, front());
     client.set_write_timeout(Some(Duration::from_millis(100))).unwrap();
     let chunk = vec![0; 1 << 20];

@@ -286,11 +286,11 @@ fn a_log_that_cannot_be_written_affects_no_connection() {
     let mut proxy = short_of_descriptors(&host, "2>/dev/full");
     let mut first = connect(&host, front());
     echo(&mut first, b"first");
-    let crowd = crowd(&host);
+    let held = excess_connections(&host);
     for _ in 0..20 {
         echo(&mut first, b"still there");
     }
-    drop(crowd);
+    drop(held);
     assert!(proxy.is_running());
     // The flood counts until the proxy has seen its connections close.
     let answered = || {
@@ -309,14 +309,14 @@ fn a_warning_outside_of_a_terminal_is_plain_text() {
     let host = Namespace::new();
     let _server = StalledServer::tcp(&host, back());
     let proxy = short_of_descriptors(&host, "");
-    let _crowd = crowd(&host);
+    let _held = excess_connections(&host);
     let line = proxy.wait_for_line("limit of connections reached", SOON);
     assert!(line.contains(" WARN ") && line.contains("publish=127.0.0.1:8080/tcp"), "{line:?}");
     assert!(!line.contains('\x1b'), "{line:?}");
 }
 
 /// More connections of one client than its share.
-fn crowd(host: &Namespace) -> Vec<TcpStream> {
+fn excess_connections(host: &Namespace) -> Vec<TcpStream> {
     host.run(|| (0..40).filter_map(|_| TcpStream::connect_timeout(&front(), SOON).ok()).collect())
 }
 

@@ -18,22 +18,22 @@ fn rules_of_others(machine: &Machine) -> String {
         ["iptables-save", "ip6tables-save"].map(|program| machine.net.host.exec(program, &[]));
     let lines = saved.iter().flat_map(|text| text.lines());
     let lines = lines.map(|line| line.split(" [").next().unwrap_or_default());
-    let is_something =
+    let is_relevant =
         |line: &&str| line.starts_with("-A") || line.ends_with(" -") || line.ends_with("DROP");
     let mut lines: Vec<&str> =
-        lines.filter(is_something).filter(|line| !line.contains("TIDEGATE")).collect();
+        lines.filter(is_relevant).filter(|line| !line.contains("TIDEGATE")).collect();
     // The order of tables varies; only the order within chains matters.
     lines.sort_by_key(|line| line.split(' ').nth(1).unwrap_or_default().to_owned());
     lines.join("\n")
 }
 
 /// A project of tidegate: a container with a server, published on 8090.
-struct Beside {
+struct Project {
     container: Namespace,
     directory: tempfile::TempDir,
 }
 
-impl Beside {
+impl Project {
     fn new(machine: &Machine) -> (Self, Process) {
         let container = Namespace::new();
         let server =
@@ -72,12 +72,12 @@ services:
 #[track_caller]
 fn is_unreachable(from: &Place, to: impl Into<SocketAddr>) {
     let to = to.into();
-    let patience = Duration::from_millis(300);
-    assert!(from.run(|| TcpStream::connect_timeout(&to, patience)).is_err(), "{from} reaches {to}");
+    let timeout = Duration::from_millis(300);
+    assert!(from.run(|| TcpStream::connect_timeout(&to, timeout)).is_err(), "{from} reaches {to}");
 }
 
 #[test]
-fn docker_and_tidegate_live_side_by_side() {
+fn docker_and_tidegate_coexist() {
     // If Docker has enabled forwarding, it drops unknown traffic.
     for (forwarded_before, flags, chosen) in [
         ("0", &[][..], "firewall=iptables"),
@@ -94,9 +94,9 @@ fn docker_and_tidegate_live_side_by_side() {
         );
         let before = rules_of_others(&machine);
         let (host, outside) = (host(&machine), outside(&machine));
-        let (beside, _server) = Beside::new(&machine);
-        let ours = Place::open("ours", beside.container.path());
-        let mut up = beside.up(&machine, flags);
+        let (project, _server) = Project::new(&machine);
+        let ours = Place::open("ours", project.container.path());
+        let mut up = project.up(&machine, flags);
         assert!(up.output().contains(chosen), "{}", up.output());
         assert_eq!(rules_of_others(&machine), before);
 

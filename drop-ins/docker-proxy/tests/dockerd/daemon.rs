@@ -13,7 +13,7 @@ use crate::place::Place;
 /// The address of the bridge: the gateway of containers, which they see instead of clients.
 pub(crate) const GATEWAY: Ipv4Addr = Ipv4Addr::new(172, 17, 0, 1);
 
-/// The gateway of the network of [`Daemon::stranger`].
+/// The gateway of the network of [`Daemon::run_on_other_network`].
 pub(crate) const OTHER_GATEWAY: Ipv4Addr = Ipv4Addr::new(172, 18, 0, 1);
 
 /// The name of the image.
@@ -116,7 +116,7 @@ impl<'a> Daemon<'a> {
 
     /// A container on a separate network.
     #[track_caller]
-    pub(crate) fn stranger(&self) -> Container {
+    pub(crate) fn run_on_other_network(&self) -> Container {
         let [a, b, ..] = OTHER_GATEWAY.octets();
         let (subnet, gateway) = (format!("{a}.{b}.0.0/16"), OTHER_GATEWAY.to_string());
         self.docker(&[
@@ -131,10 +131,10 @@ impl<'a> Daemon<'a> {
         self.run("stranger", &["--network", "elsewhere"], &["tcp:1"])
     }
 
-    /// Removes a container of [`stranger`](Self::stranger) and its network.
+    /// Removes a container of [`run_on_other_network`](Self::run_on_other_network) and its network.
     #[track_caller]
-    pub(crate) fn remove_stranger(&self, stranger: Container) {
-        self.remove(stranger);
+    pub(crate) fn remove_with_network(&self, other_network: Container) {
+        self.remove(other_network);
         self.docker(&["network", "rm", "elsewhere"]);
     }
 

@@ -40,7 +40,7 @@ const OWN: [&str; 2] = ["docker-init", "sleep"];
 
 /// Paths that dockerd and containerd create outside of their data directory. They are hidden, and
 /// must not appear on the machine of the test.
-const FOOTPRINTS: [&str; 5] = [
+const DOCKERD_PATHS: [&str; 5] = [
     "/etc/docker/key.json",
     "/opt/containerd",
     "/run/containerd",
@@ -57,7 +57,7 @@ pub(crate) struct Machine {
     init_pid: u32,
     init_handle: Handle,
     cgroup_parent: String,
-    before: Surroundings,
+    before: HostState,
     directory: TempDir,
 }
 
@@ -86,10 +86,10 @@ pub(crate) struct Found {
 
 /// The state of the machine of the test that dockerd might change.
 #[derive(Debug, Default)]
-struct Surroundings {
+struct HostState {
     links: BTreeSet<String>,
     mounts: BTreeSet<String>,
-    footprints: BTreeSet<&'static str>,
+    dockerd_paths: BTreeSet<&'static str>,
 }
 
 impl Machine {
@@ -101,7 +101,7 @@ impl Machine {
             require_program(program);
         }
         sweep_control_groups();
-        let before = Surroundings::now();
+        let before = HostState::now();
         let net = Topology::three();
         let mounts =
             Mounts::builder().tmpfs("/run").tmpfs("/opt").tmpfs("/etc/docker").build(&net.host);
@@ -237,9 +237,9 @@ impl Machine {
         self.end();
         assert_eq!(self.processes(), []);
         assert_eq!(self.control_groups(), [] as [PathBuf; 0]);
-        let mut new = Surroundings::default();
+        let mut new = HostState::default();
         let same = eventually(SOON, || {
-            new = Surroundings::now().without(&self.before);
+            new = HostState::now().without(&self.before);
             new.is_empty()
         });
         assert!(same, "the test machine has changed: {new:#?}");
@@ -342,7 +342,7 @@ impl Found {
     }
 }
 
-impl Surroundings {
+impl HostState {
     #[track_caller]
     fn now() -> Self {
         let links = Command::new("ip").args(["-o", "link"]).output().expect("start ip").stdout;
@@ -351,19 +351,22 @@ impl Surroundings {
         Self {
             links: links.lines().filter_map(link_name).map(str::to_owned).collect(),
             mounts: mounts.lines().map(str::to_owned).collect(),
-            footprints: FOOTPRINTS.into_iter().filter(|path| Path::new(path).exists()).collect(),
+            dockerd_paths: DOCKERD_PATHS
+                .into_iter()
+                .filter(|path| Path::new(path).exists())
+                .collect(),
         }
     }
 
     fn without(mut self, before: &Self) -> Self {
         self.links.retain(|link| !before.links.contains(link));
         self.mounts.retain(|mount| !before.mounts.contains(mount));
-        self.footprints.retain(|path| !before.footprints.contains(path));
+        self.dockerd_paths.retain(|path| !before.dockerd_paths.contains(path));
         self
     }
 
     fn is_empty(&self) -> bool {
-        self.links.is_empty() && self.mounts.is_empty() && self.footprints.is_empty()
+        self.links.is_empty() && self.mounts.is_empty() && self.dockerd_paths.is_empty()
     }
 }
 

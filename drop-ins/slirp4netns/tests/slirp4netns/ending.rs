@@ -6,7 +6,7 @@ use tidegate_testbed::{Process, Signal, eventually, procfs};
 
 /// The forked process of `process` that reads the resolvers.
 #[track_caller]
-fn reader_of(process: &Process) -> u32 {
+fn resolver_process(process: &Process) -> u32 {
     let tree = procfs::tree(process.pid());
     assert_eq!(tree.len(), 2, "the process and its reader");
     tree[1]
@@ -24,7 +24,7 @@ fn it_ends_with_its_caller_or_on_a_signal() {
         for signal in [None, Some(Signal::TERM), Some(Signal::INT)] {
             let guest = scene.guest();
             let mut slirp = scene.serve(&guest, options);
-            let reader = reader_of(&slirp.process);
+            let reader = resolver_process(&slirp.process);
             assert!(guest.ip(&["-o", "link"]).contains("tap0"));
             match signal {
                 None => drop(slirp.exit.take()),
@@ -44,7 +44,7 @@ fn a_killed_process_leaves_nothing() {
     let guest = scene.guest();
     for _ in 0..3 {
         let mut slirp = scene.serve(&guest, &["-c", "--enable-sandbox", "--enable-seccomp"]);
-        let reader = reader_of(&slirp.process);
+        let reader = resolver_process(&slirp.process);
         slirp.process.stop(Signal::KILL, SOON);
         assert!(is_gone(reader));
         assert!(!guest.ip(&["-o", "link"]).contains("tap0"));

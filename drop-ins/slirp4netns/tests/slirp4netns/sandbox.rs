@@ -74,9 +74,9 @@ fn the_resolver_process_can_only_read_and_report() {
     let scene = Scene::new();
     let guest = scene.guest();
     let slirp = scene.serve(&guest, &["-c"]);
-    let followers = follower(slirp.process.pid());
-    let [follower] = followers[..] else { panic!("more than one process: {followers:?}") };
-    for task in puppet::tasks(follower) {
+    let children = children_of(slirp.process.pid());
+    let [resolver] = children[..] else { panic!("more than one process: {children:?}") };
+    for task in puppet::tasks(resolver) {
         puppet::assert_confined(&task, 0);
         let puppet = Puppet::seize(&task);
         let cwd = libc::AT_FDCWD as u64;
@@ -103,7 +103,7 @@ fn the_resolver_process_can_only_read_and_report() {
 }
 
 /// The children of process `pid`.
-fn follower(pid: u32) -> Vec<u32> {
+fn children_of(pid: u32) -> Vec<u32> {
     let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
     children.split_ascii_whitespace().map(|child| child.parse().unwrap()).collect()
 }

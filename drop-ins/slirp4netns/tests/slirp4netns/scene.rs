@@ -20,7 +20,7 @@ use tidegate_testbed::{
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 
 /// The size of a bulk transfer in bytes.
-const MUCH: u64 = 64 << 20;
+const BULK_BYTES: u64 = 64 << 20;
 
 /// The user id of `nobody` in Debian and most other distributions.
 pub(crate) const NOBODY: u32 = 65_534;
@@ -177,15 +177,15 @@ impl Guest {
     #[track_caller]
     pub(crate) fn transfers_both_ways(&self, outside: &Namespace, address: IpAddr) {
         let sink = Sink::tcp(outside, (address, 7002).into(), 1);
-        let source = Source::tcp(outside, (address, 7003).into(), 2, MUCH);
+        let source = Source::tcp(outside, (address, 7003).into(), 2, BULK_BYTES);
         self.namespace.run(|| {
             let mut stream = TcpStream::connect(sink.addr()).unwrap();
-            transfer::send(&mut stream, 1, MUCH).unwrap();
+            transfer::send(&mut stream, 1, BULK_BYTES).unwrap();
             stream.shutdown(Shutdown::Write).unwrap();
             let mut stream = TcpStream::connect(source.addr()).unwrap();
-            assert_eq!(transfer::receive(&mut stream, 2), Transfer::complete(MUCH));
+            assert_eq!(transfer::receive(&mut stream, 2), Transfer::complete(BULK_BYTES));
         });
-        assert_eq!(sink.wait(1, SOON), [Transfer::complete(MUCH)]);
+        assert_eq!(sink.wait(1, SOON), [Transfer::complete(BULK_BYTES)]);
     }
 }
 
@@ -201,11 +201,11 @@ impl Slirp {
     #[track_caller]
     pub(crate) fn start(mut command: Command, guest: &Guest) -> Self {
         let (ready, sender) = pipe_with(PipeFlags::CLOEXEC).unwrap();
-        let (hears, exit) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        let (exit_reader, exit) = pipe_with(PipeFlags::CLOEXEC).unwrap();
         // Descriptor numbers in an unusual order.
         command.args(["--ready-fd=9", "-e", "8", &guest.pid(), "tap0"]);
         pass_fd(&mut command, sender, 9);
-        pass_fd(&mut command, hears, 8);
+        pass_fd(&mut command, exit_reader, 8);
         let process = Process::spawn(&mut command);
         drop(command);
         let mut word = String::new();
