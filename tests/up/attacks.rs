@@ -388,6 +388,55 @@ fn two_projects_both_have_egress() {
     }
 }
 
+/// Each instance is notified of every change of rules, its own and those of others.
+#[test]
+fn projects_that_start_together_do_not_restore_each_others_rules() {
+    let modes: [&[&str]; 4] = [
+        &["--firewall=nftables"],
+        &["--firewall=nftables", "--publish=kernel"],
+        &["--firewall=iptables", "--publish=kernel"],
+        &["--firewall=none"],
+    ];
+    for flags in modes {
+        let scene = Scene::new();
+        let before = state(&scene.net.host);
+        let containers: [Namespace; 4] = std::array::from_fn(|_| Namespace::new());
+        let mut projects: Vec<Process> = containers
+            .iter()
+            .enumerate()
+            .map(|(number, container)| {
+                let file = format!(
+                    "name: together{number}
+networks:
+  net:
+    enable_ipv6: true
+    ipam: {{ config: [ {{ subnet: 10.81.{number}.0/24 }}, {{ subnet: 'fd81:{number}::/64' }} ] }}
+services:
+  box:
+    x-netns: {}
+    networks: {{ net: {{ x-any-source: true }} }}
+    ports: [ '{}:80', '{}:53/udp' ]
+",
+                    container.path().display(),
+                    8080 + number,
+                    5353 + number,
+                );
+                scene.up_in(&format!("together{number}"), &file, flags)
+            })
+            .collect();
+        for project in &projects {
+            project.wait_for_line("Ctrl-C takes", 4 * SOON);
+        }
+        thread::sleep(Duration::from_secs(1));
+        for project in &mut projects {
+            let output = project.output();
+            assert!(!output.contains("restored"), "{flags:?}: {output}");
+            project.stop(Signal::INT, SOON);
+        }
+        assert_eq!(state(&scene.net.host), before, "{flags:?}");
+    }
+}
+
 #[test]
 fn there_is_egress_without_ipv6() {
     let scene = Scene::new();

@@ -148,7 +148,12 @@ impl Scene {
 
     /// Starts to bring `file` up as a second project besides that of [`up`](Self::up).
     pub(crate) fn up_beside(&self, file: &str, flags: &[&str]) -> Process {
-        let run = self.run.path().join("beside");
+        self.up_in("beside", file, flags)
+    }
+
+    /// The same, with the API socket in a subdirectory of the run directory.
+    pub(crate) fn up_in(&self, subdirectory: &str, file: &str, flags: &[&str]) -> Process {
+        let run = self.run.path().join(subdirectory);
         fs::create_dir_all(&run).unwrap();
         let path = run.join("compose.yaml");
         fs::write(&path, file).unwrap();

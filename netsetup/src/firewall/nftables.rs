@@ -64,6 +64,15 @@ impl Nftables {
         Ok(same)
     }
 
+    /// Records the fingerprints of the tables, which are known to be unmodified. Returns false if
+    /// the ruleset was changed meanwhile.
+    fn read_unmodified(&mut self, owner: &str) -> io::Result<bool> {
+        let fingerprints = self.read_fingerprints(owner)?;
+        let unchanged = self.unmodified_at == Some(self.connection.generation()?);
+        self.fingerprints = Some(fingerprints).filter(|_| unchanged);
+        Ok(unchanged)
+    }
+
     /// Returns fingerprints of the owner's table and of its part of the user table.
     fn read_fingerprints(&mut self, owner: &str) -> io::Result<[Option<u64>; 2]> {
         let table = table_name(owner);
@@ -89,7 +98,10 @@ impl Backend for Nftables {
         };
         let changes = [replace, part];
         for _ in 0..ATTEMPTS {
-            if self.commit_exclusively(&changes)? {
+            // The fingerprint is read at once. Without it, a change by any other program, such as
+            // another instance that starts, would be taken for a change of these rules, and their
+            // restoration for a change by that instance, and so on.
+            if self.commit_exclusively(&changes)? && self.read_unmodified(&ruleset.owner)? {
                 break;
             }
         }
@@ -155,9 +167,7 @@ impl Backend for Nftables {
         if self.fingerprints.is_some() || !self.is_unmodified(owner)? {
             return Ok(());
         }
-        let fingerprints = self.read_fingerprints(owner)?;
-        let unchanged = self.unmodified_at == Some(self.connection.generation()?);
-        self.fingerprints = Some(fingerprints).filter(|_| unchanged);
+        self.read_unmodified(owner)?;
         Ok(())
     }
 
