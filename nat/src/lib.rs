@@ -81,6 +81,7 @@ pub mod wire;
 pub use error::StartError;
 pub use flow_table::TableLimits;
 pub use forward::{Forward, ForwardId, ForwardSource, Guard, MAX_FORWARDS, PublishError};
+pub use io::sockets::reserve_port;
 pub use io::tun::Tun;
 pub use io::tun_options::{MIN_MTU, TunOptions};
 pub use layer2::{Layer2Options, Layer2V6};

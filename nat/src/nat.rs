@@ -7,7 +7,7 @@ use crate::error::StartError;
 use crate::fair_queue::QueueLimits;
 use crate::forward::{Forward, ForwardId, ForwardSource, Guard, MAX_FORWARDS, PublishError};
 use crate::io::driver::{Driver, Message, Publish};
-use crate::io::sockets::{Kernel, bound_to, probe, reserve};
+use crate::io::sockets::{Kernel, bound_to, probe, reserve_port};
 use crate::io::tun::{Tun, open_driver};
 use crate::metrics::{Figures, ForwardStats, Stats};
 use crate::policy::Policy;
@@ -180,7 +180,7 @@ impl Nat {
     /// [`PublishError`]; the state is then unchanged.
     pub fn publish(&self, forward: Forward) -> Result<ForwardId, PublishError> {
         self.check(&forward)?;
-        let reserve = || reserve(&forward);
+        let reserve = || reserve_port(forward.protocol, forward.listen);
         let socket =
             if self.host.is_current() { reserve() } else { self.host.with(reserve).flatten() };
         let socket =

@@ -10,8 +10,8 @@ use std::sync::LazyLock;
 use std::time::Duration;
 use tidegate_model::{Feature, Protocol, PublishLabel, canonical};
 use tidegate_reactor::{
-    batch, drop_forged_own_source, enable_stream_ingress, revive_datagrams, revive_listener,
-    set_window_clamp, unfix_buffers,
+    accept_only_from_loopback, batch, drop_forged_own_source, enable_stream_ingress,
+    revive_datagrams, revive_listener, set_window_clamp, unfix_buffers,
 };
 
 /// Accept queue length, the default of `net.core.somaxconn`, at which the kernel caps it.
@@ -232,14 +232,9 @@ fn bind(address: SocketAddr, protocol: Protocol) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Binds a socket at a loopback address to the interface `lo`, after the address: conflicts with
-/// sockets at all addresses are found as before. With `route_localnet` set, as by kube-proxy,
-/// packets to 127.0.0.0/8 come in from links too (CVE-2020-8558). Before Linux 5.7 this takes a
-/// privilege.
+/// Without the privilege that old kernels require, the socket works, but is open to links.
 fn accept_from_loopback(socket: &Socket, address: SocketAddr) {
-    if address.ip().to_canonical().is_loopback()
-        && let Err(error) = socket.bind_device(Some(b"lo"))
-    {
+    if let Err(error) = accept_only_from_loopback(socket, address.ip()) {
         tracing::debug!(%address, %error, "socket not bound to the loopback interface");
     }
 }

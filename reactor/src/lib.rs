@@ -35,7 +35,7 @@ pub use event_loop::{Context, EventLoop, Handler};
 pub use ingress::{StreamIngress, drop_forged_own_source, enable_stream_ingress, stream_ingress};
 pub use lists::{Links, List};
 pub use mailbox::{Closed, Sender};
-pub use options::{set_number, set_window_clamp, unfix_buffers};
+pub use options::{accept_only_from_loopback, set_number, set_window_clamp, unfix_buffers};
 pub use pipes::{Loan, Pipe, PipePool, Splice};
 pub use revive::{revive_datagrams, revive_listener, says_destroyed};
 pub use source_ports::{PortRange, SourcePorts, begin_connect};

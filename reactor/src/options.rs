@@ -1,6 +1,7 @@
 //! Socket options that neither rustix nor socket2 has.
 
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
 
 /// Bounds the receive window of a TCP socket (`TCP_WINDOW_CLAMP`), in bytes.
@@ -12,6 +13,19 @@ use std::os::fd::{AsFd, AsRawFd};
 /// What setsockopt(2) says.
 pub fn set_window_clamp(stream: impl AsFd, bytes: u32) -> io::Result<()> {
     set_number(stream, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, bytes.cast_signed())
+}
+
+/// Restricts a socket bound to a loopback `address` to the interface `lo`. To be called after the
+/// bind, which so finds conflicts with sockets at all addresses. With `route_localnet` set, as by
+/// kube-proxy, packets to 127.0.0.0/8 come in from links too (CVE-2020-8558).
+///
+/// # Errors
+/// What setsockopt(2) says; `EPERM` without `CAP_NET_RAW` before Linux 5.7.
+pub fn accept_only_from_loopback(socket: impl AsFd, address: IpAddr) -> io::Result<()> {
+    if address.to_canonical().is_loopback() {
+        socket2::SockRef::from(&socket).bind_device(Some(b"lo"))?;
+    }
+    Ok(())
 }
 
 /// Lets the kernel manage the buffers of a socket again after their sizes were set

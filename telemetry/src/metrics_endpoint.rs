@@ -31,7 +31,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use tidegate_model::{Ingress, Protocol};
 use tidegate_netns::{LocalPeers, port_holders};
-use tidegate_reactor::enable_stream_ingress;
+use tidegate_reactor::{accept_only_from_loopback, enable_stream_ingress};
 
 /// The time for a client to send its request, and the longest wait for it to read more of the page.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
@@ -311,6 +311,9 @@ fn bind(address: MetricsAddress) -> Result<TcpListener, EndpointError> {
             Ok(listener) => {
                 let enabled = enable_stream_ingress(&listener, address.ip.is_ipv6());
                 enabled.map_err(|source| EndpointError::Bind { address, source })?;
+                if let Err(error) = accept_only_from_loopback(&listener, address.ip) {
+                    tracing::debug!(%address, %error, "socket not bound to the loopback interface");
+                }
                 return Ok(listener);
             }
             Err(error) => last_error = Some(error),

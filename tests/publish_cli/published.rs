@@ -243,9 +243,10 @@ fn a_port_on_a_loopback_address_responds_to_the_host_only() {
     let [ours, of_others]: [SocketAddr; 2] =
         ["127.0.0.1:8080", "127.0.0.1:9191"].map(|at| at.parse().unwrap());
     let _others = EchoServer::tcp(&net.host, of_others);
-    let mut command = tidegate(&net.host, "publish 127.0.0.1:8080:80 --to 172.30.0.2");
-    let process = Process::spawn(&mut command);
+    let arguments = "publish 127.0.0.1:8080:80 --to 172.30.0.2 --metrics 127.0.0.1:9464";
+    let process = Process::spawn(&mut tidegate(&net.host, arguments));
     process.wait_for_line("127.0.0.1:8080", TIMEOUT);
+    let metrics: SocketAddr = "127.0.0.1:9464".parse().unwrap();
     let reaches = |from: &Namespace, to: SocketAddr| {
         let timeout = std::time::Duration::from_millis(500);
         from.run(|| TcpStream::connect_timeout(&to, timeout)).is_ok()
@@ -253,4 +254,6 @@ fn a_port_on_a_loopback_address_responds_to_the_host_only() {
     assert!(reaches(&net.host, ours));
     assert!(reaches(&net.client, of_others), "such packets arrive");
     assert!(!reaches(&net.client, ours));
+    assert!(eventually(TIMEOUT, || reaches(&net.host, metrics)));
+    assert!(!reaches(&net.client, metrics));
 }

@@ -5,15 +5,13 @@ use super::api::{Forwarder, PortForward};
 use super::api_socket::Server;
 use super::resolvers::Resolvers;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use socket2::{Domain, Socket, Type};
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate_model::{Protocol, PublishLabel};
-use tidegate_nat::{Forward, ForwardId, ForwardSource, Nat, Policy};
+use tidegate_model::PublishLabel;
+use tidegate_nat::{Forward, ForwardId, ForwardSource, Nat, Policy, reserve_port};
 
 /// The event sources and their state.
 pub(super) struct Control {
@@ -117,7 +115,9 @@ impl Forwarder for Ports {
         let PortForward { protocol, host: listen, guest } = port;
         let forward = Forward { protocol, listen, guest, source: self.source };
         let publish = PublishLabel::new(listen, protocol);
-        let socket = match bind(protocol, listen) {
+        // The engine itself would first read its namespace from `/proc`, which a sandbox does not
+        // have.
+        let socket = match reserve_port(protocol, listen) {
             Ok(socket) => socket,
             Err(error) => {
                 tracing::warn!(%publish, %error, "port not forwarded");
@@ -131,20 +131,4 @@ impl Forwarder for Ports {
     fn remove(&mut self, id: Self::Id) -> bool {
         self.nat.unpublish(id)
     }
-}
-
-/// Binds a port in the namespace of this process. The engine would first read its namespace from
-/// `/proc`, which a sandbox does not have.
-fn bind(protocol: Protocol, listen: SocketAddr) -> io::Result<OwnedFd> {
-    let kind = if protocol == Protocol::Udp { Type::DGRAM } else { Type::STREAM };
-    let socket = Socket::new(Domain::for_address(listen), kind.nonblocking().cloexec(), None)?;
-    if listen.is_ipv6() {
-        socket.set_only_v6(true)?;
-    }
-    if protocol == Protocol::Tcp {
-        // Connections in TIME_WAIT do not block the port.
-        socket.set_reuse_address(true)?;
-    }
-    socket.bind(&listen.into())?;
-    Ok(socket.into())
 }

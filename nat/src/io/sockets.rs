@@ -24,8 +24,9 @@ use tidegate_model::{Feature, Protocol};
 use tidegate_netns::AddressBook;
 use tidegate_reactor::batch::{self, MAX_SEGMENTS, RecvBatch};
 use tidegate_reactor::{
-    Descriptors, Epoll, Interest, Key, Permit, PortRange, StreamIngress, Token, begin_connect,
-    enable_stream_ingress, revive_listener, says_destroyed, set_number, stream_ingress,
+    Descriptors, Epoll, Interest, Key, Permit, PortRange, StreamIngress, Token,
+    accept_only_from_loopback, begin_connect, enable_stream_ingress, revive_listener,
+    says_destroyed, set_number, stream_ingress,
 };
 
 /// Token tag of flow sockets.
@@ -223,21 +224,27 @@ fn family(of: SocketAddr) -> AddressFamily {
     if of.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 }
 }
 
-/// Binds the port of `forward` in the namespace of the calling thread to reserve it. It does not
-/// serve clients yet.
-pub(crate) fn reserve(forward: &Forward) -> io::Result<OwnedFd> {
-    let kind = if forward.protocol == Protocol::Udp { Type::DGRAM } else { Type::STREAM };
-    let domain = Domain::for_address(forward.listen);
+/// Binds a port for [`Nat::publish_on`](crate::Nat::publish_on) in the namespace of the calling
+/// thread. It does not serve clients yet.
+///
+/// # Errors
+/// What bind(2) says.
+pub fn reserve_port(protocol: Protocol, listen: SocketAddr) -> io::Result<OwnedFd> {
+    let kind = if protocol == Protocol::Udp { Type::DGRAM } else { Type::STREAM };
+    let domain = Domain::for_address(listen);
     let socket = Socket::new(domain, kind.nonblocking().cloexec(), None)?;
-    if forward.listen.is_ipv6() {
+    if listen.is_ipv6() {
         // The IPv4 part of a port has its own socket.
         socket.set_only_v6(true)?;
     }
-    if forward.protocol == Protocol::Tcp {
+    if protocol == Protocol::Tcp {
         // Ignores connections in TIME_WAIT, but not an active listener.
         socket.set_reuse_address(true)?;
     }
-    socket.bind(&forward.listen.into())?;
+    socket.bind(&listen.into())?;
+    if let Err(error) = accept_only_from_loopback(&socket, listen.ip()) {
+        tracing::debug!(%listen, %error, "socket not bound to the loopback interface");
+    }
     Ok(socket.into())
 }
 

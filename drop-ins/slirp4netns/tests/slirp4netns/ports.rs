@@ -97,6 +97,32 @@ fn ports_reach_the_container_until_they_are_removed() {
     assert!(seen_by_tcp(outside, (addr::HOST_V4, 8080)).is_some());
 }
 
+/// Other software has set `route_localnet`, and packets to loopback addresses come in from links.
+#[test]
+fn a_port_on_a_loopback_address_serves_the_host_only() {
+    let scene = Scene::new();
+    let (guest, _slirp, socket) = served(&scene, &[]);
+    let net = &scene.net;
+    for namespace in [&net.host, &net.client] {
+        namespace.sysctl("net.ipv4.conf.all.route_localnet", "1");
+    }
+    net.client.ip_all("addr del 127.0.0.1/8 dev lo\nroute add 127.0.0.0/8 via 203.0.113.1");
+    let _servers = (
+        PeerServer::tcp(&guest.namespace, "0.0.0.0:80".parse().unwrap()),
+        PeerServer::udp(&guest.namespace, "0.0.0.0:80".parse().unwrap()),
+    );
+    for protocol in ["tcp", "udp"] {
+        answer(&socket, &add(protocol, "127.0.0.1", 8080, 80));
+    }
+    let of_others: SocketAddr = "127.0.0.1:9191".parse().unwrap();
+    let _others = PeerServer::tcp(&net.host, of_others);
+    assert!(seen_by_tcp(&net.client, of_others).is_some(), "such packets arrive");
+    let ours: SocketAddr = "127.0.0.1:8080".parse().unwrap();
+    assert!(seen_by_tcp(&net.host, ours).is_some() && seen_by_udp(&net.host, ours).is_some());
+    assert_eq!(seen_by_tcp(&net.client, ours), None);
+    assert_eq!(seen_by_udp(&net.client, ours), None);
+}
+
 #[test]
 fn the_container_sees_the_client_address_on_request() {
     let scene = Scene::new();
