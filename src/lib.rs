@@ -12,10 +12,3 @@ mod port_guards;
 mod table;
 mod top;
 pub mod up;
-pub mod version;
-
-/// The exit status of a command that failed.
-pub const EXIT_FAILURE: u8 = 1;
-
-/// The exit status for an invalid command line.
-pub const EXIT_USAGE: u8 = 2;

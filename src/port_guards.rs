@@ -33,7 +33,6 @@ pub(crate) fn remedy(mut denied: impl ExactSizeIterator<Item = bool>) -> &'stati
 
 /// Creates the port guards of `owner` with the first mechanism that works in a temporary network
 /// namespace.
-
 ///
 /// # Errors
 /// [`NoPortGuards`].

@@ -8,8 +8,9 @@ pub enum ClientId {
     /// A container, identified by the socket.
     Container(Arc<str>),
     /// The clients at the gateway of a network: the endpoint with the source address of the query
-    /// or, if sources are not verified ([`NetworkSpec::sources_are_verified`](crate::NetworkSpec::sources_are_verified)), any client on the
-    /// network.
+    /// or, if sources are not verified
+    /// ([`NetworkSpec::sources_are_verified`](crate::NetworkSpec::sources_are_verified)), any
+    /// client on the network.
     Network(Arc<str>),
 }
 

@@ -7,8 +7,9 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use tidegate_model::Protocol;
 
-/// A server that forks shares its socket with its children. Further holders are only counted.
-const HOLDERS_NAMED: usize = 3;
+/// Number of processes that a message names. A server that forks shares its socket with all its
+/// children; if there are more, the message has the first and the number of the others.
+const MAX_NAMED_HOLDERS: usize = 3;
 
 /// A socket bound to a port: a TCP listener, or a UDP socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,13 +97,13 @@ fn holder(process: &Process, inodes: &BTreeSet<u64>) -> Option<Holder> {
     let command = process.cmdline().unwrap_or_default();
     Some(Holder { name, pid: process.pid(), command, inodes: held })
 }
-/// That the port of `protocol` at `address` is in use, and by whom, as far as this process may
-/// look.
+/// The message that the port of `protocol` at `address` is in use. It names the processes that hold
+/// the port, if this process may read their descriptors.
 pub fn in_use(address: SocketAddr, protocol: Protocol) -> String {
     let port = port_at(address, protocol);
     match holders_of(address, protocol).as_slice() {
         [] => format!("{port} is in use"),
-        holders if holders.len() <= HOLDERS_NAMED => {
+        holders if holders.len() <= MAX_NAMED_HOLDERS => {
             format!("{port} is in use by {}", holders.join(", "))
         }
         [first, others @ ..] => format!("{port} is in use by {first} and {} more", others.len()),
@@ -122,7 +123,8 @@ pub fn bracketed(ip: IpAddr) -> String {
     }
 }
 
-/// The processes that hold the port, as `nginx (pid 812)`, as far as this one may look.
+/// The processes that hold the port, as `nginx (pid 812)`, if this process may read their
+/// descriptors.
 fn holders_of(wanted: SocketAddr, protocol: Protocol) -> Vec<String> {
     let clashes = |local: SocketAddr| {
         let overlaps = local.ip() == wanted.ip()

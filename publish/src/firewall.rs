@@ -209,9 +209,7 @@ fn choose_firewall(
 
 /// The order in which firewalls are tried, and the reason. iptables, if in use, may drop packets
 /// that nftables accepts.
-pub fn preference(
-    iptables: &[Option<IptablesState>; 2],
-) -> ([FirewallKind; 2], &'static str) {
+pub fn preference(iptables: &[Option<IptablesState>; 2]) -> ([FirewallKind; 2], &'static str) {
     let any = |is: fn(&IptablesState) -> bool| iptables.iter().flatten().any(is);
     let because = if any(|state| state.forward_drops) {
         "the chain FORWARD of iptables has the policy DROP"

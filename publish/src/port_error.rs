@@ -1,11 +1,11 @@
-//! Why a port cannot be opened, said so that one knows what to do.
+//! Messages for ports that cannot be opened, with the cause and the remedy.
 
 use rustix::io::Errno;
 use tidegate_model::without_errno;
 use tidegate_netns::port_holders::{bracketed, in_use, port_at};
 use tidegate_proxy::BindError;
 
-/// One line that names the port, the reason, and the remedy where there is one.
+/// One line with the port, the cause, and the remedy if there is one.
 pub fn explain(error: &BindError) -> String {
     let address = error.label.address();
     let port = port_at(address, error.label.protocol());
@@ -38,7 +38,7 @@ mod tests {
     }
 
     #[test]
-    fn a_busy_port_is_told_with_its_holder() {
+    fn the_message_of_a_port_in_use_names_its_holder() {
         let me = format!("(pid {})", std::process::id());
         let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
         let holder = TcpListener::bind(tcp).unwrap();
@@ -57,7 +57,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_that_is_not_here_is_named() {
+    fn an_address_that_the_host_does_not_have_is_named() {
         let text = explained("192.0.2.77:80".parse().unwrap(), Protocol::Tcp);
         assert_eq!(text, "port 80/tcp on 192.0.2.77: this host has no address 192.0.2.77");
     }
