@@ -1,4 +1,4 @@
-//! Deletion of stale connection tracking entries.
+//! The connection tracking table: usage, entries, deletion of entries.
 //!
 //! NAT is decided for the first packet of a flow; later packets follow the conntrack entry. A UDP
 //! flow without pauses keeps its old destination indefinitely. After a port is published, relocated
@@ -40,7 +40,60 @@ impl fmt::Debug for Conntrack {
 mod field {
     pub(super) const ORIGINAL: u16 = 1;
     pub(super) const REPLY: u16 = 2;
+    pub(super) const STATUS: u16 = 3;
+    pub(super) const TIMEOUT: u16 = 7;
     pub(super) const ZONE: u16 = 18;
+}
+
+/// `IPS_ASSURED` (include/uapi/linux/netfilter/nf_conntrack_common.h).
+const ASSURED: u32 = 1 << 2;
+
+/// An entry of the table during a dump.
+#[derive(Debug)]
+pub struct Entry<'a> {
+    /// The addresses of the flow.
+    pub flow: Flow,
+    family: u8,
+    attributes: &'a [u8],
+}
+
+/// Identifies an entry for its deletion.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EntryKey {
+    family: u8,
+    original: Vec<u8>,
+    zone: Option<Vec<u8>>,
+}
+
+impl Entry<'_> {
+    /// Whether the kernel keeps the entry when the table is full. It evicts others first
+    /// (`early_drop`, net/netfilter/nf_conntrack_core.c).
+    #[must_use]
+    pub fn is_assured(&self) -> bool {
+        self.number(field::STATUS).is_some_and(|status| status & ASSURED != 0)
+    }
+
+    /// Time in seconds until the entry expires without further packets. Of entries of one protocol
+    /// and state, the longest idle one has the shortest.
+    #[must_use]
+    pub fn remaining(&self) -> u32 {
+        self.number(field::TIMEOUT).unwrap_or(0)
+    }
+
+    /// The key of the entry.
+    #[must_use]
+    pub fn key(&self) -> EntryKey {
+        let of = |kind| attribute(self.attributes, kind).map(<[u8]>::to_vec);
+        EntryKey {
+            family: self.family,
+            original: of(field::ORIGINAL).unwrap_or_default(),
+            zone: of(field::ZONE),
+        }
+    }
+
+    fn number(&self, kind: u16) -> Option<u32> {
+        Some(u32::from_be_bytes(attribute(self.attributes, kind)?.try_into().ok()?))
+    }
 }
 
 impl Conntrack {
@@ -52,11 +105,30 @@ impl Conntrack {
         Ok(Self(NetfilterSocket::open()?))
     }
 
-    /// Deletes the flows of `families` that match `filter` and returns their number. Later packets
-    /// create new flows.
+    /// Calls `each` for the TCP and UDP entries of `families`.
     ///
     /// A dump walks the whole hash table once per family, regardless of the number of flows: 10 ms
     /// for 256 Ki buckets.
+    ///
+    /// # Errors
+    /// Errors of the kernel.
+    pub fn for_each(
+        &mut self,
+        families: &[TableFamily],
+        mut each: impl FnMut(&Entry<'_>),
+    ) -> io::Result<()> {
+        for family in families.iter().map(|family| family.number()) {
+            self.0.dump(&message(GET, family, Attributes::default()), |attributes| {
+                if let Some(flow) = flow(attributes) {
+                    each(&Entry { flow, family, attributes });
+                }
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Deletes the flows of `families` that match `filter` and returns their number. Later packets
+    /// create new flows.
     ///
     /// # Errors
     /// Errors of the kernel.
@@ -69,18 +141,25 @@ impl Conntrack {
             return Ok(0);
         }
         let mut found = Vec::new();
-        for family in families.iter().map(|family| family.number()) {
-            self.0.dump(&message(GET, family, Attributes::default()), |entry| {
-                if flow(entry).is_some_and(|flow| filter(&flow)) {
-                    let of = |kind| attribute(entry, kind).map(<[u8]>::to_vec);
-                    found.push((family, of(field::ORIGINAL), of(field::ZONE)));
-                }
-            })?;
-        }
+        self.for_each(families, |entry| {
+            if filter(&entry.flow) {
+                found.push(entry.key());
+            }
+        })?;
+        self.delete_entries(found)
+    }
+
+    /// Deletes `entries` and returns the number of those that still existed.
+    ///
+    /// # Errors
+    /// Errors of the kernel.
+    pub fn delete_entries(
+        &mut self,
+        entries: impl IntoIterator<Item = EntryKey>,
+    ) -> io::Result<usize> {
         let mut deleted = 0;
-        for (family, original, zone) in found {
-            let mut key = Attributes::default()
-                .bytes(field::ORIGINAL | NESTED, &original.unwrap_or_default());
+        for EntryKey { family, original, zone } in entries {
+            let mut key = Attributes::default().bytes(field::ORIGINAL | NESTED, &original);
             if let Some(zone) = zone {
                 key = key.bytes(field::ZONE, &zone);
             }
@@ -95,13 +174,24 @@ impl Conntrack {
         }
         Ok(deleted)
     }
+
+    /// Number of entries in the table of the calling thread's network namespace, and its limit.
+    ///
+    /// # Errors
+    /// `/proc` cannot be read, or the kernel does not track connections.
+    pub fn usage() -> io::Result<(usize, usize)> {
+        let read = |name: &str| {
+            let text = std::fs::read_to_string(format!("/proc/sys/net/netfilter/{name}"))?;
+            text.trim().parse::<usize>().map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
+        };
+        io::Result::Ok((read("nf_conntrack_count")?, read("nf_conntrack_max")?))
+    }
 }
 
 /// Returns whether the conntrack table of the calling thread's network namespace is empty. Returns
 /// `false` if the count cannot be read.
 fn is_empty() -> bool {
-    std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count")
-        .is_ok_and(|count| count.trim() == "0")
+    Conntrack::usage().is_ok_and(|(entries, _)| entries == 0)
 }
 
 /// `IPCTNL_MSG_CT_GET`, `IPCTNL_MSG_CT_DELETE`.

@@ -29,7 +29,7 @@ mod text;
 mod wire;
 
 pub use connection::{Change, Connection, Error, Listed, TableFamily};
-pub use conntrack::{Conntrack, Flow};
+pub use conntrack::{Conntrack, Entry, EntryKey, Flow};
 pub use gate::{Gate, GatePolicy};
 #[doc(hidden)]
 pub use gate::{count_programs, detach_programs};

@@ -14,9 +14,11 @@ mod golden;
 mod iptables;
 mod nftables;
 mod ruleset;
+mod tracked_flows;
 
 pub use iptables::{DockerUser, IptablesState, UserRule};
 pub use ruleset::{Opening, Ruleset, Zone};
+pub use tracked_flows::EvictedFlows;
 
 use crate::{Fact, ReplyPath, Uplink};
 use ipnet::{IpNet, Ipv6Net};
@@ -105,6 +107,15 @@ pub struct Firewall {
     gate: Option<Gate>,
     state: Mutex<State>,
     updates: [Updates; Change::ALL.len()],
+    tracked: TrackedFlows,
+}
+
+/// Usage of the conntrack table at the last check.
+#[derive(Debug, Default)]
+struct TrackedFlows {
+    entries: AtomicU64,
+    limit: AtomicU64,
+    evicted: AtomicU64,
 }
 
 /// A type of rule update.
@@ -203,7 +214,15 @@ impl Firewall {
             Ruleset { owner: owner.to_owned(), gated: gate.is_some(), ..Ruleset::default() };
         let state = Mutex::new(State { backend, ruleset, in_force: false, stale: false });
         let updates = Default::default();
-        Ok(Self { kind, owner: owner.to_owned(), host: host.clone(), gate, state, updates })
+        Ok(Self {
+            kind,
+            owner: owner.to_owned(),
+            host: host.clone(),
+            gate,
+            state,
+            updates,
+            tracked: TrackedFlows::default(),
+        })
     }
 
     /// Disables gates even if the kernel supports them, so policy rules are the guards. Must be
@@ -390,6 +409,41 @@ impl Firewall {
         }
         let backend = &mut state.backend;
         self.host.with(|| backend.record_fingerprint(&self.owner))?
+    }
+
+    /// Evicts flows of the networks if the conntrack table has more than `limit` assured entries;
+    /// without a `limit`, three quarters of the size of the table. Does nothing on a host without
+    /// conntrack. To be called periodically.
+    ///
+    /// # Errors
+    /// Errors of the kernel.
+    pub fn limit_tracked_flows(&self, limit: Option<usize>) -> io::Result<EvictedFlows> {
+        let networks: Vec<Vec<IpNet>> = {
+            let zones = &self.state().ruleset.zones;
+            zones.iter().map(|zone| zone.subnets.iter().map(IpNet::trunc).collect()).collect()
+        };
+        self.host.with(|| {
+            let Ok((entries, size)) = Conntrack::usage() else {
+                return Ok(EvictedFlows::default());
+            };
+            let limit = limit.unwrap_or(size / 4 * 3).min(size);
+            self.tracked.entries.store(entries as u64, Ordering::Relaxed);
+            self.tracked.limit.store(limit as u64, Ordering::Relaxed);
+            if entries <= limit {
+                return Ok(EvictedFlows::default());
+            }
+            let evicted = tracked_flows::evict(&networks, limit)?;
+            self.tracked.evicted.fetch_add(evicted.flows as u64, Ordering::Relaxed);
+            Ok(evicted)
+        })?
+    }
+
+    /// Returns the entries of the conntrack table at the last check, the limit from which on flows
+    /// are evicted, and the number of evicted flows.
+    #[must_use]
+    pub fn tracked_flows(&self) -> [u64; 3] {
+        let TrackedFlows { entries, limit, evicted } = &self.tracked;
+        [entries, limit, evicted].map(|value| value.load(Ordering::Relaxed))
     }
 
     pub(crate) fn apply(&self) -> io::Result<()> {

@@ -44,8 +44,8 @@ pub use desired::{Attachment, Desired, Endpoint, Guards, Network, ReplyPath, Sub
 pub use error::{ApplyError, ConflictError, JournalError, KernelError};
 pub use fact::{Fact, Interface, Op, Passes, Place, Reach, Rule};
 pub use firewall::{
-    Change, DockerUser, Firewall, FirewallKind, IptablesState, Opening, Ruleset, UPDATE_BOUNDS,
-    Updates, UserRule, Zone,
+    Change, DockerUser, EvictedFlows, Firewall, FirewallKind, IptablesState, Opening, Ruleset,
+    UPDATE_BOUNDS, Updates, UserRule, Zone,
 };
 pub use ipam::{Exhausted, Ipam, IpamError, Pools, QUARANTINE, capacity, gateway};
 pub use isolation::{BridgePrograms, FirewallIsolation, Isolation, NatIsolation, RuleIsolation};

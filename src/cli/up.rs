@@ -4,6 +4,7 @@ use super::duration::optional_timeout;
 use super::{UsageError, metrics_address};
 use crate::up::{NatLimits, Up as Instance};
 use clap::Args;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 use tidegate_publish::firewall::{FirewallChoice, PublishBy};
@@ -82,6 +83,11 @@ pub(super) struct Up {
     #[arg(long, value_name = "N", default_value_t = NatLimits::default().unanswered, value_parser = clap::value_parser!(u32).range(1..))]
     nat_max_unanswered: u32,
 
+    /// Number of flows tracked by the kernel (conntrack) above which the container with the most
+    /// loses its longest idle ones [default: three quarters of net.netfilter.nf_conntrack_max]
+    #[arg(long, value_name = "N")]
+    max_tracked_flows: Option<NonZeroUsize>,
+
     /// Give containers access to the loopback addresses of the host, on 169.254.116.103 (needs
     /// --firewall=none, or an ordinary user)
     #[arg(long)]
@@ -126,6 +132,7 @@ impl Up {
                 endpoint_flows: self.nat_max_endpoint_flows,
                 unanswered: self.nat_max_unanswered,
             },
+            max_tracked_flows: self.max_tracked_flows,
             allow_host_loopback: self.allow_host_loopback,
         };
         up.run()

@@ -53,6 +53,24 @@ const UPDATES_FAILED: Family = (
     "Updates that the firewall rejected.",
 );
 
+const TRACKED: [Family; 3] = [
+    (
+        "tidegate_network_tracked_flows",
+        "gauge",
+        "Entries of the host's conntrack table, of containers and others.",
+    ),
+    (
+        "tidegate_network_tracked_flows_limit",
+        "gauge",
+        "Entries of the conntrack table above which containers lose flows.",
+    ),
+    (
+        "tidegate_network_evicted_tracked_flows_total",
+        "counter",
+        "Flows of containers that were evicted from the conntrack table.",
+    ),
+];
+
 const SPOOFED: Family = (
     "tidegate_network_spoofed_frames_total",
     "counter",
@@ -119,6 +137,13 @@ fn render_updates(firewall: Option<&Firewall>, page: &mut impl Write) -> fmt::Re
             firewall.kind(),
             of(change)
         )?;
+    }
+    for (family, number) in TRACKED.into_iter().zip(0..) {
+        head(family, page)?;
+        if let Some(firewall) = firewall {
+            let value: u64 = firewall.tracked_flows()[number];
+            writeln!(page, "{} {value}", family.0)?;
+        }
     }
     Ok(())
 }

@@ -22,6 +22,7 @@ mod layout;
 mod metrics;
 mod names;
 mod repair_schedule;
+mod tracked_flows;
 
 use crate::api::{Adopted, MAX_CLIENTS, Order, Server, View};
 use crate::port_guards::{self, bridge_programs};
@@ -40,7 +41,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
@@ -105,6 +106,9 @@ pub struct Up {
     pub limits: ProxyLimits,
     /// Limits of the NAT engine.
     pub nat_limits: NatLimits,
+    /// Entries of the conntrack table from which on containers lose flows; by default three
+    /// quarters of its size.
+    pub max_tracked_flows: Option<NonZeroUsize>,
     /// Whether containers can reach the host's loopback, at an address of the NAT engine.
     pub allow_host_loopback: bool,
 }
@@ -460,6 +464,11 @@ impl Up {
             )?)
         };
         let mut egress = device.map(start).transpose()?;
+        if let Some(firewall) = &chosen.firewall {
+            let limit = self.max_tracked_flows.map(NonZeroUsize::get);
+            tracked_flows::start(firewall, host_context.networks(), limit)
+                .context("start the thread that limits tracked flows")?;
+        }
 
         let mut settings =
             Settings { ports_with_series: self.ports_with_series, ..Settings::default() };

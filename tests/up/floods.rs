@@ -2,13 +2,13 @@
 
 use super::scene::{Scene, TIDEGATE};
 use std::fs;
-use std::net::Ipv4Addr;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::Duration;
-use tidegate_testbed::addr;
-use tidegate_testbed::eventually;
 use tidegate_testbed::flood::{FloodKind, Flooder, request_times};
-use tidegate_testbed::server::PeerServer;
+use tidegate_testbed::server::{EchoServer, PeerServer};
+use tidegate_testbed::{addr, eventually, raise_open_files};
 
 /// The flooding container may send from any address of its network, as without a port guard.
 const FILE: &str = r#"
@@ -25,6 +25,8 @@ services:
 const RATE: u32 = 60_000;
 /// Requests per measurement.
 const REQUESTS: usize = 200;
+/// Maximum time of checks that are retried.
+const SOON: Duration = Duration::from_secs(10);
 /// Pause between two requests.
 const PAUSE: Duration = Duration::from_millis(5);
 /// Maximum median latency of the other container's requests. A lost SYN costs 1 s. The benchmark
@@ -126,5 +128,49 @@ fn the_error_of_a_zero_engine_limit_names_the_flag() {
         let printed = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(2), "{printed}");
         assert!(printed.contains(flag) && printed.contains('0'), "{printed}");
+    }
+}
+
+/// Established connections are never evicted by the kernel, and expire after five days.
+#[test]
+fn a_container_cannot_fill_the_conntrack_table() {
+    const LIMIT: usize = 600;
+    raise_open_files(8192);
+    for firewall in ["--firewall=nftables", "--firewall=iptables"] {
+        let scene = Scene::new().with_metrics();
+        let limit = format!("--max-tracked-flows={LIMIT}");
+        let (up, [flooding, other]) =
+            scene.up_with_services(FILE, ["flooding", "other"], false, &[firewall, &limit]);
+        let echo = EchoServer::tcp(&scene.net.client, (addr::CLIENT_V4, 7001).into());
+        let mut modest: Vec<TcpStream> =
+            (0..30).map(|_| other.run(|| TcpStream::connect(echo.addr()).unwrap())).collect();
+        let accomplice: SocketAddr = (addr::CLIENT_V4, 7002).into();
+        let listener = scene.net.client.run(|| TcpListener::bind(accomplice)).unwrap();
+        let held: Vec<(TcpStream, TcpStream)> = (0..2 * LIMIT)
+            .map(|_| {
+                let opened = flooding.run(|| TcpStream::connect(accomplice)).unwrap();
+                (opened, listener.accept().unwrap().0)
+            })
+            .collect();
+        let flows_of = |source: &str| {
+            let listed = scene.net.host.exec("conntrack", &["-L", "-s", source]);
+            listed.lines().filter(|line| line.contains("ESTABLISHED")).count()
+        };
+        assert!(eventually(SOON, || flows_of("10.83.1.2") <= LIMIT), "{firewall}");
+        for stream in &mut modest {
+            stream.set_read_timeout(Some(SOON)).unwrap();
+            stream.write_all(b"?").unwrap();
+            stream.read_exact(&mut [0]).unwrap();
+        }
+        assert!(other.run(|| TcpStream::connect_timeout(&echo.addr(), SOON)).is_ok());
+        let figures = scene.figures();
+        let evicted = figures
+            .lines()
+            .find_map(|line| line.strip_prefix("tidegate_network_evicted_tracked_flows_total "))
+            .and_then(|value| value.parse::<usize>().ok());
+        assert!(evicted.is_some_and(|evicted| evicted >= LIMIT), "{firewall}: {evicted:?}");
+        let warning = up.wait_for_line("limit of tracked flows reached", SOON);
+        assert!(warning.contains("largest=\"10.83.1.2\""), "{warning}");
+        drop(held);
     }
 }
