@@ -48,11 +48,9 @@
 //!   free of sockets, clocks and random numbers, so the simulation in `tests` runs it with
 //!   simulated time.
 //!
-//! `io/tun.rs` creates the TUN device with ioctls. The `tun` crate (0.8.14) would replace only two
-//! calls: it supports neither `TUNSETVNETHDRSZ` nor `TUNSETOFFLOAD` nor a queue length. It also
-//! opens the device in blocking mode and does not distinguish a missing `/dev/net/tun` from a name
-//! in use, which need different remedies. `tun-rs` (2.8) supports the offloads, but only with a
-//! software GRO layer, which a NAT does not need.
+//! `io/tun.rs` creates the TUN device with the crate `tun` and requests offloads and the length of
+//! the virtio header by ioctls. `tun-rs` (2.8) supports the offloads, but only with a software GRO
+//! layer, which a NAT does not need.
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("TUN devices with virtio headers exist on Linux only");

@@ -8,7 +8,7 @@ use crate::settings::Capabilities;
 use crate::wire::ethernet::{ETHERNET_MAX_MTU, MacAddress};
 use rustix::fs::{Mode, OFlags, open};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use tidegate_model::Feature;
 use tidegate_netns::Namespace;
 
@@ -110,7 +110,7 @@ impl Tun {
         {
             delete_tap(&options.name).map_err(StartError::Device)?;
         }
-        create(&descriptor, options).map_err(interface)?;
+        let descriptor = create(descriptor, options).map_err(interface)?;
         let capabilities = offload(&descriptor, options.capabilities).map_err(interface)?;
         netlink::configure(options).map_err(interface)?;
         Self::adopt(descriptor, options, capabilities)
@@ -168,22 +168,55 @@ fn hardware_address(descriptor: &OwnedFd) -> io::Result<MacAddress> {
     Ok(station)
 }
 
-fn create(descriptor: &OwnedFd, options: &TunOptions) -> io::Result<()> {
+/// Creates the device, with the interface index of `options` on `unattached`.
+fn create(unattached: OwnedFd, options: &TunOptions) -> io::Result<OwnedFd> {
+    let descriptor = match options.index {
+        Some(index) => create_with_index(unattached, index, options)?,
+        None => create_new(options)?,
+    };
+    let length = crate::wire::virtio::LENGTH as libc::c_int;
+    // SAFETY: the ioctl takes a pointer to an int.
+    checked(unsafe {
+        libc::ioctl(descriptor.as_raw_fd(), TUNSETVNETHDRSZ as _, &raw const length)
+    })?;
+    Ok(descriptor)
+}
+
+/// Creates a device with an index chosen by the kernel.
+fn create_new(options: &TunOptions) -> io::Result<OwnedFd> {
+    let mut configuration = tun::Configuration::default();
+    let layer = if options.layer2.is_some() { tun::Layer::L2 } else { tun::Layer::L3 };
+    configuration.tun_name(&options.name).layer(layer).platform_config(|platform| {
+        // The crate would otherwise configure the device by ioctls that require privileges in the
+        // initial user namespace.
+        platform.ensure_root_privileges(false);
+        platform.vnet_hdr(true);
+    });
+    // The crate takes over a persistent device of this name, as is intended for a TAP.
+    if options.layer2.is_none() && netlink::has(&options.name)? {
+        return Err(io::ErrorKind::AlreadyExists.into());
+    }
+    let device = tun::create(&configuration).map_err(io::Error::from)?;
+    device.set_nonblock()?;
+    // SAFETY: the crate hands over a descriptor that it owned.
+    Ok(unsafe { OwnedFd::from_raw_fd(device.into_raw_fd()) })
+}
+
+/// Creates a device with the interface index of a previous one. The index has to be set between
+/// opening and attaching the descriptor, which `tun` does in one step.
+fn create_with_index(descriptor: OwnedFd, index: u32, options: &TunOptions) -> io::Result<OwnedFd> {
     let mut request = request(&options.name);
     // IFF_TUN_EXCL prevents taking over a persistent device of this name.
     let kind =
         if options.layer2.is_some() { libc::IFF_TAP } else { libc::IFF_TUN | libc::IFF_TUN_EXCL };
     let flags = kind | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
-    let length = crate::wire::virtio::LENGTH as libc::c_int;
-    // SAFETY: each ioctl gets its argument type: an ifreq, or a pointer to an int.
+    // SAFETY: each ioctl gets its argument type: a pointer to an int, or an ifreq.
     unsafe {
-        if let Some(index) = &options.index {
-            checked(libc::ioctl(descriptor.as_raw_fd(), TUNSETIFINDEX as _, &raw const *index))?;
-        }
+        checked(libc::ioctl(descriptor.as_raw_fd(), TUNSETIFINDEX as _, &raw const index))?;
         checked(libc::ioctl(descriptor.as_raw_fd(), TUNSETIFF as _, &raw mut request))?;
-        checked(libc::ioctl(descriptor.as_raw_fd(), TUNSETVNETHDRSZ as _, &raw const length))
     }
+    Ok(descriptor)
 }
 
 /// Requests offloads, and returns the granted ones.

@@ -241,7 +241,7 @@ impl IptablesState {
         host.with(|| {
             [Family::V4, Family::V6].map(|family| {
                 let program = is_in_use(family).then(|| Program::find(family).ok())??;
-                let saved = Saved::of(&program.save(Some("filter")).ok()?);
+                let saved = Saved::of_listed("filter", &program.list_filter().ok()?);
                 let (forward_drops, docker_user) = (saved.forward_drops(), saved.docker_user());
                 Some(Self { version: program.version, forward_drops, docker_user })
             })

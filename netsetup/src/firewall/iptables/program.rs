@@ -1,5 +1,6 @@
 //! Execution of `iptables-save` and `iptables-restore`, with a timeout.
 
+use iptables::IPTables;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Access, access};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
@@ -7,7 +8,9 @@ use std::io::{self, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
 use std::thread;
+use std::time::Duration;
 
 /// Time that a program waits for the xtables lock, in seconds (`--wait`).
 const LOCK_WAIT: &str = "5";
@@ -45,6 +48,7 @@ pub(super) struct Program {
     pub(super) family: Family,
     /// Version, as in `iptables v1.8.9 (nf_tables)`.
     pub(super) version: String,
+    program: PathBuf,
     save: PathBuf,
     restore: PathBuf,
 }
@@ -57,13 +61,14 @@ impl Program {
         let name = family.program();
         let [program, save, restore] =
             ["", "-save", "-restore"].map(|end| find(&format!("{name}{end}")));
-        let version = run(&program?, &["--version"], "")?.trim().to_owned();
+        let program = program?;
+        let version = run(&program, &["--version"], "")?.trim().to_owned();
         if numbers(&version).is_none_or(|numbers| numbers < (1, 6)) {
             return Err(io::Error::other(format!(
                 "{version:?} is too old; 1.6 or newer is needed"
             )));
         }
-        Ok(Self { family, version, save: save?, restore: restore? })
+        Ok(Self { family, version, program, save: save?, restore: restore? })
     }
 
     /// Returns whether this is the nf_tables variant.
@@ -74,6 +79,33 @@ impl Program {
     /// Returns whether the program of `family` is installed.
     pub(super) fn is_installed(family: Family) -> bool {
         find(family.program()).is_ok()
+    }
+
+    /// Lists chains and rules of the table `filter`, as `iptables -S` does, in the calling thread's
+    /// network namespace. For queries; [`save`](Self::save) is for changes, where the tables have
+    /// to be consistent. The program may wait for the xtables lock without limit, so it runs on a
+    /// thread of its own, which is abandoned after [`TIMEOUT`].
+    pub(super) fn list_filter(&self) -> io::Result<Vec<String>> {
+        let Some(path) = self.program.to_str().map(str::to_owned) else {
+            return Err(io::ErrorKind::InvalidFilename.into());
+        };
+        let (sender, listed) = mpsc::sync_channel(1);
+        // A thread inherits the network namespace of its creator.
+        thread::Builder::new().name("tidegate-iptables".into()).spawn(move || {
+            // The crate takes the name for the lifetime of the process. There is one per family.
+            let cmd = Box::leak(path.into_boxed_str());
+            let program = IPTables { cmd, has_check: true, has_wait: true, is_numeric: false };
+            // The receiver is gone after the timeout.
+            let _ = sender.send(program.list_table("filter").map_err(|error| error.to_string()));
+        })?;
+        let timeout = Duration::from_secs(TIMEOUT.tv_sec.unsigned_abs());
+        match listed.recv_timeout(timeout) {
+            // The crate does not check the exit status. Every table has policies.
+            Ok(Ok(lines)) if lines.iter().any(|line| line.starts_with("-P ")) => Ok(lines),
+            Ok(Ok(_)) => Err(io::ErrorKind::Unsupported.into()),
+            Ok(Err(error)) => Err(io::Error::other(error)),
+            Err(_) => Err(io::ErrorKind::TimedOut.into()),
+        }
     }
 
     /// Lists the rules of one or all tables.

@@ -43,6 +43,21 @@ impl Saved {
         Self { tables }
     }
 
+    /// Parses the table `name` as listed by `iptables -S`.
+    pub(super) fn of_listed(name: &str, lines: &[String]) -> Self {
+        let mut table = SavedTable { name: name.to_owned(), ..SavedTable::default() };
+        for line in lines {
+            let words: Vec<&str> = line.splitn(3, ' ').collect();
+            match words[..] {
+                ["-P", chain, policy] => table.chains.push((chain.to_owned(), policy.to_owned())),
+                ["-N", chain] => table.chains.push((chain.to_owned(), "-".to_owned())),
+                ["-A", ..] => table.rules.push(line.clone()),
+                _ => {}
+            }
+        }
+        Self { tables: vec![table] }
+    }
+
     fn table(&self, name: &str) -> Option<&SavedTable> {
         self.tables.iter().find(|table| table.name == name)
     }
@@ -402,6 +417,14 @@ COMMIT
                 .has_rules()
         );
         assert!(!Saved::default().docker_user().has_rules());
+    }
+
+    #[test]
+    fn a_listed_table_is_the_same_as_a_saved_one() {
+        let saved =
+            "*filter\n:FORWARD DROP [0:0]\n:DOCKER-USER - [0:0]\n-A FORWARD -j DOCKER-USER\n";
+        let listed = ["-P FORWARD DROP", "-N DOCKER-USER", "-A FORWARD -j DOCKER-USER"];
+        assert_eq!(Saved::of_listed("filter", &listed.map(str::to_owned)), Saved::of(saved));
     }
 
     #[test]
