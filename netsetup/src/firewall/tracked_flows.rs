@@ -3,7 +3,8 @@
 //! With a firewall, each flow of a container has an entry in the conntrack table of the host, which
 //! all containers and the host share. When the table is full, the kernel evicts entries that are
 //! not assured, and then refuses new flows of everybody. An established TCP connection is assured
-//! and expires after five days. A container with an accomplice outside can therefore fill the table.
+//! and expires after five days. A container with an accomplice outside can therefore fill the
+//! table.
 //!
 //! Before the table is full, the network with the most assured flows loses some, and in it the
 //! address with the most, the longest idle first.
@@ -46,8 +47,8 @@ fn holder(flow: &Flow, networks: &[Vec<IpNet>]) -> Option<Holder> {
         .or_else(|| Some((network_of(server)?, share_of(client))))
 }
 
-/// Returns the highest level to which holders of `counts` are reduced to free `excess` places. It is
-/// at least `guaranteed`.
+/// Returns the highest level to which holders of `counts` are reduced to free `excess` places. It
+/// is at least `guaranteed`.
 fn level(counts: impl Iterator<Item = usize>, excess: usize, guaranteed: usize) -> usize {
     let mut counts: Vec<usize> = counts.collect();
     counts.sort_unstable_by(|a, b| b.cmp(a));
@@ -88,8 +89,8 @@ fn reductions(
     reductions
 }
 
-/// Evicts assured flows of `networks`, each given by its subnets, if the table has more than `limit`
-/// assured entries. A sixth of the limit becomes free, as far as shares permit.
+/// Evicts assured flows of `networks`, each given by its subnets, if the table has more than
+/// `limit` assured entries. A sixth of the limit becomes free, as far as shares permit.
 ///
 /// # Errors
 /// Errors of the kernel.
