@@ -5,14 +5,15 @@ use crate::encode::{
     flush_chain, message, new_chain, new_elements, new_rule, new_set, new_table, request,
 };
 use crate::identity::{Object, TableIdentity, without_counters};
-use crate::socket::NetfilterSocket;
 use crate::table::{Chain, Set, Table};
+use crate::wire::open_socket;
 use crate::wire::{Attributes, Message, attribute, attributes, number, text};
 use rustix::io::Errno;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
+use tidegate_netlink::NetlinkSocket;
 
 /// `NFT_TABLE_F_OWNER` (Linux 5.12), `NFT_TABLE_F_PERSIST` (Linux 6.9).
 const OWNER: u32 = 2;
@@ -133,7 +134,7 @@ impl Listed {
 /// A connection to the packet filter of one network namespace. Its ownership of tables ends when it
 /// is dropped.
 pub struct Connection {
-    socket: NetfilterSocket,
+    socket: NetlinkSocket,
 }
 
 impl fmt::Debug for Connection {
@@ -148,7 +149,7 @@ impl Connection {
     /// # Errors
     /// The process is out of file descriptors, or the kernel lacks netfilter.
     pub fn open() -> io::Result<Self> {
-        Ok(Self { socket: NetfilterSocket::open()? })
+        Ok(Self { socket: open_socket()? })
     }
 
     /// Applies `changes` in one atomic transaction.
@@ -226,7 +227,8 @@ impl Connection {
     /// # Errors
     /// Same as [`tables`](Self::tables).
     pub fn generation(&mut self) -> io::Result<u32> {
-        let answer = self.socket.get(&list(request::GET_GENERATION, Attributes::default()))?;
+        let request = list(request::GET_GENERATION, Attributes::default());
+        let (_, answer) = self.socket.get(&request)?.unwrap_or_default();
         attribute(&answer, 1).and_then(number).ok_or_else(|| io::ErrorKind::InvalidData.into())
     }
 
@@ -236,7 +238,7 @@ impl Connection {
     /// Errors of the kernel: `EPERM` without CAP_NET_ADMIN.
     pub fn tables(&mut self) -> io::Result<Vec<Listed>> {
         let mut tables = Vec::new();
-        self.socket.dump(&list(request::GET_TABLE, Attributes::default()), |table| {
+        self.socket.dump(&list(request::GET_TABLE, Attributes::default()), |_, table| {
             tables.push(Listed::new(table));
         })?;
         Ok(tables)
@@ -252,7 +254,7 @@ impl Connection {
     fn find(&mut self, message: &Message) -> io::Result<Option<Vec<u8>>> {
         match self.socket.get(message) {
             Err(error) if Errno::from_io_error(&error) == Some(Errno::NOENT) => Ok(None),
-            found => found.map(Some),
+            found => found.map(|found| found.map(|(_, attributes)| attributes)),
         }
     }
 
@@ -322,7 +324,7 @@ impl Connection {
             let mut chains = Vec::new();
             self.socket.dump(
                 &request_message(request::GET_CHAIN, Attributes::default()),
-                |chain| {
+                |_, chain| {
                     // NFTA_CHAIN_TABLE, _NAME, _HOOK; NFTA_HOOK_HOOKNUM, _PRIORITY
                     let of = |kind| attribute(chain, kind).map(text).unwrap_or_default();
                     let hook = attribute(chain, 4).unwrap_or_default();
@@ -338,7 +340,7 @@ impl Connection {
                 let rules =
                     request_message(request::GET_RULE, Attributes::default().text(1, &table));
                 // NFTA_RULE_EXPRESSIONS
-                self.socket.dump(&rules, |rule| {
+                self.socket.dump(&rules, |_, rule| {
                     sets |= sets_mark(attribute(rule, 4).unwrap_or_default(), mask);
                 })?;
                 if sets {
@@ -365,7 +367,7 @@ impl Connection {
         let mut chains = Vec::new();
         let mut in_use = false;
         let request_message = list(request::GET_CHAIN, Attributes::default().text(1, name));
-        self.socket.dump(&of_family(request_message), |chain| {
+        self.socket.dump(&of_family(request_message), |_, chain| {
             if attribute(chain, 1).map(text).as_deref() == Some(name) {
                 in_use |= attribute(chain, 5).and_then(number) != Some(ACCEPT);
                 chains.extend(attribute(chain, 3).map(text));
@@ -407,7 +409,7 @@ impl Connection {
             // A sum of hashes: elements are listed in no particular order and may number thousands.
             let (mut count, mut sum) = (0_usize, 0_u64);
             let request_message = Attributes::default().text(1, name).text(2, &set);
-            self.socket.dump(&list(request::GET_ELEMENTS, request_message), |answer| {
+            self.socket.dump(&list(request::GET_ELEMENTS, request_message), |_, answer| {
                 for (_, element) in attributes(attribute(answer, 3).unwrap_or_default()) {
                     let mut hasher = DefaultHasher::new();
                     element.hash(&mut hasher);
@@ -510,7 +512,7 @@ impl Connection {
         let mut chains = Vec::new();
         self.socket.dump(
             &list(request::GET_CHAIN, Attributes::default().text(1, table)),
-            |chain| {
+            |_, chain| {
                 // The kernel lists the chains of all tables.
                 if attribute(chain, 1).map(text).as_deref() == Some(table) {
                     chains.extend(attribute(chain, 3).map(text));
@@ -523,14 +525,17 @@ impl Connection {
     /// Lists the named sets of a table, with their handles. Anonymous sets belong to rules.
     fn sets(&mut self, table: &str) -> io::Result<Vec<(String, Vec<u8>)>> {
         let mut sets = Vec::new();
-        self.socket.dump(&list(request::GET_SET, Attributes::default().text(1, table)), |set| {
-            /// `NFT_SET_ANONYMOUS`.
-            const ANONYMOUS: u32 = 1;
-            let flags = attribute(set, 3).and_then(number).unwrap_or(0);
-            if let Some(name) = attribute(set, 2).filter(|_| flags & ANONYMOUS == 0) {
-                sets.push((text(name), attribute(set, 16).unwrap_or_default().to_vec()));
-            }
-        })?;
+        self.socket.dump(
+            &list(request::GET_SET, Attributes::default().text(1, table)),
+            |_, set| {
+                /// `NFT_SET_ANONYMOUS`.
+                const ANONYMOUS: u32 = 1;
+                let flags = attribute(set, 3).and_then(number).unwrap_or(0);
+                if let Some(name) = attribute(set, 2).filter(|_| flags & ANONYMOUS == 0) {
+                    sets.push((text(name), attribute(set, 16).unwrap_or_default().to_vec()));
+                }
+            },
+        )?;
         Ok(sets)
     }
 
@@ -539,7 +544,7 @@ impl Connection {
     fn rules(&mut self, table: &str, chain: &str) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
         let mut rules = Vec::new();
         let request_message = Attributes::default().text(1, table).text(2, chain);
-        self.socket.dump(&list(request::GET_RULE, request_message), |rule| {
+        self.socket.dump(&list(request::GET_RULE, request_message), |_, rule| {
             let of = |kind| attribute(rule, kind).unwrap_or_default();
             rules.push((of(3).to_vec(), without_counters(of(4))));
         })?;

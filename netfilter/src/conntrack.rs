@@ -5,12 +5,13 @@
 //! or closed, its conntrack entries must therefore be deleted.
 
 use crate::connection::TableFamily;
-use crate::socket::NetfilterSocket;
 use crate::table::Transport;
+use crate::wire::open_socket;
 use crate::wire::{Attributes, CONNTRACK, Message, attribute};
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use tidegate_netlink::NetlinkSocket;
 
 /// A flow: the addresses of its first packet before NAT, and the addresses of its replies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +29,7 @@ pub struct Flow {
 }
 
 /// The conntrack table of one network namespace.
-pub struct Conntrack(NetfilterSocket);
+pub struct Conntrack(NetlinkSocket);
 
 impl fmt::Debug for Conntrack {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -102,7 +103,7 @@ impl Conntrack {
     /// # Errors
     /// The process is out of file descriptors, or the kernel lacks netfilter.
     pub fn open() -> io::Result<Self> {
-        Ok(Self(NetfilterSocket::open()?))
+        Ok(Self(open_socket()?))
     }
 
     /// Calls `each` for the TCP and UDP entries of `families`.
@@ -118,7 +119,7 @@ impl Conntrack {
         mut each: impl FnMut(&Entry<'_>),
     ) -> io::Result<()> {
         for family in families.iter().map(|family| family.number()) {
-            self.0.dump(&message(GET, family, Attributes::default()), |attributes| {
+            self.0.dump(&message(GET, family, Attributes::default()), |_, attributes| {
                 if let Some(flow) = flow(attributes) {
                     each(&Entry { flow, family, attributes });
                 }

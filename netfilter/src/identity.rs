@@ -144,14 +144,14 @@ fn message_type(request: u16) -> u16 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::{NETLINK_HEADER, Request};
+    use tidegate_netlink::{HEADER, Request};
 
     fn table(flags: u32, uses: u32) -> Vec<u8> {
         let attributes = Attributes::default().text(1, "ours").number(2, flags).number(3, uses);
         let attributes = attributes.bytes(4, &7_u64.to_be_bytes());
         let mut bytes = Vec::new();
         message(request::NEW_TABLE, 0, attributes, String::new()).write(0, 0, &mut bytes);
-        bytes.split_off(NETLINK_HEADER + Message::HEAD)
+        bytes.split_off(HEADER + Message::HEAD)
     }
 
     #[test]

@@ -23,7 +23,6 @@ mod expression;
 mod gate;
 mod guard;
 mod identity;
-mod socket;
 mod table;
 mod text;
 mod wire;

@@ -1,5 +1,14 @@
 //! Netlink attributes and nfnetlink messages (`include/uapi/linux/netfilter/nfnetlink.h`).
 
+use netlink_sys::protocols::NETLINK_NETFILTER;
+use std::io;
+use tidegate_netlink::{NetlinkSocket, Request, write_message};
+
+/// Opens a netfilter socket in the calling thread's network namespace.
+pub(crate) fn open_socket() -> io::Result<NetlinkSocket> {
+    NetlinkSocket::open(NETLINK_NETFILTER)
+}
+
 /// The nf_tables subsystem (`NFNL_SUBSYS_NFTABLES`).
 pub(crate) const NFTABLES: u16 = 10;
 /// The connection tracking subsystem (`NFNL_SUBSYS_CTNETLINK`).
@@ -28,40 +37,6 @@ pub(crate) struct Message {
     pub(crate) about: String,
 }
 
-/// Length of `struct nlmsghdr`, in bytes.
-pub(crate) const NETLINK_HEADER: usize = 16;
-
-/// A netlink request: `struct nlmsghdr`, a header defined by the netlink family, and attributes.
-pub(crate) trait Request {
-    /// Length of the family header in requests and replies, in bytes.
-    const HEAD: usize;
-
-    /// Appends the encoded request to `buffer`.
-    fn write(&self, sequence: u32, more_flags: u16, buffer: &mut Vec<u8>);
-}
-
-/// Appends a message to `buffer`. `NLM_F_REQUEST` is added to `flags`.
-pub(crate) fn write(
-    kind: u16,
-    flags: u16,
-    sequence: u32,
-    head: &[u8],
-    attributes: &Attributes,
-    buffer: &mut Vec<u8>,
-) {
-    /// `NLM_F_REQUEST`.
-    const REQUEST: u16 = 1;
-    let length = NETLINK_HEADER + head.len() + attributes.len();
-    // Cannot overflow: large sets are split into several messages.
-    buffer.extend((length as u32).to_ne_bytes());
-    buffer.extend(kind.to_ne_bytes());
-    buffer.extend((REQUEST | flags).to_ne_bytes());
-    buffer.extend(sequence.to_ne_bytes());
-    buffer.extend(0_u32.to_ne_bytes());
-    buffer.extend(head);
-    buffer.extend(&attributes.0);
-}
-
 impl Request for Message {
     /// `struct nfgenmsg`.
     const HEAD: usize = 4;
@@ -69,7 +44,8 @@ impl Request for Message {
     fn write(&self, sequence: u32, more_flags: u16, buffer: &mut Vec<u8>) {
         let [high, low] = self.resource.to_be_bytes();
         let head = [self.family, 0, high, low];
-        write(self.kind, self.flags | more_flags, sequence, &head, &self.attributes, buffer);
+        let flags = self.flags | more_flags;
+        write_message(self.kind, flags, sequence, &head, self.attributes.encoded(), buffer);
     }
 }
 
@@ -112,6 +88,11 @@ impl Attributes {
     /// Length in bytes.
     pub(crate) fn len(&self) -> usize {
         self.0.len()
+    }
+
+    /// The encoded attributes.
+    pub(crate) fn encoded(&self) -> &[u8] {
+        &self.0
     }
 }
 

@@ -4,37 +4,34 @@
 
 use super::tun_options::TunOptions;
 use ipnet::IpNet;
-use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
-};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use netlink_sys::protocols::NETLINK_ROUTE;
 use rustix::io::Errno;
 use std::io;
 use std::net::IpAddr;
 use tidegate_model::registry;
+use tidegate_netlink::{NetlinkSocket, RouteRequest};
 use tidegate_netns::Family;
 
 /// Sets MTU and queue length, brings the device up, and adds its addresses and routes, in the
 /// current namespace.
 pub(super) fn configure(options: &TunOptions) -> io::Result<()> {
-    let socket = Socket::new(NETLINK_ROUTE)?;
-    // Connected to the kernel, so that no other process can inject a reply.
-    socket.connect(&SocketAddr::new(0, 0))?;
+    let mut socket = NetlinkSocket::open(NETLINK_ROUTE)?;
     if options.loopback {
-        request(&socket, RouteNetlinkMessage::SetLink(up("lo")), 0)?;
+        request(&mut socket, RouteNetlinkMessage::SetLink(up("lo")), 0)?;
     }
-    request(&socket, RouteNetlinkMessage::SetLink(link(options)), 0)?;
+    request(&mut socket, RouteNetlinkMessage::SetLink(link(options)), 0)?;
     let index = rustix::net::netdevice::name_to_index(&socket, &options.name)?;
     let create = NLM_F_CREATE | NLM_F_EXCL;
     for address in &options.addresses {
         request(
-            &socket,
+            &mut socket,
             RouteNetlinkMessage::NewAddress(address_message(*address, index)),
             create,
         )?;
@@ -42,14 +39,14 @@ pub(super) fn configure(options: &TunOptions) -> io::Result<()> {
     for family in &options.default_routes {
         let gateway = options.gateways.iter().copied().find(|ip| Family::of(*ip) == *family);
         let route = default_route(*family, gateway, index, options.table);
-        request(&socket, RouteNetlinkMessage::NewRoute(route), create)?;
+        request(&mut socket, RouteNetlinkMessage::NewRoute(route), create)?;
     }
     Ok(())
 }
 
 /// Whether the current namespace has an interface `name`.
 pub(super) fn has(name: &str) -> io::Result<bool> {
-    match rustix::net::netdevice::name_to_index(Socket::new(NETLINK_ROUTE)?, name) {
+    match rustix::net::netdevice::name_to_index(NetlinkSocket::open(NETLINK_ROUTE)?, name) {
         Ok(_) => Ok(true),
         Err(Errno::NODEV) => Ok(false),
         Err(error) => Err(error.into()),
@@ -110,19 +107,6 @@ fn default_route(family: Family, gateway: Option<IpAddr>, index: u32, table: u32
     message
 }
 
-/// Sends a request to the kernel and waits for its acknowledgement.
-fn request(socket: &Socket, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
-    let mut message = NetlinkMessage::from(message);
-    message.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
-    message.finalize();
-    let mut buffer = vec![0; message.buffer_len()];
-    message.serialize(&mut buffer);
-    socket.send(&buffer, 0)?;
-    let (answer, _) = socket.recv_from_full()?;
-    let answer =
-        NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).map_err(io::Error::other)?;
-    match answer.payload {
-        NetlinkPayload::Error(error) => error.code.map_or(Ok(()), |_| Err(error.to_io())),
-        _ => Err(io::Error::other("unexpected netlink reply")),
-    }
+fn request(socket: &mut NetlinkSocket, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+    socket.execute(&RouteRequest { message, flags })
 }

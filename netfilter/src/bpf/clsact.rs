@@ -5,10 +5,10 @@
 //! CAP_BPF, so it also works in a user namespace.
 
 use super::Direction;
-use crate::socket::NetfilterSocket;
-use crate::wire::{self, Attributes, Request, attribute, text};
+use crate::wire::{Attributes, attribute, text};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use std::io;
+use tidegate_netlink::{NetlinkSocket, Request, write_message};
 
 /// `RTM_NEWQDISC`, `RTM_NEWTFILTER`, `RTM_GETTFILTER`.
 const NEW_QDISC: u16 = 36;
@@ -73,7 +73,7 @@ pub(crate) enum Attached {
 }
 
 /// An rtnetlink connection in one network namespace.
-pub(crate) struct Clsact(NetfilterSocket);
+pub(crate) struct Clsact(NetlinkSocket);
 
 impl Clsact {
     /// Opens a connection in the calling thread's network namespace.
@@ -81,7 +81,7 @@ impl Clsact {
     /// # Errors
     /// The process is out of file descriptors.
     pub(crate) fn open() -> io::Result<Self> {
-        NetfilterSocket::open_family(NETLINK_ROUTE).map(Self)
+        NetlinkSocket::open(NETLINK_ROUTE).map(Self)
     }
 
     /// Attaches `code` as `name` to the link with interface index `index`, replacing tidegate's
@@ -143,7 +143,7 @@ impl Clsact {
             head: [0, index, 0, parent(direction), 0],
             attributes: Attributes::default(),
         };
-        let listed = self.0.dump(&asked, |attributes| {
+        let listed = self.0.dump(&asked, |_, attributes| {
             let options = attribute(attributes, OPTIONS).unwrap_or_default();
             // The kernel keeps the name for eBPF programs only (`cls_bpf_prog_from_efd`).
             let named = attribute(options, option::NAME).map(text).as_deref() == Some(name);
@@ -188,7 +188,14 @@ impl Request for TrafficControl {
 
     fn write(&self, sequence: u32, more_flags: u16, buffer: &mut Vec<u8>) {
         let head: Vec<u8> = self.head.iter().flat_map(|field| field.to_ne_bytes()).collect();
-        wire::write(self.kind, self.flags | more_flags, sequence, &head, &self.attributes, buffer);
+        write_message(
+            self.kind,
+            self.flags | more_flags,
+            sequence,
+            &head,
+            self.attributes.encoded(),
+            buffer,
+        );
     }
 }
 

@@ -22,7 +22,7 @@ mod rules;
 
 use crate::bpf::clsact::{Attached, Classic, Clsact, Code, bytes_of};
 use crate::bpf::{Counters, Direction, LOOPBACK, LinkProgram, Program, detach_tcx, tcx_programs};
-use crate::socket::NetfilterSocket;
+use crate::wire::open_socket;
 use ipnet::IpNet;
 pub use rules::{PortPolicy, SpoofReason};
 use rules::{Test, internal_rules, policed, rules};
@@ -243,13 +243,7 @@ impl PortGuards {
             }
             Mechanism::Nftables => {
                 let policed = rate.map(|rate| (rate, policed(policy)));
-                nftables::attach(
-                    &mut NetfilterSocket::open()?,
-                    &self.table,
-                    link,
-                    &rules,
-                    policed.as_ref(),
-                )?;
+                nftables::attach(&mut open_socket()?, &self.table, link, &rules, policed.as_ref())?;
             }
             Mechanism::Classic => {
                 let code = compile::classic(&rules);
@@ -276,7 +270,7 @@ impl PortGuards {
             }
             Mechanism::Nftables => {
                 let policed = one.rate.map(|rate| (rate, policed(policy)));
-                let mut socket = NetfilterSocket::open()?;
+                let mut socket = open_socket()?;
                 nftables::is_attached(
                     &mut socket,
                     &self.table,
@@ -311,7 +305,7 @@ impl PortGuards {
     /// # Errors
     /// Errors of the kernel.
     pub fn make_table(owner: &str) -> io::Result<()> {
-        nftables::make(&mut NetfilterSocket::open()?, &table_of(owner))
+        nftables::make(&mut open_socket()?, &table_of(owner))
     }
 
     /// Returns whether the table of [`make_table`](Self::make_table) exists.
@@ -319,7 +313,7 @@ impl PortGuards {
     /// # Errors
     /// Errors of the kernel.
     pub fn has_table(owner: &str) -> io::Result<bool> {
-        nftables::has_table(&mut NetfilterSocket::open()?, &table_of(owner))
+        nftables::has_table(&mut open_socket()?, &table_of(owner))
     }
 
     /// Removes the table of [`make_table`](Self::make_table).
@@ -327,7 +321,7 @@ impl PortGuards {
     /// # Errors
     /// Errors of the kernel. A missing table is not an error.
     pub fn remove_table(owner: &str) -> io::Result<()> {
-        nftables::remove(&mut NetfilterSocket::open()?, &table_of(owner))
+        nftables::remove(&mut open_socket()?, &table_of(owner))
     }
 
     fn total(&self, link: &str, one: &Installed) -> Dropped {
@@ -339,7 +333,7 @@ impl PortGuards {
                     policed: read(compile::POLICED),
                 }
             }
-            (None, Mechanism::Nftables) => NetfilterSocket::open()
+            (None, Mechanism::Nftables) => open_socket()
                 .and_then(|mut socket| nftables::dropped(&mut socket, &self.table, link))
                 .unwrap_or_default(),
             (None, _) => Dropped::default(),

@@ -9,11 +9,11 @@ use super::rules::{DEFAULT_VERDICT, Rule, SpoofReason, Test, Verdict};
 use super::{Dropped, Policer};
 use crate::encode::{self, request};
 use crate::expression::Expressions;
-use crate::socket::NetfilterSocket;
 use crate::table::Action;
 use crate::wire::{Attributes, Message, attribute, attributes, text};
 use std::io;
 use std::num::NonZeroU32;
+use tidegate_netlink::NetlinkSocket;
 
 /// `NFPROTO_NETDEV`.
 const NETDEV: u8 = 5;
@@ -28,7 +28,7 @@ const ETHERTYPE: u16 = 12;
 
 /// Attaches `rules` at the ingress of `link`, as the chain `link` of `table`.
 pub(super) fn attach(
-    socket: &mut NetfilterSocket,
+    socket: &mut NetlinkSocket,
     table: &str,
     link: &str,
     rules: &[Rule],
@@ -50,7 +50,7 @@ pub(super) fn attach(
 
 /// Returns whether the chain of `link` exists and has the expected number of rules.
 pub(super) fn is_attached(
-    socket: &mut NetfilterSocket,
+    socket: &mut NetlinkSocket,
     table: &str,
     link: &str,
     rules: &[Rule],
@@ -62,11 +62,7 @@ pub(super) fn is_attached(
 }
 
 /// Reads the number of frames dropped at `link`, by reason.
-pub(super) fn dropped(
-    socket: &mut NetfilterSocket,
-    table: &str,
-    link: &str,
-) -> io::Result<Dropped> {
+pub(super) fn dropped(socket: &mut NetlinkSocket, table: &str, link: &str) -> io::Result<Dropped> {
     let mut dropped = Dropped::default();
     for_each_rule(socket, table, link, |rule| {
         let comment = attribute(rule, USERDATA).and_then(|data| data.get(2..)).map(text);
@@ -90,7 +86,7 @@ pub(super) fn dropped(
 }
 
 /// Creates the table without chains.
-pub(super) fn make(socket: &mut NetfilterSocket, table: &str) -> io::Result<()> {
+pub(super) fn make(socket: &mut NetlinkSocket, table: &str) -> io::Result<()> {
     let messages =
         [encode::batch_begin(), netdev(encode::new_table(table, 0)), encode::batch_end()];
     match socket.send_all(&messages, |_, _| ())?.into_iter().next() {
@@ -100,18 +96,18 @@ pub(super) fn make(socket: &mut NetfilterSocket, table: &str) -> io::Result<()> 
 }
 
 /// Returns whether the table exists.
-pub(super) fn has_table(socket: &mut NetfilterSocket, table: &str) -> io::Result<bool> {
+pub(super) fn has_table(socket: &mut NetlinkSocket, table: &str) -> io::Result<bool> {
     let mut found = false;
     let request = encode::message(request::GET_TABLE, 0, Attributes::default(), String::new());
     // NFTA_TABLE_NAME
-    socket.dump(&netdev(request), |one| {
+    socket.dump(&netdev(request), |_, one| {
         found |= attribute(one, 1).map(text).as_deref() == Some(table);
     })?;
     Ok(found)
 }
 
 /// Deletes the table if it exists.
-pub(super) fn remove(socket: &mut NetfilterSocket, table: &str) -> io::Result<()> {
+pub(super) fn remove(socket: &mut NetlinkSocket, table: &str) -> io::Result<()> {
     let messages =
         [encode::batch_begin(), netdev(encode::delete_table(table)), encode::batch_end()];
     match socket.send_all(&messages, |_, _| ())?.into_iter().next() {
@@ -128,10 +124,10 @@ fn netdev(message: Message) -> Message {
     Message { family: NETDEV, ..message }
 }
 
-fn has_chain(socket: &mut NetfilterSocket, table: &str, chain: &str) -> io::Result<bool> {
+fn has_chain(socket: &mut NetlinkSocket, table: &str, chain: &str) -> io::Result<bool> {
     let mut found = false;
     let request = encode::message(request::GET_CHAIN, 0, Attributes::default(), String::new());
-    socket.dump(&netdev(request), |one| {
+    socket.dump(&netdev(request), |_, one| {
         // NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME
         let is = |kind, name| attribute(one, kind).map(text).as_deref() == Some(name);
         found |= is(1, table) && is(3, chain);
@@ -140,14 +136,14 @@ fn has_chain(socket: &mut NetfilterSocket, table: &str, chain: &str) -> io::Resu
 }
 
 fn for_each_rule(
-    socket: &mut NetfilterSocket,
+    socket: &mut NetlinkSocket,
     table: &str,
     chain: &str,
     mut each: impl FnMut(&[u8]),
 ) -> io::Result<()> {
     let request = Attributes::default().text(1, table).text(2, chain);
     let request = encode::message(request::GET_RULE, 0, request, String::new());
-    let listed = socket.dump(&netdev(request), |rule| {
+    let listed = socket.dump(&netdev(request), |_, rule| {
         let is = |kind, name| attribute(rule, kind).map(text).as_deref() == Some(name);
         if is(1, table) && is(2, chain) {
             each(rule);

@@ -3,10 +3,11 @@
 //! The kernel processes netlink requests synchronously: when `send(2)` returns, the replies are in
 //! the receive queue.
 
-use crate::wire::{Message, NETLINK_HEADER, Request};
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+use crate::{HEADER, Request};
+use netlink_sys::{Socket, SocketAddr};
+use std::fmt;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 /// Maximum length of a dump datagram, in bytes (`netlink_recvmsg` caps it at 32 KiB).
 const DATAGRAM: usize = 32 << 10;
@@ -25,28 +26,45 @@ const DONE: u16 = 3;
 
 /// A message that the kernel rejected.
 #[derive(Debug)]
-pub(crate) struct Rejection {
+pub struct Rejection {
     /// Index among the messages sent.
-    pub(crate) index: usize,
+    pub index: usize,
     /// Error code of the kernel.
-    pub(crate) source: io::Error,
+    pub source: io::Error,
 }
 
-/// A netlink socket in one network namespace, of the netfilter family unless opened otherwise.
-pub(crate) struct NetfilterSocket {
+/// Concurrent changes interrupted every attempt at a dump (`NLM_F_DUMP_INTR`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("dump interrupted repeatedly by concurrent changes")]
+pub struct DumpInterrupted;
+
+/// A netlink socket in one network namespace.
+pub struct NetlinkSocket {
     socket: Socket,
     port: u32,
     sequence: u32,
 }
 
-impl NetfilterSocket {
-    /// Opens a netfilter socket in the calling thread's network namespace.
-    pub(crate) fn open() -> io::Result<Self> {
-        Self::open_family(NETLINK_NETFILTER)
+impl fmt::Debug for NetlinkSocket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("NetlinkSocket").field(&self.port).finish()
     }
+}
 
-    /// Opens a socket of netlink family `NETLINK_*` in the calling thread's network namespace.
-    pub(crate) fn open_family(family: isize) -> io::Result<Self> {
+impl AsFd for NetlinkSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor stays open while `self.socket` lives.
+        unsafe { BorrowedFd::borrow_raw(self.socket.as_raw_fd()) }
+    }
+}
+
+impl NetlinkSocket {
+    /// Opens a socket of netlink family `family` (`NETLINK_*`) in the calling thread's network
+    /// namespace.
+    ///
+    /// # Errors
+    /// Errors of socket(2).
+    pub fn open(family: isize) -> io::Result<Self> {
         let mut socket = Socket::new(family)?;
         let port = socket.bind_auto()?.port_number();
         // Connected to the kernel, so that other processes cannot inject replies.
@@ -56,17 +74,30 @@ impl NetfilterSocket {
         Ok(Self { socket, port, sequence: 0 })
     }
 
+    /// Makes the kernel apply the filter of a dump request of the route family. Otherwise it lists
+    /// all objects.
+    ///
+    /// # Errors
+    /// Errors of setsockopt(2).
+    pub fn filter_dumps(&self) -> io::Result<()> {
+        self.socket.set_netlink_get_strict_chk(true)
+    }
+
     /// Returns the netlink port ID, by which the kernel also identifies the owner of a table.
-    pub(crate) fn port(&self) -> u32 {
+    #[must_use]
+    pub fn port(&self) -> u32 {
         self.port
     }
 
     /// Sends `messages` in one datagram and returns the rejected ones. The kernel reports errors
     /// even without `NLM_F_ACK`. Calls `each_echo` with the type and the attributes of each object
     /// that the kernel echoes (`NLM_F_ECHO`).
-    pub(crate) fn send_all(
+    ///
+    /// # Errors
+    /// Errors of the socket. What the kernel rejects is no error.
+    pub fn send_all<M: Request>(
         &mut self,
-        messages: &[Message],
+        messages: &[M],
         mut each_echo: impl FnMut(u16, &[u8]),
     ) -> io::Result<Vec<Rejection>> {
         self.discard()?;
@@ -85,7 +116,7 @@ impl NetfilterSocket {
                 return;
             }
             if kind != ERROR {
-                each_echo(kind, payload.get(Message::HEAD..).unwrap_or_default());
+                each_echo(kind, payload.get(M::HEAD..).unwrap_or_default());
             } else if let Some(source) = error_of(payload) {
                 rejected.push(Rejection { index, source });
             }
@@ -95,31 +126,44 @@ impl NetfilterSocket {
     }
 
     /// Sends one message and waits for its acknowledgement.
-    pub(crate) fn execute(&mut self, message: &impl Request) -> io::Result<()> {
-        self.request(message, ACK, |_| ()).map(drop)
+    ///
+    /// # Errors
+    /// Errors of the kernel.
+    pub fn execute(&mut self, message: &impl Request) -> io::Result<()> {
+        self.request(message, ACK, |_, _| ()).map(drop)
     }
 
-    /// Requests one object and returns its attributes.
-    pub(crate) fn get(&mut self, message: &Message) -> io::Result<Vec<u8>> {
-        let mut answer = Vec::new();
-        self.request(message, ACK, |attributes| answer = attributes.to_vec())?;
+    /// Requests one object. Returns the type and the attributes of the reply.
+    ///
+    /// # Errors
+    /// Errors of the kernel.
+    pub fn get(&mut self, message: &impl Request) -> io::Result<Option<(u16, Vec<u8>)>> {
+        let mut answer = None;
+        self.request(message, ACK, |kind, attributes| answer = Some((kind, attributes.to_vec())))?;
         Ok(answer)
     }
 
-    /// Dumps all objects that match `message` and calls `each` with the attributes of each object.
-    pub(crate) fn dump(
+    /// Dumps all objects that match `message`. Calls `each` with the type and the attributes of
+    /// each object.
+    ///
+    /// # Errors
+    /// Errors of the kernel; [`DumpInterrupted`].
+    pub fn dump(
         &mut self,
         message: &impl Request,
-        mut each: impl FnMut(&[u8]),
+        mut each: impl FnMut(u16, &[u8]),
     ) -> io::Result<()> {
         for _ in 0..DUMP_ATTEMPTS {
             let mut listed = Vec::new();
-            if self.request(message, DUMP, |attributes| listed.push(attributes.to_vec()))? {
-                listed.iter().for_each(|attributes| each(attributes));
+            let consistent = self.request(message, DUMP, |kind, attributes| {
+                listed.push((kind, attributes.to_vec()));
+            })?;
+            if consistent {
+                listed.iter().for_each(|(kind, attributes)| each(*kind, attributes));
                 return Ok(());
             }
         }
-        Err(io::Error::other("dump interrupted repeatedly by concurrent changes"))
+        Err(io::Error::other(DumpInterrupted))
     }
 
     /// Sends a request and passes every reply to `each`, until the final status. Returns whether
@@ -128,7 +172,7 @@ impl NetfilterSocket {
         &mut self,
         message: &M,
         flags: u16,
-        mut each: impl FnMut(&[u8]),
+        mut each: impl FnMut(u16, &[u8]),
     ) -> io::Result<bool> {
         self.discard()?;
         self.sequence = self.sequence.wrapping_add(1);
@@ -148,7 +192,7 @@ impl NetfilterSocket {
                 match kind {
                     // Both carry a status: zero or a negative errno.
                     ERROR | DONE => outcome = Some(error_of(payload)),
-                    _ => each(payload.get(M::HEAD..).unwrap_or_default()),
+                    _ => each(kind, payload.get(M::HEAD..).unwrap_or_default()),
                 }
             }
         }
@@ -160,13 +204,10 @@ impl NetfilterSocket {
 
     fn send(&self, buffer: &[u8]) -> io::Result<()> {
         if buffer.len() > DATAGRAM {
-            // SAFETY: the descriptor stays open while `self.socket` lives.
-            let socket = unsafe { BorrowedFd::borrow_raw(self.socket.as_raw_fd()) };
             // SO_SNDBUFFORCE exceeds `net.core.wmem_max`, which a table with thousands of ports
             // requires. The factor 2 covers the overhead that the kernel accounts. Without
             // CAP_NET_ADMIN the call fails, and the default buffer may still suffice.
-            let _ =
-                rustix::net::sockopt::set_socket_send_buffer_size_force(socket, 2 * buffer.len());
+            let _ = rustix::net::sockopt::set_socket_send_buffer_size_force(self, 2 * buffer.len());
         }
         self.socket.send(buffer, 0).map(drop)
     }
@@ -214,7 +255,7 @@ fn messages(mut bytes: &[u8]) -> impl Iterator<Item = (u16, u16, u32, &[u8])> {
         let length = u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?) as usize;
         let short = |at: usize| Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
         let number = u32::from_ne_bytes(bytes.get(8..12)?.try_into().ok()?);
-        let message = (short(4)?, short(6)?, number, bytes.get(NETLINK_HEADER..length)?);
+        let message = (short(4)?, short(6)?, number, bytes.get(HEADER..length)?);
         bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
         Some(message)
     })
