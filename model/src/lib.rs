@@ -11,6 +11,7 @@
 //! | [`Protocol`] | transports that can be published |
 //! | [`PortSpec`] | parses `-p 127.0.0.1:8080-8082:80-82/udp` and detects conflicts |
 //! | [`FlowKey`], [`PublishLabel`] | identify a flow and a published socket |
+//! | [`Direction`], [`PerDirection`] | direction of payload, and values for each |
 //! | [`Ingress`] | ingress interface and destination address of a client |
 //! | [`share_of`], [`may_take`], [`Ranking`] | share of a limit that a client address counts against, size of a share, largest holder |
 //! | [`Histogram`] | distribution of durations |
@@ -24,6 +25,7 @@
 #![forbid(unsafe_code)]
 
 mod cidr_set;
+mod direction;
 mod error_text;
 pub mod feature;
 mod flow_key;
@@ -39,6 +41,7 @@ mod restart;
 mod share;
 
 pub use cidr_set::{CidrSet, CidrSetError};
+pub use direction::{Direction, PerDirection};
 pub use error_text::without_errno;
 pub use feature::{Feature, LACKS};
 pub use flow_key::{FlowKey, PublishLabel, PublishLabelError, canonical};

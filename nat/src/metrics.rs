@@ -8,6 +8,7 @@ use crate::flow_table::Limit;
 use std::fmt::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use tidegate_model::{Direction, PerDirection};
 use tidegate_reactor::Descriptors;
 
 /// Reason for dropping a packet.
@@ -173,17 +174,17 @@ impl Count {
     }
 }
 
-/// Counters of an engine. "Out" is the direction from the container, "in" the direction to it.
+/// Counters of an engine.
 #[derive(Debug, Default)]
 pub struct Stats {
     /// Current flows, by [`FlowKind`].
     pub flows: [Count; 3],
     /// Flows created, by [`FlowKind`].
     pub flows_begun: [Count; 3],
-    /// Payload bytes forwarded: out, in.
-    pub bytes: [Count; 2],
-    /// Packets that crossed the device: out, in. A packet with segmentation offload counts once.
-    pub packets: [Count; 2],
+    /// Payload bytes forwarded.
+    pub bytes: PerDirection<Count>,
+    /// Packets that crossed the device. A packet with segmentation offload counts once.
+    pub packets: PerDirection<Count>,
     /// Packets dropped, by [`DropReason`].
     pub dropped: [Count; DropReason::ALL.len()],
     /// TCP connections that failed or were reset.
@@ -237,10 +238,10 @@ pub struct ForwardStats {
     /// Flows that showed the gateway address instead of the client address, because the five-tuple
     /// was in use or the address families differed.
     pub fallbacks: Count,
-    /// Payload bytes forwarded: out (to the client), in.
-    pub bytes: [Count; 2],
-    /// Datagrams forwarded: out, in.
-    pub datagrams: [Count; 2],
+    /// Payload bytes forwarded.
+    pub bytes: PerDirection<Count>,
+    /// Datagrams forwarded.
+    pub datagrams: PerDirection<Count>,
 }
 
 impl ForwardStats {
@@ -254,8 +255,8 @@ impl ForwardStats {
         self.dropped.iter().map(Count::get).sum()
     }
 
-    /// Counts forwarded payload: out (0) or in (1).
-    pub(crate) fn carried(&self, direction: usize, bytes: u64, datagrams: u64) {
+    /// Counts forwarded payload.
+    pub(crate) fn carried(&self, direction: Direction, bytes: u64, datagrams: u64) {
         self.bytes[direction].add(bytes);
         self.datagrams[direction].add(datagrams);
     }
@@ -388,10 +389,14 @@ pub const FAMILIES: [Family; 20] = [
 
 impl Figures {
     fn values(&self, family: &str) -> Vec<(Option<&'static str>, u64)> {
+        let by_direction = |counts: &PerDirection<Count>| {
+            let count = |direction: Direction| (Some(direction.as_str()), counts[direction].get());
+            [Direction::Out, Direction::In].map(count).to_vec()
+        };
         let labelled = |labels: &[&'static str], counts: &[Count]| {
             labels.iter().zip(counts).map(|(label, count)| (Some(*label), count.get())).collect()
         };
-        let (kinds, directions) = (FlowKind::ALL.map(FlowKind::as_str), ["out", "in"]);
+        let kinds = FlowKind::ALL.map(FlowKind::as_str);
         let stats = &self.stats;
         let one = |value| vec![(None, value)];
         match family {
@@ -408,8 +413,8 @@ impl Figures {
             "tidegate_nat_descriptors" => one(self.descriptors.taken() as u64),
             "tidegate_nat_descriptors_limit" => one(self.descriptors.limit() as u64),
             "tidegate_nat_flows_total" => labelled(&kinds, &stats.flows_begun),
-            "tidegate_nat_bytes_total" => labelled(&directions, &stats.bytes),
-            "tidegate_nat_packets_total" => labelled(&directions, &stats.packets),
+            "tidegate_nat_bytes_total" => by_direction(&stats.bytes),
+            "tidegate_nat_packets_total" => by_direction(&stats.packets),
             "tidegate_nat_dropped_packets_total" => {
                 labelled(&DropReason::ALL.map(DropReason::as_str), &stats.dropped)
             }
@@ -457,7 +462,7 @@ mod tests {
     fn every_family_is_described_once_with_its_labels() {
         let stats = Arc::new(Stats::default());
         stats.count_drop(DropReason::Policy);
-        stats.bytes[1].add(7);
+        stats.bytes[Direction::In].add(7);
         stats.sources.set(3);
         let descriptors = Arc::new(Descriptors::new(50));
         let _taken = descriptors.take(2);

@@ -3,9 +3,10 @@
 
 pub use crate::port::{Tally, Uncounted};
 
-use crate::port::{Direction, Port, PortStats};
+use crate::port::{Port, PortStats};
+use crate::side::Side;
 use crate::tcp::{
-    Connection, Holder, Limits, Phase, Reservation, SPLICE_FROM, Scratch, Shares, Side, Turn,
+    Connection, Holder, Limits, Phase, Reservation, SPLICE_FROM, Scratch, Shares, Turn,
 };
 use crate::{Direct, PortOptions};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -13,6 +14,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+use tidegate_model::Direction;
 use tidegate_model::{Protocol, PublishLabel};
 use tidegate_reactor::{Descriptors, PipePool, Readiness};
 

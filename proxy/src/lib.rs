@@ -28,6 +28,7 @@ mod metrics;
 mod port;
 pub mod proxy_protocol;
 mod shared;
+mod side;
 pub mod tcp;
 pub mod udp;
 mod upstream;
@@ -40,7 +41,7 @@ pub use listener::{AdoptError, BindError, Listener, UDP_BUFFER, UNREAD_BYTES};
 pub use metrics::{
     EngineUsage, FAMILIES, Family, Kind, PortSnapshot, SeriesLabel, USAGE_FAMILIES, describe,
 };
-pub use port::{Direction, DropReason, Refusal};
+pub use port::{DropReason, Refusal};
 pub use proxy_protocol::ProxyProtocol;
 pub use tidegate_reactor::Permit;
 pub use udp::session_table::TableLimits;

@@ -12,10 +12,11 @@
 //! changes between its own series and the sum, and the sum keeps the counts of closed ports, so no
 //! counter decreases.
 
-use crate::port::{DIAL_BOUNDS, Direction, DropReason, LIFE_BOUNDS, Port, Refusal};
+use crate::port::{DIAL_BOUNDS, DropReason, LIFE_BOUNDS, Port, Refusal};
 use metrics::{Counter, counter, describe_counter};
 use std::fmt::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
+use tidegate_model::{Direction, PerDirection};
 use tidegate_model::{HistogramReading, Protocol, PublishLabel, registry};
 
 /// Type of a metric family.
@@ -214,10 +215,10 @@ pub struct PortSnapshot {
     pub limit: u64,
     /// TCP connections that ended in a reset, or UDP sessions evicted.
     pub cut: u64,
-    /// Payload in bytes, indexed by [`Direction`].
-    pub bytes: [u64; Direction::ALL.len()],
+    /// Payload in bytes.
+    pub bytes: PerDirection<u64>,
     /// Datagrams, indexed by [`Direction`].
-    pub datagrams: [u64; Direction::ALL.len()],
+    pub datagrams: PerDirection<u64>,
     /// Connections refused, indexed by [`Refusal`].
     pub refused: [u64; Refusal::ALL.len()],
     /// Datagrams dropped, indexed by [`DropReason`].
@@ -260,8 +261,8 @@ impl PortSnapshot {
             live: stats.live.load(Ordering::Relaxed) as u64,
             limit: limit as u64,
             cut: read(&stats.cut),
-            bytes: stats.bytes.each_ref().map(read),
-            datagrams: stats.datagrams.each_ref().map(read),
+            bytes: PerDirection::new(|direction| read(&stats.bytes[direction])),
+            datagrams: PerDirection::new(|direction| read(&stats.datagrams[direction])),
             refused: stats.refused.each_ref().map(read),
             dropped: stats.dropped.each_ref().map(read),
             dial: times.map_or(HistogramReading::empty(&DIAL_BOUNDS), |times| times.dial.read()),
@@ -283,8 +284,10 @@ impl PortSnapshot {
         let add = |sums: &mut [u64], more: &[u64]| {
             sums.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
         };
-        add(&mut self.bytes, &other.bytes);
-        add(&mut self.datagrams, &other.datagrams);
+        for direction in Direction::ALL {
+            self.bytes[direction] += other.bytes[direction];
+            self.datagrams[direction] += other.datagrams[direction];
+        }
         add(&mut self.refused, &other.refused);
         add(&mut self.dropped, &other.dropped);
         self.dial.add(&other.dial);
@@ -336,12 +339,12 @@ impl PortSnapshot {
     fn describe_directions(
         &self,
         family: &Family,
-        values: &[u64],
+        values: &PerDirection<u64>,
         out: &mut impl Write,
     ) -> fmt::Result {
-        let mut labelled = Direction::ALL.iter().map(|direction| direction.as_str()).zip(values);
-        labelled.try_for_each(|(label, value)| {
-            writeln_series(out, family, self.series, Some(label), *value)
+        Direction::ALL.into_iter().try_for_each(|direction| {
+            let label = Some(direction.as_str());
+            writeln_series(out, family, self.series, label, values[direction])
         })
     }
 
@@ -519,8 +522,8 @@ mod tests {
             live: 2,
             limit: 9,
             cut: 1,
-            bytes: [10, 20],
-            datagrams: [4, 5],
+            bytes: PerDirection { inbound: 10, outbound: 20 },
+            datagrams: PerDirection { inbound: 4, outbound: 5 },
             life: TIMES.read(),
             ..PortSnapshot::empty(series)
         }
@@ -572,7 +575,8 @@ mod tests {
         sum.add(&one);
         sum.add_counted(&gone);
         assert_eq!((sum.accepted, sum.live, sum.limit, sum.cut), (6, 2, 9, 2));
-        assert_eq!((sum.bytes, sum.datagrams), ([20, 40], [8, 10]));
+        assert_eq!(sum.bytes, PerDirection { inbound: 20, outbound: 40 });
+        assert_eq!(sum.datagrams, PerDirection { inbound: 8, outbound: 10 });
         assert_eq!(sum.life.count(), one.life.count() + gone.life.count());
         let mut text = String::new();
         describe(&[sum], &mut text).unwrap();

@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+use tidegate_model::{Direction, PerDirection};
 use tidegate_model::{Histogram, PublishLabel};
 
 /// Bucket bounds of the dial time in seconds: from a container on this host, over a full accept
@@ -15,28 +16,6 @@ pub(crate) const DIAL_BOUNDS: [f64; 8] = [0.000_1, 0.000_5, 0.002_5, 0.01, 0.05,
 /// Bucket bounds of the lifetime of connections and sessions in seconds: from one request to an
 /// hour.
 pub(crate) const LIFE_BOUNDS: [f64; 8] = [0.001, 0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0];
-
-/// Direction of payload.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Direction {
-    /// From the client to the container.
-    In,
-    /// From the container to the client.
-    Out,
-}
-
-impl Direction {
-    /// All directions, in array index order.
-    pub const ALL: [Self; 2] = [Self::In, Self::Out];
-
-    /// The label value in metrics.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::In => "in",
-            Self::Out => "out",
-        }
-    }
-}
 
 /// Declares an enum of label values, with all variants as an array.
 macro_rules! reasons {
@@ -131,8 +110,8 @@ pub(crate) struct PortStats<T = AtomicU64> {
     pub(crate) accepted: T,
     /// Current TCP connections or UDP sessions.
     pub(crate) live: AtomicUsize,
-    pub(crate) bytes: [T; Direction::ALL.len()],
-    pub(crate) datagrams: [T; Direction::ALL.len()],
+    pub(crate) bytes: PerDirection<T>,
+    pub(crate) datagrams: PerDirection<T>,
     pub(crate) refused: [T; Refusal::ALL.len()],
     pub(crate) dropped: [T; DropReason::ALL.len()],
     /// TCP connections that ended in a reset, or UDP sessions evicted.
@@ -153,7 +132,7 @@ pub(crate) struct PortTimes {
 
 impl<T: Tally> PortStats<T> {
     pub(crate) fn add_bytes(&self, direction: Direction, bytes: u64) {
-        self.bytes[direction as usize].add(bytes);
+        self.bytes[direction].add(bytes);
     }
 
     pub(crate) fn refuse(&self, refusal: Refusal) {

@@ -2,10 +2,11 @@
 
 use crate::cpu_meter::Meter;
 use crate::listener::Listener;
-use crate::port::{Direction, Port, Refusal, Tally};
+use crate::port::{Port, Refusal, Tally};
 use crate::shared::{Message, Shared};
+use crate::side::Side;
 use crate::tcp::{
-    AcceptBatch, Accepted, Claim, Connection, Holder, NARROW_BYTES, Phase, Scratch, Side, Turn,
+    AcceptBatch, Accepted, Claim, Connection, Holder, NARROW_BYTES, Phase, Scratch, Turn,
     WIDE_BYTES,
 };
 use crate::udp::{Batches, Relay};
@@ -14,6 +15,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+use tidegate_model::Direction;
 use tidegate_reactor::{Arena, Context, Handler, Interest, Key, List, PipePool, Readiness, Token};
 
 /// Maximum number of pipes that one loop lends at a time, and number that it keeps when idle. A

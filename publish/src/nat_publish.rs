@@ -16,7 +16,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use tidegate_model::Ingress;
+use tidegate_model::{Ingress, PerDirection};
 use tidegate_nat::{DropReason, Forward, ForwardId, ForwardSource, ForwardStats, Guard, Nat};
 use tidegate_proxy::{
     DropReason as DatagramDrop, Engine, GatewayAcl, Listener, PortSnapshot, SeriesLabel,
@@ -103,15 +103,13 @@ impl NatPort {
             dropped[proxy_reason as usize] += stats.dropped[reason as usize].get();
         }
         dropped[DatagramDrop::BackendRefused as usize] += stats.refusals.get();
-        // The first counter of the engine is egress; that of the proxy is ingress.
-        let ingress_first = |[egress, ingress]: [u64; 2]| [ingress, egress];
         PortSnapshot {
             accepted: stats.flows_begun.get(),
             live: stats.flows.get(),
             limit: self.publisher.nat.figures().share_limit,
             cut: stats.evicted.get(),
-            bytes: ingress_first(stats.bytes.each_ref().map(tidegate_nat::Count::get)),
-            datagrams: ingress_first(stats.datagrams.each_ref().map(tidegate_nat::Count::get)),
+            bytes: PerDirection::new(|direction| stats.bytes[direction].get()),
+            datagrams: PerDirection::new(|direction| stats.datagrams[direction].get()),
             dropped,
             ..PortSnapshot::empty(SeriesLabel::Port(self.forward.label()))
         }

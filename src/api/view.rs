@@ -10,10 +10,10 @@ use tidegate_api::types::{
     PortFigures, Service, State, Status, Subnet, Transport, UpstreamFigures,
 };
 use tidegate_dns::Resolver;
-use tidegate_model::Protocol;
+use tidegate_model::{Direction, Protocol};
 use tidegate_nat as nat;
 use tidegate_netsetup::{self as netsetup, Desired};
-use tidegate_proxy::{Direction, PortSnapshot};
+use tidegate_proxy::PortSnapshot;
 use tidegate_publish::publisher::{OpenPort, Publisher};
 use tidegate_services::Observer;
 use tidegate_telemetry::metrics_endpoint::MetricsStatus;
@@ -246,7 +246,6 @@ pub(super) fn port_of(port: &OpenPort) -> Port {
 }
 
 fn port_figures(port: &OpenPort, figures: &PortSnapshot) -> PortFigures {
-    let [inward, outward] = [Direction::In, Direction::Out].map(|direction| direction as usize);
     PortFigures {
         id: port.id.0,
         endpoint: port.endpoint.clone(),
@@ -256,10 +255,10 @@ fn port_figures(port: &OpenPort, figures: &PortSnapshot) -> PortFigures {
         begun: figures.accepted,
         refused: figures.refused.iter().sum(),
         cut: figures.cut,
-        bytes_in: figures.bytes[inward],
-        bytes_out: figures.bytes[outward],
-        datagrams_in: figures.datagrams[inward],
-        datagrams_out: figures.datagrams[outward],
+        bytes_in: figures.bytes[Direction::In],
+        bytes_out: figures.bytes[Direction::Out],
+        datagrams_in: figures.datagrams[Direction::In],
+        datagrams_out: figures.datagrams[Direction::Out],
         dropped: figures.dropped.iter().sum(),
         dialled: figures.dial.count(),
         dial_us: microseconds(figures.dial.total()),
@@ -273,10 +272,10 @@ fn nat_figures(figures: &nat::Figures) -> NatFigures {
         flows: Fill { used: sum(&stats.flows), limit: figures.flows_limit },
         flows_tcp: stats.flows(nat::FlowKind::Tcp),
         begun: sum(&stats.flows_begun),
-        bytes_in: stats.bytes[1].get(),
-        bytes_out: stats.bytes[0].get(),
-        packets_in: stats.packets[1].get(),
-        packets_out: stats.packets[0].get(),
+        bytes_in: stats.bytes[Direction::In].get(),
+        bytes_out: stats.bytes[Direction::Out].get(),
+        packets_in: stats.packets[Direction::In].get(),
+        packets_out: stats.packets[Direction::Out].get(),
         dropped: sum(&stats.dropped),
         resets: stats.resets.get(),
         retransmissions: stats.retransmissions.get(),

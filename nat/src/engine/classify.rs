@@ -18,6 +18,7 @@ use crate::wire::virtio::VirtioHeader;
 use crate::wire::{protocol, read_u16};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
+use tidegate_model::Direction;
 
 /// Cost of any packet in addition to its bytes.
 const PACKET_COST: u32 = 2048;
@@ -63,7 +64,7 @@ impl<H: Host> Engine<H> {
     /// Classifies a frame of the device, including the virtio header. A drop is counted and returns
     /// `None`.
     pub fn classify<'a>(&mut self, frame: &'a [u8], now: Instant) -> Option<(Class, Parsed<'a>)> {
-        self.stats.packets[0].add(1);
+        self.stats.packets[Direction::Out].add(1);
         let Some(parsed) = Parsed::of(frame) else {
             self.stats.count_drop(DropReason::Malformed);
             return None;

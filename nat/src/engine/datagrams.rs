@@ -42,6 +42,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_model::Direction;
 use tidegate_reactor::Key;
 use tidegate_reactor::batch::{MAX_BATCH_BYTES, MAX_SEGMENTS, next_group};
 
@@ -382,9 +383,9 @@ impl<H: Host> Engine<H> {
             hop_limit,
         ) {
             SendOutcome::Sent => {
-                self.stats.bytes[0].add(bytes.len() as u64);
+                self.stats.bytes[Direction::Out].add(bytes.len() as u64);
                 if let Some(stats) = port {
-                    stats.carried(0, bytes.len() as u64, count);
+                    stats.carried(Direction::Out, bytes.len() as u64, count);
                 }
             }
             SendOutcome::NoRoom => {
@@ -514,7 +515,7 @@ impl<H: Host> Engine<H> {
             };
             let group = next_group(start..messages.end, max_segment, size);
             start = group.messages.end;
-            self.stats.bytes[1].add(group.bytes as u64);
+            self.stats.bytes[Direction::In].add(group.bytes as u64);
             if group.segment <= room && (!group.is_batch() || max_segment > 0) {
                 // A batch shares one header, so the total fits a packet.
                 debug_assert!(group.bytes + headers <= MAX_PACKET);
@@ -584,7 +585,7 @@ impl<H: Host> Engine<H> {
                 continue;
             }
             if message.len() >= icmp::HEADER {
-                self.stats.bytes[1].add(message.len() as u64);
+                self.stats.bytes[Direction::In].add(message.len() as u64);
                 self.echo_reply(
                     key.outside.ip(),
                     key.inside.ip(),
@@ -711,7 +712,7 @@ fn batch_key(flow: Key, packet: &Packet<'_>) -> BatchKey {
 
 fn emit<H: Host>(host: &mut H, stats: &Stats, head: &[u8], payload: &[IoSlice<'_>]) {
     if host.emit(head, payload) {
-        stats.packets[1].add(1);
+        stats.packets[Direction::In].add(1);
     } else {
         stats.count_drop(DropReason::Device);
     }

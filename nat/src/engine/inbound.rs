@@ -44,7 +44,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate_model::{Ingress, Protocol, share_of};
+use tidegate_model::{Direction, Ingress, Protocol, share_of};
 use tidegate_reactor::Key;
 
 /// Maximum number of clients accepted per port and turn.
@@ -364,7 +364,7 @@ impl<H: Host> Engine<H> {
         let Some((five_tuple, Flow::Datagrams(session))) = self.flows.get_mut(flow) else { return };
         if let SessionSocket::Port { stats, .. } = &session.via {
             let bytes = messages.clone().map(|index| self.batch.get(index).0.len() as u64);
-            stats.carried(1, bytes.sum(), datagrams);
+            stats.carried(Direction::In, bytes.sum(), datagrams);
         }
         self.deliver(five_tuple, messages);
     }

@@ -11,6 +11,7 @@ use crate::wire::head::TcpHead;
 use crate::wire::tcp::flags;
 use std::io::IoSlice;
 use std::time::Duration;
+use tidegate_model::Direction;
 
 /// Minimum interval between challenge ACKs of one connection (RFC 5961 section 7;
 /// `tcp_invalid_ratelimit` of the kernel).
@@ -38,7 +39,7 @@ impl<S> Connection<S> {
     /// Writes a segment without payload.
     fn write<H: Host<Stream = S>>(&self, head: &TcpHead, io: &mut Io<'_, H>) {
         if io.host.emit(head.write(0).bytes(), &[]) {
-            io.stats.packets[1].add(1);
+            io.stats.packets[Direction::In].add(1);
         } else {
             // The segment is retransmitted, as after a loss on the wire.
             io.stats.count_drop(DropReason::Device);
@@ -134,7 +135,7 @@ impl<S> Connection<S> {
             payload => io.host.emit(head.bytes(), &[IoSlice::new(&io.scratch[..payload])]),
         };
         if emitted {
-            io.stats.packets[1].add(1);
+            io.stats.packets[Direction::In].add(1);
         } else {
             // The segment is retransmitted, as after a loss on the wire.
             io.stats.count_drop(DropReason::Device);

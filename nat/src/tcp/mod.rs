@@ -70,6 +70,7 @@ use crate::host::Host;
 use crate::metrics::{ForwardStats, Stats};
 use crate::settings::{Capabilities, Settings, Timeouts};
 use std::time::Instant;
+use tidegate_model::Direction;
 
 /// Window scale of the engine: windows up to 2 MiB, in steps of 32 bytes.
 const SCALE: u8 = 5;
@@ -136,7 +137,7 @@ pub struct Io<'a, H: Host> {
 }
 
 /// Counts payload bytes: out (0) or in (1).
-fn count(stats: &Stats, forward: Option<&ForwardStats>, direction: usize, bytes: u64) {
+fn count(stats: &Stats, forward: Option<&ForwardStats>, direction: Direction, bytes: u64) {
     stats.bytes[direction].add(bytes);
     if let Some(forward) = forward {
         forward.bytes[direction].add(bytes);

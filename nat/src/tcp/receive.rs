@@ -9,6 +9,7 @@ use crate::host::Host;
 use crate::metrics::DropReason;
 use crate::wire::tcp::{Segment, flags};
 use std::io;
+use tidegate_model::Direction;
 
 impl<S> Connection<S> {
     /// Processes the payload and FIN of a segment, within the window.
@@ -74,7 +75,12 @@ impl<S> Connection<S> {
                 self.handshake_ack_at = None;
                 match io.host.send(stream, rest) {
                     Ok(sent) => {
-                        count(io.stats, Inbound::stats_of(self.inbound.as_ref()), 0, sent as u64);
+                        count(
+                            io.stats,
+                            Inbound::stats_of(self.inbound.as_ref()),
+                            Direction::Out,
+                            sent as u64,
+                        );
                         // A short send means that the send buffer is full; the socket reports when
                         // it has space again.
                         self.writable = sent == rest.len();

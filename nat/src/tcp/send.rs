@@ -9,6 +9,7 @@ use crate::host::Host;
 use crate::wire::tcp::flags;
 use std::io;
 use std::time::{Duration, Instant};
+use tidegate_model::Direction;
 
 /// Maximum number of writes to the guest per turn, about half a megabyte.
 const WRITES_PER_TURN: usize = 8;
@@ -83,7 +84,12 @@ impl<S> Connection<S> {
             let front = self.pending.front();
             match io.host.send(stream, front) {
                 Ok(sent) => {
-                    count(io.stats, Inbound::stats_of(self.inbound.as_ref()), 0, sent as u64);
+                    count(
+                        io.stats,
+                        Inbound::stats_of(self.inbound.as_ref()),
+                        Direction::Out,
+                        sent as u64,
+                    );
                     self.writable = sent == front.len();
                     self.pending.pop(sent);
                     io.allowance = io.allowance.saturating_add(sent);
@@ -183,7 +189,7 @@ impl<S> Connection<S> {
         count(
             io.stats,
             Inbound::stats_of(self.inbound.as_ref()),
-            1,
+            Direction::In,
             self.snd_max.wrapping_sub(before).into(),
         );
         self.emit(sequence, flags::ACK | flags::PSH, length, io);

@@ -1,9 +1,10 @@
 //! Accepting connections: access check, limits, and file descriptors.
 
-use super::connection::{Connection, Phase, Side, reset_on_close};
+use super::connection::{Connection, Phase, reset_on_close};
 use super::shares::{Capacity, Holder, Reservation, Verdict};
 use crate::port::{Port, Refusal, Tally};
 use crate::shared::Message;
+use crate::side::Side;
 use crate::upstream::{Flow, is_exhaustion};
 use crate::worker::{PortState, Tag, Worker};
 use rustix::io::Errno;

@@ -5,7 +5,8 @@ use super::{
     SPLICE_BYTES, WIDE_BYTES, WIDEN_AFTER,
 };
 use crate::listener::{fix_receive_buffer, narrow, widen};
-use crate::port::{Direction, Port, Tally};
+use crate::port::{Port, Tally};
+use crate::side::{PerSide, Side};
 use crate::upstream::Lease;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown, sockopt};
@@ -14,14 +15,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
+use tidegate_model::{Direction, PerDirection};
 use tidegate_reactor::{Interest, Links, Loan, PipePool, Readiness, Splice};
-
-/// One of the two sockets of a connection; also the tag of its epoll token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Side {
-    Client = 0,
-    Backend = 1,
-}
 
 /// State of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,13 +144,13 @@ pub(crate) enum Claim {
 
 /// The connection of a client and the connection to its backend.
 pub(crate) struct Connection<T = AtomicU64> {
-    sockets: [OwnedFd; 2],
-    /// Indexed by [`Direction`]: `In` reads from the client, `Out` from the backend.
-    halves: [Half; 2],
-    /// Whether an error event was reported, by [`Side`].
-    failed: [bool; 2],
-    /// The registered epoll interest, by [`Side`]; `None` before registration.
-    watched: [Option<Interest>; 2],
+    sockets: PerSide<OwnedFd>,
+    /// `In` reads from the client, `Out` from the backend.
+    halves: PerDirection<Half>,
+    /// Whether an error event was reported.
+    failed: PerSide<bool>,
+    /// The registered epoll interest; `None` before registration.
+    watched: PerSide<Option<Interest>>,
     /// A read or write has failed, so an apparent EOF from here on is not one.
     broken: bool,
     pub(crate) phase: Phase,
@@ -186,18 +181,18 @@ impl<T: Tally> Connection<T> {
         reservation: Reservation,
     ) -> Self {
         let (Phase::Dialling { since, .. } | Phase::Open { since }) = phase;
-        let mut halves = [Half::new(since), Half::new(since)];
+        let mut halves = PerDirection::new(|_| Half::new(since));
         // An accepted socket is writable.
-        halves[Direction::Out as usize].writable = true;
+        halves[Direction::Out].writable = true;
         if let Some(header) = header {
-            halves[Direction::In as usize].buffered =
+            halves[Direction::In].buffered =
                 Buffered::Copied { bytes: header.into_boxed_slice(), delivered: 0 };
         }
         Self {
-            sockets: [client, backend],
+            sockets: PerSide { client, backend },
             halves,
-            failed: [false; 2],
-            watched: [None; 2],
+            failed: PerSide::default(),
+            watched: PerSide::default(),
             broken: false,
             phase,
             port,
@@ -223,7 +218,7 @@ impl<T: Tally> Connection<T> {
     }
 
     pub(crate) fn socket(&self, side: Side) -> &OwnedFd {
-        &self.sockets[side as usize]
+        &self.sockets[side]
     }
 
     /// Records the readiness of one side.
@@ -232,17 +227,17 @@ impl<T: Tally> Connection<T> {
             Side::Client => (Direction::In, Direction::Out),
             Side::Backend => (Direction::Out, Direction::In),
         };
-        let source = &mut self.halves[reads as usize];
+        let source = &mut self.halves[reads];
         source.readable |= readiness.is_readable();
         source.closing |= readiness.is_read_closed();
         source.copy_only |= readiness.is_urgent();
-        self.halves[writes as usize].writable |= readiness.is_writable();
-        self.failed[side as usize] |= readiness.is_error();
+        self.halves[writes].writable |= readiness.is_writable();
+        self.failed[side] |= readiness.is_error();
     }
 
     /// Whether a half is blocked on `side`, but epoll does not report writability of that side yet.
     pub(crate) fn must_watch_writable(&self, side: Side) -> bool {
-        self.watched[side as usize] == Some(Interest::InputEdges) && self.is_blocked_towards(side)
+        self.watched[side] == Some(Interest::InputEdges) && self.is_blocked_towards(side)
     }
 
     /// Returns the epoll interest for `side` and records it. A socket becomes writable when its
@@ -250,24 +245,20 @@ impl<T: Tally> Connection<T> {
     pub(crate) fn interest(&mut self, side: Side) -> Interest {
         let dialling = side == Side::Backend && matches!(self.phase, Phase::Dialling { .. });
         let for_room = dialling || self.is_blocked_towards(side);
-        *self.watched[side as usize].insert(if for_room {
-            Interest::Edges
-        } else {
-            Interest::InputEdges
-        })
+        *self.watched[side].insert(if for_room { Interest::Edges } else { Interest::InputEdges })
     }
 
     fn is_blocked_towards(&self, side: Side) -> bool {
         let half = match side {
-            Side::Client => &self.halves[Direction::Out as usize],
-            Side::Backend => &self.halves[Direction::In as usize],
+            Side::Client => &self.halves[Direction::Out],
+            Side::Backend => &self.halves[Direction::In],
         };
         half.is_blocked()
     }
 
     /// Returns the request of the half of `direction` after its last turn.
     pub(crate) fn claim(&mut self, direction: Direction, now: Instant) -> Option<Claim> {
-        let half = &mut self.halves[direction as usize];
+        let half = &mut self.halves[direction];
         let blocked = half.is_blocked();
         half.was_blocked |= blocked;
         if half.wide {
@@ -291,7 +282,7 @@ impl<T: Tally> Connection<T> {
     pub(crate) fn widen(&mut self, direction: Direction) {
         let (source, sink) = self.ends(direction);
         widen(source, sink);
-        let half = &mut self.halves[direction as usize];
+        let half = &mut self.halves[direction];
         (half.wide, half.receive_fixed, half.charged) = (true, true, WIDE_BYTES);
     }
 
@@ -301,7 +292,7 @@ impl<T: Tally> Connection<T> {
         let (source, sink) = self.ends(direction);
         narrow(source, sink);
         let unread = rustix::io::ioctl_fionread(source).unwrap_or(0) as usize;
-        let half = &mut self.halves[direction as usize];
+        let half = &mut self.halves[direction];
         (half.wide, half.receive_fixed) = (false, true);
         (half.delivered, half.was_blocked) = (0, false);
         let held = match &half.buffered {
@@ -316,7 +307,7 @@ impl<T: Tally> Connection<T> {
     /// Fixes the receive buffer of the half of `direction`, which is blocked. Otherwise the kernel
     /// would grow that buffer up to `tcp_rmem`.
     pub(crate) fn limit_receive_buffer(&mut self, direction: Direction) {
-        if !std::mem::replace(&mut self.halves[direction as usize].receive_fixed, true) {
+        if !std::mem::replace(&mut self.halves[direction].receive_fixed, true) {
             let (source, _) = self.ends(direction);
             fix_receive_buffer(source);
         }
@@ -324,21 +315,21 @@ impl<T: Tally> Connection<T> {
 
     /// Sets the charge of the half of `direction` in bytes. Returns the previous charge.
     pub(crate) fn charge(&mut self, direction: Direction, bytes: usize) -> usize {
-        std::mem::replace(&mut self.halves[direction as usize].charged, bytes)
+        std::mem::replace(&mut self.halves[direction].charged, bytes)
     }
 
     /// The charge of the half of `direction` in bytes.
     pub(crate) fn charged(&self, direction: Direction) -> usize {
-        self.halves[direction as usize].charged
+        self.halves[direction].charged
     }
 
     pub(crate) fn is_wide(&self, direction: Direction) -> bool {
-        self.halves[direction as usize].wide
+        self.halves[direction].wide
     }
 
     /// Whether either half is blocked.
     pub(crate) fn is_blocked(&self) -> bool {
-        self.halves.iter().any(Half::is_blocked)
+        self.halves.values().into_iter().any(Half::is_blocked)
     }
 
     pub(crate) fn reservation(&mut self) -> &mut Reservation {
@@ -346,7 +337,7 @@ impl<T: Tally> Connection<T> {
     }
 
     fn ends(&self, direction: Direction) -> (&OwnedFd, &OwnedFd) {
-        let [client, backend] = &self.sockets;
+        let PerSide { client, backend } = &self.sockets;
         match direction {
             Direction::In => (client, backend),
             Direction::Out => (backend, client),
@@ -355,7 +346,7 @@ impl<T: Tally> Connection<T> {
 
     /// Whether an error event was reported for `side`.
     pub(crate) fn has_failed(&self, side: Side) -> bool {
-        self.failed[side as usize]
+        self.failed[side]
     }
 
     /// Transfers available payload in both directions.
@@ -366,7 +357,7 @@ impl<T: Tally> Connection<T> {
             scratch.buffer = vec![0; COPY_BYTES].into_boxed_slice();
         }
         let mut again = false;
-        self.broken |= self.failed[0] || self.failed[1];
+        self.broken |= self.failed.client || self.failed.backend;
         for direction in Direction::ALL {
             match self.advance(direction, scratch) {
                 Ok(more) => again |= more,
@@ -383,7 +374,8 @@ impl<T: Tally> Connection<T> {
         }
         if self
             .halves
-            .iter()
+            .values()
+            .into_iter()
             .all(|half| half.eof_read && matches!(half.buffered, Buffered::Nothing))
         {
             return Turn::Done;
@@ -394,13 +386,13 @@ impl<T: Tally> Connection<T> {
     /// Transfers payload in one direction until the source is empty, the sink is full, or the reads
     /// of the turn are used up. Returns true in the last case.
     fn advance(&mut self, direction: Direction, scratch: &mut Scratch) -> io::Result<bool> {
-        let [client, backend] = &self.sockets;
+        let PerSide { client, backend } = &self.sockets;
         let (source, sink) = match direction {
             Direction::In => (client, backend),
             Direction::Out => (backend, client),
         };
-        let other_ended = self.halves[1 - direction as usize].eof_forwarded;
-        let half = &mut self.halves[direction as usize];
+        let other_ended = self.halves[direction.opposite()].eof_forwarded;
+        let half = &mut self.halves[direction];
         let stats = &self.port.stats;
         let mut reads = READS_PER_TURN;
         loop {
@@ -451,14 +443,14 @@ impl<T: Tally> Connection<T> {
 
     /// Resets both sides. Payload that they have not read is discarded, as a reset requires.
     pub(crate) fn reset(self, pipes: &mut PipePool) {
-        reset_on_close(&self.sockets[0]);
-        reset_on_close(&self.sockets[1]);
+        reset_on_close(&self.sockets.client);
+        reset_on_close(&self.sockets.backend);
         self.close(pipes);
     }
 
     /// Closes both sockets: the kernel delivers sent data and then a FIN. Pipes return to the pool.
     pub(crate) fn close(self, pipes: &mut PipePool) {
-        for half in self.halves {
+        for half in [self.halves.inbound, self.halves.outbound] {
             if let Buffered::Piped(pipe) = half.buffered {
                 pipes.release(pipe);
             }
@@ -467,13 +459,13 @@ impl<T: Tally> Connection<T> {
 
     /// Resets the client of a connection that never reached its backend.
     pub(crate) fn refuse(self, pipes: &mut PipePool) {
-        reset_on_close(&self.sockets[Side::Client as usize]);
+        reset_on_close(&self.sockets[Side::Client]);
         self.close(pipes);
     }
 
     /// Returns the result of the completed connect (`SO_ERROR`).
     pub(crate) fn connect_result(&self) -> io::Result<()> {
-        Ok(sockopt::socket_error(&self.sockets[Side::Backend as usize])??)
+        Ok(sockopt::socket_error(&self.sockets[Side::Backend])??)
     }
 }
 

@@ -57,7 +57,7 @@ mod connection;
 mod shares;
 
 pub(crate) use accept::{AcceptBatch, Accepted, log_revived, refusal};
-pub(crate) use connection::{Claim, Connection, Phase, Scratch, Side, Turn};
+pub(crate) use connection::{Claim, Connection, Phase, Scratch, Turn};
 pub(crate) use shares::{Holder, Limits, Reservation, Shares};
 
 /// Size of a read in bytes from which the next read is spliced. Below it, moving pages through a

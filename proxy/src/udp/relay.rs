@@ -2,7 +2,7 @@
 
 use super::session_table::{Client, SessionTable};
 use crate::listener::{Listener, enable_gro, prepare_datagrams};
-use crate::port::{Direction, DropReason, Port, Tally};
+use crate::port::{DropReason, Port, Tally};
 use crate::shared::Shared;
 use crate::tcp::log_revived;
 use crate::upstream::{Flow, Lease, is_exhaustion};
@@ -13,6 +13,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+use tidegate_model::Direction;
 use tidegate_model::{Feature, Ingress, Protocol, canonical};
 use tidegate_reactor::batch::{self, Datagram, Destination, Offload, RecvBatch, SendBatch, Sent};
 use tidegate_reactor::{Arena, Context, Interest, Key, Permit, says_destroyed};
@@ -93,7 +94,7 @@ impl Relay {
     fn account(&self, direction: Direction, sent: &Sent) {
         let stats = &self.port.stats;
         stats.add_bytes(direction, sent.bytes);
-        stats.datagrams[direction as usize].add(sent.datagrams);
+        stats.datagrams[direction].add(sent.datagrams);
         stats.drop_datagrams(DropReason::NoRoom, sent.no_room);
         stats.drop_datagrams(DropReason::TooLong, sent.too_long);
         stats.drop_datagrams(DropReason::BackendUnreachable, sent.failed);
