@@ -37,6 +37,7 @@ use tidegate_model::Protocol;
 use tidegate_netns::HostContext;
 use tidegate_netns::{AddressBook, Namespace, PolicyRouteError};
 use tidegate_proxy::{Direct, Upstream};
+use tidegate_reactor::set_number;
 
 pub use inside::NamespaceUpstream;
 pub use relocatable::RelocatableUpstream;
@@ -239,30 +240,14 @@ fn transparent_socket(
         socket.set_mark(mark)?;
     }
     if source.port() == 0 {
-        bind_without_port(&socket)?;
+        // The option has level IP for IPv6 sockets, too.
+        set_number(&socket, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
     } else {
         // The same port of the client may already talk to another published port.
         socket.set_reuse_address(true)?;
     }
     socket.bind(&source.into())?;
     Ok(socket.into())
-}
-
-fn bind_without_port(socket: &socket2::Socket) -> io::Result<()> {
-    use std::os::fd::AsRawFd;
-    let on: libc::c_int = 1;
-    // SAFETY: the pointer and the length describe `on`. The option has level IP for IPv6 sockets,
-    // too.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::IPPROTO_IP,
-            libc::IP_BIND_ADDRESS_NO_PORT,
-            (&raw const on).cast(),
-            size_of_val(&on) as libc::socklen_t,
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Whether `error` means that an address is in use.

@@ -11,6 +11,8 @@
 //! | [`port_error`] | one line for a port that cannot be opened |
 //! | [`publisher`] | adds and removes ports at run time |
 
+#![forbid(unsafe_code)]
+
 pub mod bind;
 pub mod client_address;
 pub mod firewall;

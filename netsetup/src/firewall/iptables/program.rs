@@ -42,6 +42,37 @@ impl Family {
     }
 }
 
+/// The failure of an iptables program.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ProgramError {
+    /// Older than 1.6 (of 2015), which cannot wait for the lock.
+    #[error("{0:?} is too old; 1.6 or newer is needed")]
+    TooOld(String),
+    /// The program did not end in time and was killed, or abandoned.
+    #[error("{0}: timed out after {seconds} s and was killed", seconds = TIMEOUT.tv_sec)]
+    TimedOut(String),
+    /// The program could not be started, or ended without a message.
+    #[error("{0}: {1}")]
+    Failed(String, String),
+    /// The first line of its standard error.
+    #[error("{0}")]
+    Message(String),
+    /// The same, and the input line that it refers to.
+    #[error("{message}: {line}")]
+    Line {
+        /// The message.
+        message: String,
+        /// The line.
+        line: String,
+    },
+}
+
+impl From<ProgramError> for io::Error {
+    fn from(error: ProgramError) -> Self {
+        Self::other(error)
+    }
+}
+
 /// The installed iptables programs of one family.
 #[derive(Debug)]
 pub(super) struct Program {
@@ -64,9 +95,7 @@ impl Program {
         let program = program?;
         let version = run(&program, &["--version"], "")?.trim().to_owned();
         if numbers(&version).is_none_or(|numbers| numbers < (1, 6)) {
-            return Err(io::Error::other(format!(
-                "{version:?} is too old; 1.6 or newer is needed"
-            )));
+            return Err(ProgramError::TooOld(version).into());
         }
         Ok(Self { family, version, program, save: save?, restore: restore? })
     }
@@ -103,7 +132,7 @@ impl Program {
             // The crate does not check the exit status. Every table has policies.
             Ok(Ok(lines)) if lines.iter().any(|line| line.starts_with("-P ")) => Ok(lines),
             Ok(Ok(_)) => Err(io::ErrorKind::Unsupported.into()),
-            Ok(Err(error)) => Err(io::Error::other(error)),
+            Ok(Err(error)) => Err(ProgramError::Message(error).into()),
             Err(_) => Err(io::ErrorKind::TimedOut.into()),
         }
     }
@@ -131,7 +160,7 @@ impl Program {
             });
             let line = number.and_then(|number| text.lines().nth(number.checked_sub(1)?));
             match line {
-                Some(line) => io::Error::other(format!("{message}: {line}")),
+                Some(line) => ProgramError::Line { message, line: line.to_owned() }.into(),
                 None => error,
             }
         })
@@ -159,7 +188,7 @@ fn numbers(version: &str) -> Option<(u32, u32)> {
 /// [`TIMEOUT`] and is killed.
 fn run(program: &Path, args: &[&str], input: &str) -> io::Result<String> {
     let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let failed = |what: &str| io::Error::other(format!("{name}: {what}"));
+    let failed = |what: &str| ProgramError::Failed(name.clone(), what.to_owned());
     let piped = Stdio::piped;
     // In its own process group, because the children of a script would keep the pipes open.
     let mut child = Command::new(program)
@@ -183,14 +212,15 @@ fn run(program: &Path, args: &[&str], input: &str) -> io::Result<String> {
         let status = wait(&mut child)?;
         let [output, errors] = [output, errors].map(|thread| thread.join().unwrap_or_default());
         match status {
-            None => Err(failed(&format!("timed out after {} s and was killed", TIMEOUT.tv_sec))),
+            None => Err(ProgramError::TimedOut(name.clone()).into()),
             Some(status) if status.success() => Ok(output),
             Some(status) => {
                 let message = errors.lines().map(str::trim).find(|line| !line.is_empty());
-                Err(message.map_or_else(
+                let error = message.map_or_else(
                     || failed(&status.to_string()),
-                    |message| io::Error::other(message.to_owned()),
-                ))
+                    |message| ProgramError::Message(message.to_owned()),
+                );
+                Err(error.into())
             }
         }
     })
