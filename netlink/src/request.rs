@@ -5,7 +5,7 @@ pub const HEADER: usize = 16;
 
 /// A netlink request: `struct nlmsghdr`, a header defined by the netlink family, and attributes.
 pub trait Request {
-    /// Length of the family header in requests and replies, in bytes. Callbacks get what follows it.
+    /// Length of the family header in requests and replies, in bytes. Callbacks get what follows.
     const HEAD: usize;
 
     /// Appends the encoded request to `buffer`.
