@@ -141,10 +141,11 @@ fn read_options(
 fn interface_name(value: &Value<'_>) -> Result<String, Fault> {
     let name = value.string()?;
     let allowed = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '%');
-    let special = matches!(name.as_str(), "." | ".." | "all" | "default");
+    // iptables reads a `+` at the end as a wildcard.
+    let special = matches!(name.as_str(), "." | ".." | "all" | "default") || name.ends_with('+');
     if name.is_empty() || name.len() > INTERFACE_NAME || special || !name.chars().all(allowed) {
         return Err(value.fault(format!(
-            "{name:?} is not a valid interface name: use 1 to {INTERFACE_NAME} characters without spaces, slashes or colons"
+            "{name:?} is not a valid interface name: use 1 to {INTERFACE_NAME} characters without spaces, slashes or colons, and without a + at the end"
         )));
     }
     Ok(name)

@@ -52,8 +52,12 @@ const ASSURED: u32 = 1 << 2;
 /// An entry of the table during a dump.
 #[derive(Debug)]
 pub struct Entry<'a> {
-    /// The addresses of the flow.
-    pub flow: Flow,
+    /// Source address of the first packet.
+    pub client: IpAddr,
+    /// Source address of replies: the server, after destination NAT.
+    pub server: IpAddr,
+    /// The flow with its ports, for TCP and UDP.
+    pub flow: Option<Flow>,
     family: u8,
     attributes: &'a [u8],
 }
@@ -106,7 +110,7 @@ impl Conntrack {
         Ok(Self(open_socket()?))
     }
 
-    /// Calls `each` for the TCP and UDP entries of `families`.
+    /// Calls `each` for the entries of `families`, of all protocols.
     ///
     /// A dump walks the whole hash table once per family, regardless of the number of flows: 10 ms
     /// for 256 Ki buckets.
@@ -120,8 +124,12 @@ impl Conntrack {
     ) -> io::Result<()> {
         for family in families.iter().map(|family| family.number()) {
             self.0.dump(&message(GET, family, Attributes::default()), |_, attributes| {
-                if let Some(flow) = flow(attributes) {
-                    each(&Entry { flow, family, attributes });
+                let source =
+                    |kind| addresses(attribute(attributes, kind)?).map(|(source, _)| source);
+                if let (Some(client), Some(server)) =
+                    (source(field::ORIGINAL), source(field::REPLY))
+                {
+                    each(&Entry { client, server, flow: flow(attributes), family, attributes });
                 }
             })?;
         }
@@ -143,7 +151,7 @@ impl Conntrack {
         }
         let mut found = Vec::new();
         self.for_each(families, |entry| {
-            if filter(&entry.flow) {
+            if entry.flow.is_some_and(|flow| filter(&flow)) {
                 found.push(entry.key());
             }
         })?;
@@ -222,22 +230,26 @@ fn flow(entry: &[u8]) -> Option<Flow> {
 
 /// Decodes a tuple into protocol, source and destination.
 fn direction(tuple: &[u8]) -> Option<(Transport, SocketAddr, SocketAddr)> {
-    // CTA_TUPLE_IP, CTA_TUPLE_PROTO
-    let (addresses, ports) = (attribute(tuple, 1)?, attribute(tuple, 2)?);
+    let (source, destination) = addresses(tuple)?;
+    // CTA_TUPLE_PROTO
+    let ports = attribute(tuple, 2)?;
     let protocol = match attribute(ports, 1)? {
         [6] => Transport::Tcp,
         [17] => Transport::Udp,
         _ => return None,
     };
     let port = |kind| Some(u16::from_be_bytes(attribute(ports, kind)?.try_into().ok()?));
+    Some((protocol, SocketAddr::new(source, port(2)?), SocketAddr::new(destination, port(3)?)))
+}
+
+/// Decodes source and destination address of a tuple.
+fn addresses(tuple: &[u8]) -> Option<(IpAddr, IpAddr)> {
+    // CTA_TUPLE_IP
+    let addresses = attribute(tuple, 1)?;
     let address = |v4, v6| {
         let v4 = || Some(IpAddr::from(<[u8; 4]>::try_from(attribute(addresses, v4)?).ok()?));
         let v6 = || Some(IpAddr::from(<[u8; 16]>::try_from(attribute(addresses, v6)?).ok()?));
         v4().or_else(v6)
     };
-    Some((
-        protocol,
-        SocketAddr::new(address(1, 3)?, port(2)?),
-        SocketAddr::new(address(2, 4)?, port(3)?),
-    ))
+    Some((address(1, 3)?, address(2, 4)?))
 }

@@ -418,9 +418,13 @@ impl Firewall {
     /// # Errors
     /// Errors of the kernel.
     pub fn limit_tracked_flows(&self, limit: Option<usize>) -> io::Result<EvictedFlows> {
-        let networks: Vec<Vec<IpNet>> = {
-            let zones = &self.state().ruleset.zones;
-            zones.iter().map(|zone| zone.subnets.iter().map(IpNet::trunc).collect()).collect()
+        let owned = {
+            let state = self.state();
+            let subnets = |zone: &Zone| zone.subnets.iter().map(IpNet::trunc).collect();
+            tracked_flows::Owned {
+                networks: state.ruleset.zones.iter().map(subnets).collect(),
+                ports: state.ruleset.ports.iter().map(|one| (one.protocol, one.port)).collect(),
+            }
         };
         self.host.with(|| {
             let Ok((entries, size)) = Conntrack::usage() else {
@@ -432,7 +436,7 @@ impl Firewall {
             if entries <= limit {
                 return Ok(EvictedFlows::default());
             }
-            let evicted = tracked_flows::evict(&networks, limit)?;
+            let evicted = tracked_flows::evict(&owned, limit)?;
             self.tracked.evicted.fetch_add(evicted.flows as u64, Ordering::Relaxed);
             Ok(evicted)
         })?

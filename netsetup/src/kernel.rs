@@ -860,12 +860,13 @@ fn forwarding_of(link: &str, v6: bool) -> String {
     }
 }
 
-/// Returns whether a sysctl is missing because the kernel lacks IPv6. IPv6 is then as disabled as
-/// required.
+/// Returns whether a sysctl is missing because the kernel lacks IPv6, or the link, whose MTU is
+/// below 1280 (RFC 8200, section 5). IPv6 is then as disabled as required.
 fn is_without_ipv6(error: &io::Error, setting: &str) -> bool {
     error.kind() == io::ErrorKind::NotFound
         && setting.starts_with("net.ipv6.")
-        && !std::path::Path::new("/proc/sys/net/ipv6").exists()
+        && (setting.ends_with(".disable_ipv6")
+            || !std::path::Path::new("/proc/sys/net/ipv6").exists())
 }
 
 /// Exists if the kernel supports IPv6 forwarding per link.

@@ -181,7 +181,9 @@ fn check_name(interface: &Interface) -> Result<(), ConflictError> {
     if name.len() > MAX_NAME_LENGTH {
         return Err(ConflictError::NameTooLong { name: name.clone(), longest: MAX_NAME_LENGTH });
     }
-    if name.is_empty() || name == "." || name == ".." || name.bytes().any(bad) {
+    // iptables reads a `+` at the end as a wildcard.
+    let wildcard = name.ends_with('+');
+    if name.is_empty() || name == "." || name == ".." || wildcard || name.bytes().any(bad) {
         return Err(ConflictError::BadName(name.clone()));
     }
     Ok(())

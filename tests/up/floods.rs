@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 use tidegate_testbed::flood::{FloodKind, Flooder, request_times};
 use tidegate_testbed::server::{EchoServer, PeerServer};
-use tidegate_testbed::{addr, eventually, raise_open_files};
+use tidegate_testbed::{Namespace, addr, eventually, raise_open_files};
 
 /// The flooding container may send from any address of its network, as without a port guard.
 const FILE: &str = r#"
@@ -173,4 +173,52 @@ fn a_container_cannot_fill_the_conntrack_table() {
         assert!(warning.contains("largest=\"10.83.1.2\""), "{warning}");
         drop(held);
     }
+}
+
+/// Each instance counts the flows of the other, and evicts only its own.
+#[test]
+fn containers_lose_no_tracked_flows_because_of_other_projects_or_outside_clients() {
+    const LIMIT: usize = 600;
+    raise_open_files(8192);
+    let scene = Scene::new();
+    let limit = format!("--max-tracked-flows={LIMIT}");
+    let flags = ["--firewall=nftables", &limit];
+    let (_up, [_, other]) = scene.up_with_services(FILE, ["flooding", "other"], false, &flags);
+    let beside = Namespace::new();
+    let file = format!(
+        "name: beside
+networks: {{ net: {{ ipam: {{ config: [ {{ subnet: 10.84.1.0/24 }} ] }} }} }}
+services:
+  box:
+    x-netns: {}
+    networks: {{ net: {{ ipv4_address: 10.84.1.2 }} }}
+    ports: [ '8080:80' ]
+",
+        beside.path().display()
+    );
+    let second = scene.up_beside(&file, &flags);
+    second.wait_for_line("Ctrl-C takes", SOON);
+    let echo = EchoServer::tcp(&scene.net.client, (addr::CLIENT_V4, 7001).into());
+    let modest: Vec<TcpStream> =
+        (0..200).map(|_| other.run(|| TcpStream::connect(echo.addr()).unwrap())).collect();
+    let flows_of = |source: &str| {
+        let listed = scene.net.host.exec("conntrack", &["-L", "-s", source]);
+        listed.lines().filter(|line| line.contains("ESTABLISHED")).count()
+    };
+    let hold = |from: &Namespace, at: &Namespace, listen: SocketAddr, to: SocketAddr| {
+        let listener = at.run(|| TcpListener::bind(listen)).unwrap();
+        (0..2 * LIMIT)
+            .map(|_| (from.run(|| TcpStream::connect(to)).unwrap(), listener.accept().unwrap().0))
+            .collect::<Vec<_>>()
+    };
+    let accomplice: SocketAddr = (addr::CLIENT_V4, 7002).into();
+    let held = hold(&beside, &scene.net.client, accomplice, accomplice);
+    assert!(eventually(SOON, || flows_of("10.84.1.2") <= LIMIT), "the hog of the other project");
+    assert_eq!(flows_of("10.83.2.2"), modest.len());
+    drop(held);
+    let to: SocketAddr = (addr::HOST_V4, 8080).into();
+    let _held = hold(&scene.net.client, &beside, "0.0.0.0:80".parse().unwrap(), to);
+    let client = addr::CLIENT_V4.to_string();
+    assert!(eventually(SOON, || flows_of(&client) <= LIMIT), "the client of a published port");
+    assert_eq!(flows_of("10.83.2.2"), modest.len());
 }

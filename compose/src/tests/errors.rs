@@ -148,7 +148,8 @@ fn errors_in_networks() {
         (
             "driver_opts:\n  com.docker.network.bridge.name: a-bridge-too-far",
             "4:39: networks.n.driver_opts.com.docker.network.bridge.name: \"a-bridge-too-far\" is not a valid interface \
-             name: use 1 to 15 characters without spaces, slashes or colons",
+             name: use 1 to 15 characters without spaces, slashes or colons, and without a + at the \
+             end",
         ),
         (
             "ipam: {driver: host-local}",

@@ -6,19 +6,17 @@
 //! and expires after five days. A container with an accomplice outside can therefore fill the
 //! table.
 //!
-//! Before the table is full, the network with the most assured flows loses some, and in it the
-//! address with the most, the longest idle first.
+//! Before the table is full, the largest [group](Group) loses some assured flows, and in it the
+//! address with the most, the longest idle first. Flows of others count as well, so that nobody
+//! loses flows because of someone who holds more, but only flows of this owner are evicted.
 
+use super::protocol_of;
 use ipnet::IpNet;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::IpAddr;
-use tidegate_model::share_of;
-use tidegate_netfilter::{Conntrack, Entry, EntryKey, Flow, TableFamily};
-
-/// Share of the limit that each network, and each address in it, may always use: one part of this.
-const GUARANTEED_TO_NETWORK: usize = 16;
-const GUARANTEED_TO_ADDRESS: usize = 64;
+use std::net::{IpAddr, Ipv4Addr};
+use tidegate_model::{Protocol, share_of};
+use tidegate_netfilter::{Conntrack, Entry, EntryKey, TableFamily};
 
 const FAMILIES: [TableFamily; 2] = [TableFamily::Ipv4, TableFamily::Ipv6];
 
@@ -27,29 +25,84 @@ const FAMILIES: [TableFamily; 2] = [TableFamily::Ipv4, TableFamily::Ipv6];
 pub struct EvictedFlows {
     /// Number of flows.
     pub flows: usize,
-    /// The address that had the most, a container or a client of published ports, and its flows
-    /// before.
+    /// The address that had the most of those that lost flows: a container, or a client of
+    /// published ports. And its flows before.
     pub largest: Option<(IpAddr, usize)>,
 }
 
-/// What counts for a flow: the index of its network, and an address.
-type Holder = (usize, IpAddr);
-
-/// Returns the holder of `flow`: the container that has opened it, or its client from outside, and
-/// the network of the container. `None` if the flow concerns no network.
-fn holder(flow: &Flow, networks: &[Vec<IpNet>]) -> Option<Holder> {
-    let network_of = |ip: IpAddr| {
-        networks.iter().position(|subnets| subnets.iter().any(|subnet| subnet.contains(&ip)))
-    };
-    let (client, server) = (flow.client.ip(), flow.server.ip());
-    network_of(client)
-        .map(|network| (network, client))
-        .or_else(|| Some((network_of(server)?, share_of(client))))
+/// Flows that yield together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Group {
+    /// Flows that containers of a network have opened.
+    Egress(usize),
+    /// Flows to containers of a network: published ports that the kernel forwards.
+    Ingress(usize),
+    /// Connections to published ports that sockets serve. An evicted one continues, because it has
+    /// no NAT.
+    Ports,
+    /// Flows of other programs and projects, by their /24 or /64. They are not evicted.
+    Other(IpAddr),
 }
 
-/// Returns the highest level to which holders of `counts` are reduced to free `excess` places. It
-/// is at least `guaranteed`.
-fn level(counts: impl Iterator<Item = usize>, excess: usize, guaranteed: usize) -> usize {
+impl Group {
+    fn may_be_evicted(self) -> bool {
+        !matches!(self, Self::Other(_))
+    }
+}
+
+/// What a flow counts for.
+type Holder = (Group, IpAddr);
+
+/// The networks of the owner, each with its subnets, and the published ports.
+pub(super) struct Owned {
+    pub(super) networks: Vec<Vec<IpNet>>,
+    pub(super) ports: BTreeSet<(Protocol, u16)>,
+}
+
+impl Owned {
+    /// Returns the holder of `entry`.
+    fn holder(&self, entry: &Entry<'_>) -> Holder {
+        let network_of = |ip: IpAddr| {
+            let has = |subnets: &Vec<IpNet>| subnets.iter().any(|subnet| subnet.contains(&ip));
+            self.networks.iter().position(has)
+        };
+        let client = match entry.client {
+            // All containers have link-local addresses in one /64.
+            IpAddr::V6(v6) if v6.is_unicast_link_local() => entry.client,
+            client => share_of(client),
+        };
+        if let Some(network) = network_of(entry.client) {
+            (Group::Egress(network), entry.client)
+        } else if let Some(network) = network_of(entry.server) {
+            (Group::Ingress(network), client)
+        } else if self.is_published(entry) {
+            (Group::Ports, client)
+        } else {
+            (Group::Other(block_of(entry.client)), client)
+        }
+    }
+
+    /// Whether the flow has a published port as its destination, at any address.
+    fn is_published(&self, entry: &Entry<'_>) -> bool {
+        entry
+            .flow
+            .is_some_and(|flow| self.ports.contains(&(protocol_of(&flow), flow.destination.port())))
+    }
+}
+
+/// The /24 of an IPv4 address, the /64 of an IPv6 address.
+fn block_of(ip: IpAddr) -> IpAddr {
+    match share_of(ip) {
+        IpAddr::V4(v4) => {
+            let [a, b, c, _] = v4.octets();
+            Ipv4Addr::new(a, b, c, 0).into()
+        }
+        v6 => v6,
+    }
+}
+
+/// Returns the highest level to which holders of `counts` are reduced to free `excess` places.
+fn level(counts: impl Iterator<Item = usize>, excess: usize) -> usize {
     let mut counts: Vec<usize> = counts.collect();
     counts.sort_unstable_by(|a, b| b.cmp(a));
     let mut sum = 0;
@@ -58,65 +111,61 @@ fn level(counts: impl Iterator<Item = usize>, excess: usize, guaranteed: usize) 
         let (holders, next) = (number + 1, counts.get(number + 1).copied().unwrap_or(0));
         // Reducing the first `holders` to the next lower count frees this many.
         if sum - holders * next >= excess {
-            return (sum.saturating_sub(excess) / holders).max(guaranteed);
+            return sum.saturating_sub(excess) / holders;
         }
     }
-    guaranteed
+    0
 }
 
-/// Returns the flows that each holder loses so that `excess` places become free.
-fn reductions(
-    held: &BTreeMap<Holder, usize>,
-    excess: usize,
-    limit: usize,
-) -> BTreeMap<Holder, usize> {
-    let mut networks: BTreeMap<usize, usize> = BTreeMap::new();
-    for ((network, _), flows) in held {
-        *networks.entry(*network).or_default() += flows;
+/// Returns the flows that each holder loses so that `excess` places would become free if every
+/// group could be reduced.
+fn reductions(held: &BTreeMap<Holder, usize>, excess: usize) -> BTreeMap<Holder, usize> {
+    let mut groups: BTreeMap<Group, usize> = BTreeMap::new();
+    for ((group, _), flows) in held {
+        *groups.entry(*group).or_default() += flows;
     }
-    let highest = level(networks.values().copied(), excess, limit / GUARANTEED_TO_NETWORK);
+    let highest = level(groups.values().copied(), excess);
     let mut reductions = BTreeMap::new();
-    for (network, flows) in networks {
+    for (group, flows) in groups.into_iter().filter(|(group, _)| group.may_be_evicted()) {
         let Some(excess) = flows.checked_sub(highest).filter(|excess| *excess > 0) else {
             continue;
         };
-        let own = || held.iter().filter(|((of, _), _)| *of == network);
-        let guaranteed = limit / GUARANTEED_TO_ADDRESS;
-        let highest = level(own().map(|(_, flows)| *flows), excess, guaranteed);
+        let own = || held.iter().filter(|((of, _), _)| *of == group);
+        let highest = level(own().map(|(_, flows)| *flows), excess);
         let reduced = own().map(|(holder, flows)| (*holder, flows.saturating_sub(highest)));
         reductions.extend(reduced.filter(|(_, flows)| *flows > 0));
     }
     reductions
 }
 
-/// Evicts assured flows of `networks`, each given by its subnets, if the table has more than
-/// `limit` assured entries. A sixth of the limit becomes free, as far as shares permit.
+/// Evicts assured flows of `owned` if the table has more than `limit` assured entries. A sixth of
+/// the limit becomes free, as far as the largest groups are of this owner.
 ///
 /// # Errors
 /// Errors of the kernel.
-pub(super) fn evict(networks: &[Vec<IpNet>], limit: usize) -> io::Result<EvictedFlows> {
+pub(super) fn evict(owned: &Owned, limit: usize) -> io::Result<EvictedFlows> {
     let mut conntrack = Conntrack::open()?;
     let (mut assured, mut held) = (0_usize, BTreeMap::<Holder, usize>::new());
-    let count = |entry: &Entry<'_>| {
+    conntrack.for_each(&FAMILIES, |entry| {
         if entry.is_assured() {
             assured += 1;
-            if let Some(holder) = holder(&entry.flow, networks) {
-                *held.entry(holder).or_default() += 1;
-            }
+            *held.entry(owned.holder(entry)).or_default() += 1;
         }
-    };
-    conntrack.for_each(&FAMILIES, count)?;
+    })?;
     if assured <= limit {
         return Ok(EvictedFlows::default());
     }
-    let reductions = reductions(&held, assured - limit + limit / 6, limit);
+    let reductions = reductions(&held, assured - limit + limit / 6);
+    if reductions.is_empty() {
+        return Ok(EvictedFlows::default());
+    }
     let mut candidates: BTreeMap<Holder, Vec<(u32, EntryKey)>> = BTreeMap::new();
     conntrack.for_each(&FAMILIES, |entry| {
-        if let Some(holder) = holder(&entry.flow, networks)
-            && entry.is_assured()
-            && reductions.contains_key(&holder)
-        {
-            candidates.entry(holder).or_default().push((entry.remaining(), entry.key()));
+        if entry.is_assured() {
+            let holder = owned.holder(entry);
+            if reductions.contains_key(&holder) {
+                candidates.entry(holder).or_default().push((entry.remaining(), entry.key()));
+            }
         }
     })?;
     let mut flows = 0;
@@ -143,25 +192,41 @@ mod tests {
         [10, 9, 0, last].into()
     }
 
+    const EGRESS: [Group; 2] = [Group::Egress(0), Group::Egress(1)];
+
     #[test]
     fn the_largest_holder_loses_all_that_is_needed() {
-        let held = BTreeMap::from([((0, ip(2)), 900), ((0, ip(3)), 50), ((1, ip(4)), 60)]);
-        assert_eq!(reductions(&held, 300, 1000), BTreeMap::from([((0, ip(2)), 300)]));
+        let held = BTreeMap::from([
+            ((EGRESS[0], ip(2)), 900),
+            ((EGRESS[0], ip(3)), 50),
+            ((EGRESS[1], ip(4)), 60),
+        ]);
+        assert_eq!(reductions(&held, 300), BTreeMap::from([((EGRESS[0], ip(2)), 300)]));
     }
 
     #[test]
     fn many_addresses_of_one_network_count_as_one() {
-        let mut held: BTreeMap<Holder, usize> = (2..102).map(|last| ((0, ip(last)), 8)).collect();
-        held.insert((1, ip(200)), 200);
-        let reductions = reductions(&held, 300, 960);
-        assert!(reductions.keys().all(|(network, _)| *network == 0), "{reductions:?}");
+        let mut held: BTreeMap<Holder, usize> =
+            (2..102).map(|last| ((EGRESS[0], ip(last)), 8)).collect();
+        held.insert((EGRESS[1], ip(200)), 200);
+        let reductions = reductions(&held, 300);
+        assert!(reductions.keys().all(|(group, _)| *group == EGRESS[0]), "{reductions:?}");
+        assert!(reductions.values().sum::<usize>() >= 300, "{reductions:?}");
     }
 
     #[test]
-    fn guaranteed_shares_stay() {
-        // The table is full of flows of others.
-        let held = BTreeMap::from([((0, ip(2)), 50), ((1, ip(3)), 60)]);
-        assert_eq!(reductions(&held, 5000, 1000), BTreeMap::new());
+    fn clients_of_published_ports_do_not_reduce_the_flows_of_containers() {
+        let mut held: BTreeMap<Holder, usize> =
+            (2..67).map(|last| ((Group::Ingress(0), ip(last)), 90)).collect();
+        held.insert((EGRESS[0], ip(200)), 1000);
+        assert!(reductions(&held, 1900).keys().all(|(group, _)| *group == Group::Ingress(0)));
+    }
+
+    #[test]
+    fn nobody_yields_to_others_that_hold_more() {
+        let other = Group::Other(block_of([198, 51, 100, 7].into()));
+        let held = BTreeMap::from([((EGRESS[0], ip(2)), 1000), ((other, ip(9)), 5900)]);
+        assert_eq!(reductions(&held, 1900), BTreeMap::new());
     }
 
     proptest! {
@@ -171,7 +236,7 @@ mod tests {
             part in 0_usize..100,
         ) {
             let excess = counts.iter().sum::<usize>() * part / 100;
-            let level = level(counts.iter().copied(), excess, 0);
+            let level = level(counts.iter().copied(), excess);
             let freed: usize = counts.iter().map(|count| count.saturating_sub(level)).sum();
             prop_assert!(freed >= excess && freed < excess + counts.len());
         }
