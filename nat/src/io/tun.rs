@@ -7,6 +7,7 @@ use crate::layer2::Layer2;
 use crate::settings::Capabilities;
 use crate::wire::ethernet::{ETHERNET_MAX_MTU, MacAddress};
 use rustix::fs::{Mode, OFlags, open};
+use rustix::io::Errno;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use tidegate_model::Feature;
@@ -194,7 +195,7 @@ fn create_new(options: &TunOptions) -> io::Result<OwnedFd> {
     });
     // The crate takes over a persistent device of this name, as is intended for a TAP.
     if options.layer2.is_none() && netlink::has(&options.name)? {
-        return Err(io::ErrorKind::AlreadyExists.into());
+        return Err(Errno::BUSY.into());
     }
     let device = tun::create(&configuration).map_err(io::Error::from)?;
     device.set_nonblock()?;
