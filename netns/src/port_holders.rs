@@ -97,11 +97,17 @@ fn holder(process: &Process, inodes: &BTreeSet<u64>) -> Option<Holder> {
     let command = process.cmdline().unwrap_or_default();
     Some(Holder { name, pid: process.pid(), command, inodes: held })
 }
+
 /// The message that the port of `protocol` at `address` is in use. It names the processes that hold
 /// the port, if this process may read their descriptors.
 pub fn in_use(address: SocketAddr, protocol: Protocol) -> String {
     let port = port_at(address, protocol);
-    match holders_of(address, protocol).as_slice() {
+    let mut holders = holders_of(address, protocol);
+    if holders.is_empty() {
+        // The lists in /proc are read in pieces, and lack entries if others are removed meanwhile.
+        holders = holders_of(address, protocol);
+    }
+    match holders.as_slice() {
         [] => format!("{port} is in use"),
         holders if holders.len() <= MAX_NAMED_HOLDERS => {
             format!("{port} is in use by {}", holders.join(", "))
