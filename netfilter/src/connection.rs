@@ -274,9 +274,11 @@ impl Connection {
     /// # Errors
     /// Tables cannot be created at all.
     pub fn can_own(&mut self) -> Result<bool, Error> {
+        // The port is unique in the namespace, so instances that start together do not collide.
+        let name = format!("{TRIAL}-{}", self.socket.port());
         let trial = |owned| {
-            let table = Table { name: TRIAL.to_owned(), ..Table::default() };
-            [Change::Replace { table, owned }, Change::Remove { table: TRIAL.to_owned() }]
+            let table = Table { name: name.clone(), ..Table::default() };
+            [Change::Replace { table, owned }, Change::Remove { table: name.clone() }]
         };
         let [make, remove] = trial(true);
         if self.commit(&[make]).is_ok() {
