@@ -83,10 +83,18 @@ pub(crate) fn bridge_programs() -> BridgePrograms {
     if Feature::Gates.is_forced_off() {
         return BridgePrograms::default();
     }
-    let internal_guards = Namespace::create()
+    let gates = Gate::new(&GatePolicy::From(Vec::new())).is_ok();
+    BridgePrograms { gates, internal_guards: has_internal_guards() }
+}
+
+/// Returns whether guards of internal networks can be attached. Gates that are forced off stand for
+/// all programs at bridges.
+pub(crate) fn has_internal_guards() -> bool {
+    if Feature::Gates.is_forced_off() {
+        return false;
+    }
+    Namespace::create()
         .and_then(|scratch| scratch.with(InternalGuard::probe).flatten())
         .inspect_err(|error| tracing::debug!(%error, "guards of internal networks unavailable"))
-        .is_ok();
-    let gates = Gate::new(&GatePolicy::From(Vec::new())).is_ok();
-    BridgePrograms { gates, internal_guards }
+        .is_ok()
 }

@@ -10,7 +10,7 @@ use super::service::{AttachmentSites, Draft};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use tidegate_model::{PortSpec, overlap};
+use tidegate_model::{PortSpec, bracketed, overlap};
 
 /// The most ports that a project may publish: the full range of each protocol, twice.
 pub(super) const MAX_PORTS: usize = 4 * 65_535;
@@ -132,10 +132,7 @@ pub(super) fn ports(services: &[Draft]) -> Result<(), Fault> {
     else {
         return Err(Site::start().fault(clash.to_string()));
     };
-    let address = match clash.address {
-        IpAddr::V4(v4) => v4.to_string(),
-        IpAddr::V6(v6) => format!("[{v6}]"),
-    };
+    let address = bracketed(clash.address);
     Err(site.fault(format!(
         "port {}/{} on {address} is already published by services.{service} (line {}, \"{}\"); choose another host port",
         clash.port, clash.protocol, first_site.place.line, clash.first

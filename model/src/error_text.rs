@@ -1,5 +1,16 @@
 //! Texts of errors.
 
+use std::net::IpAddr;
+
+/// An address as in a URL: IPv6 in brackets.
+#[must_use]
+pub fn bracketed(ip: IpAddr) -> String {
+    match ip {
+        IpAddr::V4(v4) => v4.to_string(),
+        IpAddr::V6(v6) => format!("[{v6}]"),
+    }
+}
+
 /// Returns `text` without the `(os error N)` that Rust adds to the texts of the kernel.
 #[must_use]
 pub fn without_errno(text: &str) -> String {

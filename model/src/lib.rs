@@ -18,7 +18,7 @@
 //! | [`LogInterval`] | rate limit for log events |
 //! | [`CidrSet`] | address allow-list |
 //! | [`Restart`] | restart policy of a service |
-//! | [`without_errno`] | texts of errors without numbers |
+//! | [`bracketed`], [`without_errno`] | addresses and kernel errors in messages |
 //! | [`Feature`] | kernel features that are optional, and their overrides |
 //! | [`registry`] | identifiers that tidegate claims on the host, and the ranges of other software that it avoids |
 
@@ -42,7 +42,7 @@ mod share;
 
 pub use cidr_set::{CidrSet, CidrSetError};
 pub use direction::{Direction, PerDirection};
-pub use error_text::without_errno;
+pub use error_text::{bracketed, without_errno};
 pub use feature::{Feature, LACKS};
 pub use flow_key::{FlowKey, PublishLabel, PublishLabelError, canonical};
 pub use histogram::{Histogram, HistogramReading};

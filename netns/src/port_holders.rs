@@ -4,8 +4,8 @@ use procfs::ProcResult;
 use procfs::net::TcpState;
 use procfs::process::{FDTarget, Process};
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
-use tidegate_model::Protocol;
+use std::net::SocketAddr;
+use tidegate_model::{Protocol, bracketed};
 
 /// Number of processes that a message names. A server that forks shares its socket with all its
 /// children; if there are more, the message has the first and the number of the others.
@@ -119,14 +119,6 @@ pub fn in_use(address: SocketAddr, protocol: Protocol) -> String {
 /// The port as errors name it: `port 80/tcp on [::]`.
 pub fn port_at(address: SocketAddr, protocol: Protocol) -> String {
     format!("port {}/{protocol} on {}", address.port(), bracketed(address.ip()))
-}
-
-/// An address as in a URL: IPv6 in brackets.
-pub fn bracketed(ip: IpAddr) -> String {
-    match ip {
-        IpAddr::V4(v4) => v4.to_string(),
-        IpAddr::V6(v6) => format!("[{v6}]"),
-    }
 }
 
 /// The processes that hold the port, as `nginx (pid 812)`, if this process may read their

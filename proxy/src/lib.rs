@@ -40,6 +40,7 @@ pub use gateway_acl::{Bridge, ForeignNetwork, GatewayAcl, GatewayNetwork, Gatewa
 pub use listener::{AdoptError, BindError, Listener, UDP_BUFFER, UNREAD_BYTES};
 pub use metrics::{
     EngineUsage, FAMILIES, Family, Kind, PortSnapshot, SeriesLabel, USAGE_FAMILIES, describe,
+    describe_engine,
 };
 pub use port::{DropReason, Refusal};
 pub use proxy_protocol::ProxyProtocol;

@@ -379,6 +379,19 @@ pub fn describe(ports: &[PortSnapshot], out: &mut impl Write) -> fmt::Result {
     Ok(())
 }
 
+/// Writes the families of `ports` and of `usage`.
+///
+/// # Errors
+/// Only errors of `out`.
+pub fn describe_engine(
+    ports: &[PortSnapshot],
+    usage: &EngineUsage,
+    out: &mut impl Write,
+) -> fmt::Result {
+    describe(ports, out)?;
+    usage.describe(out)
+}
+
 fn head(name: &str, kind: Kind, help: &str, out: &mut impl Write) -> fmt::Result {
     writeln!(out, "# HELP {name} {help}\n# TYPE {name} {}", kind.as_str())
 }

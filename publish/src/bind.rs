@@ -5,7 +5,7 @@ use rustix::io::Errno;
 use std::io;
 use std::iter;
 use std::net::SocketAddr;
-use tidegate_model::{HostPort, PortMapping, PublishLabel, host_addresses, registry};
+use tidegate_model::{HostPort, PortMapping, PublishLabel, bracketed, host_addresses, registry};
 use tidegate_proxy::{BindError, Listener};
 
 /// The number of attempts with a port of the kernel's choice, which may be free on only one of
@@ -144,7 +144,7 @@ pub fn runs(published: &[(PublishLabel, u16)]) -> Vec<(String, String)> {
     runs.into_iter()
         .map(|((label, container_port), length)| {
             let ip = label.address().ip();
-            let host = if ip.is_ipv6() { format!("[{ip}]") } else { ip.to_string() };
+            let host = bracketed(ip);
             let ports = range(label.address().port(), length);
             (format!("{host}:{ports}/{}", label.protocol()), range(container_port, length))
         })

@@ -1,8 +1,8 @@
 //! Messages for ports that cannot be opened, with the cause and the remedy.
 
 use rustix::io::Errno;
-use tidegate_model::without_errno;
-use tidegate_netns::port_holders::{bracketed, in_use, port_at};
+use tidegate_model::{bracketed, without_errno};
+use tidegate_netns::port_holders::{in_use, port_at};
 use tidegate_proxy::BindError;
 
 /// One line with the port, the cause, and the remedy if there is one.

@@ -17,7 +17,9 @@ use tidegate_netns::HostContext;
 use tidegate_netns::{AddressBook, Namespace};
 use tidegate_process::confine;
 use tidegate_process::raise_descriptor_limit;
-use tidegate_proxy::{Engine, Listener, PortOptions, ProxyProtocol, Settings, Upstream, describe};
+use tidegate_proxy::{
+    Engine, Listener, PortOptions, ProxyProtocol, Settings, Upstream, describe_engine,
+};
 use tidegate_publish::bind::{bind, runs};
 use tidegate_publish::client_address::{Source, sweep_stale_owners};
 use tidegate_publish::limits::ProxyLimits;
@@ -186,8 +188,7 @@ impl Publish {
                 let view = Arc::clone(&engine);
                 let recorder = recorder.with(move |page| {
                     // Writing to text cannot fail.
-                    let _ =
-                        describe(&view.snapshot(), page).and_then(|()| view.usage().describe(page));
+                    let _ = describe_engine(&view.snapshot(), &view.usage(), page);
                 });
                 recorder.serve().context("metrics endpoint")?;
                 served

@@ -25,7 +25,7 @@ mod repair_schedule;
 mod tracked_flows;
 
 use crate::api::{Adopted, MAX_CLIENTS, Order, Server, View};
-use crate::port_guards::{self, bridge_programs};
+use crate::port_guards::{self, bridge_programs, has_internal_guards};
 use anyhow::{Context, anyhow, bail};
 use control::{Attaching, Outcome, end_servers};
 use egress::Egress;
@@ -56,7 +56,7 @@ use tidegate_netsetup::{
     Kernel, Observed, Opening, ReplyPath, RuleIsolation, Setup, Uplink,
 };
 use tidegate_process::raise_descriptor_limit;
-use tidegate_proxy::{GatewayAcl, GatewayNetworks, Listener, Settings, describe};
+use tidegate_proxy::{GatewayAcl, GatewayNetworks, Listener, Settings, describe_engine};
 use tidegate_publish::bind::reserve;
 use tidegate_publish::client_address::sweep_stale_owners;
 use tidegate_publish::firewall::{
@@ -520,8 +520,7 @@ impl Up {
                 let reported = Arc::clone(&publisher);
                 let recorder = recorder.with(move |page| {
                     // Writing to text cannot fail.
-                    let _ = describe(&reported.snapshot(), page)
-                        .and_then(|()| reported.usage().describe(page));
+                    let _ = describe_engine(&reported.snapshot(), &reported.usage(), page);
                 });
                 let (desired, reported) = (layout.desired.clone(), Arc::clone(&publisher));
                 let services = Arc::clone(&observer);
@@ -675,7 +674,10 @@ fn setup_with(
         Some(firewall) => {
             kernel.use_firewall(Arc::clone(firewall));
             let (kind, owner) = (firewall.kind(), firewall.owner().to_owned());
-            let programs = BridgePrograms { gates: firewall.gate().is_some(), ..bridge_programs() };
+            let programs = BridgePrograms {
+                gates: firewall.gate().is_some(),
+                internal_guards: has_internal_guards(),
+            };
             Setup::new(kernel, journal, FirewallIsolation { firewall: kind, owner, programs })
         }
     }

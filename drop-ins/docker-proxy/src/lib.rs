@@ -27,7 +27,7 @@ use tidegate_process::confine;
 use tidegate_process::raise_descriptor_limit;
 use tidegate_process::{EXIT_FAILURE, EXIT_USAGE};
 use tidegate_proxy::{
-    AdoptError, Engine, Listener, PortOptions, ProxyProtocol, Settings, describe,
+    AdoptError, Engine, Listener, PortOptions, ProxyProtocol, Settings, describe_engine,
 };
 use tidegate_publish::client_address::{Source, SourceError, sweep_stale_owners};
 use tidegate_publish::limits::{self, ProxyLimits};
@@ -162,7 +162,7 @@ fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
         let view = Arc::clone(&engine);
         let recorder = recorder.with(move |page| {
             // Writing to text cannot fail.
-            let _ = describe(&view.snapshot(), page).and_then(|()| view.usage().describe(page));
+            let _ = describe_engine(&view.snapshot(), &view.usage(), page);
         });
         recorder.serve()?;
     }
