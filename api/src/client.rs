@@ -1,14 +1,14 @@
 //! A client for the API of a running instance.
 
-use crate::socket::{self, explain_connect};
+use crate::socket::{self, SocketError, explain_connect};
 use crate::types::ErrorBody;
-use anyhow::{Context, anyhow, bail};
 use http_body_util::{BodyExt, Empty, Limited};
-use hyper::Request;
 use hyper::body::Bytes;
 use hyper::client::conn::http1::handshake;
+use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
+use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 use tokio::net::UnixStream;
@@ -20,6 +20,50 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest accepted response, in bytes: enough for the maximum number of ports.
 const MAX_ANSWER: usize = 128 << 20;
 
+/// Why a request has no usable response.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The path of the socket is unknown.
+    #[error(transparent)]
+    Path(#[from] SocketError),
+    /// The connection failed: no instance is running, or it belongs to another user.
+    #[error("{}", explain_connect(.path, .source))]
+    Connect {
+        /// The path of the socket.
+        path: PathBuf,
+        /// The error of connect(2).
+        source: io::Error,
+    },
+    /// The instance refused the request.
+    #[error("{0}")]
+    Refused(String),
+    /// The response is late, cut off, too long or not HTTP.
+    #[error("socket {}: {what}", .path.display())]
+    Response {
+        /// The path of the socket.
+        path: PathBuf,
+        /// What is wrong.
+        what: ResponseError,
+    },
+}
+
+/// What is wrong with a response.
+#[derive(Debug, thiserror::Error)]
+pub enum ResponseError {
+    /// It is late.
+    #[error("no response within {TIMEOUT:?}")]
+    Timeout,
+    /// It is not HTTP, or the connection ended.
+    #[error(transparent)]
+    Http(#[from] hyper::Error),
+    /// It is cut off, or longer than 128 MiB.
+    #[error("{0}")]
+    Body(Box<dyn std::error::Error + Send + Sync>),
+    /// Its JSON has another form than expected, for instance that of another version.
+    #[error(transparent)]
+    Json(#[from] serde_json::Error),
+}
+
 /// A client of one instance.
 #[derive(Debug)]
 pub struct Client {
@@ -30,40 +74,45 @@ impl Client {
     /// A client for the socket in `TIDEGATE_SOCKET`, or for the default one.
     ///
     /// # Errors
-    /// Without a default socket.
-    pub fn new() -> anyhow::Result<Self> {
+    /// [`SocketError::NoPlace`].
+    pub fn new() -> Result<Self, SocketError> {
         Ok(Self { path: socket::path()? })
     }
 
     /// Fetches `target`.
     ///
     /// # Errors
-    /// One line: the instance is not running, or the error of its response.
-    pub async fn get<T: DeserializeOwned>(&self, target: &str) -> anyhow::Result<T> {
-        let socket = || format!("socket {}", self.path.display());
-        match timeout(TIMEOUT, self.request(target)).await {
-            Ok(answer) => serde_json::from_slice(&answer?).with_context(socket),
-            Err(_) => bail!("socket {}: no response within {TIMEOUT:?}", self.path.display()),
+    /// [`ClientError`].
+    ///
+    /// # Panics
+    /// If `target` is not the path of a URL.
+    pub async fn get<T: DeserializeOwned>(&self, target: &str) -> Result<T, ClientError> {
+        let connected = UnixStream::connect(&self.path).await;
+        let stream =
+            connected.map_err(|source| ClientError::Connect { path: self.path.clone(), source })?;
+        let answer = timeout(TIMEOUT, request(stream, target)).await;
+        let answer = answer.unwrap_or(Err(ResponseError::Timeout));
+        let parsed = answer.and_then(|(status, body)| {
+            Ok(if status.is_success() {
+                Ok(serde_json::from_slice(&body)?)
+            } else {
+                Err(serde_json::from_slice::<ErrorBody>(&body)?.error)
+            })
+        });
+        match parsed {
+            Ok(body) => body.map_err(ClientError::Refused),
+            Err(what) => Err(ClientError::Response { path: self.path.clone(), what }),
         }
     }
+}
 
-    async fn request(&self, target: &str) -> anyhow::Result<Bytes> {
-        let socket = || format!("socket {}", self.path.display());
-        let stream = UnixStream::connect(&self.path)
-            .await
-            .map_err(|error| anyhow!(explain_connect(&self.path, &error)))?;
-        let (mut sender, connection) =
-            handshake(TokioIo::new(stream)).await.with_context(socket)?;
-        tokio::spawn(connection);
-        let request = Request::get(target).header("host", "tidegate").body(Empty::<Bytes>::new())?;
-        let answer = sender.send_request(request).await.with_context(socket)?;
-        let is_success = answer.status().is_success();
-        let body = Limited::new(answer.into_body(), MAX_ANSWER).collect().await;
-        let body = body.map_err(|error| anyhow!("{}: {error}", socket()))?.to_bytes();
-        if !is_success {
-            let error: ErrorBody = serde_json::from_slice(&body).with_context(socket)?;
-            bail!("{}", error.error);
-        }
-        Ok(body)
-    }
+/// Fetches `target` over `stream`: the status, and the body.
+async fn request(stream: UnixStream, target: &str) -> Result<(StatusCode, Bytes), ResponseError> {
+    let (mut sender, connection) = handshake(TokioIo::new(stream)).await?;
+    tokio::spawn(connection);
+    let request = Request::get(target).header("host", "tidegate").body(Empty::<Bytes>::new());
+    let answer = sender.send_request(request.expect("`target` is a path")).await?;
+    let status = answer.status();
+    let body = Limited::new(answer.into_body(), MAX_ANSWER).collect().await;
+    Ok((status, body.map_err(ResponseError::Body)?.to_bytes()))
 }

@@ -34,4 +34,7 @@ pub enum StartError {
     /// The thread or event loop cannot be created, or there are no random numbers.
     #[error("start an event loop: {0}")]
     Loop(#[source] io::Error),
+    /// The thread of the engine has ended, after an error that it logged.
+    #[error("NAT engine has ended")]
+    Ended,
 }

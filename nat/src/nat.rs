@@ -112,8 +112,7 @@ impl Nat {
             .spawn(run)
             .map_err(StartError::Loop)?;
         let result = has_started.recv();
-        let panicked = || StartError::Loop(io::Error::other("NAT engine thread panicked"));
-        result.unwrap_or_else(|_| Err(panicked()))?;
+        result.unwrap_or(Err(StartError::Ended))?;
         tracing::info!(network = &*network, ?capabilities, "NAT engine started");
         Ok(Self { figures, capabilities, sender, thread: Some(thread), host, forwards })
     }
@@ -162,9 +161,8 @@ impl Nat {
 
     fn set_device(&self, tun: OwnedFd) -> Result<(), StartError> {
         let (done, is_done) = mpsc::channel();
-        let ended = || StartError::Loop(io::Error::other("NAT engine has ended"));
-        self.sender.send(Message::Device(tun, done)).map_err(|_| ended())?;
-        is_done.recv().map_err(|_| ended())?.map_err(StartError::Loop)
+        self.sender.send(Message::Device(tun, done)).map_err(|_| StartError::Ended)?;
+        is_done.recv().map_err(|_| StartError::Ended)?.map_err(StartError::Loop)
     }
 
     /// Sets the policy for new flows. Existing flows continue.

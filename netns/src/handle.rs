@@ -124,9 +124,7 @@ impl Namespace {
             unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }?;
             File::open(CURRENT)
         })?;
-        let file = made
-            .join()
-            .map_err(|_| io::Error::other("thread panicked while creating a namespace"))??;
+        let file = made.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         Self::from_file(file, None)
     }
 

@@ -145,7 +145,10 @@ impl Child {
         match (length, i32::from_ne_bytes(error)) {
             (4, 0) => Ok(()),
             (4, number) => Err(io::Error::from_raw_os_error(number)),
-            _ => Err(io::Error::other("child process exited before it created the namespace")),
+            _ => Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "child process exited before it created the namespace",
+            )),
         }
     }
 

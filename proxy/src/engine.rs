@@ -175,10 +175,17 @@ impl Engine {
             shares[index].push((port, listener));
         }
         for (index, share) in shares.into_iter().enumerate() {
-            if !share.is_empty() && self.shared.send(index, Message::Publish(share)).is_err() {
+            if share.is_empty() {
+                continue;
+            }
+            let sent = self.shared.ensure_started(index).and_then(|()| {
+                let sent = self.shared.send(index, Message::Publish(share));
+                sent.map_err(|_| io::ErrorKind::BrokenPipe.into())
+            });
+            if let Err(error) = sent {
                 let mut ports = self.ports();
                 ports.with_series = ports.with_series.saturating_sub(taken);
-                return Err(io::Error::other("event loop could not be started"));
+                return Err(error);
             }
         }
         let ids = published.iter().map(|(id, _)| *id).collect();

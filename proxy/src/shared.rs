@@ -113,18 +113,26 @@ impl Shared {
     /// # Errors
     /// Returns the message if the loop cannot be started or has ended.
     pub(crate) fn send(self: &Arc<Self>, index: usize, message: Message) -> Result<(), Message> {
+        if let Err(error) = self.ensure_started(index) {
+            tracing::error!(%error, "event loop could not be started");
+            return Err(message);
+        }
+        match &self.loops()[index] {
+            Some(Loop { sender, .. }) => sender.send(message).map_err(|closed| closed.0),
+            None => Err(message),
+        }
+    }
+
+    /// Starts loop `index` if necessary.
+    ///
+    /// # Errors
+    /// Errors of its preparation, `EMFILE`, and `EAGAIN` at the limit on threads.
+    pub(crate) fn ensure_started(self: &Arc<Self>, index: usize) -> io::Result<()> {
         let mut loops = self.loops();
         if loops[index].is_none() {
-            match self.start(index) {
-                Ok(started) => loops[index] = Some(started),
-                Err(error) => {
-                    tracing::error!(%error, "event loop could not be started");
-                    return Err(message);
-                }
-            }
+            loops[index] = Some(self.start(index)?);
         }
-        let Some(Loop { sender, .. }) = &loops[index] else { return Err(message) };
-        sender.send(message).map_err(|closed| closed.0)
+        Ok(())
     }
 
     fn start(self: &Arc<Self>, index: usize) -> io::Result<Loop> {
@@ -143,9 +151,8 @@ impl Shared {
                 (shared.run)(index, Arc::clone(&shared), event_loop);
             },
         )?;
-        is_prepared
-            .recv()
-            .unwrap_or_else(|_| Err(io::Error::other("the thread of an event loop panicked")))?;
+        // `prepare` has panicked if the channel is closed.
+        is_prepared.recv().unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))?;
         Ok(Loop { sender, thread })
     }
 

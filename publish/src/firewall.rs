@@ -1,6 +1,5 @@
 //! Selection of the host's firewall, and the networks and published ports in its terms.
 
-use anyhow::{Context, bail};
 use clap::ValueEnum;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -36,6 +35,51 @@ pub enum PublishBy {
     /// By destination NAT of the kernel, and by sockets where it does not apply: connections from
     /// loopback, from a container to its own port, and from IPv6 to IPv4
     Kernel,
+}
+
+/// Why the requested combination of firewall and publishing is not possible.
+#[derive(Debug, thiserror::Error)]
+pub enum ChoiceError {
+    /// The rules of iptables cannot be read.
+    #[error(transparent)]
+    Rules(#[from] io::Error),
+    /// The requested firewall cannot be used.
+    #[error("--firewall={kind}: {source}")]
+    Unavailable {
+        /// The requested firewall.
+        kind: FirewallKind,
+        /// The error of the kernel or of iptables.
+        source: io::Error,
+    },
+    /// A firewall was requested without root.
+    #[error(
+        "--firewall={0} needs root; networks of an ordinary user are separate from the firewall of the host"
+    )]
+    Rootless(FirewallKind),
+    /// The kernel cannot publish ports without a firewall.
+    #[error("--publish=kernel needs a firewall, and none is used: {why}")]
+    PublishWithoutFirewall {
+        /// Why no firewall is used: a clause.
+        why: String,
+    },
+    /// Ports served by sockets would bypass a rule of DOCKER-USER, and no firewall is used.
+    #[error(
+        "--firewall=none: DOCKER-USER has the rule {rule:?}, which published ports would bypass; use --firewall=iptables, or remove the rule"
+    )]
+    BypassWithoutFirewall {
+        /// The rule, as iptables-save prints it.
+        rule: String,
+    },
+    /// Ports served by sockets would bypass a rule of DOCKER-USER.
+    #[error(
+        "--publish=proxy with {kind}: DOCKER-USER has the rule {rule:?}, which ports served by a socket would bypass; use --publish=kernel, or remove the rule"
+    )]
+    Bypass {
+        /// The selected firewall.
+        kind: FirewallKind,
+        /// The rule, as iptables-save prints it.
+        rule: String,
+    },
 }
 
 /// The selected firewall, with the reason.
@@ -121,13 +165,13 @@ impl BypassedRules {
 /// `owner`, and how published ports are forwarded.
 ///
 /// # Errors
-/// One line with the reason, if the requested combination is not possible.
+/// [`ChoiceError`].
 pub fn choose(
     choice: FirewallChoice,
     publish: Option<PublishBy>,
     host_context: &HostContext,
     owner: &str,
-) -> anyhow::Result<Chosen> {
+) -> Result<Chosen, ChoiceError> {
     let iptables = if host_context.is_rootless() {
         [None, None]
     } else {
@@ -139,14 +183,14 @@ pub fn choose(
     let bypassed = BypassedRules::of(kind, &docker_user);
     let publish = match (kind, publish, bypassed.any()) {
         (None, Some(PublishBy::Kernel), _) => {
-            bail!("--publish=kernel needs a firewall, and none is used: {why}")
+            return Err(ChoiceError::PublishWithoutFirewall { why });
         }
-        (None, _, Some(rule)) => bail!(
-            "--firewall=none: DOCKER-USER has the rule {rule:?}, which published ports would bypass; use --firewall=iptables, or remove the rule"
-        ),
-        (Some(kind), Some(PublishBy::Proxy), Some(rule)) => bail!(
-            "--publish=proxy with {kind}: DOCKER-USER has the rule {rule:?}, which ports served by a socket would bypass; use --publish=kernel, or remove the rule"
-        ),
+        (None, _, Some(rule)) => {
+            return Err(ChoiceError::BypassWithoutFirewall { rule: rule.to_owned() });
+        }
+        (Some(kind), Some(PublishBy::Proxy), Some(rule)) => {
+            return Err(ChoiceError::Bypass { kind, rule: rule.to_owned() });
+        }
         (Some(_), None, Some(rule)) => {
             why = format!("{why}; ports are published by the kernel, because of the rule {rule:?}");
             PublishBy::Kernel
@@ -161,7 +205,7 @@ fn choose_firewall(
     host_context: &HostContext,
     owner: &str,
     iptables: &[Option<IptablesState>; 2],
-) -> anyhow::Result<(Option<Arc<Firewall>>, String)> {
+) -> Result<(Option<Arc<Firewall>>, String), ChoiceError> {
     let open = |kind| {
         let firewall = Firewall::new(kind, host_context.networks(), owner)?;
         let firewall =
@@ -186,11 +230,9 @@ fn choose_firewall(
     };
     if let Some(kind) = wanted {
         if host_context.is_rootless() {
-            bail!(
-                "--firewall={kind} needs root; networks of an ordinary user are separate from the firewall of the host"
-            );
+            return Err(ChoiceError::Rootless(kind));
         }
-        let firewall = open(kind).with_context(|| format!("--firewall={kind}"))?;
+        let firewall = open(kind).map_err(|source| ChoiceError::Unavailable { kind, source })?;
         return Ok((Some(firewall), "requested".to_owned()));
     }
     let (order, because) = preference(iptables);

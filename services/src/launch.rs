@@ -81,7 +81,7 @@ pub(super) fn launch(program: &Path, spec: &ServiceSpec) -> io::Result<Launched>
 /// killed.
 fn in_ended_thread<T: Send>(call: impl FnOnce() -> T + Send) -> io::Result<T> {
     let (tid, result) = std::thread::scope(|scope| scope.spawn(|| (gettid(), call())).join())
-        .map_err(|_| io::Error::other("the starting thread panicked"))?;
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
     let task = PathBuf::from(format!("/proc/self/task/{}", tid.as_raw_nonzero()));
     let deadline = Instant::now() + THREAD_RELEASE_TIMEOUT;
     while task.try_exists()? {

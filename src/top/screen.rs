@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Duration;
-use tidegate_api::client::Client;
+use tidegate_api::client::{Client, ClientError};
 use tidegate_api::types::Figures;
 use tidegate_process::EXIT_FAILURE;
 
@@ -22,8 +22,8 @@ const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// Fetches the counters of the instance.
 ///
 /// # Errors
-/// One line: the instance is not running, or its API has no figures.
-pub(crate) async fn fetch(client: &Client) -> anyhow::Result<Figures> {
+/// [`ClientError`].
+pub(crate) async fn fetch(client: &Client) -> Result<Figures, ClientError> {
     client.get("/v1/figures").await
 }
 
@@ -108,7 +108,7 @@ fn poll_figures(
             runtime.block_on(async {
                 loop {
                     tokio::time::sleep(interval).await;
-                    let answer = fetch(&client).await.map_err(|error| format!("{error:#}"));
+                    let answer = fetch(&client).await.map_err(|error| error.to_string());
                     if sender.send(answer).is_err() {
                         return;
                     }

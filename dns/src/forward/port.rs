@@ -166,7 +166,8 @@ impl Ports {
                     return Ok(port);
                 }
                 if open.shares.free() == 0 {
-                    return Err(io::Error::other(
+                    return Err(io::Error::new(
+                        io::ErrorKind::QuotaExceeded,
                         "limit of source ports for upstream DNS queries reached",
                     ));
                 }

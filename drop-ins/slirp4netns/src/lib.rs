@@ -206,9 +206,7 @@ fn run(options: &Options) -> Result<(), RunError> {
     // Started from a thread without privileges, which the engine thread inherits.
     let nat = std::thread::scope(|scope| {
         let started = scope.spawn(start).join();
-        started.unwrap_or_else(|_| {
-            Err(io::Error::other("the thread that starts the engine panicked").into())
-        })
+        started.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })?;
     let nat = Arc::new(nat);
     let signals = signals()?;

@@ -160,7 +160,9 @@ impl PortGuards {
             {
                 Ok(true) => return Ok(Self { installed: Mutex::default(), ..guards }),
                 Ok(false) => {
-                    failures.push((mechanism, io::Error::other("attached guard not found")));
+                    let source =
+                        io::Error::new(io::ErrorKind::NotFound, "attached guard not found");
+                    failures.push((mechanism, source));
                 }
                 Err(error) => failures.push((mechanism, error)),
             }

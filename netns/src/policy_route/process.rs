@@ -19,7 +19,7 @@ impl Process {
         let pid = std::process::id();
         let stat = fs::read_to_string("/proc/self/stat")?;
         let (_, start_time) = parse(&stat)
-            .ok_or_else(|| io::Error::other("/proc/self/stat has an unknown format"))?;
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/self/stat"))?;
         Ok(Self { pid, start_time })
     }
 

@@ -200,7 +200,7 @@ fn repeat_until_absent(mut delete: impl FnMut() -> io::Result<()>) -> io::Result
             Err(error) => return Err(error),
         }
     }
-    Err(io::Error::other("too many objects to delete"))
+    Err(io::Error::new(io::ErrorKind::QuotaExceeded, "too many objects to delete"))
 }
 
 /// Returns whether the error means that the object to delete does not exist: a rule (`ENOENT`), a

@@ -144,16 +144,21 @@ impl Iptables {
     }
 }
 
+/// A network with IPv6, on a host that has only iptables.
+#[derive(Debug, thiserror::Error)]
+#[error("{bridge:?} has IPv6, and ip6tables is missing; install it, or leave IPv6 out")]
+struct MissingIp6tables {
+    bridge: String,
+}
+
 impl Backend for Iptables {
     fn apply(&mut self, ruleset: &Ruleset) -> io::Result<()> {
         let has_v6 = |zone: &&Zone| zone.subnets.iter().any(|subnet| subnet.addr().is_ipv6());
         if self.families.len() < 2
             && let Some(zone) = ruleset.zones.iter().find(has_v6)
         {
-            return Err(io::Error::other(format!(
-                "{:?} has IPv6, and ip6tables is missing; install it, or leave IPv6 out",
-                zone.bridge
-            )));
+            let bridge = zone.bridge.clone();
+            return Err(io::Error::new(io::ErrorKind::Unsupported, MissingIp6tables { bridge }));
         }
         let mut tried = 0;
         for rules_of_family in &mut self.families {

@@ -110,10 +110,7 @@ fn mark_setters() -> Vec<String> {
 fn environment() -> io::Result<Observed> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let here = Namespace::current();
-        let here =
-            here.map_err(|error| io::Error::other(format!("/proc/thread-self/ns/net: {error}")))?;
-        let mut kernel = Kernel::new(here);
+        let mut kernel = Kernel::new(Namespace::current()?);
         kernel.observe(&[]).await.map_err(io::Error::other)
     })
 }
