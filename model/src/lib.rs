@@ -17,6 +17,7 @@
 //! | [`Histogram`] | distribution of durations |
 //! | [`LogInterval`] | rate limit for log events |
 //! | [`CidrSet`] | address allow-list |
+//! | [`MacAddress`] | address of a link |
 //! | [`Restart`] | restart policy of a service |
 //! | [`bracketed`], [`without_errno`] | addresses and kernel errors in messages |
 //! | [`Feature`] | kernel features that are optional, and their overrides |
@@ -34,6 +35,7 @@ pub mod fuzz;
 mod histogram;
 mod ingress;
 mod log_interval;
+mod mac_address;
 mod port_mapping;
 mod protocol;
 pub mod registry;
@@ -48,6 +50,7 @@ pub use flow_key::{FlowKey, PublishLabel, PublishLabelError, canonical};
 pub use histogram::{Histogram, HistogramReading};
 pub use ingress::Ingress;
 pub use log_interval::LogInterval;
+pub use mac_address::{MacAddress, ParseMacAddressError};
 pub use port_mapping::{
     HostPort, HostPorts, OverlapError, PortMapping, PortRange, PortSide, PortSpec, PortSpecError,
     PortSpecProblem, host_addresses, overlap,

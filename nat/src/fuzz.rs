@@ -10,7 +10,7 @@ use crate::layer2::{self, Layer2, Layer2Options, Layer2V6};
 use crate::metrics::Stats;
 use crate::settings::Settings;
 use crate::siphash::HashKey;
-use crate::wire::ethernet::{self, MacAddress};
+use crate::wire::ethernet;
 use crate::wire::icmp::IcmpError;
 use crate::wire::ip::Packet;
 use crate::wire::virtio::VirtioHeader;
@@ -18,6 +18,7 @@ use std::io::{self, IoSlice};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_model::MacAddress;
 use tidegate_model::Protocol;
 use tidegate_reactor::{Key, StreamIngress};
 

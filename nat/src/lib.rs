@@ -90,4 +90,4 @@ pub use metrics::{
 pub use nat::Nat;
 pub use policy::{Policy, PolicyNetwork};
 pub use settings::{Capabilities, FloodListener, Mapping, Outbound, Settings, Timeouts};
-pub use wire::ethernet::{ETHERNET_MAX_MTU, MacAddress};
+pub use wire::ethernet::ETHERNET_MAX_MTU;

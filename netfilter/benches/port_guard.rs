@@ -11,6 +11,7 @@
 
 use rustix::thread::{CpuSet, sched_setaffinity};
 use std::time::{Duration, Instant};
+use tidegate_model::MacAddress;
 use tidegate_netfilter::{Mechanism, PortGuards, PortPolicy, detach_programs, program_time};
 use tidegate_testbed::Namespace;
 use tidegate_testbed::frames::{LinkSocket, Mac, ethernet, udp4, udp6};
@@ -70,8 +71,8 @@ fn main() {
 
 fn policy() -> PortPolicy {
     PortPolicy {
-        mac: MEMBER,
-        bridge: [2, 0, 0, 0, 0, 1],
+        mac: MacAddress(MEMBER),
+        bridge: MacAddress([2, 0, 0, 0, 0, 1]),
         v4: vec![[10, 9, 0, 7].into()],
         v6: vec!["fd09::7".parse().unwrap()],
         any_address: false,

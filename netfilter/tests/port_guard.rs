@@ -6,6 +6,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::num::NonZeroU32;
 use std::thread;
 use std::time::Duration;
+use tidegate_model::MacAddress;
 use tidegate_netfilter::{Mechanism, PortGuards, PortPolicy, SpoofReason};
 use tidegate_testbed::frames::{
     BROADCAST, Forger, KINDS, LinkSocket, MARKER, Mac, advertisement, arp, checksum, ethernet,
@@ -54,8 +55,8 @@ impl Bridge {
             host.sysctl(&format!("net.ipv6.conf.{link}.disable_ipv6"), "1");
         }
         let policy = PortPolicy {
-            mac: MEMBER,
-            bridge: BRIDGE,
+            mac: MacAddress(MEMBER),
+            bridge: MacAddress(BRIDGE),
             v4: vec![OWN],
             v6: vec![v6("fd09::7")],
             any_address,
@@ -327,8 +328,8 @@ fn guard_is_removed_with_its_link_and_external_removal_is_detected() {
     for mechanism in Mechanism::ALL {
         let bridge = Bridge::silent(mechanism, false);
         let policy = PortPolicy {
-            mac: MEMBER,
-            bridge: BRIDGE,
+            mac: MacAddress(MEMBER),
+            bridge: MacAddress(BRIDGE),
             v4: vec![OWN],
             v6: vec![v6("fd09::7")],
             any_address: false,

@@ -1,11 +1,11 @@
 //! Facts about kernel state, and operations that add or remove them.
 
-use crate::{FirewallKind, Mac};
+use crate::FirewallKind;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::IpAddr;
-use tidegate_model::registry;
+use tidegate_model::{MacAddress, registry};
 
 /// A network namespace.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -40,7 +40,7 @@ pub struct Interface {
     /// Name, at most 15 bytes (`IFNAMSIZ`).
     pub name: String,
     /// MAC address, chosen by tidegate and assigned when the interface is created.
-    pub mac: Mac,
+    pub mac: MacAddress,
 }
 
 impl fmt::Display for Interface {
@@ -133,7 +133,7 @@ pub enum Fact {
         /// The bridge port.
         link: String,
         /// MAC address of the station.
-        station: Mac,
+        station: MacAddress,
     },
     /// A [port guard](tidegate_netfilter::PortGuards) at a link of the host. It drops received
     /// frames that do not come from the endpoint behind the link. It is attached before the link
@@ -142,9 +142,9 @@ pub enum Fact {
         /// The link.
         link: String,
         /// MAC address of the endpoint.
-        station: Mac,
+        station: MacAddress,
         /// MAC address of the bridge.
-        bridge: Mac,
+        bridge: MacAddress,
         /// The endpoint's addresses on this network.
         addresses: Vec<IpAddr>,
         /// The endpoint may use additional addresses: only `station` is checked.

@@ -267,7 +267,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("demo.journal");
         let mut journal = Journal::open(&path).unwrap();
-        let mac = crate::Mac([2, 0, 0, 0, 0, 1]);
+        let mac = tidegate_model::MacAddress([2, 0, 0, 0, 0, 1]);
         let bridge = Fact::Bridge {
             interface: crate::Interface { name: "a".into(), mac },
             mtu: 1500,

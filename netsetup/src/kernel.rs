@@ -4,7 +4,7 @@ mod link;
 mod messages;
 mod observe;
 
-use crate::{Fact, Firewall, Interface, KernelError, Mac, Observed, Op, Passes, Place, Uplink};
+use crate::{Fact, Firewall, Interface, KernelError, Observed, Op, Passes, Place, Uplink};
 use futures_util::TryStreamExt;
 use ipnet::IpNet;
 use rtnetlink::packet_core::ErrorMessage;
@@ -18,7 +18,7 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
-use tidegate_model::{Feature, registry};
+use tidegate_model::{Feature, MacAddress, registry};
 use tidegate_netfilter::{Gate, GatePolicy, InternalGuard, PortGuards, PortPolicy};
 use tidegate_netns::{Namespace, interface_index};
 use tokio::runtime::Handle as Runtime;
@@ -488,7 +488,7 @@ impl Kernel {
         // The group is empty, so no foreign link is deleted.
         let free =
             (registry::DELETION_GROUP..).find(|group| !groups.contains(group)).unwrap_or(u32::MAX);
-        let wanted: BTreeMap<&str, Mac> =
+        let wanted: BTreeMap<&str, MacAddress> =
             interfaces.iter().map(|one| (one.name.as_str(), one.mac)).collect();
         let mut any = false;
         for link in links.iter().map(link_of) {
@@ -932,8 +932,8 @@ fn guard_of(fact: &Fact) -> Option<(&str, PortPolicy)> {
         IpAddr::V6(ip) => Some(*ip),
     });
     let policy = PortPolicy {
-        mac: station.0,
-        bridge: bridge.0,
+        mac: *station,
+        bridge: *bridge,
         v4: v4.collect(),
         v6: v6.collect(),
         any_address: *any_address,

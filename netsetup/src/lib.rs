@@ -34,7 +34,6 @@ mod isolation;
 mod journal;
 mod kernel;
 mod kernel_model;
-mod mac;
 mod observed;
 mod plan;
 mod repair;
@@ -52,7 +51,6 @@ pub use isolation::{BridgePrograms, FirewallIsolation, Isolation, NatIsolation, 
 pub use journal::Journal;
 pub use kernel::{EngineDevice, Kernel};
 pub use kernel_model::KernelModel;
-pub use mac::Mac;
 pub use observed::{DefaultRoute, Observed, ObservedBridge};
 pub use plan::{Plan, plan};
 pub use repair::{RepairKind, Repaired};

@@ -1,9 +1,10 @@
 //! Observed kernel state, as input for planning.
 
-use crate::{Fact, Mac, Place, Uplink};
+use crate::{Fact, Place, Uplink};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use tidegate_model::MacAddress;
 
 /// A next hop of a default route of the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,7 +40,7 @@ pub struct Observed {
     /// The requested facts that hold.
     pub facts: BTreeSet<Fact>,
     /// All links, including foreign ones.
-    pub links: BTreeMap<Place, BTreeMap<String, Option<Mac>>>,
+    pub links: BTreeMap<Place, BTreeMap<String, Option<MacAddress>>>,
     /// Prefixes that the host reaches without a default route, with their link: its routes and
     /// addresses.
     pub routes: Vec<(IpNet, String)>,

@@ -195,7 +195,8 @@ fn removes_implicitly(cause: &Fact, fact: &Fact) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Interface, Mac};
+    use crate::Interface;
+    use tidegate_model::MacAddress;
 
     fn place() -> Place {
         Place::Endpoint("web".into())
@@ -219,7 +220,8 @@ mod tests {
     }
 
     fn veth() -> Fact {
-        let interface = |name: &str| Interface { name: name.into(), mac: Mac([2, 0, 0, 0, 0, 1]) };
+        let interface =
+            |name: &str| Interface { name: name.into(), mac: MacAddress([2, 0, 0, 0, 0, 1]) };
         Fact::Veth {
             interface: interface("tgv1"),
             endpoint: "web".into(),
@@ -298,7 +300,8 @@ mod tests {
     #[test]
     fn bridge_port_implies_its_station() {
         let port = Fact::Port { link: "tgv1".into(), bridge: "tg-a".into(), isolated: false };
-        let station = Fact::Station { link: "tgv1".into(), station: Mac([2, 0, 0, 0, 0, 1]) };
+        let station =
+            Fact::Station { link: "tgv1".into(), station: MacAddress([2, 0, 0, 0, 0, 1]) };
         assert_eq!(causes(vec![port.clone(), station.clone()]), [port]);
         assert_eq!(RepairKind::of(&station).as_str(), "fdb");
         assert_eq!(causes(vec![station]).len(), 1, "independent fact");

@@ -9,9 +9,9 @@ use std::fmt::Write;
 use std::net::IpAddr;
 use std::time::Instant;
 use tidegate_compose::{self, Project};
-use tidegate_model::registry;
+use tidegate_model::{MacAddress, registry};
 use tidegate_netsetup::{
-    Attachment, Desired, Endpoint, Exhausted, Interface, Ipam, IpamError, Mac, Network, Observed,
+    Attachment, Desired, Endpoint, Exhausted, Interface, Ipam, IpamError, Network, Observed,
     ObservedBridge, Pools, Subnet, gateway,
 };
 use tidegate_proxy::{Bridge, ForeignNetwork, GatewayNetwork};
@@ -104,10 +104,13 @@ pub(super) fn layout(
             let random = (with.random)();
             attachments.push(Attachment {
                 network: attachment.network.clone(),
-                host_end: Interface { name: veth_name(random), mac: Mac::local((with.random)()) },
+                host_end: Interface {
+                    name: veth_name(random),
+                    mac: MacAddress::local((with.random)()),
+                },
                 inside: Interface {
                     name: format!("eth{number}"),
-                    mac: Mac::local((with.random)()),
+                    mac: MacAddress::local((with.random)()),
                 },
                 addresses: nets,
                 default_route: egress == Some(number),
@@ -183,7 +186,7 @@ fn networks(
             network.bridge.clone().unwrap_or_else(|| bridge_name(&project.name, &network.name));
         networks.push(Network {
             name: network.name.clone(),
-            bridge: Interface { name, mac: Mac::local((with.random)()) },
+            bridge: Interface { name, mac: MacAddress::local((with.random)()) },
             subnets,
             internal: network.internal,
             inter_container: network.inter_container,

@@ -290,11 +290,13 @@ fn addresses(desired: &Desired, network: &Network) -> Vec<(&'static str, u128, u
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tidegate_netsetup::{Attachment, Endpoint, Interface, Mac, Subnet};
+    use tidegate_model::MacAddress;
+    use tidegate_netsetup::{Attachment, Endpoint, Interface, Subnet};
 
     #[test]
     fn families_list_networks_endpoints_and_address_usage() {
-        let interface = |name: &str| Interface { name: name.into(), mac: Mac([2, 0, 0, 0, 0, 1]) };
+        let interface =
+            |name: &str| Interface { name: name.into(), mac: MacAddress([2, 0, 0, 0, 0, 1]) };
         let subnet = |subnet: &str, gateway: &str| Subnet {
             subnet: subnet.parse().unwrap(),
             gateway: gateway.parse().unwrap(),

@@ -22,7 +22,8 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::RawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
-use tidegate_nat::{ETHERNET_MAX_MTU, MacAddress};
+use tidegate_model::MacAddress;
+use tidegate_nat::ETHERNET_MAX_MTU;
 
 /// The longest path of a socket in bytes: `sun_path` less the terminating NUL (unix(7)).
 const MAX_SOCKET_PATH: usize = 107;
@@ -452,7 +453,8 @@ impl Raw {
         let outbound = self.read(Name::OutboundAddr, source_address::<Ipv4Addr>)?;
         let outbound6 = self.read(Name::OutboundAddr6, source_address::<Ipv6Addr>)?;
         let mac = self.read(Name::MacAddress, |value| {
-            value.parse().map_err(|_| "not a unicast MAC address".to_owned())
+            let address = value.parse().ok().filter(|address: &MacAddress| address.is_unicast());
+            address.ok_or_else(|| "not a unicast MAC address".to_owned())
         })?;
         if mac.is_some() && !configure {
             return Err(OptionError::Contradiction(

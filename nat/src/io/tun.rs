@@ -5,12 +5,13 @@ use super::tun_options::{MIN_MTU, TunOptions};
 use crate::error::StartError;
 use crate::layer2::Layer2;
 use crate::settings::Capabilities;
-use crate::wire::ethernet::{ETHERNET_MAX_MTU, MacAddress};
+use crate::wire::ethernet::ETHERNET_MAX_MTU;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use tidegate_model::Feature;
+use tidegate_model::MacAddress;
 use tidegate_netns::Namespace;
 
 /// Flags of `TUNSETOFFLOAD` (include/uapi/linux/if_tun.h): checksums; TCP over IPv4 and IPv6, with

@@ -7,9 +7,10 @@
 
 use super::{Layer2Options, ipv4_at};
 use crate::wire::checksum::{Sum, pseudo_header};
-use crate::wire::ethernet::MacAddress;
+use crate::wire::ethernet;
 use crate::wire::{protocol, read_u16, read_u32};
 use std::net::Ipv4Addr;
+use tidegate_model::MacAddress;
 
 /// The first leased address, relative to the network address.
 const FIRST: u32 = 15;
@@ -94,7 +95,7 @@ pub(super) fn parse_request(packet: &[u8]) -> Option<Request> {
     {
         return None;
     }
-    let station = MacAddress::at(message_bytes, 28).filter(|station| station.is_unicast())?;
+    let station = ethernet::address_at(message_bytes, 28).filter(|station| station.is_unicast())?;
     let mut request = Request {
         kind: 0,
         transaction: read_u32(message_bytes, 4),

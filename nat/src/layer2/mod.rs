@@ -21,12 +21,13 @@
 mod dhcp;
 mod v6;
 
-use crate::wire::ethernet::{self, MacAddress, kind};
+use crate::wire::ethernet::{self, kind};
 use crate::wire::{read_u16, virtio};
 use dhcp::Leases;
 use ipnet::Ipv4Net;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
+use tidegate_model::MacAddress;
 
 /// Maximum number of recorded stations. A bridge inside the namespace has several.
 const MOST_NEIGHBOURS: usize = 256;
@@ -105,8 +106,9 @@ impl Layer2 {
         mut answer: impl FnMut(&[u8]),
     ) -> Option<&'a [u8]> {
         let payload = frame.get(HEAD..)?;
-        let to = MacAddress::at(frame, virtio::LENGTH)?;
-        let from = MacAddress::at(frame, virtio::LENGTH + 6).filter(|from| from.is_unicast())?;
+        let to = ethernet::address_at(frame, virtio::LENGTH)?;
+        let from =
+            ethernet::address_at(frame, virtio::LENGTH + 6).filter(|from| from.is_unicast())?;
         let answered = match read_u16(frame, virtio::LENGTH + 12) {
             kind::ARP => self.arp(from, payload),
             kind::IPV4 => {
@@ -156,11 +158,11 @@ impl Layer2 {
         let (kind, router, destination) = match self.options.v6 {
             Some(v6) if is_v6 => {
                 let to = v6::address_at(packet, 24).unwrap_or(Ipv6Addr::UNSPECIFIED);
-                (kind::IPV6, MacAddress::of_v6(v6.gateway), IpAddr::V6(to))
+                (kind::IPV6, ethernet::station_of_v6(v6.gateway), IpAddr::V6(to))
             }
             _ => {
                 let to = ipv4_at(packet, 16).unwrap_or(Ipv4Addr::UNSPECIFIED);
-                (kind::IPV4, MacAddress::of_v4(self.options.gateway), IpAddr::V4(to))
+                (kind::IPV4, ethernet::station_of_v4(self.options.gateway), IpAddr::V4(to))
             }
         };
         ethernet::header(self.station(destination), router, kind)
@@ -204,7 +206,7 @@ impl Layer2 {
         if read_u16(message, 6) != 1 || !self.is_own(target.into()) {
             return None;
         }
-        let station = MacAddress::of_v4(target);
+        let station = ethernet::station_of_v4(target);
         let mut answer = frame(from, station, kind::ARP);
         answer.extend(ARP_HEAD);
         answer.extend([0, 2]);
@@ -220,7 +222,7 @@ impl Layer2 {
         let reply = self.leases.reply(&self.options, self.mtu, &request)?;
         self.last = from;
         let mut answer =
-            frame(reply.station(from), MacAddress::of_v4(self.options.gateway), kind::IPV4);
+            frame(reply.station(from), ethernet::station_of_v4(self.options.gateway), kind::IPV4);
         reply.write(self.options.gateway, &mut answer);
         Some(answer)
     }

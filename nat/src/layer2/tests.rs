@@ -1,6 +1,7 @@
 use super::*;
 use crate::wire::checksum::pseudo_header;
 use crate::wire::protocol;
+use tidegate_model::MacAddress;
 
 const GUEST: MacAddress = MacAddress([2, 0, 0, 0, 0, 7]);
 
@@ -71,7 +72,7 @@ fn arp_is_answered_for_router_and_name_server_only() {
 fn packets_are_unwrapped_and_replies_reach_their_station() {
     let mut layer2 = layer2();
     let packet = ipv4([10, 0, 2, 100], [192, 0, 2, 1]);
-    let router = MacAddress::of_v4("10.0.2.2".parse().unwrap());
+    let router = ethernet::station_of_v4("10.0.2.2".parse().unwrap());
     let mut sent = framed(router, kind::IPV4, &packet);
     sent[0] = 1;
     let (passed, answer) = receive(&mut layer2, sent);
@@ -120,7 +121,7 @@ fn icmpv6(source: &str, destination: &str, mut message: Vec<u8>) -> Vec<u8> {
     packet.extend(source.octets());
     packet.extend(destination.octets());
     packet.extend(message);
-    framed(MacAddress::of_group(destination), kind::IPV6, &packet)
+    framed(ethernet::group_address(destination), kind::IPV6, &packet)
 }
 
 #[test]

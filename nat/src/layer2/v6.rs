@@ -4,9 +4,10 @@
 
 use super::{Layer2V6, frame};
 use crate::wire::checksum::pseudo_header;
-use crate::wire::ethernet::{MacAddress, kind};
+use crate::wire::ethernet::{self, kind};
 use crate::wire::{protocol, read_u16};
 use std::net::Ipv6Addr;
+use tidegate_model::MacAddress;
 
 /// Length of the IPv6 header.
 const HEAD: usize = 40;
@@ -58,7 +59,7 @@ pub(super) fn answer(
     match message[0] {
         NEIGHBOUR_SOLICITATION => {
             let target = address_at(message, 8).filter(|target| is_own(options, *target))?;
-            let station = MacAddress::of_v6(target);
+            let station = ethernet::station_of_v6(target);
             // Duplicate address detection has no source address (section 7.2.4), so the reply goes
             // to all nodes.
             let (to, solicited) =
@@ -69,16 +70,17 @@ pub(super) fn answer(
             answer.extend(target.octets());
             answer.extend([2, 1]);
             answer.extend(station.0);
-            let station_to = if source.is_unspecified() { MacAddress::of_group(to) } else { from };
+            let station_to =
+                if source.is_unspecified() { ethernet::group_address(to) } else { from };
             Some(packet_of(target, station, to, station_to, answer))
         }
         ROUTER_SOLICITATION => {
             let (to, station) = if source.is_unspecified() {
-                (ALL_NODES, MacAddress::of_group(ALL_NODES))
+                (ALL_NODES, ethernet::group_address(ALL_NODES))
             } else {
                 (source, from)
             };
-            let from = MacAddress::of_v6(options.gateway);
+            let from = ethernet::station_of_v6(options.gateway);
             Some(packet_of(ROUTER, from, to, station, advertisement(options, mtu, from)))
         }
         _ => None,
@@ -87,9 +89,9 @@ pub(super) fn answer(
 
 /// The unsolicited router advertisement to all nodes.
 pub(super) fn unsolicited(options: &Layer2V6, mtu: u16) -> Vec<u8> {
-    let from = MacAddress::of_v6(options.gateway);
+    let from = ethernet::station_of_v6(options.gateway);
     let message = advertisement(options, mtu, from);
-    packet_of(ROUTER, from, ALL_NODES, MacAddress::of_group(ALL_NODES), message)
+    packet_of(ROUTER, from, ALL_NODES, ethernet::group_address(ALL_NODES), message)
 }
 
 fn advertisement(options: &Layer2V6, mtu: u16, station: MacAddress) -> Vec<u8> {

@@ -33,7 +33,7 @@ use std::io;
 use std::num::NonZeroU32;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tidegate_model::{Feature, registry};
+use tidegate_model::{Feature, MacAddress, registry};
 
 /// Names of the programs and counters in bpftool(8), and of the classifier.
 const NAME: &str = "tg_port_guard";
@@ -145,8 +145,8 @@ impl PortGuards {
         owner: &str,
     ) -> Result<Self, Vec<(Mechanism, io::Error)>> {
         let policy = PortPolicy {
-            mac: [0; 6],
-            bridge: [0; 6],
+            mac: MacAddress([0; 6]),
+            bridge: MacAddress([0; 6]),
             v4: Vec::new(),
             v6: Vec::new(),
             any_address: false,

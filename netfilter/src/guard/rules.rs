@@ -55,15 +55,16 @@
 
 use ipnet::IpNet;
 use std::net::{Ipv4Addr, Ipv6Addr};
+use tidegate_model::MacAddress;
 
 /// The addresses of an endpoint, from which it may send.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PortPolicy {
     /// MAC address of the endpoint.
-    pub mac: [u8; 6],
+    pub mac: MacAddress,
     /// MAC address of the bridge. A unicast frame to another address is for a neighbour, not for
     /// the host.
-    pub bridge: [u8; 6],
+    pub bridge: MacAddress,
     /// IPv4 addresses of the endpoint.
     pub v4: Vec<Ipv4Addr>,
     /// IPv6 addresses of the endpoint, without the link-local address. If empty, all IPv6 is
@@ -89,7 +90,7 @@ impl PortPolicy {
 
 /// Returns the link-local address that the kernel derives from a MAC address (RFC 4291, appendix
 /// A).
-pub(super) fn link_local([a, b, c, d, e, f]: [u8; 6]) -> Ipv6Addr {
+pub(super) fn link_local(MacAddress([a, b, c, d, e, f]): MacAddress) -> Ipv6Addr {
     let id = [a ^ 2, b, c, 0xff, 0xfe, d, e, f];
     let mut octets = [0; 16];
     octets[..2].copy_from_slice(&[0xfe, 0x80]);
@@ -348,7 +349,7 @@ pub(super) fn rules(policy: &PortPolicy) -> Vec<Rule> {
     let link_control =
         [is(at::DESTINATION_MAC, &LINK_CONTROL), Test::Bits { at: group, value: 0, mask: 0xf0 }];
     let link_control = rule(link_control, Drop(SpoofReason::LinkControl));
-    let foreign_mac = rule([is_not(at::SOURCE_MAC, &policy.mac)], Drop(SpoofReason::Mac));
+    let foreign_mac = rule([is_not(at::SOURCE_MAC, &policy.mac.0)], Drop(SpoofReason::Mac));
     let mut rules = vec![link_control, rule([Test::Tagged], Drop(SpoofReason::Vlan))];
     if policy.any_address {
         rules.push(foreign_mac);
@@ -418,7 +419,7 @@ fn within(at: u16, network: &[u8], prefix: u8) -> Vec<Test> {
 /// Rules for packets from own addresses that need no further inspection.
 fn own(policy: &PortPolicy) -> Vec<Rule> {
     // The source MAC address and the ethertype are adjacent, so one comparison covers both.
-    let head = |ethertype: &[u8]| is(at::SOURCE_MAC, &[&policy.mac[..], ethertype].concat());
+    let head = |ethertype: &[u8]| is(at::SOURCE_MAC, &[&policy.mac.0[..], ethertype].concat());
     let plain = |protocol: &u8| is_not(at::V6_NEXT, &[*protocol]);
     let v4 = policy.v4.iter().map(|ip| {
         vec![
@@ -586,7 +587,7 @@ fn any_address(policy: &PortPolicy) -> Vec<Rule> {
         [is(at::ETHERTYPE, &IPV4), is(at::V4_PROTOCOL, &[ICMP])],
         [v6(), is(at::V6_NEXT, &[ICMPV6])],
     ] {
-        let to_neighbour = [unicast.clone(), is_not(at::DESTINATION_MAC, &policy.bridge)];
+        let to_neighbour = [unicast.clone(), is_not(at::DESTINATION_MAC, &policy.bridge.0)];
         rules.push(rule(icmp.into_iter().chain(to_neighbour), Accept));
     }
     rules.extend(icmp_errors_v4(&policy.v4));
@@ -636,7 +637,7 @@ fn arp(policy: &PortPolicy) -> Vec<Rule> {
                 arp(),
                 is(at::ARP_FORMAT, &ARP_FORMAT),
                 is(at::ARP_OPERATION, operation),
-                is(at::ARP_SENDER_MAC, &policy.mac),
+                is(at::ARP_SENDER_MAC, &policy.mac.0),
                 is(at::ARP_SENDER, sender),
             ]
         };
@@ -686,7 +687,7 @@ fn ipv6(policy: &PortPolicy) -> Vec<Rule> {
     rules.push(rule(with(icmp(NEIGHBOR_ADVERTISEMENT), foreign), spoofed));
     for (kind, length, option) in DISCOVERY {
         let long = |length: u16| is(at::V6_PAYLOAD_LENGTH, &length.to_be_bytes());
-        let own_option = is(at::V6_PAYLOAD + length, &[&[option, 1], &policy.mac[..]].concat());
+        let own_option = is(at::V6_PAYLOAD + length, &[&[option, 1], &policy.mac.0[..]].concat());
         rules.push(rule(with(icmp(kind), vec![long(length)]), Accept));
         rules.push(rule(with(icmp(kind), vec![long(length + 8), own_option]), Accept));
         rules.push(rule(icmp(kind), spoofed));
@@ -725,8 +726,8 @@ pub(super) mod tests {
 
     pub(in crate::guard) fn policy() -> PortPolicy {
         PortPolicy {
-            mac: MAC,
-            bridge: BRIDGE,
+            mac: MacAddress(MAC),
+            bridge: MacAddress(BRIDGE),
             v4: vec![[10, 9, 0, 7].into()],
             v6: vec!["fd09::7".parse().unwrap()],
             any_address: false,
@@ -805,7 +806,7 @@ pub(super) mod tests {
 
     #[test]
     fn link_local_address_matches_the_kernel() {
-        assert_eq!(link_local(MAC).to_string(), LINK_LOCAL);
+        assert_eq!(link_local(MacAddress(MAC)).to_string(), LINK_LOCAL);
     }
 
     #[test]

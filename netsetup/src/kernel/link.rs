@@ -1,12 +1,12 @@
 //! A link as the kernel describes it.
 
-use crate::Mac;
+use tidegate_model::MacAddress;
 
 /// An observed link.
 pub(super) struct Link {
     pub(super) index: u32,
     pub(super) name: String,
-    pub(super) mac: Option<Mac>,
+    pub(super) mac: Option<MacAddress>,
     /// Interface index of the peer in its namespace, for a veth pair across two namespaces.
     pub(super) peer: Option<u32>,
     pub(super) mtu: u32,

@@ -2,7 +2,7 @@
 
 use super::MAIN;
 use super::link::Link;
-use crate::{Mac, Reach, Rule};
+use crate::{Reach, Rule};
 use ipnet::IpNet;
 use rtnetlink::RouteMessageBuilder;
 use rtnetlink::packet_route::AddressFamily;
@@ -15,7 +15,7 @@ use rtnetlink::packet_route::route::{
 };
 use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use tidegate_model::registry;
+use tidegate_model::{MacAddress, registry};
 
 pub(super) fn link_of(message: &LinkMessage) -> Link {
     let mut link = Link {
@@ -42,7 +42,7 @@ pub(super) fn link_of(message: &LinkMessage) -> Link {
             LinkAttribute::Link(peer) => link.peer = Some(*peer).filter(|_| is_elsewhere),
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::Address(bytes) => {
-                link.mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(Mac);
+                link.mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(MacAddress);
             }
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::Controller(index) => link.controller = Some(*index),

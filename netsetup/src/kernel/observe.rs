@@ -5,7 +5,7 @@ use super::messages::{
     first_foreign_priority, is_default, is_to, is_v6, leads, link_of, rule_of, table,
 };
 use super::{Kernel, MAIN, error, is_without_ipv6};
-use crate::{DefaultRoute, Fact, Interface, KernelError, Mac, ObservedBridge, Place, Rule, Uplink};
+use crate::{DefaultRoute, Fact, Interface, KernelError, ObservedBridge, Place, Rule, Uplink};
 use futures_util::TryStreamExt;
 use ipnet::IpNet;
 use rtnetlink::packet_route::AddressFamily;
@@ -17,7 +17,7 @@ use rtnetlink::packet_route::rule::RuleMessage;
 use rtnetlink::{IpVersion, RouteMessageBuilder};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use tidegate_model::registry;
+use tidegate_model::{MacAddress, registry};
 
 /// The observed state of one namespace.
 pub(super) struct Snapshot {
@@ -32,7 +32,7 @@ pub(super) struct Snapshot {
     rules: Vec<Rule>,
     first_rule_of_others: Option<u32>,
     /// Static forwarding database entries: bridge port and station.
-    stations: BTreeSet<(u32, Mac)>,
+    stations: BTreeSet<(u32, MacAddress)>,
 }
 
 /// The depth of observation in the namespace of an endpoint.
@@ -198,7 +198,7 @@ impl Snapshot {
                     NeighbourAttribute::LinkLayerAddress(bytes) => bytes.as_slice().try_into().ok(),
                     _ => None,
                 });
-                let stations = stations.filter(|_| is_static).map(Mac);
+                let stations = stations.filter(|_| is_static).map(MacAddress);
                 snapshot.stations.extend(stations.map(|station| (entry.header.ifindex, station)));
             }
         }

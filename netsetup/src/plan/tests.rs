@@ -2,11 +2,12 @@
 
 use super::*;
 use crate::{
-    Attachment, BridgePrograms, Endpoint, FirewallIsolation, FirewallKind, Guards, Mac,
-    NatIsolation, Network, RuleIsolation, Subnet, Uplink,
+    Attachment, BridgePrograms, Endpoint, FirewallIsolation, FirewallKind, Guards, NatIsolation,
+    Network, RuleIsolation, Subnet, Uplink,
 };
 use proptest::prelude::*;
 use std::sync::Arc;
+use tidegate_model::MacAddress;
 
 fn net(text: &str) -> IpNet {
     text.parse().unwrap()
@@ -17,7 +18,7 @@ fn ip(text: &str) -> IpAddr {
 }
 
 fn interface(name: &str, number: u8) -> Interface {
-    Interface { name: name.into(), mac: Mac([2, 0, 0, 0, 0, number]) }
+    Interface { name: name.into(), mac: MacAddress([2, 0, 0, 0, 0, number]) }
 }
 
 fn network(name: &str, number: u8) -> Network {
@@ -332,7 +333,7 @@ fn conflicts_are_errors() {
             Place::Host,
             links
                 .iter()
-                .map(|(name, mac)| ((*name).to_owned(), Some(Mac([2, 0, 0, 0, 0, *mac]))))
+                .map(|(name, mac)| ((*name).to_owned(), Some(MacAddress([2, 0, 0, 0, 0, *mac]))))
                 .collect(),
         )]),
         ..Observed::default()

@@ -1,11 +1,12 @@
 //! Tests against the real kernel, in temporary namespaces.
 
 use super::*;
-use crate::{Attachment, Endpoint, Interface, Mac, Network, RepairKind, RuleIsolation, Subnet};
+use crate::{Attachment, Endpoint, Interface, Network, RepairKind, RuleIsolation, Subnet};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::time::Duration;
+use tidegate_model::MacAddress;
 use tidegate_netns::Namespace;
 use tidegate_testbed::Topology;
 
@@ -74,7 +75,7 @@ impl Bed {
 }
 
 fn interface(name: &str, number: u8) -> Interface {
-    Interface { name: name.into(), mac: Mac([2, 0, 0, 0, 0, number]) }
+    Interface { name: name.into(), mac: MacAddress([2, 0, 0, 0, 0, number]) }
 }
 
 /// Two dual-stack networks, with two endpoints on the first and one on the second.
@@ -312,9 +313,12 @@ fn thousand_endpoints_are_set_up_and_removed() {
                     network: "blue".into(),
                     host_end: Interface {
                         name: format!("tgv-{number}"),
-                        mac: Mac([2, 0, 0, 1, high, low]),
+                        mac: MacAddress([2, 0, 0, 1, high, low]),
                     },
-                    inside: Interface { name: "eth0".into(), mac: Mac([2, 0, 0, 2, high, low]) },
+                    inside: Interface {
+                        name: "eth0".into(),
+                        mac: MacAddress([2, 0, 0, 2, high, low]),
+                    },
                     addresses: vec![format!("10.9.{}.{low}/16", high + 1).parse().unwrap()],
                     default_route: true,
                     any_address: false,

@@ -15,11 +15,11 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::process::{Command, ExitCode, Stdio};
-use tidegate_model::{LACKS, registry};
+use tidegate_model::{LACKS, MacAddress, registry};
 use tidegate_netfilter::{Connection, Error, Gate, GatePolicy, PortGuards};
 use tidegate_netns::Namespace;
 use tidegate_netsetup::{
-    Attachment, Desired, Endpoint, Interface, Kernel, Mac, Network, Op, RuleIsolation, Subnet,
+    Attachment, Desired, Endpoint, Interface, Kernel, Network, Op, RuleIsolation, Subnet,
 };
 use tidegate_process::{EXIT_FAILURE, EXIT_USAGE};
 
@@ -172,7 +172,7 @@ fn desired() -> Desired {
         .collect();
     let interface = |name: &str, last| Interface {
         name: name.to_owned(),
-        mac: Mac::local([0, 0, 0, 0, 0, last]),
+        mac: MacAddress::local([0, 0, 0, 0, 0, last]),
     };
     let network = Network {
         name: "trial".into(),
