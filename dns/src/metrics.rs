@@ -5,12 +5,13 @@
 
 use crate::client_id::ClientId;
 use crate::message::{Rcode, kind};
-use crate::upstream::{BUCKETS, Figures};
+use crate::upstream::Figures;
 use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
 use std::fmt::{self, Write};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+use tidegate_model::exposition::{Family, Labels};
 use tidegate_model::{LogInterval, registry};
 
 /// Query types with their own label value.
@@ -131,35 +132,34 @@ pub struct Usage {
 }
 
 /// The families of [`Usage`], including those of limits.
-pub const USAGE_FAMILIES: [&str; 11] = [
-    "tidegate_dns_cache_bytes",
-    "tidegate_dns_cache_bytes_limit",
-    "tidegate_dns_upstream_in_flight_limit",
-    "tidegate_dns_waiting",
-    "tidegate_dns_waiting_limit",
-    "tidegate_dns_endpoint_waiting_max",
-    "tidegate_dns_endpoint_waiting_limit",
-    "tidegate_dns_queued",
-    "tidegate_dns_endpoint_rate_limit",
-    "tidegate_dns_tcp_clients",
-    "tidegate_dns_tcp_clients_limit",
+pub const USAGE_FAMILIES: [Family; 11] = [
+    Family::gauge("tidegate_dns_cache_bytes", "Size of the cached responses in bytes, estimated."),
+    Family::gauge("tidegate_dns_cache_bytes_limit", "Limit of the cache in bytes."),
+    Family::gauge(
+        "tidegate_dns_upstream_in_flight_limit",
+        "Limit of outstanding upstream queries.",
+    ),
+    Family::gauge("tidegate_dns_waiting", "Clients that wait for upstream servers."),
+    Family::gauge("tidegate_dns_waiting_limit", "Limit of clients that wait for upstream servers."),
+    Family::gauge(
+        "tidegate_dns_endpoint_waiting_max",
+        "Highest number of waiting clients of one endpoint.",
+    ),
+    Family::gauge(
+        "tidegate_dns_endpoint_waiting_limit",
+        "Limit of waiting clients of one endpoint.",
+    ),
+    Family::gauge("tidegate_dns_queued", "Queries in the queue for forwarding."),
+    Family::gauge(
+        "tidegate_dns_endpoint_rate_limit",
+        "Queries per second that are forwarded for one endpoint.",
+    ),
+    Family::gauge("tidegate_dns_tcp_clients", "TCP clients of all DNS servers."),
+    Family::gauge("tidegate_dns_tcp_clients_limit", "Limit of TCP clients of all DNS servers."),
 ];
 
 /// Writes the usage of the tables in the text format of Prometheus (exposition format 0.0.4).
 pub(crate) fn describe_usage(usage: &Usage, page: &mut impl Write) -> fmt::Result {
-    let help = [
-        "Size of the cached responses in bytes, estimated.",
-        "Limit of the cache in bytes.",
-        "Limit of outstanding upstream queries.",
-        "Clients that wait for upstream servers.",
-        "Limit of clients that wait for upstream servers.",
-        "Highest number of waiting clients of one endpoint.",
-        "Limit of waiting clients of one endpoint.",
-        "Queries in the queue for forwarding.",
-        "Queries per second that are forwarded for one endpoint.",
-        "TCP clients of all DNS servers.",
-        "Limit of TCP clients of all DNS servers.",
-    ];
     let values = [
         usage.cache_bytes[0],
         usage.cache_bytes[1],
@@ -174,43 +174,34 @@ pub(crate) fn describe_usage(usage: &Usage, page: &mut impl Write) -> fmt::Resul
         usage.tcp_clients[0],
         usage.tcp_clients[1],
     ];
-    for ((name, help), value) in USAGE_FAMILIES.into_iter().zip(help).zip(values) {
-        head((name, "gauge", help), page)?;
-        writeln!(page, "{name} {value}")?;
-    }
-    Ok(())
+    let mut families = USAGE_FAMILIES.iter().zip(values);
+    families.try_for_each(|(family, value)| family.write_single(value, page))
 }
 
-/// A family: name, type and help text.
-type Family = (&'static str, &'static str, &'static str);
-
-const QUERIES: Family = (
+const QUERIES: Family = Family::counter(
     "tidegate_dns_queries_total",
-    "counter",
     "Answered queries by network (the one that the client joined first), type and response code.",
 );
-const ENDPOINTS: Family = ("tidegate_dns_endpoints", "gauge", "Endpoints of a network.");
-const UP: Family = (
+const ENDPOINTS: Family = Family::gauge("tidegate_dns_endpoints", "Endpoints of a network.");
+const UP: Family = Family::gauge(
     "tidegate_dns_upstream_trusted",
-    "gauge",
     "1 if a server is queried in the order of the list, 0 if it is queried last because it did not respond.",
 );
 const ASKED: Family =
-    ("tidegate_dns_upstream_queries_total", "counter", "Queries sent to a server.");
-const MISSED: Family = (
+    Family::counter("tidegate_dns_upstream_queries_total", "Queries sent to a server.");
+const MISSED: Family = Family::counter(
     "tidegate_dns_upstream_timeouts_total",
-    "counter",
     "Queries that a server did not answer in time, or not at all.",
 );
-const FAILED: Family = (
+const FAILED: Family = Family::counter(
     "tidegate_dns_upstream_failures_total",
-    "counter",
     "Queries that a server answered with a failure.",
 );
-const TOOK: Family = ("tidegate_dns_upstream_seconds", "histogram", "Response time of a server.");
+const TOOK: Family =
+    Family::histogram("tidegate_dns_upstream_seconds", "Response time of a server.");
 
 /// The families that [`Resolver::describe`](crate::Resolver::describe) writes.
-pub const FAMILIES: [&str; 7] = [QUERIES.0, ENDPOINTS.0, UP.0, ASKED.0, MISSED.0, FAILED.0, TOOK.0];
+pub const FAMILIES: [Family; 7] = [QUERIES, ENDPOINTS, UP, ASKED, MISSED, FAILED, TOOK];
 
 /// Writes the families of networks and servers in the text format of Prometheus (exposition
 /// format 0.0.4).
@@ -219,25 +210,22 @@ pub(crate) fn describe<'a>(
     servers: &[(SocketAddr, bool, Figures)],
     page: &mut impl Write,
 ) -> fmt::Result {
-    head(QUERIES, page)?;
+    QUERIES.write_head(page)?;
     for (network, _) in networks.clone() {
         for (number, count) in network.queries.iter().enumerate() {
             let count = count.load(Ordering::Relaxed);
             let kind = KINDS.get(number / COLUMNS).map_or(OTHER, |(_, name)| name);
             let rcode = RCODES[number % COLUMNS];
             if count > 0 {
-                let name = &network.name;
-                writeln!(
-                    page,
-                    "{}{{network=\"{name}\",qtype=\"{kind}\",rcode=\"{rcode}\"}} {count}",
-                    QUERIES.0
-                )?;
+                let labels: Labels<'_> =
+                    &[("network", &network.name), ("qtype", &kind), ("rcode", &rcode)];
+                QUERIES.write_value(labels, count, page)?;
             }
         }
     }
-    head(ENDPOINTS, page)?;
+    ENDPOINTS.write_head(page)?;
     for (network, endpoints) in networks {
-        writeln!(page, "{}{{network=\"{}\"}} {endpoints}", ENDPOINTS.0, network.name)?;
+        ENDPOINTS.write_value(&[("network", &network.name)], endpoints, page)?;
     }
     type Value = fn(&(SocketAddr, bool, Figures)) -> u64;
     let simple: [(Family, Value); 4] = [
@@ -247,32 +235,15 @@ pub(crate) fn describe<'a>(
         (FAILED, |(_, _, figures)| figures.failed),
     ];
     for (family, value) in simple {
-        head(family, page)?;
+        family.write_head(page)?;
         for one in servers {
-            writeln!(page, "{}{{server=\"{}\"}} {}", family.0, one.0, value(one))?;
+            family.write_value(&[("server", &one.0)], value(one), page)?;
         }
     }
-    head(TOOK, page)?;
-    for (server, _, figures) in servers {
-        let mut sum = 0;
-        for (number, count) in figures.took.iter().enumerate() {
-            sum += count;
-            let bound = BUCKETS.get(number).map_or("+Inf".to_owned(), ToString::to_string);
-            writeln!(page, "{}_bucket{{server=\"{server}\",le=\"{bound}\"}} {sum}", TOOK.0)?;
-        }
-        writeln!(
-            page,
-            "{}_sum{{server=\"{server}\"}} {}",
-            TOOK.0,
-            figures.took_micros as f64 / 1e6
-        )?;
-        writeln!(page, "{}_count{{server=\"{server}\"}} {sum}", TOOK.0)?;
-    }
-    Ok(())
-}
-
-fn head((name, kind, help): Family, page: &mut impl Write) -> fmt::Result {
-    writeln!(page, "# HELP {name} {help}\n# TYPE {name} {kind}")
+    TOOK.write_head(page)?;
+    servers.iter().try_for_each(|(server, _, figures)| {
+        TOOK.write_histogram(&[("server", server)], &figures.took, page)
+    })
 }
 
 /// The limit at which a query, client or response was dropped. The text is the label `reason`.
@@ -477,18 +448,16 @@ mod tests {
         stats.count(kind::A, Rcode::NoError);
         stats.count(kind::A, Rcode::NoError);
         stats.count(65_280, Rcode::Other(9));
-        let figures = Figures {
-            asked: 9,
-            missed: 2,
-            took: [1, 2, 0, 0, 0, 0, 0, 0, 4],
-            took_micros: 1_500_000,
-            ..Figures::default()
-        };
+        let mut figures = Figures { asked: 9, missed: 2, ..Figures::default() };
+        for milliseconds in [1, 4, 5, 10_000, 10_000] {
+            figures.took.record(Duration::from_millis(milliseconds));
+        }
         let server = ("192.0.2.1:53".parse().unwrap(), false, figures);
         let mut page = String::new();
         describe([(&stats, 3)].into_iter(), &[server], &mut page).unwrap();
         for family in FAMILIES {
-            assert_eq!(page.matches(&format!("# TYPE {family} ")).count(), 1, "{family}");
+            let head = format!("# TYPE {} ", family.name);
+            assert_eq!(page.matches(&head).count(), 1, "{}", family.name);
         }
         for line in [
             "tidegate_dns_queries_total{network=\"un1\",qtype=\"A\",rcode=\"NOERROR\"} 2",
@@ -497,9 +466,9 @@ mod tests {
             "tidegate_dns_upstream_trusted{server=\"192.0.2.1:53\"} 0",
             "tidegate_dns_upstream_seconds_bucket{server=\"192.0.2.1:53\",le=\"0.001\"} 1",
             "tidegate_dns_upstream_seconds_bucket{server=\"192.0.2.1:53\",le=\"5\"} 3",
-            "tidegate_dns_upstream_seconds_bucket{server=\"192.0.2.1:53\",le=\"+Inf\"} 7",
-            "tidegate_dns_upstream_seconds_sum{server=\"192.0.2.1:53\"} 1.5",
-            "tidegate_dns_upstream_seconds_count{server=\"192.0.2.1:53\"} 7",
+            "tidegate_dns_upstream_seconds_bucket{server=\"192.0.2.1:53\",le=\"+Inf\"} 5",
+            "tidegate_dns_upstream_seconds_sum{server=\"192.0.2.1:53\"} 20.01",
+            "tidegate_dns_upstream_seconds_count{server=\"192.0.2.1:53\"} 5",
         ] {
             assert!(page.lines().any(|one| one == line), "{line}\n{page}");
         }

@@ -284,8 +284,8 @@ impl Resolver {
             asked: figures.asked,
             silent: figures.missed,
             failed: figures.failed,
-            answered: figures.took.iter().sum(),
-            took: Duration::from_micros(figures.took_micros),
+            answered: figures.took.count(),
+            took: figures.took.total(),
         };
         self.shared.forwarder.figures().into_iter().map(upstream).collect()
     }

@@ -34,6 +34,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
+use tidegate_model::HistogramReading;
 
 /// Time without a response after which the next server is queried as well.
 const FAILOVER_DELAY: Duration = Duration::from_millis(200);
@@ -81,7 +82,7 @@ const FEATURE_LIFETIME: Duration = Duration::from_secs(3_600);
 const MAX_CASE_CHANGES: u8 = 3;
 
 /// Upper bounds of the response time buckets in seconds.
-pub(crate) const BUCKETS: [f64; 8] = [0.001, 0.005, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0];
+const BUCKETS: [f64; 8] = [0.001, 0.005, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0];
 
 /// State of a server.
 #[derive(Clone, Debug, Default)]
@@ -126,15 +127,19 @@ pub(crate) struct Form {
 }
 
 /// Counters of a server.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Figures {
     pub(crate) asked: u64,
     pub(crate) missed: u64,
     pub(crate) failed: u64,
-    /// Responses by response time. The last bucket has no upper bound.
-    pub(crate) took: [u64; BUCKETS.len() + 1],
-    /// Sum of the response times in microseconds.
-    pub(crate) took_micros: u64,
+    /// Response times.
+    pub(crate) took: HistogramReading<{ BUCKETS.len() }>,
+}
+
+impl Default for Figures {
+    fn default() -> Self {
+        Self { asked: 0, missed: 0, failed: 0, took: HistogramReading::empty(&BUCKETS) }
+    }
 }
 
 /// State of all servers.
@@ -219,10 +224,7 @@ impl Health {
     pub(crate) fn note_response_time(&mut self, server: SocketAddr, took: Duration, now: Instant) {
         let state = self.state(server);
         state.note_round_trip(took, now);
-        let seconds = took.as_secs_f64();
-        let bucket = BUCKETS.iter().position(|bound| seconds <= *bound).unwrap_or(BUCKETS.len());
-        state.figures.took[bucket] += 1;
-        state.figures.took_micros += u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        state.figures.took.record(took);
     }
 
     /// Counts a failure response of `server`.

@@ -1,4 +1,4 @@
-//! A lock-free Prometheus histogram of durations. Any number of threads may record. The bounds are
+//! A lock-free histogram of durations. Any number of threads may record. The bounds are
 //! fixed, and the histogram takes `N + 2` words.
 //!
 //! Counters use relaxed ordering. A snapshot taken while another thread records may include the
@@ -6,7 +6,6 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
-use std::fmt::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -53,8 +52,8 @@ impl<const N: usize> Histogram<N> {
     }
 }
 
-/// Snapshot of a [`Histogram`].
-#[derive(Clone, Debug, PartialEq)]
+/// Snapshot of a [`Histogram`], or a histogram that a single thread records.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct HistogramReading<const N: usize> {
     bounds: &'static [f64; N],
     counts: [u64; N],
@@ -67,6 +66,14 @@ impl<const N: usize> HistogramReading<N> {
     #[must_use]
     pub const fn empty(bounds: &'static [f64; N]) -> Self {
         Self { bounds, counts: [0; N], longer: 0, nanoseconds: 0 }
+    }
+
+    /// Records a duration.
+    pub fn record(&mut self, time: Duration) {
+        let seconds = time.as_secs_f64();
+        let bucket = self.bounds.iter().position(|bound| seconds <= *bound);
+        *bucket.map_or(&mut self.longer, |index| &mut self.counts[index]) += 1;
+        self.nanoseconds = self.nanoseconds.wrapping_add(time.as_nanos() as u64);
     }
 
     /// Adds the counts of `other`, which must have the same bounds.
@@ -90,23 +97,11 @@ impl<const N: usize> HistogramReading<N> {
         Duration::from_nanos(self.nanoseconds)
     }
 
-    /// Writes the series of `family` with `labels` (`a="b",c="d"`, or empty) in the text format of
-    /// Prometheus (exposition format 0.0.4).
-    ///
-    /// # Errors
-    /// Only errors of `out`.
-    pub fn describe(&self, family: &str, labels: &str, out: &mut impl Write) -> fmt::Result {
-        let separator = if labels.is_empty() { "" } else { "," };
-        let mut sum = 0;
-        for (bound, count) in self.bounds.iter().zip(&self.counts) {
-            sum += count;
-            writeln!(out, "{family}_bucket{{{labels}{separator}le=\"{bound}\"}} {sum}")?;
-        }
-        sum += self.longer;
-        writeln!(out, "{family}_bucket{{{labels}{separator}le=\"+Inf\"}} {sum}")?;
-        let labels = if labels.is_empty() { String::new() } else { format!("{{{labels}}}") };
-        writeln!(out, "{family}_sum{labels} {}", self.nanoseconds as f64 / 1e9)?;
-        writeln!(out, "{family}_count{labels} {sum}")
+    /// The buckets in ascending order: the inclusive upper bound in seconds, `None` for the last,
+    /// and the number of durations in this bucket alone.
+    pub fn buckets(&self) -> impl Iterator<Item = (Option<f64>, u64)> {
+        let bounded = self.bounds.iter().copied().map(Some).zip(self.counts);
+        bounded.chain([(None, self.longer)])
     }
 }
 
@@ -117,24 +112,15 @@ mod tests {
     const BOUNDS: [f64; 3] = [0.001, 0.1, 1.0];
 
     #[test]
-    fn a_duration_counts_in_its_bucket_and_all_higher_ones() {
+    fn a_duration_counts_in_its_bucket() {
         let histogram = Histogram::new(&BOUNDS);
         for milliseconds in [0, 1, 2, 100, 1000, 1001, 60_000] {
             histogram.record(Duration::from_millis(milliseconds));
         }
         let reading = histogram.read();
         assert_eq!((reading.count(), reading.total()), (7, Duration::from_millis(62_104)));
-        let mut page = String::new();
-        reading.describe("took_seconds", "a=\"b\"", &mut page).unwrap();
-        let lines = [
-            "took_seconds_bucket{a=\"b\",le=\"0.001\"} 2",
-            "took_seconds_bucket{a=\"b\",le=\"0.1\"} 4",
-            "took_seconds_bucket{a=\"b\",le=\"1\"} 5",
-            "took_seconds_bucket{a=\"b\",le=\"+Inf\"} 7",
-            "took_seconds_sum{a=\"b\"} 62.104",
-            "took_seconds_count{a=\"b\"} 7",
-        ];
-        assert_eq!(page.lines().collect::<Vec<_>>(), lines);
+        let buckets = [(Some(0.001), 2), (Some(0.1), 2), (Some(1.0), 1), (None, 2)];
+        assert_eq!(reading.buckets().collect::<Vec<_>>(), buckets);
     }
 
     #[test]
@@ -151,9 +137,5 @@ mod tests {
         sum.add(&one.read());
         sum.add(&other.read());
         assert_eq!(sum, both.read());
-        let mut page = String::new();
-        HistogramReading::empty(&BOUNDS).describe("idle_seconds", "", &mut page).unwrap();
-        assert!(page.starts_with("idle_seconds_bucket{le=\"0.001\"} 0\n"), "{page}");
-        assert!(page.ends_with("idle_seconds_sum 0\nidle_seconds_count 0\n"), "{page}");
     }
 }

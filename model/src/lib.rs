@@ -15,6 +15,7 @@
 //! | [`Ingress`] | ingress interface and destination address of a client |
 //! | [`share_of`], [`may_take`], [`Ranking`] | share of a limit that a client address counts against, size of a share, largest holder |
 //! | [`Histogram`] | distribution of durations |
+//! | [`exposition`] | writes metric families in the text format of Prometheus |
 //! | [`LogInterval`] | rate limit for log events |
 //! | [`CidrSet`] | address allow-list |
 //! | [`MacAddress`] | address of a link |
@@ -28,6 +29,7 @@
 mod cidr_set;
 mod direction;
 mod error_text;
+pub mod exposition;
 pub mod feature;
 mod flow_key;
 #[doc(hidden)]

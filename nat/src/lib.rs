@@ -84,9 +84,7 @@ pub use io::tun::Tun;
 pub use io::tun_options::{MIN_MTU, TunOptions};
 pub use layer2::{Layer2Options, Layer2V6};
 pub use limits::Rate;
-pub use metrics::{
-    Count, DropReason, FAMILIES, Family, Figures, FlowKind, ForwardStats, Stats, describe,
-};
+pub use metrics::{Count, DropReason, FAMILIES, Figures, FlowKind, ForwardStats, Stats, describe};
 pub use nat::Nat;
 pub use policy::{Policy, PolicyNetwork};
 pub use settings::{Capabilities, FloodListener, Mapping, Outbound, Settings, Timeouts};

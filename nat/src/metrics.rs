@@ -8,6 +8,7 @@ use crate::flow_table::Limit;
 use std::fmt::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use tidegate_model::exposition::{Family, Labels};
 use tidegate_model::{Direction, PerDirection};
 use tidegate_reactor::Descriptors;
 
@@ -281,126 +282,83 @@ impl Stats {
     }
 }
 
-/// A family of time series.
-#[derive(Clone, Copy, Debug)]
-pub struct Family {
-    /// The name.
-    pub name: &'static str,
-    /// `counter` or `gauge`.
-    pub kind: &'static str,
-    /// The label in addition to `network`, if any.
-    pub label: Option<&'static str>,
-    /// The help text.
-    pub help: &'static str,
-}
-
-const fn family(
-    name: &'static str,
-    kind: &'static str,
-    label: Option<&'static str>,
-    help: &'static str,
-) -> Family {
-    Family { name, kind, label, help }
-}
-
 /// The metric families of an engine.
 pub const FAMILIES: [Family; 20] = [
-    family("tidegate_nat_flows", "gauge", Some("protocol"), "Current flows of containers."),
-    family("tidegate_nat_flows_limit", "gauge", None, "Maximum number of flows of all protocols."),
-    family(
+    Family::gauge("tidegate_nat_flows", "Current flows of containers."),
+    Family::gauge("tidegate_nat_flows_limit", "Maximum number of flows of all protocols."),
+    Family::gauge(
         "tidegate_nat_endpoint_flows_max",
-        "gauge",
-        None,
         "Flows of the endpoint with the most flows; flows through its published ports count separately.",
     ),
-    family(
-        "tidegate_nat_endpoint_flows_limit",
-        "gauge",
-        None,
-        "Maximum number of flows of one endpoint.",
-    ),
-    family(
+    Family::gauge("tidegate_nat_endpoint_flows_limit", "Maximum number of flows of one endpoint."),
+    Family::gauge(
         "tidegate_nat_endpoint_unanswered_max",
-        "gauge",
-        None,
         "Unanswered flows of the endpoint with the most of them.",
     ),
-    family(
+    Family::gauge(
         "tidegate_nat_endpoint_unanswered_limit",
-        "gauge",
-        None,
         "Maximum number of unanswered flows of one endpoint.",
     ),
-    family("tidegate_nat_queued_bytes", "gauge", None, "Bytes of packets queued for the engine."),
-    family("tidegate_nat_queued_bytes_limit", "gauge", None, "Maximum number of queued bytes."),
-    family("tidegate_nat_sources", "gauge", None, "Container addresses in the flow table."),
-    family("tidegate_nat_sources_limit", "gauge", None, "Maximum number of container addresses."),
-    family("tidegate_nat_descriptors", "gauge", None, "File descriptors used by flows."),
-    family(
+    Family::gauge("tidegate_nat_queued_bytes", "Bytes of packets queued for the engine."),
+    Family::gauge("tidegate_nat_queued_bytes_limit", "Maximum number of queued bytes."),
+    Family::gauge("tidegate_nat_sources", "Container addresses in the flow table."),
+    Family::gauge("tidegate_nat_sources_limit", "Maximum number of container addresses."),
+    Family::gauge("tidegate_nat_descriptors", "File descriptors used by flows."),
+    Family::gauge(
         "tidegate_nat_descriptors_limit",
-        "gauge",
-        None,
         "Maximum number of file descriptors for flows.",
     ),
-    family("tidegate_nat_flows_total", "counter", Some("protocol"), "Flows created by containers."),
-    family(
+    Family::counter("tidegate_nat_flows_total", "Flows created by containers."),
+    Family::counter(
         "tidegate_nat_bytes_total",
-        "counter",
-        Some("direction"),
         "Payload bytes forwarded: out of the container, or in to it.",
     ),
-    family(
+    Family::counter(
         "tidegate_nat_packets_total",
-        "counter",
-        Some("direction"),
         "Packets that crossed the device; a packet with segmentation offload counts once.",
     ),
-    family(
-        "tidegate_nat_dropped_packets_total",
-        "counter",
-        Some("reason"),
-        "Packets dropped, by reason.",
-    ),
-    family(
+    Family::counter("tidegate_nat_dropped_packets_total", "Packets dropped, by reason."),
+    Family::counter(
         "tidegate_nat_connection_resets_total",
-        "counter",
-        None,
         "TCP connections that failed or were reset.",
     ),
-    family(
+    Family::counter(
         "tidegate_nat_retransmissions_total",
-        "counter",
-        None,
         "Retransmissions of data that a container had not acknowledged.",
     ),
-    family(
+    Family::counter(
         "tidegate_nat_evicted_flows_total",
-        "counter",
-        Some("limit"),
         "Flows evicted, by the limit that was reached.",
     ),
-    family(
+    Family::counter(
         "tidegate_nat_evicted_sessions_total",
-        "counter",
-        None,
         "UDP and ICMP sessions evicted to make room.",
     ),
 ];
 
+/// The values of a family for one engine.
+enum Values {
+    One(u64),
+    /// The name of the label, and each of its values with the value of the series.
+    ByLabel(&'static str, Vec<(&'static str, u64)>),
+}
+
 impl Figures {
-    fn values(&self, family: &str) -> Vec<(Option<&'static str>, u64)> {
+    /// The values of `family`: with a label, its name and the value for each of its values.
+    fn values(&self, family: &str) -> Values {
         let by_direction = |counts: &PerDirection<Count>| {
-            let count = |direction: Direction| (Some(direction.as_str()), counts[direction].get());
-            [Direction::Out, Direction::In].map(count).to_vec()
+            let count = |direction: Direction| (direction.as_str(), counts[direction].get());
+            Values::ByLabel("direction", [Direction::Out, Direction::In].map(count).to_vec())
         };
-        let labelled = |labels: &[&'static str], counts: &[Count]| {
-            labels.iter().zip(counts).map(|(label, count)| (Some(*label), count.get())).collect()
+        let labelled = |label: &'static str, values: &[&'static str], counts: &[Count]| {
+            let counts = counts.iter().map(Count::get);
+            Values::ByLabel(label, values.iter().copied().zip(counts).collect())
         };
         let kinds = FlowKind::ALL.map(FlowKind::as_str);
         let stats = &self.stats;
-        let one = |value| vec![(None, value)];
+        let one = Values::One;
         match family {
-            "tidegate_nat_flows" => labelled(&kinds, &stats.flows),
+            "tidegate_nat_flows" => labelled("protocol", &kinds, &stats.flows),
             "tidegate_nat_flows_limit" => one(self.flows_limit),
             "tidegate_nat_endpoint_flows_max" => one(stats.largest_shares[0].get()),
             "tidegate_nat_endpoint_flows_limit" => one(self.share_limit),
@@ -412,19 +370,19 @@ impl Figures {
             "tidegate_nat_sources_limit" => one(self.sources_limit),
             "tidegate_nat_descriptors" => one(self.descriptors.taken() as u64),
             "tidegate_nat_descriptors_limit" => one(self.descriptors.limit() as u64),
-            "tidegate_nat_flows_total" => labelled(&kinds, &stats.flows_begun),
+            "tidegate_nat_flows_total" => labelled("protocol", &kinds, &stats.flows_begun),
             "tidegate_nat_bytes_total" => by_direction(&stats.bytes),
             "tidegate_nat_packets_total" => by_direction(&stats.packets),
             "tidegate_nat_dropped_packets_total" => {
-                labelled(&DropReason::ALL.map(DropReason::as_str), &stats.dropped)
+                labelled("reason", &DropReason::ALL.map(DropReason::as_str), &stats.dropped)
             }
             "tidegate_nat_connection_resets_total" => one(stats.resets.get()),
             "tidegate_nat_retransmissions_total" => one(stats.retransmissions.get()),
             "tidegate_nat_evicted_flows_total" => {
-                labelled(&Limit::ALL.map(Limit::as_str), &stats.evicted_by_limit)
+                labelled("limit", &Limit::ALL.map(Limit::as_str), &stats.evicted_by_limit)
             }
             "tidegate_nat_evicted_sessions_total" => one(stats.evicted.get()),
-            _ => Vec::new(),
+            _ => Values::ByLabel("", Vec::new()),
         }
     }
 }
@@ -436,18 +394,16 @@ impl Figures {
 /// Only errors of `out`.
 pub fn describe(engines: &[(&str, &Figures)], out: &mut impl Write) -> fmt::Result {
     for family in &FAMILIES {
-        writeln!(
-            out,
-            "# HELP {} {}\n# TYPE {} {}",
-            family.name, family.help, family.name, family.kind
-        )?;
+        family.write_head(out)?;
         for (network, figures) in engines {
-            for (value_of_label, value) in figures.values(family.name) {
-                write!(out, "{}{{network=\"{network}\"", family.name)?;
-                if let (Some(label), Some(value)) = (family.label, value_of_label) {
-                    write!(out, ",{label}=\"{value}\"")?;
+            match figures.values(family.name) {
+                Values::One(value) => family.write_value(&[("network", network)], value, out)?,
+                Values::ByLabel(label, values) => {
+                    for (label_value, value) in values {
+                        let labels: Labels<'_> = &[("network", network), (label, &label_value)];
+                        family.write_value(labels, value, out)?;
+                    }
                 }
-                writeln!(out, "}} {value}")?;
             }
         }
     }

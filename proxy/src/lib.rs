@@ -39,8 +39,7 @@ pub use engine::{Drained, Engine, PublishedPort};
 pub use gateway_acl::{Bridge, ForeignNetwork, GatewayAcl, GatewayNetwork, GatewayNetworks};
 pub use listener::{AdoptError, BindError, Listener, UDP_BUFFER, UNREAD_BYTES};
 pub use metrics::{
-    EngineUsage, FAMILIES, Family, Kind, PortSnapshot, SeriesLabel, USAGE_FAMILIES, describe,
-    describe_engine,
+    EngineUsage, FAMILIES, PortSnapshot, SeriesLabel, USAGE_FAMILIES, describe, describe_engine,
 };
 pub use port::{DropReason, Refusal};
 pub use proxy_protocol::ProxyProtocol;

@@ -14,143 +14,63 @@
 
 use crate::port::{DIAL_BOUNDS, DropReason, LIFE_BOUNDS, Port, Refusal};
 use metrics::{Counter, counter, describe_counter};
-use std::fmt::{self, Write};
+use std::fmt::{self, Display, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
+use tidegate_model::exposition::Family;
 use tidegate_model::{Direction, PerDirection};
 use tidegate_model::{HistogramReading, Protocol, PublishLabel, registry};
 
-/// Type of a metric family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// Never decreases.
-    Counter,
-    /// Increases and decreases.
-    Gauge,
-    /// Durations in buckets.
-    Histogram,
-}
-
-impl Kind {
-    const fn as_str(self) -> &'static str {
-        match self {
-            Self::Counter => "counter",
-            Self::Gauge => "gauge",
-            Self::Histogram => "histogram",
-        }
-    }
-}
-
-/// A metric family with one series per port and label value.
-#[derive(Clone, Copy, Debug)]
-pub struct Family {
-    /// The name of the family.
-    pub name: &'static str,
-    /// The type of the family.
-    pub kind: Kind,
-    /// The help text, one sentence.
-    pub help: &'static str,
-    /// The label besides `publish`, if any.
-    pub label: Option<&'static str>,
-}
-
-const fn family(
-    name: &'static str,
-    kind: Kind,
-    label: Option<&'static str>,
-    help: &'static str,
-) -> Family {
-    Family { name, kind, help, label }
-}
-
-const CONNECTIONS_TOTAL: Family = family(
+const CONNECTIONS_TOTAL: Family = Family::counter(
     "tidegate_proxy_connections_total",
-    Kind::Counter,
-    None,
     "TCP connections accepted at a published port, including refused ones.",
 );
-const CONNECTIONS: Family = family(
-    "tidegate_proxy_connections",
-    Kind::Gauge,
-    None,
-    "Current TCP connections of a published port.",
-);
-const RESETS: Family = family(
+const CONNECTIONS: Family =
+    Family::gauge("tidegate_proxy_connections", "Current TCP connections of a published port.");
+const RESETS: Family = Family::counter(
     "tidegate_proxy_connection_resets_total",
-    Kind::Counter,
-    None,
     "TCP connections that ended in a reset or an error after the backend was reached.",
 );
-const REFUSED: Family = family(
+const REFUSED: Family = Family::counter(
     "tidegate_proxy_refused_connections_total",
-    Kind::Counter,
-    Some("reason"),
     "TCP connections that never reached the backend.",
 );
-const BYTES: Family = family(
+const BYTES: Family = Family::counter(
     "tidegate_proxy_bytes_total",
-    Kind::Counter,
-    Some("direction"),
     "Payload forwarded, in bytes: in to the container, out to the client.",
 );
-const SESSIONS_TOTAL: Family = family(
-    "tidegate_proxy_sessions_total",
-    Kind::Counter,
-    None,
-    "UDP sessions started at a published port.",
-);
-const SESSIONS: Family = family(
-    "tidegate_proxy_sessions",
-    Kind::Gauge,
-    None,
-    "Current UDP sessions of a published port.",
-);
-const EVICTED: Family = family(
-    "tidegate_proxy_evicted_sessions_total",
-    Kind::Counter,
-    None,
-    "UDP sessions evicted for new ones.",
-);
-const DATAGRAMS: Family = family(
+const SESSIONS_TOTAL: Family =
+    Family::counter("tidegate_proxy_sessions_total", "UDP sessions started at a published port.");
+const SESSIONS: Family =
+    Family::gauge("tidegate_proxy_sessions", "Current UDP sessions of a published port.");
+const EVICTED: Family =
+    Family::counter("tidegate_proxy_evicted_sessions_total", "UDP sessions evicted for new ones.");
+const DATAGRAMS: Family = Family::counter(
     "tidegate_proxy_datagrams_total",
-    Kind::Counter,
-    Some("direction"),
     "Datagrams forwarded: in to the container, out to the client.",
 );
-const DROPPED: Family = family(
+const DROPPED: Family = Family::counter(
     "tidegate_proxy_dropped_datagrams_total",
-    Kind::Counter,
-    Some("reason"),
     "Datagrams dropped; for backend_refused, ICMP errors of the backend.",
 );
 
-const CONNECTIONS_LIMIT: Family = family(
+const CONNECTIONS_LIMIT: Family = Family::gauge(
     "tidegate_proxy_port_connections_limit",
-    Kind::Gauge,
-    None,
     "Maximum concurrent TCP connections of a published port.",
 );
-const SESSIONS_LIMIT: Family = family(
+const SESSIONS_LIMIT: Family = Family::gauge(
     "tidegate_proxy_port_sessions_limit",
-    Kind::Gauge,
-    None,
     "Maximum concurrent UDP sessions of a published port.",
 );
-const DIAL: Family = family(
+const DIAL: Family = Family::histogram(
     "tidegate_proxy_dial_seconds",
-    Kind::Histogram,
-    None,
     "Time from accept at a published port to the connect of the backend.",
 );
-const CONNECTION_LIFE: Family = family(
+const CONNECTION_LIFE: Family = Family::histogram(
     "tidegate_proxy_connection_seconds",
-    Kind::Histogram,
-    None,
     "Time from the connect of the backend to the end of a TCP connection, for ended connections.",
 );
-const SESSION_LIFE: Family = family(
+const SESSION_LIFE: Family = Family::histogram(
     "tidegate_proxy_session_seconds",
-    Kind::Histogram,
-    None,
     "Time from the first to the last datagram of a UDP session, for ended sessions.",
 );
 
@@ -193,7 +113,7 @@ impl SeriesLabel {
 }
 
 /// The value of the label `publish`.
-impl fmt::Display for SeriesLabel {
+impl Display for SeriesLabel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Port(label) => label.fmt(f),
@@ -297,74 +217,51 @@ impl PortSnapshot {
     /// Writes the series of `family`, if it applies to the protocol.
     fn describe(&self, family: &Family, out: &mut impl Write) -> fmt::Result {
         let tcp = self.series.protocol() == Protocol::Tcp;
-        let one = |out: &mut _, value: u64| writeln_series(out, family, self.series, None, value);
-        match family.name {
-            name if name == CONNECTIONS_TOTAL.name && tcp => one(out, self.accepted),
-            name if name == CONNECTIONS.name && tcp => one(out, self.live),
-            name if name == CONNECTIONS_LIMIT.name && tcp => one(out, self.limit),
-            name if name == RESETS.name && tcp => one(out, self.cut),
-            name if name == REFUSED.name && tcp => {
-                let mut labelled =
-                    Refusal::ALL.iter().map(|reason| reason.as_str()).zip(self.refused);
-                labelled.try_for_each(|(label, value)| {
-                    writeln_series(out, family, self.series, Some(label), value)
-                })
+        let publish: (&str, &dyn Display) = ("publish", &self.series);
+        let directions = |values: &PerDirection<u64>| {
+            Direction::ALL.map(|direction| (direction.as_str(), values[direction]))
+        };
+        match *family {
+            CONNECTIONS_TOTAL if tcp => family.write_value(&[publish], self.accepted, out),
+            CONNECTIONS if tcp => family.write_value(&[publish], self.live, out),
+            CONNECTIONS_LIMIT if tcp => family.write_value(&[publish], self.limit, out),
+            RESETS if tcp => family.write_value(&[publish], self.cut, out),
+            REFUSED if tcp => {
+                let reasons = Refusal::ALL.iter().map(|reason| reason.as_str()).zip(self.refused);
+                labelled(family, publish, "reason", reasons, out)
             }
-            name if name == BYTES.name => self.describe_directions(family, &self.bytes, out),
-            name if name == SESSIONS_TOTAL.name && !tcp => one(out, self.accepted),
-            name if name == SESSIONS.name && !tcp => one(out, self.live),
-            name if name == SESSIONS_LIMIT.name && !tcp => one(out, self.limit),
-            name if name == EVICTED.name && !tcp => one(out, self.cut),
-            name if name == DATAGRAMS.name && !tcp => {
-                self.describe_directions(family, &self.datagrams, out)
+            BYTES => labelled(family, publish, "direction", directions(&self.bytes), out),
+            SESSIONS_TOTAL if !tcp => family.write_value(&[publish], self.accepted, out),
+            SESSIONS if !tcp => family.write_value(&[publish], self.live, out),
+            SESSIONS_LIMIT if !tcp => family.write_value(&[publish], self.limit, out),
+            EVICTED if !tcp => family.write_value(&[publish], self.cut, out),
+            DATAGRAMS if !tcp => {
+                labelled(family, publish, "direction", directions(&self.datagrams), out)
             }
-            name if name == DROPPED.name && !tcp => {
-                let mut labelled =
+            DROPPED if !tcp => {
+                let reasons =
                     DropReason::ALL.iter().map(|reason| reason.as_str()).zip(self.dropped);
-                labelled.try_for_each(|(label, value)| {
-                    writeln_series(out, family, self.series, Some(label), value)
-                })
+                labelled(family, publish, "reason", reasons, out)
             }
-            name if name == DIAL.name && tcp => self.dial.describe(name, &self.labels(), out),
-            name if name == CONNECTION_LIFE.name && tcp => {
-                self.life.describe(name, &self.labels(), out)
-            }
-            name if name == SESSION_LIFE.name && !tcp => {
-                self.life.describe(name, &self.labels(), out)
-            }
+            DIAL if tcp => family.write_histogram(&[publish], &self.dial, out),
+            CONNECTION_LIFE if tcp => family.write_histogram(&[publish], &self.life, out),
+            SESSION_LIFE if !tcp => family.write_histogram(&[publish], &self.life, out),
             _ => Ok(()),
         }
     }
-
-    fn describe_directions(
-        &self,
-        family: &Family,
-        values: &PerDirection<u64>,
-        out: &mut impl Write,
-    ) -> fmt::Result {
-        Direction::ALL.into_iter().try_for_each(|direction| {
-            let label = Some(direction.as_str());
-            writeln_series(out, family, self.series, label, values[direction])
-        })
-    }
-
-    fn labels(&self) -> String {
-        format!("publish=\"{}\"", self.series)
-    }
 }
 
-fn writeln_series(
-    out: &mut impl Write,
+/// Writes one series of the port `publish` for each value of `label`.
+fn labelled(
     family: &Family,
-    series: SeriesLabel,
-    label_value: Option<&str>,
-    value: u64,
+    publish: (&str, &dyn Display),
+    label: &str,
+    values: impl IntoIterator<Item = (&'static str, u64)>,
+    out: &mut impl Write,
 ) -> fmt::Result {
-    write!(out, "{}{{publish=\"{series}\"", family.name)?;
-    if let (Some(label), Some(value)) = (family.label, label_value) {
-        write!(out, ",{label}=\"{value}\"")?;
-    }
-    writeln!(out, "}} {value}")
+    values.into_iter().try_for_each(|(label_value, value)| {
+        family.write_value(&[publish, (label, &label_value)], value, out)
+    })
 }
 
 /// Writes the families of `ports` in the Prometheus text format (exposition format 0.0.4).
@@ -373,7 +270,7 @@ fn writeln_series(
 /// Only errors of `out`.
 pub fn describe(ports: &[PortSnapshot], out: &mut impl Write) -> fmt::Result {
     for family in &FAMILIES {
-        head(family.name, family.kind, family.help, out)?;
+        family.write_head(out)?;
         ports.iter().try_for_each(|port| port.describe(family, out))?;
     }
     Ok(())
@@ -390,10 +287,6 @@ pub fn describe_engine(
 ) -> fmt::Result {
     describe(ports, out)?;
     usage.describe(out)
-}
-
-fn head(name: &str, kind: Kind, help: &str, out: &mut impl Write) -> fmt::Result {
-    writeln!(out, "# HELP {name} {help}\n# TYPE {name} {}", kind.as_str())
 }
 
 /// Use of the limits of an engine.
@@ -418,14 +311,29 @@ pub struct EngineUsage {
 }
 
 /// The families of [`EngineUsage`].
-pub const USAGE_FAMILIES: [&str; 7] = [
-    "tidegate_proxy_ports",
-    "tidegate_proxy_connections_limit",
-    "tidegate_proxy_client_connections_max",
-    "tidegate_proxy_held_bytes",
-    "tidegate_proxy_held_bytes_limit",
-    "tidegate_proxy_descriptors",
-    "tidegate_proxy_descriptors_limit",
+pub const USAGE_FAMILIES: [Family; 7] = [
+    Family::gauge(
+        "tidegate_proxy_ports",
+        "Published ports, one per socket: own if the port has its own series, other if it is part of a sum.",
+    ),
+    Family::gauge(
+        "tidegate_proxy_connections_limit",
+        "Maximum TCP connections of all published ports.",
+    ),
+    Family::gauge(
+        "tidegate_proxy_client_connections_max",
+        "TCP connections of the client (an IPv4 address or an IPv6 /64) that has most.",
+    ),
+    Family::gauge(
+        "tidegate_proxy_held_bytes",
+        "Memory that TCP connections hold, or are permitted to hold, for peers that do not read, in bytes.",
+    ),
+    Family::gauge("tidegate_proxy_held_bytes_limit", "Maximum of tidegate_proxy_held_bytes."),
+    Family::gauge(
+        "tidegate_proxy_descriptors",
+        "File descriptors in use by published ports, connections and sessions.",
+    ),
+    Family::gauge("tidegate_proxy_descriptors_limit", "Maximum of tidegate_proxy_descriptors."),
 ];
 
 impl EngineUsage {
@@ -434,48 +342,20 @@ impl EngineUsage {
     /// # Errors
     /// Only errors of `out`.
     pub fn describe(&self, out: &mut impl Write) -> fmt::Result {
-        let [
-            ports,
-            connections_limit,
-            largest_client,
-            held,
-            held_limit,
-            descriptors,
-            descriptors_limit,
-        ] = USAGE_FAMILIES;
-        let help = "Published ports, one per socket: own if the port has its own series, other if it is part of a sum.";
-        head(ports, Kind::Gauge, help, out)?;
+        let [ports, single @ ..] = USAGE_FAMILIES;
+        ports.write_head(out)?;
         for (series, count) in ["own", "other"].iter().zip(self.ports) {
-            writeln!(out, "{ports}{{series=\"{series}\"}} {count}")?;
+            ports.write_value(&[("series", series)], count, out)?;
         }
-        for (name, help, value) in [
-            (
-                connections_limit,
-                "Maximum TCP connections of all published ports.",
-                self.connections_limit,
-            ),
-            (
-                largest_client,
-                "TCP connections of the client (an IPv4 address or an IPv6 /64) that has most.",
-                self.largest_client,
-            ),
-            (
-                held,
-                "Memory that TCP connections hold, or are permitted to hold, for peers that do not read, in bytes.",
-                self.held_bytes,
-            ),
-            (held_limit, "Maximum of tidegate_proxy_held_bytes.", self.held_bytes_limit),
-            (
-                descriptors,
-                "File descriptors in use by published ports, connections and sessions.",
-                self.descriptors,
-            ),
-            (descriptors_limit, "Maximum of tidegate_proxy_descriptors.", self.descriptors_limit),
-        ] {
-            head(name, Kind::Gauge, help, out)?;
-            writeln!(out, "{name} {value}")?;
-        }
-        Ok(())
+        let values = [
+            self.connections_limit,
+            self.largest_client,
+            self.held_bytes,
+            self.held_bytes_limit,
+            self.descriptors,
+            self.descriptors_limit,
+        ];
+        single.iter().zip(values).try_for_each(|(family, value)| family.write_single(value, out))
     }
 }
 
@@ -614,7 +494,8 @@ mod tests {
         let mut text = String::new();
         usage.describe(&mut text).unwrap();
         for family in USAGE_FAMILIES {
-            assert_eq!(text.matches(&format!("# TYPE {family} gauge\n")).count(), 1, "{family}");
+            let head = format!("# TYPE {} gauge\n", family.name);
+            assert_eq!(text.matches(&head).count(), 1, "{}", family.name);
         }
         assert!(text.contains("tidegate_proxy_ports{series=\"other\"} 24\n"), "{text}");
         assert!(text.contains("tidegate_proxy_descriptors 30\n"), "{text}");

@@ -5,6 +5,7 @@ use ::metrics::{Counter, counter, describe_counter};
 use ipnet::IpNet;
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
+use tidegate_model::exposition::{Family, Labels};
 use tidegate_model::registry;
 use tidegate_netfilter::{Dropped, Mechanism, PortGuards, SpoofReason};
 use tidegate_netns::Namespace;
@@ -12,74 +13,63 @@ use tidegate_netsetup::{Change, Desired, Firewall, Network, RepairKind, capacity
 use tidegate_publish::publisher::Publisher;
 use tidegate_services::Observer;
 
-/// A metric family: name, type and help text.
-type Family = (&'static str, &'static str, &'static str);
-
-const INFO: Family = (
+const INFO: Family = Family::gauge(
     "tidegate_network_info",
-    "gauge",
     "Always 1. The label bridge names the interface of the network on the host.",
 );
-const ENDPOINTS: Family = ("tidegate_network_endpoints", "gauge", "Endpoints on a network.");
-const USED: Family = (
+const ENDPOINTS: Family = Family::gauge("tidegate_network_endpoints", "Endpoints on a network.");
+const USED: Family = Family::gauge(
     "tidegate_network_addresses_used",
-    "gauge",
     "Addresses of a network in use, including the gateway.",
 );
-const FREE: Family = ("tidegate_network_addresses_free", "gauge", "Free addresses of a network.");
+const FREE: Family =
+    Family::gauge("tidegate_network_addresses_free", "Free addresses of a network.");
 const ATTACHED: Family =
-    ("tidegate_network_endpoint_info", "gauge", "Always 1: the endpoint is on the network.");
-const PORTS: Family =
-    ("tidegate_network_endpoint_ports", "gauge", "Published ports of an endpoint, one per socket.");
-const RELOCATIONS: Family = (
+    Family::gauge("tidegate_network_endpoint_info", "Always 1: the endpoint is on the network.");
+const PORTS: Family = Family::gauge(
+    "tidegate_network_endpoint_ports",
+    "Published ports of an endpoint, one per socket.",
+);
+const RELOCATIONS: Family = Family::counter(
     "tidegate_network_endpoint_relocations_total",
-    "counter",
     "Times that an endpoint was re-attached because its container returned in another namespace.",
 );
 
-const RESTARTS: Family = (
+const RESTARTS: Family = Family::counter(
     "tidegate_network_endpoint_restarts_total",
-    "counter",
     "Restarts of the command of an endpoint's service.",
 );
-const UPDATES: Family = (
+const UPDATES: Family = Family::histogram(
     "tidegate_network_ruleset_update_seconds",
-    "histogram",
     "Duration of firewall updates: all rules, or those of ports that are published or closed.",
 );
-const UPDATES_FAILED: Family = (
+const UPDATES_FAILED: Family = Family::counter(
     "tidegate_network_ruleset_update_failures_total",
-    "counter",
     "Updates that the firewall rejected.",
 );
 
 const TRACKED: [Family; 3] = [
-    (
+    Family::gauge(
         "tidegate_network_tracked_flows",
-        "gauge",
         "Entries of the host's conntrack table, of containers and others.",
     ),
-    (
+    Family::gauge(
         "tidegate_network_tracked_flows_limit",
-        "gauge",
         "Entries of the conntrack table above which containers lose flows.",
     ),
-    (
+    Family::counter(
         "tidegate_network_evicted_tracked_flows_total",
-        "counter",
         "Flows of containers that were evicted from the conntrack table.",
     ),
 ];
 
-const SPOOFED: Family = (
+const SPOOFED: Family = Family::counter(
     "tidegate_network_spoofed_frames_total",
-    "counter",
     "Frames of an endpoint that its port guard dropped because of a spoofed source.",
 );
 
-const POLICED: Family = (
+const POLICED: Family = Family::counter(
     "tidegate_network_policed_frames_total",
-    "counter",
     "Frames of a flooding endpoint that its port guard dropped: new TCP connections beyond a rate.",
 );
 
@@ -117,32 +107,23 @@ pub(super) fn ruleset_families(firewall: Option<&Firewall>, page: &mut impl Writ
 }
 
 fn render_updates(firewall: Option<&Firewall>, page: &mut impl Write) -> fmt::Result {
-    let of = |change: Change| format!("change=\"{}\"", change.as_str());
-    head(UPDATES, page)?;
-    for (firewall, change) in
-        firewall.iter().flat_map(|firewall| Change::ALL.map(|change| (firewall, change)))
-    {
-        let labels = format!("firewall=\"{}\",{}", firewall.kind(), of(change));
-        firewall.updates(change).took().describe(UPDATES.0, &labels, page)?;
+    let changes =
+        || firewall.iter().flat_map(|firewall| Change::ALL.map(|change| (*firewall, change)));
+    UPDATES.write_head(page)?;
+    for (firewall, change) in changes() {
+        let labels: Labels<'_> = &[("firewall", &firewall.kind()), ("change", &change.as_str())];
+        UPDATES.write_histogram(labels, &firewall.updates(change).took(), page)?;
     }
-    head(UPDATES_FAILED, page)?;
-    for (firewall, change) in
-        firewall.iter().flat_map(|firewall| Change::ALL.map(|change| (firewall, change)))
-    {
-        let failed = firewall.updates(change).failed();
-        writeln!(
-            page,
-            "{}{{firewall=\"{}\",{}}} {failed}",
-            UPDATES_FAILED.0,
-            firewall.kind(),
-            of(change)
-        )?;
+    UPDATES_FAILED.write_head(page)?;
+    for (firewall, change) in changes() {
+        let labels: Labels<'_> = &[("firewall", &firewall.kind()), ("change", &change.as_str())];
+        UPDATES_FAILED.write_value(labels, firewall.updates(change).failed(), page)?;
     }
     for (family, number) in TRACKED.into_iter().zip(0..) {
-        head(family, page)?;
+        family.write_head(page)?;
         if let Some(firewall) = firewall {
             let value: u64 = firewall.tracked_flows()[number];
-            writeln!(page, "{} {value}", family.0)?;
+            family.write_value(&[], value, page)?;
         }
     }
     Ok(())
@@ -188,34 +169,28 @@ fn render_spoofed(
     dropped: &BTreeMap<String, Dropped>,
     page: &mut impl Write,
 ) -> fmt::Result {
-    head(SPOOFED, page)?;
-    for endpoint in &desired.endpoints {
-        for attachment in &endpoint.attachments {
-            let Some(dropped) = dropped.get(&attachment.host_end.name) else { continue };
-            for (reason, frames) in SpoofReason::ALL.into_iter().zip(dropped.spoofed) {
-                writeln!(
-                    page,
-                    "{}{{network=\"{}\",endpoint=\"{}\",reason=\"{}\"}} {frames}",
-                    SPOOFED.0,
-                    attachment.network,
-                    endpoint.name,
-                    reason.as_str()
-                )?;
-            }
+    let ports = || {
+        let attachments = desired.endpoints.iter().flat_map(|endpoint| {
+            endpoint.attachments.iter().map(move |attachment| (&endpoint.name, attachment))
+        });
+        attachments.filter_map(|(endpoint, attachment)| {
+            let dropped = dropped.get(&attachment.host_end.name)?;
+            Some((endpoint, &attachment.network, dropped))
+        })
+    };
+    SPOOFED.write_head(page)?;
+    for (endpoint, network, dropped) in ports() {
+        for (reason, frames) in SpoofReason::ALL.into_iter().zip(dropped.spoofed) {
+            let labels: Labels<'_> =
+                &[("network", network), ("endpoint", endpoint), ("reason", &reason.as_str())];
+            SPOOFED.write_value(labels, frames, page)?;
         }
     }
-    head(POLICED, page)?;
-    for endpoint in &desired.endpoints {
-        for attachment in &endpoint.attachments {
-            let Some(dropped) = dropped.get(&attachment.host_end.name) else { continue };
-            writeln!(
-                page,
-                "{}{{network=\"{}\",endpoint=\"{}\"}} {}",
-                POLICED.0, attachment.network, endpoint.name, dropped.policed
-            )?;
-        }
-    }
-    Ok(())
+    POLICED.write_head(page)?;
+    ports().try_for_each(|(endpoint, network, dropped)| {
+        let labels: Labels<'_> = &[("network", network), ("endpoint", endpoint)];
+        POLICED.write_value(labels, dropped.policed, page)
+    })
 }
 
 fn render(
@@ -225,52 +200,42 @@ fn render(
     restarts: &BTreeMap<String, u64>,
     page: &mut impl Write,
 ) -> fmt::Result {
-    head(INFO, page)?;
+    INFO.write_head(page)?;
     for network in &desired.networks {
-        writeln!(
-            page,
-            "{}{{network=\"{}\",bridge=\"{}\"}} 1",
-            INFO.0, network.name, network.bridge.name
-        )?;
+        let labels: Labels<'_> = &[("network", &network.name), ("bridge", &network.bridge.name)];
+        INFO.write_value(labels, 1, page)?;
     }
-    head(ENDPOINTS, page)?;
+    ENDPOINTS.write_head(page)?;
     for network in &desired.networks {
         let attachments = desired.endpoints.iter().flat_map(|endpoint| &endpoint.attachments);
         let count = attachments.filter(|attachment| attachment.network == network.name).count();
-        writeln!(page, "{}{{network=\"{}\"}} {count}", ENDPOINTS.0, network.name)?;
+        ENDPOINTS.write_value(&[("network", &network.name)], count, page)?;
     }
     for family in [USED, FREE] {
-        head(family, page)?;
+        family.write_head(page)?;
         for network in &desired.networks {
             for (address_family, used, free) in addresses(desired, network) {
-                let value = if family == USED { used } else { free };
-                writeln!(
-                    page,
-                    "{}{{network=\"{}\",family=\"{address_family}\"}} {value}",
-                    family.0, network.name
-                )?;
+                let labels: Labels<'_> = &[("network", &network.name), ("family", &address_family)];
+                family.write_value(labels, if family == USED { used } else { free }, page)?;
             }
         }
     }
-    head(ATTACHED, page)?;
+    ATTACHED.write_head(page)?;
     for endpoint in &desired.endpoints {
         for attachment in &endpoint.attachments {
-            let (name, network) = (&endpoint.name, &attachment.network);
-            writeln!(page, "{}{{endpoint=\"{name}\",network=\"{network}\"}} 1", ATTACHED.0)?;
+            let labels: Labels<'_> =
+                &[("endpoint", &endpoint.name), ("network", &attachment.network)];
+            ATTACHED.write_value(labels, 1, page)?;
         }
     }
     for (family, values) in [(PORTS, ports), (RELOCATIONS, relocations), (RESTARTS, restarts)] {
-        head(family, page)?;
+        family.write_head(page)?;
         for endpoint in &desired.endpoints {
             let value = values.get(&endpoint.name).copied().unwrap_or_default();
-            writeln!(page, "{}{{endpoint=\"{}\"}} {value}", family.0, endpoint.name)?;
+            family.write_value(&[("endpoint", &endpoint.name)], value, page)?;
         }
     }
     Ok(())
-}
-
-fn head((name, kind, help): Family, page: &mut impl Write) -> fmt::Result {
-    writeln!(page, "# HELP {name} {help}\n# TYPE {name} {kind}")
 }
 
 /// Label, used addresses and free addresses of each subnet of `network`.
