@@ -6,7 +6,7 @@
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::str::FromStr;
 
 use crate::{Protocol, UnknownProtocol};
@@ -40,25 +40,27 @@ impl fmt::Display for FlowKey {
     }
 }
 
-/// The IPv4 form of an IPv4-mapped IPv6 address (`[::ffff:192.0.2.1]:80` becomes `192.0.2.1:80`,
-/// RFC 4291 section 2.5.5.2); every other address unchanged.
+/// The form of an address in which two addresses of the same peer are equal: the IPv4 form of an
+/// IPv4-mapped IPv6 address (`[::ffff:192.0.2.1]:80` becomes `192.0.2.1:80`, RFC 4291 section
+/// 2.5.5.2); an IPv6 address without flow label, and with a scope only if it is link-local.
 ///
 /// A dual-stack socket reports IPv4 peers in the mapped form. A policy or table that does not
 /// normalize can be bypassed.
 #[must_use]
 pub fn canonical(address: SocketAddr) -> SocketAddr {
-    match address.ip().to_canonical() {
-        IpAddr::V4(ip) => SocketAddr::from((ip, address.port())),
-        // Rebuilding it from address and port would lose the scope of a link-local address.
-        IpAddr::V6(_) => address,
+    match address {
+        SocketAddr::V6(mut v6) if v6.ip().is_unicast_link_local() => {
+            v6.set_flowinfo(0);
+            v6.into()
+        }
+        _ => SocketAddr::new(address.ip().to_canonical(), address.port()),
     }
 }
 
 /// The value of the metrics label `publish`, which identifies a published socket:
 /// `0.0.0.0:8080/tcp` or `[::]:8080/tcp`.
 ///
-/// The address is stored in [`canonical`] form and without an IPv6 flow label, so each socket has
-/// exactly one label.
+/// The address is stored in [`canonical`] form, so each socket has exactly one label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PublishLabel(SocketAddr, Protocol);
 
@@ -66,11 +68,7 @@ impl PublishLabel {
     /// The label of a `protocol` socket that listens on `address`.
     #[must_use]
     pub fn new(address: SocketAddr, protocol: Protocol) -> Self {
-        let mut address = canonical(address);
-        if let SocketAddr::V6(v6) = &mut address {
-            v6.set_flowinfo(0);
-        }
-        Self(address, protocol)
+        Self(canonical(address), protocol)
     }
 
     /// The host address and port.
@@ -145,7 +143,7 @@ pub enum PublishLabelError {
 
 #[cfg(test)]
 mod tests {
-    use std::net::SocketAddrV6;
+    use std::net::{IpAddr, SocketAddrV6};
 
     use proptest::prelude::*;
 

@@ -38,13 +38,12 @@ use crate::metrics::{DropReason, FlowKind, ForwardStats};
 use crate::tcp::Connection;
 use crate::tcp::conn::{Inbound, Phase};
 use crate::wire::protocol;
-use std::collections::hash_map::Entry;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-use tidegate_model::{Direction, Ingress, Protocol, share_of};
+use std::time::Instant;
+use tidegate_model::{Direction, Ingress, Protocol, canonical, share_of};
 use tidegate_reactor::Key;
 
 /// Maximum number of clients accepted per port and turn.
@@ -55,15 +54,6 @@ const BATCHES_PER_TURN: usize = 4;
 
 /// Maximum number of gateway ports to try for a flow.
 const TRIES: u16 = 64;
-
-/// The first gateway port to use; lower ones belong to services.
-const FIRST_PORT: u16 = 1024;
-
-/// Pause before a port without a free descriptor is retried.
-const PAUSE: Duration = Duration::from_millis(100);
-
-/// Published port, client address, and local address that the client sends to.
-pub(super) type Client = (Key, SocketAddr, Option<IpAddr>);
 
 impl<H: Host> Engine<H> {
     /// Publishes a port with socket `port`.
@@ -78,31 +68,20 @@ impl<H: Host> Engine<H> {
         guard: Option<Arc<dyn Guard>>,
         stats: Arc<ForwardStats>,
     ) -> io::Result<()> {
-        let key = self.ports.insert(Published { id, forward, port, guard, stats });
-        if let Some(published) = self.ports.get(key)
-            && let Err(error) = self.host.watch_port(&published.port, key)
-        {
-            self.ports.remove(key);
-            return Err(error);
-        }
-        self.ports_by_id.insert(id, key);
-        Ok(())
+        let host = &mut self.host;
+        let published = Published { id, forward, port, guard, stats };
+        self.ports.insert(published, |port, key| host.watch_port(port, key))
     }
 
     /// Closes a published port. TCP connections continue. UDP sessions end, because they use its
     /// socket.
     pub fn unpublish(&mut self, id: ForwardId) -> bool {
-        let Some(key) = self.ports_by_id.remove(&id) else { return false };
-        let sessions: Vec<Key> = self
-            .clients
-            .iter()
-            .filter(|(client, _)| client.0 == key)
-            .map(|(_, flow)| *flow)
-            .collect();
-        for session in sessions {
+        let Some(key) = self.ports.key_of(id) else { return false };
+        for session in self.clients.sessions_at(key) {
             self.end(session, false);
         }
-        self.ports.remove(key).is_some()
+        self.ports.remove(id);
+        true
     }
 
     /// Handles readiness of a published port. The key may be stale.
@@ -116,26 +95,6 @@ impl<H: Host> Engine<H> {
             Some(Port::Udp(_)) => self.receive_at(key, now),
             None => {}
         }
-    }
-
-    /// Watches paused ports again.
-    pub(super) fn resume_ports(&mut self, now: Instant) {
-        if self.resume_at.is_none_or(|at| now < at) {
-            return;
-        }
-        self.resume_at = None;
-        for key in std::mem::take(&mut self.paused) {
-            if let Some(published) = self.ports.get(key)
-                && self.host.watch_port(&published.port, key).is_err()
-            {
-                self.pause(key, now);
-            }
-        }
-    }
-
-    fn pause(&mut self, key: Key, now: Instant) {
-        self.paused.push(key);
-        self.resume_at.get_or_insert(now + PAUSE);
     }
 
     fn accept(&mut self, key: Key, now: Instant) {
@@ -153,7 +112,7 @@ impl<H: Host> Engine<H> {
                     self.count_limit_drop(DropReason::Descriptors, None, now);
                     if let Some(published) = self.ports.get(key) {
                         self.host.ignore_port(&published.port);
-                        self.pause(key, now);
+                        self.ports.pause(key, now);
                     }
                     return;
                 }
@@ -202,7 +161,7 @@ impl<H: Host> Engine<H> {
         let flow = Flow::Tcp(Box::new(connection));
         let inserted = self.flows.insert(five_tuple, admission, Class::Connection, flow, now);
         let Some(flow) = inserted else { return };
-        *self.connections.entry(share_of(client.ip())).or_default() += 1;
+        self.clients.begin_connection(client.ip());
         self.count_new_flow(FlowKind::Tcp, now);
         stats.flows.add(1);
         stats.flows_begun.add(1);
@@ -298,8 +257,8 @@ impl<H: Host> Engine<H> {
         let gateway =
             *gateways.iter().find(|ip| ip.is_ipv4() == guest.is_ipv4() && **ip != guest)?;
         for _ in 0..TRIES {
-            self.next_port = self.next_port.checked_add(1).unwrap_or(FIRST_PORT).max(FIRST_PORT);
-            let key = FlowKey { outside: SocketAddr::new(gateway, self.next_port), ..five_tuple };
+            let outside = SocketAddr::new(gateway, self.gateway_ports.advance());
+            let key = FlowKey { outside, ..five_tuple };
             if self.flows.find(&key).is_none() {
                 return Some(key);
             }
@@ -397,8 +356,8 @@ impl<H: Host> Engine<H> {
         if !published.guard.as_ref().is_none_or(admits) {
             return Err(DropReason::ShutOut);
         }
-        if let Some(flow) = self.clients.get(&client) {
-            return Ok(*flow);
+        if let Some(flow) = self.clients.session(&client) {
+            return Ok(flow);
         }
         let (forward, stats) = (published.forward, Arc::clone(&published.stats));
         self.make_room_for_client(address.ip(), now);
@@ -410,8 +369,7 @@ impl<H: Host> Engine<H> {
         if let Some((_, Flow::Datagrams(session))) = self.flows.get_mut(flow) {
             session.key = Some(flow);
         }
-        self.clients.insert(client, flow);
-        self.sessions.entry(share_of(address.ip())).or_default().begin(flow);
+        self.clients.begin_session(client, flow);
         self.count_new_flow(FlowKind::Udp, now);
         stats.flows.add(1);
         stats.flows_begun.add(1);
@@ -424,23 +382,13 @@ impl<H: Host> Engine<H> {
     fn is_at_client_limit(&self, client: IpAddr) -> bool {
         let limits = &self.settings.limits;
         let most = limits.sessions_per_client.min((limits.flows_per_source * 2 / 3).max(1));
-        self.connections.get(&share_of(client)).is_some_and(|held| *held >= most)
-    }
-
-    /// Releases a connection of a client. `client` is its share.
-    pub(super) fn release_client_connection(&mut self, client: IpAddr) {
-        if let Entry::Occupied(mut held) = self.connections.entry(client) {
-            *held.get_mut() -= 1;
-            if *held.get() == 0 {
-                held.remove();
-            }
-        }
+        self.clients.connections(client) >= most
     }
 
     /// Evicts a session of the client if it has reached its limit.
     fn make_room_for_client(&mut self, client: IpAddr, now: Instant) {
         let limit = self.settings.limits.sessions_per_client;
-        let Some(client_sessions) = self.sessions.get_mut(&share_of(client)) else { return };
+        let Some(client_sessions) = self.clients.share_of(client) else { return };
         let flows = &self.flows;
         client_sessions.compact(|flow| flows.get(flow).is_some());
         if client_sessions.held < limit {
@@ -477,17 +425,16 @@ impl<H: Host> Engine<H> {
         }
     }
 
+    /// The published ports.
+    pub fn published(&self) -> Vec<ForwardId> {
+        self.ports.ids()
+    }
+
     /// Removes the accounting of a session of a published port.
     pub(super) fn remove_client_session(&mut self, via: &SessionSocket<H::Datagrams>) {
         if let SessionSocket::Port { port, client, local, stats } = via {
-            self.clients.remove(&(*port, *client, *local));
+            self.clients.end_session(&(*port, *client, *local));
             stats.flows.sub();
-            if let Entry::Occupied(mut held) = self.sessions.entry(share_of(client.ip())) {
-                held.get_mut().held -= 1;
-                if held.get().held == 0 {
-                    held.remove();
-                }
-            }
         }
     }
 
@@ -504,20 +451,6 @@ impl<H: Host> Engine<H> {
             }
             Flow::Datagrams(_) => {}
         }
-    }
-
-    /// The published ports.
-    pub fn published(&self) -> Vec<ForwardId> {
-        self.ports.iter().map(|(_, published)| published.id).collect()
-    }
-}
-
-/// Normalizes an address for comparison: an IPv4-mapped address becomes IPv4, and the scope is
-/// dropped unless the address is link-local.
-fn canonical(address: SocketAddr) -> SocketAddr {
-    match address {
-        SocketAddr::V6(v6) if v6.ip().is_unicast_link_local() => address,
-        _ => SocketAddr::new(address.ip().to_canonical(), address.port()),
     }
 }
 

@@ -38,7 +38,6 @@ mod tcp;
 
 use crate::fair_queue::{FairQueue, QueueLimits};
 use crate::flow_table::{Admission, AdmissionError, Class, FlowKey, FlowTable, Limit, Origin};
-use crate::forward::ForwardId;
 use crate::fragments::{FragmentOutcome, Reassembly};
 use crate::gso_batch::GsoBatch;
 use crate::host::{Host, Ready};
@@ -52,15 +51,13 @@ use crate::wire::protocol;
 use crate::wire::virtio::{Segmentation, VirtioHeader};
 use classify::Parsed;
 use datagrams::Session;
-use inbound::Client;
-use published::{ClientSessions, Published};
-use std::collections::{BTreeMap, HashMap};
+use published::{Clients, GatewayPorts, PublishedPorts};
 use std::hash::{Hash, Hasher};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_model::LogInterval;
-use tidegate_reactor::{Arena, Key, Timers, Token};
+use tidegate_reactor::{Key, Timers, Token};
 
 /// Maximum number of flows served per turn. More would delay queued packets.
 const FLOWS_PER_TURN: usize = 64;
@@ -138,20 +135,9 @@ pub struct Engine<H: Host> {
     limit_log: LogInterval,
     /// Number of dropped SYNs.
     refused_syns: u32,
-    /// Published ports, and their index by identifier.
-    ports: Arena<Published<H>>,
-    ports_by_id: BTreeMap<ForwardId, Key>,
-    /// Sessions of published ports.
-    clients: HashMap<Client, Key, HashKey>,
-    /// Sessions of each client, by its share.
-    sessions: HashMap<IpAddr, ClientSessions, HashKey>,
-    /// Number of TCP connections of each client of published ports, by its share.
-    connections: HashMap<IpAddr, usize, HashKey>,
-    /// Ports that are not watched until `resume_at`.
-    paused: Vec<Key>,
-    resume_at: Option<Instant>,
-    /// The last source port used with the gateway address.
-    next_port: u16,
+    ports: PublishedPorts<H>,
+    clients: Clients,
+    gateway_ports: GatewayPorts,
 }
 
 impl<H: Host> Engine<H> {
@@ -181,14 +167,9 @@ impl<H: Host> Engine<H> {
             measure_at: None,
             limit_log: LogInterval::default(),
             refused_syns: 0,
-            ports: Arena::new(),
-            ports_by_id: BTreeMap::new(),
-            clients: HashMap::with_hasher(secrets.table),
-            sessions: HashMap::with_hasher(secrets.table),
-            connections: HashMap::with_hasher(secrets.table),
-            paused: Vec::new(),
-            resume_at: None,
-            next_port: secrets.sequence.0[1] as u16,
+            ports: PublishedPorts::new(),
+            clients: Clients::new(secrets.table),
+            gateway_ports: GatewayPorts::after(secrets.sequence.0[1] as u16),
             settings,
             secrets,
             epoch: now,
@@ -349,7 +330,7 @@ impl<H: Host> Engine<H> {
     /// The earliest deadline, at which to call [`Self::handle_timeout`].
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        let others = [self.reassembly.next_deadline(), self.resume_at, self.measure_at];
+        let others = [self.reassembly.next_deadline(), self.ports.resume_at(), self.measure_at];
         self.timers.next_deadline().into_iter().chain(others.into_iter().flatten()).min()
     }
 
@@ -358,7 +339,8 @@ impl<H: Host> Engine<H> {
         for _ in 0..self.reassembly.expire(now) {
             self.stats.count_drop(DropReason::Fragments);
         }
-        self.resume_ports(now);
+        let host = &mut self.host;
+        self.ports.resume(now, |port, key| host.watch_port(port, key));
         for _ in 0..TIMEOUTS_PER_TURN {
             let Some(token) = self.timers.expire(now) else { break };
             let key = token.key();
@@ -373,7 +355,7 @@ impl<H: Host> Engine<H> {
 
     /// Closes all published ports and ends all flows. Remote sides receive resets.
     pub fn shutdown(&mut self) {
-        for id in self.published() {
+        for id in self.ports.ids() {
             self.unpublish(id);
         }
         for key in self.flows.keys() {
@@ -550,7 +532,7 @@ impl<H: Host> Engine<H> {
             Flow::Tcp(mut connection) => {
                 if let Some(inbound) = &connection.inbound {
                     inbound.stats.flows.sub();
-                    self.release_client_connection(inbound.client);
+                    self.clients.end_connection(inbound.client);
                 }
                 if let Some(stream) = connection.take_stream().filter(|_| cut) {
                     self.stats.resets.add(1);
