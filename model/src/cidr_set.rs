@@ -11,15 +11,15 @@ const MAPPED: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff,
 
 /// A set of addresses, built from CIDR blocks and single addresses.
 ///
-/// The address families are separate. An IPv4-mapped IPv6 address is looked up as the IPv4 address
-/// in it, so a client cannot evade the list by the form of its address. `::/0` contains no IPv4
+/// The address families are separate. An IPv4-mapped IPv6 address is looked up as the embedded IPv4
+/// address, so a client cannot bypass the list by using the mapped form. `::/0` contains no IPv4
 /// address. A block of mapped addresses (`::ffff:192.0.2.0/120`) is equivalent to the IPv4 block.
 ///
 /// An empty set [`contains`](Self::contains) nothing. The caller decides whether an empty set means
 /// "allow all" or "deny all".
 ///
 /// Blocks are stored as sorted, disjoint, non-adjacent ranges; a lookup is one binary search. A set
-/// is built from at most [`MAX_ENTRIES`](Self::MAX_ENTRIES) blocks, hence at most 2 MiB.
+/// is built from at most [`MAX_ENTRIES`](Self::MAX_ENTRIES) blocks and takes at most 2 MiB.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CidrSet {
     v4: Vec<(Ipv4Addr, Ipv4Addr)>,
@@ -94,8 +94,7 @@ impl CidrSet {
     }
 }
 
-/// Builds a set from blocks that are valid already. Host bits are ignored. The caller limits the
-/// number of blocks.
+/// Builds a set from valid blocks. Host bits are ignored. The caller limits the number of blocks.
 impl FromIterator<IpNet> for CidrSet {
     fn from_iter<I: IntoIterator<Item = IpNet>>(blocks: I) -> Self {
         let mut set = Self::default();
@@ -166,7 +165,7 @@ fn merge<A: Copy + Ord>(ranges: &mut Vec<(A, A)>, next: impl Fn(A) -> Option<A>)
 }
 
 /// Whether one of the sorted, disjoint ranges contains `ip`. Only the last range that starts at or
-/// before `ip` can.
+/// before `ip` can contain it.
 fn ranges_contain<A: Copy + Ord>(ranges: &[(A, A)], ip: A) -> bool {
     let behind = ranges.partition_point(|&(start, _)| start <= ip);
     behind.checked_sub(1).is_some_and(|index| ip <= ranges[index].1)

@@ -1,4 +1,4 @@
-//! Directions of payload, and values for each of them.
+//! Direction of payload, and pairs with one value per direction.
 
 use std::ops::{Index, IndexMut};
 
@@ -43,7 +43,7 @@ pub struct PerDirection<T> {
 }
 
 impl<T> PerDirection<T> {
-    /// Creates the value for each direction.
+    /// Calls `value` once for each direction.
     pub fn new(mut value: impl FnMut(Direction) -> T) -> Self {
         Self { inbound: value(Direction::In), outbound: value(Direction::Out) }
     }

@@ -1,8 +1,8 @@
-//! Texts of errors.
+//! Addresses and kernel errors in messages.
 
 use std::net::IpAddr;
 
-/// An address as in a URL: IPv6 in brackets.
+/// Formats an address as in a URL: IPv6 in brackets.
 #[must_use]
 pub fn bracketed(ip: IpAddr) -> String {
     match ip {
@@ -11,7 +11,7 @@ pub fn bracketed(ip: IpAddr) -> String {
     }
 }
 
-/// Returns `text` without the `(os error N)` that Rust adds to the texts of the kernel.
+/// Removes every ` (os error N)`, which [`std::io::Error`] appends to the message of the kernel.
 #[must_use]
 pub fn without_errno(text: &str) -> String {
     let mut pieces = text.split(" (os error ");

@@ -7,7 +7,7 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Environment variable with features to treat as missing, separated by commas; `all` stands for
+/// Environment variable with a comma-separated list of features to treat as missing. `all` means
 /// every feature that depends on the kernel version. For tests.
 pub const LACKS: &str = "TIDEGATE_LACKS";
 
@@ -92,8 +92,8 @@ impl Feature {
         ALL_OFF.load(Ordering::Relaxed) && self.depends_on_version() || is_listed(self, forced_off)
     }
 
-    /// Whether some kernel from Linux 5.10 on is too old for the feature. Otherwise its presence
-    /// depends on privileges or on the kernel configuration.
+    /// Whether some supported kernel (Linux 5.10 or later) is too old for the feature. Other
+    /// features depend on privileges or on the kernel configuration.
     const fn depends_on_version(self) -> bool {
         !matches!(self, Self::Tun | Self::BpfGuards | Self::NetdevGuards | Self::ClassicGuards)
     }

@@ -1,10 +1,10 @@
-//! Arrival of a client at a local socket.
+//! Ingress interface and addresses of traffic to a local socket.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
 use std::net::{IpAddr, SocketAddr};
 
-/// Kernel-reported arrival of a connection or datagram.
+/// How a connection or datagram reached a local socket, as reported by the kernel.
 ///
 /// The interface is the only field that a client cannot choose. It can forge the source address of
 /// a datagram. The destination can be any address of the host, on any interface (the weak host

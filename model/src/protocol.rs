@@ -7,8 +7,7 @@ use std::str::FromStr;
 
 /// A transport protocol with ports.
 ///
-/// SCTP parses everywhere. Support depends on the kernel and is detected when the socket is
-/// created.
+/// Every parser accepts SCTP. Kernel support is detected when the socket is created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Protocol {
     /// RFC 9293.

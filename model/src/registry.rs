@@ -37,8 +37,8 @@ pub const MARK: u32 = 0x7467_0001;
 /// belongs to other software.
 pub const MARK_MASK: u32 = 0xffff_ffff;
 
-/// The packet mark with which the firewall rules of tidegate permit its policy rules to forward a
-/// packet into a network.
+/// The packet mark that the firewall rules of tidegate set on packets that may be forwarded into a
+/// network, and that its policy rules match.
 ///
 /// Packets carry the mark from the end of the `prerouting` hook until the egress of a bridge. The
 /// upper half equals that of [`MARK`]. The lower half keeps the value set by other software and is
@@ -85,9 +85,9 @@ pub const UPLINK_MAIN_PRIORITY: u32 = 7_660;
 /// uplink.
 pub const UPLINK_PRIORITY: u32 = 7_661;
 
-/// Number of priorities of network rules that must precede the rules of other software, starting at
-/// [`GUARD_EXEMPTION_PRIORITY`]. The rules are moved to lower priorities if as many are free after
-/// that of the `local` table, 0.
+/// Number of consecutive priorities, starting at [`GUARD_EXEMPTION_PRIORITY`], whose rules must
+/// precede those of other software. If other software uses lower numbers, the rules are moved to
+/// the priorities after 0 (the `local` table), provided that this many are free.
 pub const PRECEDING_PRIORITIES: u32 = NO_EGRESS_PRIORITY - GUARD_EXEMPTION_PRIORITY + 1;
 
 /// The first of the [`UPLINK_TABLES`] routing tables, after those of NAT engines. One table is used
@@ -177,7 +177,8 @@ pub const fn table_id(slot: OwnerSlot) -> u32 {
 
 /// The priority of the rules that exempt the host itself from [`GUARD_PRIORITY`].
 ///
-/// After the [`OwnerSlot`]s, which route the egress of a network, and before `main`.
+/// It follows the priorities of the [`OwnerSlot`]s, which route the egress of a network, and
+/// precedes `main`.
 pub const GUARD_EXEMPTION_PRIORITY: u32 = 7_656;
 
 /// The priority of the rules that make a network unreachable for forwarded packets, in both
@@ -188,8 +189,8 @@ pub const GUARD_PRIORITY: u32 = 7_657;
 /// guards, so the engine receives only packets to destinations outside all networks of tidegate.
 pub const EGRESS_PRIORITY: u32 = 7_658;
 
-/// The priority of the rules after [`EGRESS_PRIORITY`], which drop all forwarded packets from a
-/// network while the engine is gone.
+/// The priority of the rules that drop all forwarded packets from a network while the engine is not
+/// running. They follow those of [`EGRESS_PRIORITY`].
 pub const NO_EGRESS_PRIORITY: u32 = 7_659;
 
 /// The first of the [`EGRESS_TABLES`] routing tables for the routes of NAT engines, after those of
@@ -211,9 +212,9 @@ pub fn bridge_group(owner: &str) -> u32 {
 /// The lowest [`bridge_group`].
 const FIRST_BRIDGE_GROUP: u32 = 0x4000_0000;
 
-/// The IPv4 and IPv6 addresses of the NAT engine of `tidegate up`, under which containers see the
-/// host. No host has these addresses. Each engine uses them only towards its own containers, so
-/// they are the same for all engines.
+/// The IPv4 and IPv6 addresses of the NAT engine of `tidegate up`, which represent the host to
+/// containers. No host has these addresses. Each engine uses them only towards its own containers,
+/// so they are the same for all engines.
 ///
 /// The IPv4 address is link-local (RFC 3927), as are those of cloud services and of the host in
 /// other container engines. It differs from those of EC2 and compatible clouds (169.254.169.254,
@@ -240,7 +241,8 @@ pub const NETWORK_ALIAS: &str = "tidegate network";
 /// bytes (`IFNAMSIZ` less the NUL), which leaves 13 after the prefix.
 pub const INTERFACE_PREFIX: &str = "tg";
 
-/// The prefix of the names of bridges; no other link of tidegate has a hyphen there.
+/// The prefix of the names of bridges. No other link of tidegate has a hyphen in the third
+/// position.
 pub const BRIDGE_PREFIX: &str = "tg-";
 
 /// Bridges of containers and virtual machines of other software: Docker, Podman, CNI, libvirt, LXC,

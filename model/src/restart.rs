@@ -9,7 +9,7 @@ pub enum Restart {
     /// It is restarted after a failure (exit code other than 0, or killed by a signal), `max` times
     /// at most; without `max`, without limit.
     OnFailure {
-        /// The most restarts, at least 1.
+        /// Maximum number of restarts, at least 1.
         max: Option<u32>,
     },
     /// It is always restarted.

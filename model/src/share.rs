@@ -20,17 +20,18 @@ pub fn share_of(address: IpAddr) -> IpAddr {
     }
 }
 
-/// Whether a holder of `held` places may take one more while `free` places are left. It may if it
-/// holds fewer than twice as many places as are free (dynamic threshold, Choudhury and Hahne 1998).
+/// Whether a holder of `held` units may take one more while `free` units are left. It may if it
+/// holds fewer than twice as many units as are free (dynamic threshold, Choudhury and Hahne 1998).
 /// One holder gets two thirds of a limit, and one third stays free for others; two holders get two
-/// fifths each. A holder without a place may take the last one.
+/// fifths each. A holder without a unit may take the last one.
 #[must_use]
 pub const fn may_take(held: usize, free: usize) -> bool {
     held < free.saturating_mul(2)
 }
 
-/// Holders ordered by the places they hold. The largest one yields when a limit is reached. Holders
-/// of at most one place are not ranked, because evicting them would favour no smaller holder.
+/// Holders ordered by the number of units they hold. When a limit is reached, the largest holder
+/// loses a unit. Holders of at most one unit are not ranked, because evicting them would favour no
+/// smaller holder.
 #[derive(Clone, Debug)]
 pub struct Ranking<K>(BTreeSet<(usize, K)>);
 
@@ -41,7 +42,7 @@ impl<K> Default for Ranking<K> {
 }
 
 impl<K: Copy + Ord> Ranking<K> {
-    /// Updates `holder` from `before` to `now` places.
+    /// Updates `holder` from `before` to `now` units.
     pub fn change(&mut self, holder: K, before: usize, now: usize) {
         if before > 1 {
             self.0.remove(&(before, holder));
@@ -51,7 +52,7 @@ impl<K: Copy + Ord> Ranking<K> {
         }
     }
 
-    /// The largest holder and its places, at least two.
+    /// The largest holder and its number of units, at least two.
     #[must_use]
     pub fn largest(&self) -> Option<(K, usize)> {
         self.0.last().map(|(held, holder)| (*holder, *held))
@@ -62,7 +63,7 @@ impl<K: Copy + Ord> Ranking<K> {
 mod tests {
     use super::*;
 
-    /// Places per holder if all holders take places in turn for as long as they may.
+    /// Units per holder if the holders take units in turn until none may take more.
     fn taken(limit: usize, holders: usize) -> Vec<usize> {
         let mut held = vec![0; holders];
         for _ in 0..limit {

@@ -74,7 +74,8 @@ pub enum PortSpecProblem {
     /// The spec starts with a colon.
     #[error("host address is empty")]
     HostAddressEmpty,
-    /// The host address is a name. A name can resolve to several addresses, and to others later.
+    /// The host address is a name. A name can resolve to several addresses, and the result can
+    /// change.
     #[error("host {0:?} is a name; an IP address is needed")]
     HostName(String),
     /// The host address is neither an IP address nor a name.
@@ -91,7 +92,7 @@ pub enum PortSpecProblem {
     /// The host address has a zone (`%eth0`).
     #[error("host address {0:?} has a zone; zones cannot be published on")]
     HostAddressZone(String),
-    /// An address is in the place of the host port: the colon of the empty host port is missing.
+    /// The field of the host port contains an address: the colon of the empty host port is missing.
     #[error("host port is missing behind the address {0}; for an ephemeral one write {0}::PORT")]
     HostPortMissing(String),
     /// The text after the slash is not a protocol.
@@ -172,8 +173,8 @@ impl<'a> Fields<'a> {
             }
             return Ok(Self { host_ip: None, host_port: Some(before), container });
         };
-        // Docker accepts `::1` here. The other cases are IPv6 addresses with last groups that could
-        // be ports.
+        // Docker accepts `::1` here. The other cases are IPv6 addresses whose last groups could be
+        // ports.
         let v6 = [address, before, spec].into_iter().find_map(|text| text.parse().ok());
         if let Some(v6) = v6.filter(|_| !address.is_empty()) {
             return Err(PortSpecProblem::HostAddressUnbracketed(v6));

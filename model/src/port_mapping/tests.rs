@@ -304,7 +304,7 @@ mod overlaps {
             .collect();
         let start = Instant::now();
         assert_eq!(overlap(&specs), Ok(()));
-        // An unoptimised build takes about 50 ms; comparing every pair would take far longer than 5
+        // An unoptimised build takes about 50 ms. Comparing every pair would take far longer than 5
         // s.
         assert!(start.elapsed().as_secs() < 5, "{:?}", start.elapsed());
     }
