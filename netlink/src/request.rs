@@ -5,7 +5,8 @@ pub const HEADER: usize = 16;
 
 /// A netlink request: `struct nlmsghdr`, a header defined by the netlink family, and attributes.
 pub trait Request {
-    /// Length of the family header in requests and replies, in bytes. Callbacks get what follows.
+    /// Length of the family header in requests and replies, in bytes. Callbacks receive the bytes
+    /// after it.
     const HEAD: usize;
 
     /// Appends the encoded request to `buffer`.

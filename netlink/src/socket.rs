@@ -27,7 +27,7 @@ const DONE: u16 = 3;
 /// A message that the kernel rejected.
 #[derive(Debug)]
 pub struct Rejection {
-    /// Index among the messages sent.
+    /// Index of the message in the list that was sent.
     pub index: usize,
     /// Error code of the kernel.
     pub source: io::Error,
@@ -94,7 +94,7 @@ impl NetlinkSocket {
     /// that the kernel echoes (`NLM_F_ECHO`).
     ///
     /// # Errors
-    /// Errors of the socket. What the kernel rejects is no error.
+    /// Errors of the socket. Rejected messages are returned and are not an error.
     pub fn send_all<M: Request>(
         &mut self,
         messages: &[M],
@@ -212,7 +212,7 @@ impl NetlinkSocket {
         self.socket.send(buffer, 0).map(drop)
     }
 
-    /// Discards replies to requests that were abandoned.
+    /// Discards replies to abandoned requests.
     fn discard(&self) -> io::Result<()> {
         self.socket.set_non_blocking(true)?;
         let drained = self.drain(|_, _, _| ());
