@@ -1,9 +1,9 @@
-//! What a process of tidegate sets for itself.
+//! Setup of the own process: confinement, resident memory and limits.
 //!
 //! | module | purpose |
 //! |---|---|
-//! | [`confine`] | gives up privileges, files and system calls |
-//! | [`startup_pages`] | releases the memory of the start |
+//! | [`confine`] | drops privileges, file access and system calls |
+//! | [`startup_pages`] | releases pages that only startup used |
 
 pub mod confine;
 pub mod startup_pages;
@@ -18,6 +18,6 @@ pub const EXIT_USAGE: u8 = 2;
 pub fn raise_descriptor_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
-    // An error leaves the limit as it was.
+    // On error, the limit is unchanged.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
 }

@@ -1,10 +1,10 @@
-//! Releases the pages of program text that only the start has used.
+//! Releases pages of program text that were used only during startup.
 //!
 //! dockerd starts two docker-proxies for every published port, and rootless hosts start two
-//! processes for every container. Most of them see little traffic. During the start, the kernel
-//! maps a megabyte of the program and its libraries: it maps 64 KiB around every fault
-//! (`do_fault_around`, mm/memory.c). The start does not run again. Code for connections is mapped
-//! again on first use, from the page cache.
+//! processes for every container. Most of them see little traffic. During startup, the kernel maps
+//! a megabyte of the program and its libraries, because it maps 64 KiB around every fault
+//! (`do_fault_around`, mm/memory.c). Startup code does not run again. Code for connections is
+//! mapped again on first use, from the page cache.
 
 use rustix::mm::{Advice, madvise};
 use std::ffi::{c_int, c_void};

@@ -2,8 +2,8 @@
 //!
 //! Other calls fail with `EPERM`. Killing the process instead would make an attack more visible,
 //! but a future libc may try a new call for which it has a fallback, and a container would then
-//! lose its network. The lists result from reading the programs and the Rust and C libraries that
-//! they use, and were compared with traces of runs.
+//! lose its network. The lists were derived from the source of the programs and of the Rust and C
+//! libraries that they use, and compared with traces of runs.
 //!
 //! Filters are built by `seccompiler`, the library of Firecracker. It checks the architecture and
 //! compares arguments, the most error-prone part of handwritten filters. For calls that are allowed
@@ -40,7 +40,7 @@ pub(crate) enum Work {
     Resolvers,
 }
 
-/// Memory, time, signals and exit. For all kinds of work.
+/// Calls of every process: memory, time, signals and exit.
 const ALWAYS: &[libc::c_long] = &[
     libc::SYS_brk,
     libc::SYS_clock_gettime,
@@ -195,7 +195,7 @@ fn rules(work: Work) -> Result<Vec<(i64, Vec<SeccompRule>)>, seccompiler::Backen
         rules.push((libc::SYS_openat, vec![without(2, writing.unsigned_abs())?]));
     }
     if work == Work::Ports {
-        // Threads, no processes.
+        // Threads only, no processes.
         let thread = libc::CLONE_THREAD.unsigned_abs();
         let is_thread = masked(0, thread, thread)?;
         rules.push((libc::SYS_clone, vec![is_thread]));
@@ -204,9 +204,9 @@ fn rules(work: Work) -> Result<Vec<(i64, Vec<SeccompRule>)>, seccompiler::Backen
         let requests = [libc::FIONBIO, libc::FIOCLEX, libc::FIONREAD]
             .map(|request| equal(1, i32::try_from(request).unwrap_or_default()));
         rules.push((libc::SYS_ioctl, requests.into_iter().collect::<Result<_, _>>()?));
-        // `CAP_NET_ADMIN` is kept for buffer sizes only. Marks, which firewalls match on, and
-        // transparent sockets are denied. The filter ignores the level: on other levels, no option
-        // with these numbers is used (one of them is TCP_REPAIR).
+        // `CAP_NET_ADMIN` is kept for buffer sizes only. Marks, which firewalls match, and
+        // transparent sockets are denied. The filter does not compare the level: the process sets
+        // no option with these numbers at other levels, where one of them is TCP_REPAIR.
         let denied = [libc::SO_MARK, libc::IP_TRANSPARENT, libc::IPV6_TRANSPARENT];
         let others = denied.map(|option| condition(2, SeccompCmpOp::Ne, option));
         let others = SeccompRule::new(others.into_iter().collect::<Result<_, _>>()?)?;

@@ -8,8 +8,8 @@
 //! | its process that watches resolv.conf | none | read: `/etc`, `/run`, and the directory that the file links to | [`Work::Resolvers`] |
 //!
 //! Capabilities and landlock domains belong to a thread and are inherited by the threads that it
-//! creates, so they are dropped while there is one thread. The system call filter is installed for
-//! all threads after the setup.
+//! creates, so they are dropped while the process has one thread. The system call filter is
+//! installed for all threads after the setup.
 
 mod calls;
 mod files;
@@ -34,8 +34,8 @@ pub struct PrivilegeError {
     pub source: Errno,
 }
 
-/// Drops all capabilities but `kept` of the calling thread, and of the threads that it creates.
-/// Sets no_new_privs.
+/// Drops all capabilities except `kept` from the calling thread. Threads that it creates inherit
+/// this. Sets no_new_privs.
 ///
 /// # Errors
 /// A system call failed.
