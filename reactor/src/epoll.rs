@@ -16,7 +16,8 @@ use std::time::Duration;
 pub struct Token(u64);
 
 impl Token {
-    /// The token of the mailbox. No arena assigns its index.
+    /// The token of the mailbox. Its index is that of the last of
+    /// [`Arena::MAX_SLOTS`](crate::Arena) slots, and the arenas of all callers are far smaller.
     pub(crate) const MAILBOX: Self = Self(u64::MAX);
 
     /// Creates a token for `key`. `tag` (0 to 15) selects the arena of the key, or one of several

@@ -35,8 +35,8 @@ pub trait Handler {
     /// then does not sleep.
     fn turn(&mut self, cx: &mut Context<'_>) -> bool;
 
-    /// The time until which to poll instead of sleeping, because an event is expected sooner than a
-    /// sleep and wake-up would take; usually in the past. See [`EventLoop`].
+    /// The time until which the loop busy-polls instead of sleeping, because an event is expected
+    /// sooner than a sleep and a wake-up take. Usually in the past. See [`EventLoop`].
     fn expects_until(&self) -> Option<Instant> {
         None
     }
@@ -66,17 +66,17 @@ impl Context<'_> {
 /// Maximum duration of sched_yield(2) if no other thread wants the core.
 const MAX_YIELD: Duration = Duration::from_micros(100);
 
-/// How long a loop does not poll after a yield that took longer.
+/// How long the loop stops busy polling after a yield that took longer than [`MAX_YIELD`].
 const POLL_BACK_OFF: Duration = Duration::from_millis(100);
 
 /// An event loop for one thread.
 ///
-/// It sleeps in epoll_wait(2) when idle. Falling asleep and being woken by another core takes as
-/// long as two or three small exchanges, and longer in a virtual machine. So while the handler
-/// [expects events](Handler::expects_until), the loop polls and calls sched_yield(2) in between. If
-/// client and server share its cores, yielding lets them produce the awaited event. If a
-/// compute-bound program takes the core instead, the loop stops polling for a while, because the
-/// scheduler favours threads that slept.
+/// It sleeps in epoll_wait(2) when idle. A sleep and a wake-up by another core take as long as two
+/// or three small exchanges, and longer in a virtual machine. While the handler
+/// [expects events](Handler::expects_until), the loop therefore busy-polls and calls sched_yield(2)
+/// between polls. If client and server share its cores, yielding lets them produce the awaited
+/// event. If a compute-bound program takes the core instead, the loop stops polling for a while,
+/// because the scheduler favours threads that slept.
 pub struct EventLoop<M> {
     epoll: Epoll,
     timers: Timers,

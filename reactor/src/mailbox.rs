@@ -40,8 +40,8 @@ impl<M> fmt::Debug for Sender<M> {
 impl<M> Sender<M> {
     /// Queues `message`, and wakes the loop if it may be asleep.
     ///
-    /// The queue is unbounded. It carries control messages, and accepted connections that were
-    /// counted against their limits before.
+    /// The queue is unbounded. It carries control messages and accepted connections, which already
+    /// count against their limits.
     ///
     /// # Errors
     /// [`Closed`] if the loop has ended.

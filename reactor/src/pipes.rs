@@ -1,10 +1,10 @@
 //! Pool of pipes for `splice(2)`.
 //!
-//! Splicing from socket to pipe to socket moves payload by reference; the pages never enter this
-//! process. It requires large pipes: per GB moved, 64 KiB pipes took 1.7 times the CPU of 1 MiB
-//! pipes. An unprivileged user may have only 64 MiB of pipes (`fs.pipe-user-pages-soft`); beyond
-//! that, new pipes have one or two pages. So a connection borrows a pipe while bytes flow and
-//! returns it once drained. If no large pipe is available, the caller copies.
+//! Splicing from socket to pipe to socket moves payload by reference, without a copy to user space.
+//! It requires large pipes: per GB moved, 64 KiB pipes took 1.7 times the CPU of 1 MiB pipes. An
+//! unprivileged user may have only 64 MiB of pipes (`fs.pipe-user-pages-soft`); beyond that, new
+//! pipes have one or two pages. So a connection borrows a pipe while bytes flow and returns it once
+//! drained. If no large pipe is available, the caller copies.
 
 use crate::{Descriptors, Permit};
 use rustix::io::Errno;
@@ -94,8 +94,8 @@ fn splice_result(splice: impl FnMut() -> Result<usize, Errno>) -> io::Result<Spl
     }
 }
 
-/// Number of [`PipePool::obtain`] calls that fail without a system call after the kernel had no
-/// large pipe. A retry takes four system calls.
+/// Number of [`PipePool::obtain`] calls that return `None` without a system call after the kernel
+/// provided no large pipe. A retry takes four system calls.
 const FAILURES_BEFORE_RETRY: u32 = 256;
 
 /// A bounded pool of reusable pipes.

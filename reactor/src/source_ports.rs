@@ -83,7 +83,7 @@ struct Recent {
     since: Option<Instant>,
     before: u32,
     now: u32,
-    /// Set after the port search failed; no search starts earlier.
+    /// End of the back-off after a failed port search.
     back_off_until: Option<Instant>,
 }
 
@@ -126,7 +126,7 @@ impl SourcePorts {
         Self { range: range.into(), ..Self::default() }
     }
 
-    /// Whether recent connections are so many that ports are bound by number.
+    /// Whether there were so many recent connections that ports are bound by number.
     pub fn by_number(&self) -> bool {
         self.exceeds_threshold(self.recent().count(Instant::now()))
     }

@@ -1,11 +1,11 @@
 //! Batched receive and send of datagrams.
 //!
-//! The cost of a datagram proxy is in system calls and traversals of the network stack, hardly in
-//! bytes. Three kernel features reduce both:
+//! The cost of a datagram proxy depends on the number of system calls and traversals of the network
+//! stack, and hardly on the number of bytes. Three kernel features reduce both:
 //!
 //! - `recvmmsg(2)` and `sendmmsg(2)` transfer up to [`SLOTS`] messages per call;
-//! - `UDP_GRO` (5.0) delivers equal datagrams of one flow as one GSO batch, with the segment size
-//!   in a control message;
+//! - `UDP_GRO` (5.0) delivers datagrams of equal size and of one flow as one GSO batch, with the
+//!   segment size in a control message;
 //! - `UDP_SEGMENT` (4.18) sends such a GSO batch through the stack once and segments it at the
 //!   device.
 //!

@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 pub struct Destination {
     /// The receiver.
     pub to: SocketAddr,
-    /// Source address and egress interface (0: by the routing table).
+    /// Source address and egress interface (0: selected by the routing table).
     pub from: Option<(IpAddr, u32)>,
 }
 
