@@ -1,5 +1,5 @@
-//! Support for the benchmark of the cost of counting: parts of a loop, generic over counters that
-//! count and counters that do nothing.
+//! Support for the benchmark of counter overhead: parts of an event loop, generic over real and
+//! no-op counters.
 
 pub use crate::port::{Tally, Uncounted};
 

@@ -11,7 +11,7 @@ use tidegate_model::CidrSet;
 pub struct Settings {
     /// Maximum number of event loops, at least 1. Loops are started on demand.
     pub workers: usize,
-    /// Maximum TCP connections of all ports. One client gets two thirds.
+    /// Maximum TCP connections of all ports. One client may hold at most two thirds of them.
     pub max_connections: usize,
     /// Maximum TCP connections of one client (an IPv4 address or an IPv6 /64), if lower than its
     /// share.
@@ -66,7 +66,7 @@ pub struct PortOptions {
     pub allow: Option<CidrSet>,
     /// Decides by ingress interface which clients may connect at which address of this host.
     pub gateway_acl: GatewayAcl,
-    /// Maximum TCP connections of this port. One client gets two thirds.
+    /// Maximum TCP connections of this port. One client may hold at most two thirds of them.
     pub max_connections: usize,
     /// Limits of the session table (UDP).
     pub sessions: TableLimits,

@@ -1,4 +1,4 @@
-//! CPU use of an event loop, as the share of its thread of one core.
+//! CPU use of an event loop: the share of one core that its thread uses.
 
 use rustix::time::{ClockId, clock_gettime};
 use std::time::{Duration, Instant};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 /// Measurement interval. A shorter one would take a burst of connections for sustained load.
 const WINDOW: Duration = Duration::from_millis(100);
 
-/// CPU share from which a loop is saturated and new connections go to other loops.
+/// CPU share at which a loop counts as saturated, so that new connections go to other loops.
 ///
 /// Below it, one loop is more efficient for all connections: two loops compete for the same caches
 /// and wake each other's peers. On two cores, 16 streams through one loop reached 33 Gbit/s at 0.12

@@ -44,7 +44,7 @@ pub struct PublishedPort(u64);
 /// Result of [`Engine::drain`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Drained {
-    /// TCP connections that were cut at the deadline.
+    /// TCP connections that were reset at the deadline.
     pub cut: usize,
 }
 
@@ -200,8 +200,9 @@ impl Engine {
         Ok(ids)
     }
 
-    /// Reserves series for up to `count` ports and returns for how many. Also covers ports that the
-    /// NAT engine forwards and that are reported together with these.
+    /// Reserves metric series for up to `count` ports and returns the number of reserved ones.
+    /// Ports that the NAT engine forwards are included, because they are reported together with
+    /// these.
     pub fn reserve_series(&self, count: usize) -> usize {
         let mut ports = self.ports();
         let left = self.shared.settings.ports_with_series.saturating_sub(ports.with_series);

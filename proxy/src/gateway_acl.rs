@@ -4,7 +4,7 @@
 //! networks, to link-local addresses, and to broadcast and multicast addresses. The kernel delivers
 //! such packets from any interface (weak host model, RFC 1122 section 3.3.4.2). A client can choose
 //! its source and destination address, and a link-local address belongs to no subnet. A client
-//! cannot choose the bridge that its packets come in by, so the ingress interface decides. For a
+//! cannot choose the bridge on which its packets arrive, so the ingress interface decides. For a
 //! port of an endpoint:
 //!
 //! | ingress interface | destination | access |
@@ -28,7 +28,7 @@
 //! [`Listener::drop_forged_own_source`](crate::Listener::drop_forged_own_source) drops such
 //! datagrams unless they were delivered by `lo`.
 //!
-//! Broadcast and multicast that come in by an uplink are accepted: they reach a port on all
+//! Broadcast and multicast packets that arrive on an uplink are accepted: they reach a port on all
 //! addresses of the host and reveal nothing about its networks.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
@@ -122,7 +122,7 @@ impl GatewayNetworks {
         *self.foreign.write().unwrap_or_else(PoisonError::into_inner) = networks;
     }
 
-    /// For one decision; no system call is made while the lock is held.
+    /// Locks the networks for one decision. No system call is made while the lock is held.
     fn read(&self) -> RwLockReadGuard<'_, Vec<GatewayNetwork>> {
         self.networks.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -205,8 +205,8 @@ impl GatewayAcl {
         let Some(destination) = destination.map(|address| address.to_canonical()) else {
             return false;
         };
-        // No kernel sends to an IPv6 address from an IPv4-mapped one, and no host has the addresses
-        // of NAT engines: a service would take such a client for the host.
+        // No kernel sends from an IPv4-mapped address to an IPv6 address, and no host has an
+        // address of a NAT engine. A service would mistake such a client for the host.
         let is_mapped = |ip: IpAddr| matches!(ip, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
         let forged_family = is_mapped(ingress.client.ip()) && destination.is_ipv6();
         if interface == 0 || forged_family || registry::ENGINE_ADDRESSES.contains(&client) {
@@ -218,7 +218,7 @@ impl GatewayAcl {
         if is_host {
             return true;
         }
-        // With `route_localnet` set, as by kube-proxy, such packets come in from the link
+        // With `route_localnet` set, as by kube-proxy, such packets can arrive on a link
         // (CVE-2020-8558).
         if destination.is_loopback() {
             return false;
@@ -240,7 +240,7 @@ impl GatewayAcl {
         }
     }
 
-    /// Decides about traffic that came in by the bridge of `network`.
+    /// Decides about traffic that arrived on the bridge of `network`.
     fn allows_member(
         &self,
         networks: &[GatewayNetwork],
@@ -264,8 +264,8 @@ impl GatewayAcl {
             !network.contains(address) && networks.iter().any(|other| other.contains(address))
         };
         // A completed handshake proves the source address, and a container on two networks may use
-        // either bridge. The reply to a datagram with a source outside of the network would go
-        // there.
+        // either bridge. The reply to a datagram with a source address outside the network would be
+        // sent to that address.
         let is_member = network.contains(client) || is_link_local(client);
         if in_another(destination) || !handshake && !is_member {
             return false;
@@ -341,8 +341,8 @@ mod tests {
         Ingress { handshake: true, ..datagram(interface, client, destination) }
     }
 
-    /// All destinations by each interface, for a port of an endpoint on `front`, one on `shut`, one
-    /// on `front` and `shut`, and a port without an endpoint.
+    /// Every destination from every interface, for ports of endpoints on `front`, on `shut`, on
+    /// both, and for a port without an endpoint.
     #[test]
     fn the_ingress_interface_decides() {
         let ports = [&["front"][..], &["shut"], &["front", "shut"], &[]].map(attached);
@@ -447,7 +447,7 @@ mod tests {
         };
         let (again, vpn) = (20, 19);
         assert_eq!(networks.set_bridges(&indexes(None)), [""; 0]);
-        // The new interface could be the deleted bridge, with any source address.
+        // The new interface could be the recreated bridge, and a member may use any source address.
         assert!(port.denies(&datagram(again, "203.0.113.77", "203.0.113.1")));
         assert!(port.denies(&connection(again, "fe80::7", "fe80::1")));
         assert!(!port.denies(&connection(UPLINK, "203.0.113.9", "203.0.113.1")));
@@ -523,10 +523,10 @@ mod tests {
             assert!(port.denies(&datagram(interface, client, destination)), "{client}");
             assert!(port.denies(&connection(interface, client, destination)), "{client}");
         }
-        // A router in a container claims a client of the outside.
+        // A router in a container uses the address of an external client.
         assert!(port.denies(&datagram(FRONT, "203.0.113.77", "10.77.1.1")));
         assert!(!port.denies(&datagram(FRONT, "10.77.1.7", "10.77.1.1")));
-        // A socket of both families shows IPv4 clients so.
+        // A dual-stack socket reports IPv4 clients in this form.
         assert!(!port.denies(&datagram(UPLINK, "::ffff:203.0.113.9", "::ffff:203.0.113.1")));
     }
 
@@ -537,7 +537,7 @@ mod tests {
             (LOOPBACK, "127.0.0.1", "127.0.0.1", true, true),
             (UPLINK, "203.0.113.1", "203.0.113.1", true, true),
             (UPLINK, "203.0.113.9", "203.0.113.1", true, true),
-            // An interface with the index of a bridge by coincidence.
+            // An interface whose index happens to equal that of a bridge.
             (SHUT, "203.0.113.9", "203.0.113.1", true, true),
             (SHUT, "fe80::9", "fe80::1", true, true),
             // A LAN may use the same subnet; a datagram does not prove its source address.

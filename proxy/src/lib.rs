@@ -7,7 +7,7 @@
 //!
 //! Guarantees, all covered by tests:
 //! - Half-close, reset, refusal and backpressure of one side are visible to the other. Bytes are
-//!   never lost, reordered or added, and a cut connection never appears complete.
+//!   never lost, reordered or added, and an aborted connection never appears complete.
 //! - Every table, queue and buffer has a limit. At the limit the largest holder is evicted and
 //!   counted, and all others are served.
 //! - Publishing or closing a port does not affect the flows of other ports.

@@ -35,12 +35,12 @@ const UNSENT_WIDE: u32 = 256 << 10;
 
 /// Receive buffer of the source of a wide half in bytes, not counting kernel overhead (the kernel
 /// doubles the value for that). Without a fixed size the buffer grows to `tcp_rmem` (6 to 32 MiB)
-/// when the other side has stopped reading. The cost is a window of at most 1 MiB or slightly more
-/// per round trip.
+/// when the other side has stopped reading. The cost is a throughput limit of slightly more than 1
+/// MiB per round trip.
 pub const UNREAD_BYTES: usize = 1 << 20;
 
 /// Receive buffer of the source of a narrow half in bytes, not counting kernel overhead. The window
-/// it permits exceeds what a sender has in flight in the round trips until the half can be wide.
+/// that it permits exceeds what a sender has in flight before the half can become wide.
 const UNREAD_NARROW: usize = 128 << 10;
 
 /// Requested socket buffer size of UDP ports in bytes; the kernel caps it at `net.core.rmem_max`. A
@@ -105,8 +105,9 @@ impl Listener {
         Ok(Self { socket: socket.into(), label: PublishLabel::new(bound, protocol) })
     }
 
-    /// Prepares a UDP port with a [`GatewayAcl`](crate::GatewayAcl), before it is opened.
-    /// Afterwards equal source and destination addresses identify the host.
+    /// Prepares a UDP port with a [`GatewayAcl`](crate::GatewayAcl), before it is opened: drops
+    /// forged datagrams with equal source and destination addresses, so that such addresses
+    /// identify the host.
     ///
     /// # Errors
     /// [`BindError`] with the error of setsockopt(2).
@@ -232,7 +233,7 @@ fn bind(address: SocketAddr, protocol: Protocol) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Without the privilege that old kernels require, the socket works, but is open to links.
+/// Old kernels require a privilege. Without it, the socket also accepts packets from links.
 fn accept_from_loopback(socket: &Socket, address: SocketAddr) {
     if let Err(error) = accept_only_from_loopback(socket, address.ip()) {
         tracing::debug!(%address, %error, "socket not bound to the loopback interface");
@@ -275,7 +276,7 @@ pub(crate) fn widen(source: impl AsFd, sink: impl AsFd) {
     if sockopt::set_socket_recv_buffer_size_force(&source, UNREAD_BYTES).is_err()
         && (*ALLOWED || unfix_buffers(&source).is_err())
     {
-        // An error means that the peer has closed the socket, which needs no buffer then.
+        // An error means that the peer has closed the connection, which then needs no buffer.
         let _ = sockopt::set_socket_recv_buffer_size(&source, UNREAD_BYTES);
     }
     // The kernel doubles the buffer size and uses a part of it for overhead.

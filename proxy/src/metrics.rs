@@ -4,8 +4,8 @@
 //! counters of that port at scrape time and disappear with the port. No series expires, so an idle
 //! port keeps its series.
 //!
-//! A TCP port has 37 series, 22 of them of histograms; a UDP port has 26, of which 11. Histograms
-//! have only the label `publish`. Dial times and lifetimes are questions about one port, and a
+//! A TCP port has 37 series, of which 22 belong to histograms. A UDP port has 26, of which 11 do.
+//! Histograms have only the label `publish`: dial times and lifetimes are examined per port, and a
 //! further label for direction or reason would double the page.
 //! [`ports_with_series`](crate::Settings::ports_with_series) bounds the page: ports published
 //! beyond it are summed by protocol as `publish="other/tcp"` and `"other/udp"`. A port never
@@ -137,7 +137,7 @@ pub struct PortSnapshot {
     pub cut: u64,
     /// Payload in bytes.
     pub bytes: PerDirection<u64>,
-    /// Datagrams, indexed by [`Direction`].
+    /// Datagrams forwarded.
     pub datagrams: PerDirection<u64>,
     /// Connections refused, indexed by [`Refusal`].
     pub refused: [u64; Refusal::ALL.len()],

@@ -8,9 +8,9 @@ use std::time::Duration;
 use tidegate_model::{Direction, PerDirection};
 use tidegate_model::{Histogram, PublishLabel};
 
-/// Bucket bounds of the dial time in seconds: from a container on this host, over a full accept
-/// queue, to the first and the second retransmission of a SYN (RFC 6298: after 1 s, and 2 s later).
-/// The dial timeout bounds the last bucket.
+/// Bucket bounds of the dial time in seconds: a connect on this host, a full accept queue, and the
+/// first and the second retransmission of a SYN (RFC 6298: after 1 s, and 2 s later). The dial
+/// timeout bounds the last bucket.
 pub(crate) const DIAL_BOUNDS: [f64; 8] = [0.000_1, 0.000_5, 0.002_5, 0.01, 0.05, 0.25, 1.0, 3.0];
 
 /// Bucket bounds of the lifetime of connections and sessions in seconds: from one request to an

@@ -30,8 +30,8 @@ const TCP_OVER_IPV6: u8 = 0x21;
 impl ProxyProtocol {
     /// Returns the header for a connection from `client` to `local`, an address of this host.
     ///
-    /// Both ends of a connection have the same family. If they do not, the header is of IPv6, with
-    /// the IPv4 address mapped, which every receiver supports.
+    /// Both ends of a connection have the same family. If they do not, the header is for IPv6 and
+    /// contains the IPv4 address in mapped form, which every receiver supports.
     pub fn header(self, client: SocketAddr, local: SocketAddr) -> Vec<u8> {
         let (source, destination) = match (client.ip(), local.ip()) {
             (IpAddr::V4(_), IpAddr::V4(_)) | (IpAddr::V6(_), IpAddr::V6(_)) => {

@@ -55,7 +55,7 @@ pub(crate) struct Shared {
     pub(crate) loops: Mutex<Vec<Option<Loop>>>,
 }
 
-/// Runs the loop of an index until it is stopped.
+/// Runs the loop with this index until it is stopped.
 pub(crate) type Run = fn(usize, Arc<Shared>, EventLoop<Message>);
 
 /// Prepares the calling thread.

@@ -1,8 +1,9 @@
 //! Connections to backends: the interface between the proxy and the rest of the program.
 //!
 //! The proxy forwards, it does not route. An [`Upstream`] determines the backend of a flow, the
-//! source address, and the network namespace of the socket. The binary implements it over a
-//! namespace, the NAT engine or the mesh.
+//! source address, and the network namespace of the socket. [`Direct`] uses the namespace of this
+//! process; `tidegate_publish` implements upstreams for other namespaces and for transparent
+//! sockets.
 
 use crate::listener::prepare_stream;
 use rustix::io::Errno;

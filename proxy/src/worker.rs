@@ -443,7 +443,7 @@ impl Worker {
     }
 
     /// If the byte budget is exceeded, narrows idle connections, then those of the largest holder,
-    /// and finally cuts one.
+    /// and finally resets one.
     fn enforce_byte_budget(&mut self, cx: &mut Context<'_>) {
         if self.shared.shares.over_budget().is_some() {
             self.narrow_idle(cx.now);
@@ -460,7 +460,7 @@ impl Worker {
         }
     }
 
-    /// Cuts the blocked connection of `holder` with the longest idle time.
+    /// Resets the blocked connection of `holder` with the longest idle time.
     fn cut_blocked(&mut self, cx: &mut Context<'_>, holder: Holder) {
         let Some(idle_order) = self.idle_order.get(&holder) else { return };
         let blocked = |key: &Key| self.connections.get(*key).is_some_and(Connection::is_blocked);

@@ -25,8 +25,8 @@ use tidegate_reactor::{
 const BATCH: usize = 64;
 
 /// Upper bound of the time to the first event of a new connection if the backend is on this host
-/// and responds immediately. The loop polls for this long after an accept: 100 connections per
-/// second cost 2% of a core.
+/// and responds immediately. The loop busy-polls for this long after an accept. At 100 connections
+/// per second, this costs 2% of a core.
 const ANSWER: Duration = Duration::from_micros(200);
 
 /// How long a port stops accepting when descriptors are exhausted and none is released on this
@@ -465,7 +465,7 @@ impl Worker {
     pub(crate) fn resume_accepting(&mut self, cx: &mut Context<'_>) {
         if let Some((key, accepted)) = self.waiting.take() {
             let permit = self.shared.descriptors.take(2);
-            // If the client has to wait further, its port stays paused.
+            // If the client still has to wait, its port stays paused.
             if !self.admit(cx, accepted, permit, Fallback::Wait(key)) {
                 if !self.paused.is_empty() {
                     cx.timers.arm(cx.now + PAUSE, Tag::Resume.token(key));

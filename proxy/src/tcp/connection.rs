@@ -81,7 +81,7 @@ struct Half {
     readable: bool,
     /// The source has closed its write side: read until EOF.
     closing: bool,
-    /// Do not splice, and do not take a short read for an empty socket. Set when there is urgent
+    /// Do not splice, and do not treat a short read as an empty socket. Set when there is urgent
     /// data: reads stop at its mark, and splice(2) returns 0 there as at EOF (`tcp_read_sock`,
     /// net/ipv4/tcp.c). Also set after splice(2) has returned 0, because only a read can tell
     /// whether that was EOF.
@@ -151,7 +151,7 @@ pub(crate) struct Connection<T = AtomicU64> {
     failed: PerSide<bool>,
     /// The registered epoll interest; `None` before registration.
     watched: PerSide<Option<Interest>>,
-    /// A read or write has failed, so an apparent EOF from here on is not one.
+    /// A read or write has failed, so a read of zero bytes no longer means EOF.
     broken: bool,
     pub(crate) phase: Phase,
     pub(crate) port: Arc<Port<T>>,

@@ -29,12 +29,12 @@
 //! charged [`WIDE_BYTES`] and becomes narrow after a period without payload. If the budget is
 //! exhausted, a half stays narrow and is slower. A narrow half is charged [`NARROW_BYTES`] while it
 //! is blocked. When the sum of all charges exceeds the budget, one connection of the client that
-//! holds most is cut: the blocked one that has been idle for longest.
+//! holds most is reset: the blocked one that has been idle for longest.
 //!
-//! On one host, a connect has completed when connect(2) returns, and a client that speaks first has
-//! sent its request before it is accepted. The loop therefore polls both sockets once and forwards
-//! the first exchange before it registers them with epoll. When the connect wakes the backend, the
-//! request has already arrived.
+//! On the same host, a connect has completed when connect(2) returns, and a client that sends first
+//! has sent its request before it is accepted. The loop therefore polls both sockets once and
+//! forwards the first exchange before it registers them with epoll. When the connect wakes the
+//! backend, the request has already arrived.
 //!
 //! [`shares`] decides which clients are admitted and which connection is evicted when a limit is
 //! reached. Each loop keeps one list of connections per holder, ordered by idle time; the first one
@@ -42,8 +42,8 @@
 //!
 //! An error is a reset, a timeout, or any other end except EOF. Payload that has already arrived is
 //! forwarded first, as far as the other side accepts it. Then both sides are reset with `SO_LINGER`
-//! of zero seconds. No `shutdown` precedes the reset, because it would send a FIN. A cut connection
-//! therefore never appears complete.
+//! of zero seconds. No `shutdown` precedes the reset, because it would send a FIN. An aborted
+//! connection therefore never appears complete.
 //!
 //! Readiness is edge-triggered: each half caches the readiness of its sockets in flags, which
 //! events set and `EAGAIN` clears. A read that does not fill the buffer has emptied the socket,

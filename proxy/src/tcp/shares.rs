@@ -6,8 +6,9 @@
 //! Connections are limited in total, per port, and by file descriptors. A *client* is an IPv4
 //! address or an IPv6 /64. It may take one more connection if [`may_take`] permits it for the free
 //! connections, both in total and at the port. A greedy client thus gets two thirds of each, and no
-//! running connection has to be cut for others. If several ports are published, a port gets at most
-//! four fifths of the total, so that a client with its full share leaves capacity for other ports.
+//! running connection has to be reset for others. If several ports are published, a port gets at
+//! most four fifths of the total, so that a client with its full share leaves capacity for other
+//! ports.
 //!
 //! If a client may not take more and another client has more than twice as many connections, the
 //! connection of that client with the longest idle time is evicted. Otherwise the new connection is
@@ -70,7 +71,7 @@ pub(crate) struct Limits {
     pub(crate) bytes: usize,
 }
 
-/// Current use of the limits.
+/// Current use of the limits by all connections.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Usage {
     /// The client with the most connections and their number, if it is more than one.

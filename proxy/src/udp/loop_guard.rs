@@ -50,8 +50,8 @@ impl LoopGuard {
         on_it || on_all && (acl.has_gateway(client.ip()) || self.is_local(client))
     }
 
-    /// Whether the address of `client` is local: the kernel then selects it as the source address.
-    /// Without a probe socket the answer is false.
+    /// Whether the address of `client` is local. For a local destination, the kernel selects the
+    /// same address as the source. Returns false without a probe socket.
     fn is_local(&self, client: SocketAddr) -> bool {
         if client.ip().is_loopback() {
             return true;

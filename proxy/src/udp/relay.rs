@@ -237,7 +237,8 @@ impl SessionOpener<'_, '_> {
             interface: datagram.interface,
             handshake: false,
         };
-        // Also for existing sessions: a forged datagram may differ by its ingress interface only.
+        // Existing sessions are checked as well: a forged datagram may differ only in its ingress
+        // interface.
         if relay.port.options.gateway_acl.denies(&ingress) {
             return Err(DropReason::NotAllowed);
         }
@@ -278,7 +279,7 @@ impl SessionOpener<'_, '_> {
                 DropReason::BackendUnreachable
             }
         })?;
-        // The reply would go to the backend itself, in an endless loop.
+        // A reply would go to the backend itself, in an endless loop.
         if peer(&opened.socket) == Some(client.address) {
             return Err(DropReason::Reflected);
         }

@@ -36,12 +36,12 @@ use std::time::{Duration, Instant};
 use tidegate_model::{Ranking, may_take, share_of};
 use tidegate_reactor::{Arena, Key, Links, List};
 
-/// How long a backend may take to reply before its tentative session is evicted first. Sessions
-/// that start at the same time do not evict one another within it.
+/// How long a backend may take to reply before its tentative session is evicted first. Within this
+/// time, sessions that started together do not evict one another.
 const ANSWER_TIME: Duration = Duration::from_millis(100);
 
-/// Identity of a session: the client, and the local address that it sends to. A client of two local
-/// addresses has two sessions, and gets each reply from the right address.
+/// Identity of a session: the client, and the local address that it sends to. A client that uses
+/// two local addresses has two sessions, so that each reply has the right source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Client {
     /// The address and port of the client.
@@ -57,7 +57,7 @@ pub struct TableLimits {
     pub sessions: usize,
     /// Maximum number of sessions of one source (an IPv4 address or an IPv6 /64), at least 1.
     pub per_source: usize,
-    /// Idle timeout: a session without datagrams in both directions for this long ends.
+    /// Idle timeout: a session ends after this time without a datagram in either direction.
     /// docker-proxy uses 90 s, passt 180 s. RFC 4787 REQ-5 requires at least 2 minutes for a NAT
     /// and permits less for specific applications.
     pub idle: Duration,
@@ -448,7 +448,7 @@ mod tests {
         ]
     }
 
-    /// The same rules in a simple implementation: a vector in the order of last activity.
+    /// Reference model of the same rules: a vector in the order of last activity.
     #[derive(Default)]
     struct Oracle(Vec<(Client, bool, Instant)>);
 
