@@ -8,11 +8,11 @@ use std::net::SocketAddr;
 use tidegate_model::{HostPort, PortMapping, PublishLabel, bracketed, host_addresses, registry};
 use tidegate_proxy::{BindError, Listener};
 
-/// The number of attempts with a port of the kernel's choice, which may be free on only one of
+/// Maximum number of attempts with a port chosen by the kernel, which may be free on only one of
 /// 0.0.0.0 and [::].
 const EPHEMERAL_ATTEMPTS: usize = 16;
 
-/// The number of ports above those of masqueraded flows that are tried first.
+/// Number of ports above the range of masqueraded flows that are tried first.
 const HIGH_ATTEMPTS: usize = 64;
 
 /// Why a port cannot be opened: one line with the port, the cause and the remedy. The line names
@@ -70,8 +70,8 @@ pub fn reserve(mapping: &PortMapping) -> Result<Vec<Listener>, PortError> {
         }
         HostPort::Ephemeral => {
             let mut last = None;
-            // The kernel would choose a port from the range of masqueraded flows, which would then
-            // have one port less.
+            // The kernel would choose a port from the range of masqueraded flows and so take it
+            // from them.
             let chosen_by_kernel = iter::repeat_n(0, EPHEMERAL_ATTEMPTS);
             for port in high_ports().take(HIGH_ATTEMPTS).chain(chosen_by_kernel) {
                 match open(port) {
@@ -87,7 +87,7 @@ pub fn reserve(mapping: &PortMapping) -> Result<Vec<Listener>, PortError> {
     }
 }
 
-/// The ports above those of masqueraded flows, in ascending order from a random one, with
+/// The ports above the range of masqueraded flows, in ascending order from a random one, with
 /// wraparound.
 fn high_ports() -> impl Iterator<Item = u16> {
     let first = registry::MASQUERADE_PORTS.end() + 1;
@@ -109,7 +109,7 @@ fn bind_addresses(mapping: &PortMapping, mut port: u16) -> Result<Vec<Listener>,
                 port = listener.label().address().port();
                 listeners.push(listener);
             }
-            // On a kernel without IPv6, all addresses are all IPv4 addresses.
+            // On a kernel without IPv6, "all addresses" means 0.0.0.0 only.
             Err(error)
                 if mapping.host_ip.is_none()
                     && ip.is_ipv6()

@@ -7,9 +7,9 @@
 //! | [`Source::Client`], without the namespace of the container | the client: transparent socket, policy rule for replies | the same |
 //! | [`Source::Client`], with the namespace of the container | the client: short path | the client: socket inside, policy rule for replies |
 //!
-//! The short path: the socket is created inside the namespace of the container, bound to the
+//! On the short path, the socket is created inside the namespace of the container, bound to the
 //! address of the client (`IP_TRANSPARENT`) and marked. Replies of the container inherit the mark
-//! (`tcp_fwmark_accept`), and a policy rule for the mark routes them to `lo` and so back to the
+//! (`tcp_fwmark_accept`), and a policy rule for the mark routes them to `lo` and thus back to the
 //! socket. No packet crosses the veth pair or the bridge. The path is as fast as that of the
 //! kernel, but firewall rules and captures on the interface of the container do not see it.
 //!
@@ -17,10 +17,10 @@
 //! *and* the address of the client, which exists as long as the client has a session. A broader
 //! rule would also match replies to peers that talk to the container directly.
 //!
-//! Some clients are always shown as the gateway: those on a network of the container (it would
-//! reply to them directly), the addresses of the host, and loopback (applications trust 127.0.0.1:
-//! CVE-2021-20199). If binding a single flow to the client fails, the flow falls back to the
-//! gateway, and the fallback is counted.
+//! The container always sees the gateway instead of clients on its own network (it would reply to
+//! them directly), addresses of the host, and loopback (applications trust 127.0.0.1:
+//! CVE-2021-20199). If the socket of a flow cannot be bound to the address of the client, the flow
+//! falls back to the gateway, and the fallback is counted.
 
 mod claims;
 mod inside;
@@ -198,8 +198,8 @@ impl Fallbacks {
     }
 }
 
-/// Whether `client` is shown to the container at `container` as the gateway. `there` is the address
-/// book of the container namespace, if known.
+/// Whether the container at `container` sees the gateway instead of `client`. `there` is the
+/// address book of the container namespace, if known.
 fn shows_as_gateway(
     client: IpAddr,
     container: IpAddr,

@@ -1,4 +1,4 @@
-//! Selection of the host's firewall, and the networks and published ports in its terms.
+//! Selection of the host's firewall, and conversion of networks and published ports to its types.
 
 use clap::ValueEnum;
 use std::io;
@@ -125,8 +125,8 @@ impl BypassedRules {
         Ok(Self::of(kind, &DockerUser::of(host)?.map(Some)))
     }
 
-    /// tidegate's iptables chains jump to DOCKER-USER for all incoming packets, so only rules that
-    /// are meaningful for forwarded packets alone would be bypassed.
+    /// tidegate's iptables chains jump to DOCKER-USER for all incoming packets, so sockets bypass
+    /// only rules that apply to forwarded packets alone.
     fn of(kind: Option<FirewallKind>, docker_user: &[Option<DockerUser>; 2]) -> Self {
         let rules = docker_user.each_ref().map(|docker_user| {
             let docker_user = docker_user.as_ref()?;
@@ -161,8 +161,8 @@ impl BypassedRules {
     }
 }
 
-/// Selects the firewall for the networks of `host_context`, which has its rules under the name
-/// `owner`, and how published ports are forwarded.
+/// Selects the firewall for the networks of `host_context`, and how published ports are forwarded.
+/// The rules are installed under the name `owner`.
 ///
 /// # Errors
 /// [`ChoiceError`].
@@ -281,7 +281,7 @@ pub fn targets(endpoint: &Endpoint) -> Vec<IpAddr> {
     attachments.flat_map(|attachment| &attachment.addresses).map(ipnet::IpNet::addr).collect()
 }
 
-/// The published port `label`, forwarded to `container_port`, in the terms of the firewall.
+/// The firewall opening of the published port `label`, which is forwarded to `container_port`.
 /// `targets` are the addresses to which the kernel may translate; none if sockets serve the port.
 pub fn opening(label: PublishLabel, container_port: u16, targets: &[IpAddr]) -> Opening {
     let at = label.address();

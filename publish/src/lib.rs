@@ -5,10 +5,10 @@
 //! |---|---|
 //! | [`bind`] | opens the sockets of a port mapping |
 //! | [`client_address`] | the source address that a container sees |
-//! | [`firewall`] | which firewall is used, and what publishes ports |
+//! | [`firewall`] | selects the firewall and how ports are forwarded |
 //! | [`limits`] | limits of published ports, as flags and as a variable |
-//! | [`nat_publish`] | ports that the NAT engine carries |
-//! | [`port_error`] | one line for a port that cannot be opened |
+//! | [`nat_publish`] | ports that the NAT engine forwards |
+//! | [`port_error`] | messages for ports that cannot be opened |
 //! | [`publisher`] | adds and removes ports at run time |
 
 #![forbid(unsafe_code)]

@@ -22,7 +22,7 @@ use tidegate_proxy::{
     DropReason as DatagramDrop, Engine, GatewayAcl, Listener, PortSnapshot, SeriesLabel,
 };
 
-/// Publishes ports through the NAT engine, beside those of the proxy.
+/// Publishes ports through the NAT engine, in addition to those of the proxy.
 #[derive(Clone)]
 pub struct NatPublisher {
     nat: Arc<Nat>,

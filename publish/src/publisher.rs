@@ -6,7 +6,7 @@
 //! therefore relocates a thousand ports. Changes to one port or endpoint do not affect flows of
 //! another.
 //!
-//! If the NAT engine provides egress, it also carries published UDP ports ([`NatPublisher`]).
+//! If the NAT engine provides egress, it also forwards published UDP ports ([`NatPublisher`]).
 //!
 //! Rootless networks are separate from the host ([`HostContext::is_rootless`]), and their gateway
 //! addresses do not belong to the host. A port on all addresses then also listens on the gateways,
@@ -32,9 +32,9 @@ use tidegate_proxy::{
     PublishedPort, SeriesLabel, Settings, Upstream,
 };
 
-/// The most listening sockets: every port of TCP and UDP, on all IPv4 and on all IPv6 addresses.
-/// A higher number is a configuration error. The API returns the whole list in one response, so the
-/// list must be bounded.
+/// Maximum number of listening sockets: every TCP and UDP port, on all IPv4 and on all IPv6
+/// addresses. A higher number is a configuration error. The API returns the whole list in one
+/// response, so the list must be bounded.
 pub const MAX_PORTS: usize = 4 * 65_535;
 
 /// The descriptors of an upstream into a namespace: two for its address book, one for its policy
@@ -163,8 +163,8 @@ impl Endpoint {
         Self { targets, ..self }
     }
 
-    /// Sets the addresses with egress through the NAT engine. Published UDP to them uses the
-    /// engine, too.
+    /// Sets the addresses with egress through the NAT engine. UDP ports published to them are
+    /// forwarded through the engine, too.
     pub fn behind_engine(self, addresses: Vec<IpAddr>) -> Self {
         Self { behind_engine: addresses, ..self }
     }
@@ -195,7 +195,7 @@ struct Port {
     _descriptors: Vec<Permit>,
 }
 
-/// A port by the part that forwards it.
+/// A port, by the component that forwards it.
 enum Forwarder {
     Proxy(PublishedPort),
     NatEngine(NatPort),
@@ -263,7 +263,7 @@ impl Publisher {
         ports
     }
 
-    /// The fill levels of the tables.
+    /// The use of the limits of the proxy. Its port counts include the ports of the NAT engine.
     pub fn usage(&self) -> EngineUsage {
         let state = self.state();
         let mut usage = self.engine.usage();
@@ -501,7 +501,7 @@ impl Publisher {
     /// Closes a port. Its connections are reset and its sessions end. The port can be bound again
     /// on return. Returns its description, or `None` if it does not exist.
     pub fn unpublish(&self, id: PortId) -> Option<OpenPort> {
-        // Without the lock: the event loops must be waited for.
+        // Not under the lock: this waits for the event loops.
         let (port, opening) = {
             let mut state = self.state();
             let port = state.ports.remove(&id)?;
@@ -538,9 +538,9 @@ impl Publisher {
         BypassedRules::observe(kind, self.host_context.networks()).map_err(PublishError::DockerUser)
     }
 
-    /// Moves all ports to translation by the kernel, because sockets bypass `bypassed`. This is
-    /// done only if the rules then apply to every affected port. Existing connections continue
-    /// unchanged. Returns whether anything was changed.
+    /// Switches all ports to destination NAT of the kernel, because sockets bypass the rules
+    /// `bypassed`. This is done only if the rules then apply to every affected port. Existing
+    /// connections continue unchanged. Returns whether anything was changed.
     fn translate(&self, state: &mut State, bypassed: &BypassedRules) -> Result<bool, PublishError> {
         let Some(firewall) = self.firewall.as_ref().filter(|_| !state.translates) else {
             return Ok(false);
@@ -592,8 +592,8 @@ impl Publisher {
         firewall.change_ports(added, removed).map_err(PublishError::Firewall)
     }
 
-    /// Closes ports in the firewall. On error the rules remain until the end, and no socket serves
-    /// the ports.
+    /// Closes ports in the firewall. On error, their rules remain until all rules are removed, and
+    /// no socket serves the ports.
     fn close_in_firewall(&self, ports: &[Opening]) {
         if let Err(error) = self.change_firewall(&[], ports) {
             for port in ports {
@@ -679,12 +679,12 @@ impl Publisher {
             state.closed = true;
             std::mem::take(&mut state.ports)
         };
-        // Without the lock: the engine must be waited for.
+        // Not under the lock: this waits for the engine.
         drop(ports);
         // Other references to the publisher must not keep the NAT engine alive.
         self.nat_publish().take();
         let drained = self.engine.drain(deadline, || false);
-        // The drop removes policy rules in the namespaces. Without the lock: it takes a while.
+        // Not under the lock: the drop removes policy rules in the namespaces, which takes a while.
         let endpoints = std::mem::take(&mut self.state().endpoints);
         drop(endpoints);
         drained

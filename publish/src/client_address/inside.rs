@@ -1,4 +1,4 @@
-//! Connects to a container with sockets of its own namespace.
+//! Connects to a container with sockets in its namespace.
 
 use super::claims::Claims;
 use super::{
@@ -25,7 +25,7 @@ const MARK_SYSCTLS: [(&str, Family); 3] = [
     ("net.ipv6.fwmark_reflect", Family::V6),
 ];
 
-/// An upstream with sockets of the container namespace.
+/// An upstream with sockets in the namespace of the container.
 pub struct NamespaceUpstream {
     namespace: Namespace,
     /// At most one per address family.

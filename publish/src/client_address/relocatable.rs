@@ -21,7 +21,8 @@ struct Target {
 }
 
 impl RelocatableUpstream {
-    /// Connects to `addresses` by `upstream`. If empty, `upstream` chooses the addresses itself.
+    /// Connects to `addresses` through `upstream`. If empty, `upstream` chooses the addresses
+    /// itself.
     pub fn new(upstream: Arc<dyn Upstream>, addresses: &[IpAddr]) -> Self {
         Self(RwLock::new(Arc::new(Target { upstream, addresses: addresses.to_vec() })))
     }
@@ -31,7 +32,7 @@ impl RelocatableUpstream {
         let target = Arc::new(Target { upstream, addresses: addresses.to_vec() });
         let old =
             std::mem::replace(&mut *self.0.write().unwrap_or_else(PoisonError::into_inner), target);
-        // Without the lock: the drop removes policy rules, which takes a while.
+        // Not under the lock: the drop removes policy rules, which takes a while.
         drop(old);
     }
 

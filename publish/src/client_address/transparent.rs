@@ -1,10 +1,10 @@
 //! Transparent sockets in the namespace of this process: the address of the client without access
 //! to the container namespace.
 //!
-//! Replies of the container go to the address of the client and so pass this host. A policy rule
-//! for the container, the published port and the client routes them to our socket. The rule exists
-//! while the client has a flow. It also matches replies to this client that did not pass the proxy
-//! (kernel DNAT), so this mode must be requested explicitly.
+//! The container sends replies to the address of the client, through this host. A policy rule for
+//! the container, the published port and the client routes them to the transparent socket. The rule
+//! exists while the client has a flow. It also matches replies to this client that did not pass the
+//! proxy (kernel DNAT), so this mode must be requested explicitly.
 
 use super::claims::Claims;
 use super::{
