@@ -25,7 +25,7 @@ pub(crate) struct Answer {
     authentic: bool,
     /// The response has an OPT record, so the server supports EDNS.
     pub(crate) edns: bool,
-    /// Records in the answer, authority and additional sections, without OPT.
+    /// Record counts of the answer, authority and additional sections, without OPT.
     counts: [u16; 3],
     /// The message from its question section on.
     body: Box<[u8]>,

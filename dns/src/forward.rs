@@ -63,8 +63,8 @@ const TICK: Duration = Duration::from_millis(100);
 const TCP_TIMEOUT: Duration = Duration::from_secs(3);
 /// Capacity of the channel of responses to one query.
 const RESPONSE_QUEUE: usize = 16;
-/// Source ports that replace closed ones for one query and server, if the server does not support
-/// TCP.
+/// Maximum number of source ports that replace closed ones, per query and server, if the server
+/// does not support TCP.
 const MAX_NEW_PORTS: u32 = 2;
 
 /// The namespaces from which queries are sent.
@@ -418,9 +418,9 @@ impl Forwarder {
                     let goes_on = if attempt.truncated {
                         false
                     } else if attempt.case_changed && attempt.form.mixed {
-                        // In lower case, with a new source port and ID, so that an attacker who has
-                        // guessed the previous ones has no advantage. Responses to the previous
-                        // port are ignored.
+                        // Repeated in lower case, with a new source port and ID, so that an
+                        // attacker who has guessed the previous ones has no advantage. Responses to
+                        // the previous port are ignored.
                         self.state().health.note_case_changed(server, None, now());
                         attempt.form.mixed = false;
                         outstanding.retain(|one| one.server() != server);
@@ -437,7 +437,8 @@ impl Forwarder {
                         failover.failed(server, now());
                     }
                 }
-                // Also if other queries have recorded EDNS support of the server in the meantime.
+                // Repeated without EDNS even if other queries have recorded EDNS support of the
+                // server meanwhile.
                 Response::FormatError if attempt.form.edns => {
                     attempt.format_error = true;
                     attempt.form.edns = false;
@@ -504,8 +505,8 @@ impl Forwarder {
         }
     }
 
-    /// Queries over TCP in a separate task, because other servers may respond first. Once per query
-    /// and server.
+    /// Queries `server` over TCP, at most once per query and server. Runs in a separate task,
+    /// because other servers may respond first.
     fn fetch(
         self: &Arc<Self>,
         query: &ForwardedQuery,
@@ -687,7 +688,7 @@ impl Forwarder {
                         };
                         outstanding = Some(one);
                     }
-                    // A failure to send counts as no response.
+                    // A query that cannot be sent counts as unanswered.
                     outstanding.as_ref().map(Outstanding::send);
                     continue;
                 }

@@ -309,9 +309,9 @@ pub(crate) fn relay(
 pub(crate) struct RelayedAnswer<'a> {
     pub(crate) rcode: Rcode,
     pub(crate) authentic: bool,
-    /// Records in the answer, authority and additional sections.
+    /// Record counts of the answer, authority and additional sections.
     pub(crate) counts: [u16; 3],
-    /// The encoded records. Compression pointers in them are valid behind a question of the same
+    /// The encoded records. Compression pointers in them are valid after a question of the same
     /// length as that of the request.
     pub(crate) body: &'a [u8],
     /// Offsets of TTLs in `body`.
@@ -399,7 +399,7 @@ fn header(request: &Request<'_>, out: &mut Vec<u8>) {
     out.extend(request.question);
 }
 
-/// Appends the fields of a record between owner and data.
+/// Appends the fields of a record between its owner name and its data.
 fn fixed(kind: u16, ttl: u32, length: usize, out: &mut Vec<u8>) {
     out.extend(kind.to_be_bytes());
     out.extend(IN.to_be_bytes());
@@ -446,7 +446,7 @@ fn opt(payload: u16, rcode: Rcode, dnssec: bool, extended: Option<u16>, out: &mu
 /// A parsed record without its data.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Record {
-    /// Offset behind the owner name.
+    /// Offset after the owner name.
     pub(crate) owner_end: usize,
     pub(crate) kind: u16,
     pub(crate) class: u16,
@@ -466,7 +466,7 @@ impl Record {
     }
 }
 
-/// Offset behind an uncompressed name.
+/// Offset after an uncompressed name.
 fn skip_plain_name(message: &[u8], start: usize) -> Option<usize> {
     let mut at = start;
     loop {
@@ -480,7 +480,7 @@ fn skip_plain_name(message: &[u8], start: usize) -> Option<usize> {
     }
 }
 
-/// Offset behind a name, including a compression pointer (RFC 1035 section 4.1.4), which is not
+/// Offset after a name. A compression pointer (RFC 1035 section 4.1.4) ends the name and is not
 /// followed.
 pub(crate) fn skip_name(message: &[u8], mut at: usize) -> Option<usize> {
     loop {

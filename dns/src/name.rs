@@ -139,7 +139,7 @@ fn labels_before<'a>(wire: &'a [u8], parent: &[u8]) -> Option<&'a [u8]> {
     suffixes(wire).any(|(at, _)| at == front.len()).then_some(front)
 }
 
-/// The subject of a name below `in-addr.arpa` or `ip6.arpa`.
+/// The address or prefix that a name below `in-addr.arpa` or `ip6.arpa` represents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Reverse {
     /// One address (RFC 1035 section 3.5, RFC 3596 section 2.5).

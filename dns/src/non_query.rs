@@ -78,7 +78,7 @@ fn response_code(rcode: Rcode) -> ResponseCode {
     }
 }
 
-/// A response that consists of a header only, because the question cannot be parsed.
+/// Writes a response of a header only, because the question cannot be parsed.
 fn bare(message: &[u8], flags: u16, rcode: Rcode, out: &mut Vec<u8>) -> Rcode {
     let kept = flags & (flag::OPCODE | flag::RECURSION_DESIRED);
     let flags = kept | flag::RESPONSE | flag::RECURSION_AVAILABLE | rcode.to_wire();

@@ -26,10 +26,10 @@ impl Partition {
 
 /// The units of a bounded resource that each partition holds.
 ///
-/// A partition may take one more unit while it holds less than twice what is free (a dynamic
-/// threshold, Choudhury and Hahne 1998). One greedy partition thus gets two thirds of the limit,
-/// `n` of them `2 / (1 + 2n)` each, and `1 / (1 + 2n)` stays free for other partitions. Units in
-/// use are never revoked.
+/// A partition may take one more unit while it holds fewer than twice as many units as are free
+/// (dynamic threshold, Choudhury and Hahne 1998). One greedy partition thus gets two thirds of the
+/// limit. `n` greedy partitions get `2 / (1 + 2n)` each, and `1 / (1 + 2n)` stays free for others.
+/// Units in use are never revoked.
 #[derive(Debug)]
 pub(crate) struct Shares {
     limit: usize,

@@ -25,8 +25,8 @@ pub struct ResolvConf {
 }
 
 impl ResolvConf {
-    /// Parses a file. What glibc ignores is ignored. `scope` returns the index of an interface, for
-    /// scoped addresses such as `fe80::1%eth0`.
+    /// Parses a file. Lines that glibc ignores are ignored. `scope` returns the index of an
+    /// interface, for scoped addresses such as `fe80::1%eth0`.
     #[must_use]
     pub fn parse(text: &str, scope: &dyn Fn(&str) -> Option<u32>) -> Self {
         let mut parsed = Self::default();

@@ -1,5 +1,5 @@
-//! Watches the `resolv.conf` of the host: in a task of the resolver, or through [`Watch`] by
-//! callers with their own wait.
+//! Watches the `resolv.conf` of the host, in a task of the resolver. Callers that wait for
+//! descriptors themselves use [`Watch`].
 
 use crate::resolv_conf::{MAX_FILE_SIZE, ResolvConf};
 use rustix::fs::inotify::{self, CreateFlags, Reader, WatchFlags};
@@ -22,10 +22,10 @@ pub const REST: Duration = Duration::from_millis(30);
 /// Maximum number of symbolic links that are followed (`MAXSYMLINKS` of the kernel).
 const MAX_LINKS: usize = 40;
 
-/// An inotify watch on a path and the links that it leads through.
+/// An inotify watch on a path and the symbolic links that it resolves through.
 ///
 /// `resolv.conf` is often a symbolic link into `/run`, replaced by rename(2), or a bind mount. All
-/// directories on the way and the file itself are therefore watched. A change can redirect links,
+/// directories on the path and the file itself are therefore watched. A change can redirect links,
 /// so the caller creates a new watch after each change.
 ///
 /// The descriptor becomes readable on any event; [`Self::has_changed`] tells whether the event is
@@ -38,7 +38,7 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Watches what `path` leads to.
+    /// Watches the file that `path` resolves to, and all directories on the way.
     ///
     /// # Errors
     /// `EMFILE` at the limit `fs.inotify.max_user_instances`, `ENOSPC` at

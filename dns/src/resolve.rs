@@ -36,7 +36,7 @@ pub(crate) enum Resolution<'a> {
     Forward(Option<&'a ServerList>),
 }
 
-/// The reason of a refusal.
+/// Why a query is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refusal {
     /// A meta type, which is not a type of records (RFC 6895 section 3.1: 128 to 255, except

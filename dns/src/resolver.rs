@@ -39,7 +39,8 @@ pub struct Settings {
     pub forward_single_labels: bool,
     /// Limits of networks, endpoints and names.
     pub limits: Limits,
-    /// Limit of different lists of upstream servers of networks and containers. Default: 1024.
+    /// Maximum number of distinct lists of upstream servers of networks and containers. Default:
+    /// 1024.
     pub server_lists: usize,
     /// Size of the cache in bytes. Default: 8 MiB.
     pub cache: usize,
@@ -50,8 +51,8 @@ pub struct Settings {
     pub waiting: usize,
     /// Limit of waiting clients of one endpoint, at least 1. Default: 6144.
     pub waiting_of_one: usize,
-    /// Queries per second that are forwarded for one endpoint, at least 1. The burst has the same
-    /// size, after a second without queries. Default: 2000.
+    /// Queries per second that are forwarded for one endpoint, at least 1. It is also the size of a
+    /// burst after a second without queries. Default: 2000.
     pub forward_rate: u32,
     /// Limit of UDP sockets for upstream queries. While it is not reached, each query has its own.
     /// Default: 1024.
@@ -197,8 +198,7 @@ impl Resolver {
 
     /// Serves a container at 127.0.0.11:53 in its namespace, whose `lo` has to be up. A query is
     /// resolved by the endpoints that the container has at that time. Root in the container can
-    /// delay this call for any length of time (nftables transactions), as it can
-    /// [`Serving::repair`].
+    /// delay this call, like [`Serving::repair`], for any length of time (nftables transactions).
     ///
     /// # Errors
     /// [`ServeError`], typically because the port is in use.

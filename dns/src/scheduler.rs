@@ -9,10 +9,10 @@
 //! ```
 //!
 //! Each endpoint has a queue, and a token bucket that limits how many of its queries are forwarded
-//! per second. Round robin over partitions, and within a partition over its endpoints: deficit
-//! round robin (Shreedhar and Varghese 1995) with equal costs, so that no deficit is carried over.
-//! A query waits for at most one query of each other endpoint with tokens, however many queries
-//! another endpoint has queued.
+//! per second. Partitions, and the endpoints of a partition, are served by deficit round robin
+//! (Shreedhar and Varghese 1995). Costs are equal, so no deficit is carried over. A query waits for
+//! at most one query of each other endpoint with tokens, however many queries another endpoint has
+//! queued.
 //!
 //! The token bucket is the virtual scheduling form of GCRA (ITU-T I.371): `due` is the time of the
 //! next query at exactly the rate, and a query may be forwarded while `due` is less than a burst
@@ -30,7 +30,7 @@ use crate::partition::{Partition, Source};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
-/// Queries per second that are forwarded for one endpoint. The burst has the same size, after a
+/// Queries per second that are forwarded for one endpoint. It is also the size of a burst after a
 /// second without queries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Rate(u32);

@@ -21,10 +21,10 @@
 //!         └─ no response for CHECK_GRACE: suspect, queried last; a later response: alive again
 //! ```
 //!
-//! The check always sends the same query, so no client can influence its result. Its grace ends
-//! before the failover delay of the query that caused it: a dead server costs one query
-//! [`FAILOVER_DELAY`], and later ones nothing. When the suspicion expires, the next query causes a
-//! new check, while the query itself still goes to the other servers first.
+//! The check always sends the same query, so no client can influence its result. Its grace period
+//! ends before the failover delay of the query that caused it. A dead server therefore delays one
+//! query by [`FAILOVER_DELAY`], and later queries not at all. When the suspicion expires, the next
+//! query causes a new check, while the query itself still goes to the other servers first.
 //!
 //! The failover delay is constant. If it followed the response times of a server, a client could
 //! shorten it for others with fast queries, and could infer the response times of others.
@@ -56,7 +56,7 @@ const CHECK_TIMES: [Duration; 5] = [
 const CHECK_GRACE: Duration = Duration::from_millis(140);
 /// Duration of a check.
 const CHECK_DURATION: Duration = Duration::from_secs(3);
-/// Validity of the shortest round trip time, because paths change.
+/// Time for which the shortest round-trip time is valid. Paths change.
 const ROUND_TRIP_LIFETIME: Duration = Duration::from_secs(300);
 /// Deadline of a query. A glibc client retries after 5 s (`timeout` in resolv.conf(5)) and gets the
 /// response before.
@@ -78,7 +78,7 @@ const SUSPICION: Duration = Duration::from_secs(5);
 const MAX_SUSPICION: Duration = Duration::from_secs(60);
 /// Validity of the detected features of a server: EDNS and preservation of case.
 const FEATURE_LIFETIME: Duration = Duration::from_secs(3_600);
-/// Queries whose case a server without TCP must have changed before it is queried in lower case.
+/// Number of responses with changed case after which a server without TCP is queried in lower case.
 const MAX_CASE_CHANGES: u8 = 3;
 
 /// Upper bounds of the response time buckets in seconds.
@@ -168,7 +168,7 @@ impl Health {
         state
     }
 
-    /// Starts the failover of a query to `servers`. Returns also the checks that are due because a
+    /// Starts the failover of a query to `servers`. Also returns the checks that are due because a
     /// suspicion has expired.
     pub(crate) fn begin_failover(
         &mut self,
@@ -388,12 +388,12 @@ pub(crate) enum CheckStep {
 }
 
 impl Check {
-    /// Records that the server is unreachable. Returns whether the check fails by that, which
-    /// happens once.
+    /// Records that the server is unreachable. Returns true if this makes the check fail, which
+    /// happens at most once.
     ///
     /// One more query is sent for a server that is starting. Further ones would use up the ICMP
-    /// error limit of the host (`net.ipv4.icmp_ratelimit`: 6, and one per second), which client
-    /// queries need.
+    /// error limit of the host (`net.ipv4.icmp_ratelimit`: a burst of 6, then one per second),
+    /// which client queries need.
     pub(crate) fn refused(&mut self) -> bool {
         self.asked = self.asked.max(CHECK_TIMES.len() - 1);
         !std::mem::replace(&mut self.has_failed, true)

@@ -231,7 +231,7 @@ impl Zones {
     }
 
     /// Adds an endpoint, or replaces the one of this container on this network with the same name.
-    /// Returns those of its names that endpoints of other containers have too.
+    /// Returns its names that are also names of endpoints of other containers.
     pub(crate) fn add_endpoint(
         &mut self,
         network: &str,
@@ -450,8 +450,8 @@ impl<'a> View<'a> {
         matches!(self.visible, Visibility::Nothing(Some(_)))
     }
 
-    /// The holder of the share of limits that the query counts towards: the container, whichever
-    /// server it uses; `client_id` if the container is not known.
+    /// The client to whose share of the limits the query is charged: the container, whichever
+    /// server it uses, or `client_id` if the container is not known.
     pub(crate) fn client_id(&self, client_id: &ClientId) -> ClientId {
         self.container.map_or_else(
             || client_id.clone(),

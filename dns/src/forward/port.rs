@@ -40,8 +40,8 @@ use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
-/// Mismatched datagrams after which a source port is closed. A port has one query, whose
-/// retransmissions are identical, so a correct server sends hardly anything else to it.
+/// Mismatched datagrams after which a source port is closed. A port has one query with identical
+/// retransmissions, so a correct server sends hardly anything else to it.
 pub(super) const MAX_MISMATCHES: u32 = 8;
 
 thread_local! {
@@ -181,7 +181,8 @@ impl Ports {
             Err(error) => {
                 let mut open = lock(&self.open);
                 open.shares.release(partition, 1);
-                // For example without free descriptors: a shared port is better than none.
+                // No new socket is available, for example without free descriptors. A shared port
+                // is better than none.
                 shared_port(&open, &key).ok_or(error)
             }
         }
@@ -362,7 +363,7 @@ impl Outstanding {
 
     /// Sends the query, for the first time or again. Returns whether that succeeded.
     pub(super) fn send(&self) -> bool {
-        // Without the runtime, which does not know yet that a new socket is writable.
+        // Sent directly, because the runtime does not know yet that a new socket is writable.
         let send =
             || rustix::net::send(&self.port.shared.socket, &self.message, SendFlags::DONTWAIT);
         match send() {
@@ -372,7 +373,7 @@ impl Outstanding {
                 self.port.shared.notify_all(&Response::Unreachable);
                 send().is_ok()
             }
-            // A full buffer loses datagrams, as networks do.
+            // A full send buffer drops the datagram, like a loss on the network.
             Err(error) => error == Errno::AGAIN,
         }
     }

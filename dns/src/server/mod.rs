@@ -36,7 +36,7 @@ pub enum Listen {
     /// On ports chosen by the kernel, to which nftables rules redirect. The container may have a
     /// DNS server on 0.0.0.0:53.
     Redirected,
-    /// On port 53 itself. No other socket of the container may use the port, on 0.0.0.0 either.
+    /// On port 53 itself. No other socket of the container may use the port, not even on 0.0.0.0.
     Direct,
 }
 
@@ -63,7 +63,7 @@ impl Serving {
     }
 
     /// Restores the nftables table of the redirect if other software has removed or changed it.
-    /// Returns whether it had.
+    /// Returns whether it was restored.
     ///
     /// # Errors
     /// Errors of nftables.

@@ -53,7 +53,7 @@ impl Redirect {
         Ok(Self { namespace: namespace.clone(), ports, identity })
     }
 
-    /// Replaces the table if it was modified or deleted. Returns whether it was.
+    /// Replaces the table if it was modified or deleted. Returns whether it was replaced.
     pub(super) fn repair(&mut self) -> Result<bool, Error> {
         let identity = &self.identity;
         let is_intact = || Connection::open()?.is_intact(identity);

@@ -62,7 +62,8 @@ impl SendBatch {
             match usize::try_from(sent) {
                 Ok(sent) => next += sent,
                 Err(_) if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
-                // The send buffer is full or the client is unreachable; others may not be.
+                // The send buffer is full, or this client is unreachable. Later responses may
+                // succeed.
                 Err(_) => {
                     lost += 1;
                     next += 1;

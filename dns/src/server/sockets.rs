@@ -31,7 +31,8 @@ pub(super) struct Binding {
 }
 
 impl Binding {
-    /// Restores `listener` if `error` says that it was destroyed. Returns whether it was.
+    /// Restores `listener` if `error` can mean that it was destroyed. Returns whether it was
+    /// restored.
     pub(super) fn revive_listener(
         &self,
         listener: &TcpListener,
@@ -43,7 +44,8 @@ impl Binding {
         revive_listener(listener, self.address, self.device.as_deref(), BACKLOG)
     }
 
-    /// Restores `socket` if `error` says that it was destroyed. Returns whether it was.
+    /// Restores `socket` if `error` can mean that it was destroyed. Returns whether it was
+    /// restored.
     pub(super) fn revive_datagrams(
         &self,
         socket: &UdpSocket,
@@ -105,7 +107,8 @@ impl SocketPair {
                 Ok::<_, io::Error>(socket)
             };
             let udp = open(Type::DGRAM, Protocol::UDP)?;
-            // Beyond `net.core.rmem_max` if privileged, up to it otherwise.
+            // Exceeds `net.core.rmem_max` if privileged; otherwise the kernel caps the size at that
+            // value.
             if rustix::net::sockopt::set_socket_recv_buffer_size_force(
                 udp.as_fd(),
                 RECEIVE_BUFFER / 2,

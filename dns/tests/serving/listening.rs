@@ -66,7 +66,7 @@ fn sockets_and_rules_are_removed_with_the_server() {
 fn a_server_replaces_the_table_of_a_killed_one() {
     let bed = scene();
     let mut container = bed.serve("web");
-    // As after a crash: the sockets are closed, the table remains.
+    // The state after a crash: the sockets are closed, the table remains.
     std::mem::forget(container.serving.take());
     let _guard = bed.runtime.enter();
     let serving =

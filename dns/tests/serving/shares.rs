@@ -59,13 +59,13 @@ impl Drop for Greedy {
 fn flood(socket: &UdpSocket, over: &AtomicBool) -> Figures {
     let mut figures = Figures::default();
     let mut message = query(1, "00000000.greedy.example", RecordType::A).to_vec().unwrap();
-    // Behind the header and the length of the first label.
+    // After the header and the length of the first label.
     let digits = 13..21;
     let start = Instant::now();
     let mut answer = [0; 512];
     while !over.load(Ordering::Relaxed) && start.elapsed() < Duration::from_secs(60) {
         let due = (start.elapsed().as_secs_f64() * FLOOD_RATE as f64) as usize;
-        // A backlog on a busy machine is not sent at once.
+        // On a busy machine, a backlog is limited instead of sent at once.
         for _ in figures.asked..due.min(figures.asked + 200) {
             message[digits.clone()].copy_from_slice(format!("{:08}", figures.asked).as_bytes());
             let _ = socket.send(&message);

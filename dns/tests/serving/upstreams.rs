@@ -47,7 +47,7 @@ fn a_dead_first_server_delays_one_query() {
     assert!(took < Duration::from_millis(500), "{took:?}");
     let later: Vec<_> =
         (1..100).map(|number| time(&client, &format!("{number}.example"))).collect();
-    // All of them, except on a machine that is busy with other work.
+    // None should be slow, except on a machine that is busy with other work.
     let slow = later.iter().filter(|took| **took >= Duration::from_millis(50)).count();
     assert!(slow <= 5, "{later:?}");
     let asked = (first.names().len(), second.names().len());
@@ -619,7 +619,8 @@ fn a_response_on_a_bridge_is_dropped_unless_its_server_is_on_a_network() {
     });
     bed.resolver.set_bridges([index]);
     let client = bed.serve("web");
-    // Reverse path filtering of the host would drop the forged source before.
+    // Reverse path filtering of the host would drop the datagram earlier, because of its forged
+    // source.
     for name in ["all", "br0"] {
         let path = format!("/proc/sys/net/ipv4/conf/{name}/rp_filter");
         net.host.run(|| fs::write(&path, "0")).unwrap();

@@ -17,7 +17,7 @@ use tidegate_testbed::Namespace;
 use tokio::runtime::Runtime;
 use upstream::Upstream;
 
-/// The namespace as a handle of the product.
+/// Converts a namespace of the test bed to that of the product.
 pub(crate) fn handle(namespace: &Namespace) -> netns::Namespace {
     netns::Namespace::from_path(&namespace.path()).unwrap()
 }
