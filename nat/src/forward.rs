@@ -7,8 +7,8 @@ use std::io;
 use std::net::SocketAddr;
 use tidegate_model::{Ingress, Protocol, PublishLabel};
 
-/// Maximum number of published ports: the number of port numbers. Each port also needs a
-/// descriptor, which is a lower limit in practice.
+/// Maximum number of published ports: the number of port numbers. In practice, the descriptor that
+/// each port needs is the lower limit.
 pub const MAX_FORWARDS: usize = 65_536;
 
 /// Identifier of a published port. Identifiers are not reused.

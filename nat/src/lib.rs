@@ -1,11 +1,12 @@
 //! User-space NAT engine: egress for containers without iptables and without privileges.
 //!
-//! The default route of a container leads to a TUN device. The engine reads packets from the
-//! device, terminates each flow, and continues it with a regular socket of the host. A connection
-//! of the container becomes a connection of this process, and its datagrams become datagrams of
-//! this process. Replies take the reverse path. The host needs no firewall rule, no forwarding and
-//! no kernel module. The process needs no privilege except the TUN device, which an unprivileged
-//! user can create in a user namespace.
+//! The default route of a container leads to a TUN device. A *guest* is the network stack of a
+//! container behind the device. The engine reads packets from the device, terminates each flow, and
+//! continues it with a regular socket of the host. A connection of the container becomes a
+//! connection of this process, and its datagrams become datagrams of this process. Replies take the
+//! reverse path. The host needs no firewall rule, no forwarding and no kernel module. The process
+//! needs no privilege except the TUN device, which an unprivileged user can create in a user
+//! namespace.
 //!
 //! ```text
 //!  container                                   this process                          host's network

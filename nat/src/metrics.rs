@@ -211,7 +211,8 @@ pub struct Figures {
     pub stats: Arc<Stats>,
     /// Maximum number of flows.
     pub flows_limit: u64,
-    /// Maximum number of flows per container; the same number again through its published ports.
+    /// Maximum number of flows per container. Flows through its published ports have a separate
+    /// limit of the same size.
     pub share_limit: u64,
     /// Maximum number of unanswered flows per container.
     pub unanswered_limit: u64,

@@ -28,7 +28,7 @@ impl Capabilities {
     /// All features.
     pub const ALL: Self =
         Self { peek_offset: true, tcp_offload: true, udp_offload: true, udp_gso: true };
-    /// The features of Linux 4.9.
+    /// No optional feature.
     pub const NONE: Self =
         Self { peek_offset: false, tcp_offload: false, udp_offload: false, udp_gso: false };
 
@@ -128,8 +128,8 @@ impl Default for Timeouts {
 /// Receives notifications of flooding endpoints, so that their packets can be dropped before the
 /// device.
 pub trait FloodListener: fmt::Debug + Send + Sync {
-    /// The engine drops SYNs of `source`. Called on the thread of the engine for one in 64 of them;
-    /// must not block.
+    /// The engine drops SYNs of `source`. Called on the thread of the engine for one in 64 dropped
+    /// SYNs of all sources. Must not block.
     fn flooding(&self, source: IpAddr);
 }
 
@@ -142,7 +142,7 @@ pub struct Settings {
     pub mtu: u16,
     /// The egress policy.
     pub policy: Policy,
-    /// There is only one guest, so no fair queueing is needed.
+    /// The device has only one guest, so no fair queueing is needed.
     pub one_guest: bool,
     /// Limits of the flow table.
     pub limits: TableLimits,

@@ -33,7 +33,7 @@ fn bench() -> Bench {
     })
 }
 
-/// An active neighbour: a connection and a session that must not be affected.
+/// Another active guest, with a connection and a session that must not be affected.
 struct Neighbour {
     stream: usize,
     datagrams: usize,

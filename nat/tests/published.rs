@@ -1,5 +1,5 @@
-//! Published ports through the device, with real kernels on both sides. The client takes the place
-//! of the server of other tests.
+//! Published ports through the device, with real kernels on both sides. The client runs where other
+//! tests run the server.
 
 mod common;
 

@@ -1,8 +1,9 @@
 //! Rootless operation: a user namespace, the device in a network namespace inside it, and the
 //! sockets on the host.
 //!
-//! There is no test harness, because creating a user namespace requires a single-threaded process.
-//! As root, the test creates the host and the server, and runs itself on the host as nobody.
+//! The test runs without the test harness, because creating a user namespace requires a
+//! single-threaded process. As root, the test creates the host and the server, and runs itself in
+//! the namespace of the host as the user nobody.
 
 #[path = "common/mod.rs"]
 mod common;

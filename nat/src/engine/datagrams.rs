@@ -578,8 +578,8 @@ impl<H: Host> Engine<H> {
         let batch = std::mem::take(&mut self.batch);
         for index in 0..batch.len() {
             let (message, _) = batch.get(index);
-            // A ping socket receives only echo replies, and those of any sender: the kernel finds
-            // it by the identifier and the local address (`ping_lookup`, net/ipv4/ping.c).
+            // A ping socket receives only echo replies, but from any sender: the kernel looks it up
+            // by the identifier and the local address (`ping_lookup`, net/ipv4/ping.c).
             if batch.source(index).is_some_and(|source| source.ip() != key.outside.ip()) {
                 self.stats.count_drop(DropReason::Unsolicited);
                 continue;
@@ -638,7 +638,8 @@ impl<H: Host> Engine<H> {
             };
             let (mapped, dns, session_is_shared) =
                 (session.mapped, session.dns, session.is_shared());
-            // The error queue of a ping socket has the errors of all that have its identifier.
+            // The error queue of a ping socket contains all errors with its identifier, whatever
+            // the destination.
             let is_echo = five_tuple.protocol != protocol::UDP;
             let outside = five_tuple.outside.ip();
             if is_echo && found.destination.is_some_and(|to| to.ip() != outside) {

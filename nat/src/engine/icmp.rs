@@ -91,7 +91,7 @@ impl<H: Host> Engine<H> {
         packet: &Packet<'_>,
         now: Instant,
     ) {
-        // RFC 1122 section 3.2.2: no error about a packet to a group.
+        // RFC 1122 section 3.2.2: no error about a packet to a broadcast or multicast address.
         let many = match packet.destination {
             IpAddr::V4(ip) => ip.is_multicast() || ip.is_broadcast(),
             IpAddr::V6(ip) => ip.is_multicast(),

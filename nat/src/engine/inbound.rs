@@ -21,9 +21,10 @@
 //!   from the socket of the port, from the address that the client used. Only a client creates a
 //!   session, so the guest can use the port only to reply.
 //!
-//! Without a free descriptor, clients wait in the accept queue of the kernel, and the port is
-//! retried after a pause. At a limit of flows, another client flow of the container is evicted. At
-//! the limit of one client, its own oldest session is evicted, or its next connection is reset.
+//! Without a free descriptor, clients wait in the accept queue of the kernel, and the engine
+//! accepts again after a pause. At a limit of flows, another client flow of the container is
+//! evicted. At the limit of one client, its own oldest session is evicted, or its next connection
+//! is reset.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
@@ -221,8 +222,8 @@ impl<H: Host> Engine<H> {
         Ok((five_tuple, admission))
     }
 
-    /// Whether the guest may see the client address: not if its replies would bypass the engine, or
-    /// if the address is trusted.
+    /// Whether the guest may see the client address. It must not if its replies would bypass the
+    /// engine, or if programs trust the address.
     fn may_show_client(&self, client: IpAddr, guest: IpAddr) -> bool {
         let policy = &self.settings.policy;
         let is_of_a_link = match client {
@@ -237,7 +238,8 @@ impl<H: Host> Engine<H> {
             || self.host.is_local(client))
     }
 
-    /// Whether the five-tuple is free. A flow that only lingers is ended.
+    /// Whether the five-tuple is free. Ends a flow in [`Phase::Lingering`](crate::tcp::conn::Phase)
+    /// that uses it.
     fn free_five_tuple(&mut self, five_tuple: &FlowKey) -> bool {
         let Some(flow) = self.flows.find(five_tuple) else { return true };
         let lingers = matches!(

@@ -107,7 +107,7 @@ impl<H: Host> Flow<H> {
     }
 }
 
-/// The NAT engine; see the module.
+/// The NAT engine; see the module documentation.
 pub struct Engine<H: Host> {
     host: H,
     settings: Settings,
@@ -257,7 +257,7 @@ impl<H: Host> Engine<H> {
         self.count_limit_drop(DropReason::Queue, Some(endpoint), now);
     }
 
-    /// [`Settings::one_guest`].
+    /// Whether the device has only one guest ([`Settings::one_guest`]).
     #[must_use]
     pub fn has_one_guest(&self) -> bool {
         self.settings.one_guest
@@ -375,8 +375,8 @@ impl<H: Host> Engine<H> {
         }
     }
 
-    /// Ensures that the timer of the flow fires at `deadline` or earlier. A deadline that moves
-    /// back with every packet does not re-arm the timer.
+    /// Ensures that the timer of the flow fires at `deadline` or earlier. A deadline that every
+    /// packet postpones does not re-arm the timer.
     fn arm(&mut self, key: Key, deadline: Instant) {
         let Some((_, flow)) = self.flows.get_mut(key) else { return };
         let timer = flow.timer();

@@ -226,7 +226,7 @@ impl ClientSessions {
         self.oldest_first.push_back(flow);
     }
 
-    /// Removes ended sessions, if they are more than half.
+    /// Removes ended sessions, if they are more than half of the list.
     pub(super) fn compact(&mut self, exists: impl Fn(Key) -> bool) {
         if self.oldest_first.len() > 2 * self.held + SCAN_LIMIT {
             self.oldest_first.retain(|flow| exists(*flow));

@@ -7,8 +7,8 @@ use tidegate_reactor::{PortRange, SourcePorts};
 /// Number of recorded destinations.
 const SLOTS: usize = 64;
 
-/// Table of destinations. Several destinations share one slot. A destination that is connected to
-/// so often that its source ports are short keeps the slot.
+/// Table of destinations. Several destinations share one slot. A destination keeps its slot while
+/// its source ports are scarce because of frequent connections.
 #[derive(Debug)]
 pub(super) struct Destinations {
     range: PortRange,

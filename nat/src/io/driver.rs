@@ -23,7 +23,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 use tidegate_reactor::{Arena, Context, Epoll, Handler, Interest, Key, Readiness, Token};
 
-/// Maximum number of frames per read of the device. A flood sends fewer in the meantime.
+/// Maximum number of frames per read of the device. A flood sends fewer while these are read.
 const FRAMES_PER_READ: usize = 256;
 
 /// Maximum time for serving packets before sockets are served. Acknowledgements are sent after
@@ -60,8 +60,8 @@ const SPARE_BUFFERS: usize = 16;
 /// needs service.
 const MAX_REQUEST_FRAMES: usize = 1;
 
-/// Time to poll for the reply to a request. Falling asleep and being woken takes as long as an
-/// exchange on the same host.
+/// Time to busy-poll for the reply to a request. A sleep and a wake-up take as long as an exchange
+/// on the same host.
 const POLL_TIME: Duration = Duration::from_micros(50);
 
 /// Time for which an endpoint counts as busy after consecutive packets.
@@ -127,7 +127,7 @@ pub(crate) struct Driver {
     timer: Option<Instant>,
     /// Time of the next router advertisement.
     advertise: Option<Instant>,
-    /// Time until which a reply to a request of the guest is expected.
+    /// Time until which to busy-poll for a reply to a request of the guest.
     expects_until: Option<Instant>,
     /// End of the current flood, and the niceness to restore.
     flood_until: Option<Instant>,
@@ -227,7 +227,7 @@ impl Driver {
             frames += 1;
             let mut packet = 0..length;
             if let Some(layer2) = &mut host.layer2 {
-                // A reply that does not fit is requested again by the guest.
+                // If the reply does not fit the device queue, the guest requests it again.
                 let tun = &host.tun;
                 let answer = |answer: &[u8]| _ = rustix::io::write(tun, answer);
                 match layer2.receive(&mut buffer[..length], answer).map(<[u8]>::len) {

@@ -35,7 +35,7 @@ pub(super) const FLOW: u8 = 0;
 /// Token tag of published port sockets.
 pub(super) const PORT: u8 = 3;
 
-/// Length of the accept queue. The kernel caps it at `net.core.somaxconn`, whose default it is.
+/// Length of the accept queue: the default of `net.core.somaxconn`, at which the kernel caps it.
 const BACKLOG: i32 = 4096;
 
 /// Keepalive of client connections, as for ports of the port publisher.
@@ -49,8 +49,8 @@ const DATAGRAM_BUFFER: usize = 4 << 20;
 
 /// Receive buffer of a TCP socket in bytes of payload (the kernel doubles it for bookkeeping).
 /// Without it, the kernel grows the buffer of each connection of a stalled container to `tcp_rmem`
-/// (6 to 32 MiB). The cost is a limit of the window: slightly more than 1 MiB per round trip, as
-/// for published ports.
+/// (6 to 32 MiB). The cost is a throughput limit of slightly more than 1 MiB per round trip, as for
+/// published ports.
 const RECEIVE_BUFFER: usize = 1 << 20;
 
 /// Maximum number of pending errors of earlier datagrams to skip per send.
@@ -228,7 +228,7 @@ fn family(of: SocketAddr) -> AddressFamily {
 /// thread. It does not serve clients yet.
 ///
 /// # Errors
-/// What bind(2) says.
+/// Errors of bind(2).
 pub fn reserve_port(protocol: Protocol, listen: SocketAddr) -> io::Result<OwnedFd> {
     let kind = if protocol == Protocol::Udp { Type::DGRAM } else { Type::STREAM };
     let domain = Domain::for_address(listen);
@@ -549,7 +549,7 @@ impl Host for Kernel {
             && !stream.watches_writable
             && let Some(token) = stream.token
         {
-            // Space that has become free since is reported again.
+            // If space has become free meanwhile, epoll reports it again.
             self.epoll.modify(&stream.socket, token, Interest::Edges)?;
             stream.watches_writable = true;
         }
@@ -638,7 +638,7 @@ impl Host for Kernel {
             }) {
                 Ok(_) => return SendOutcome::Sent,
                 // The segment exceeds the path MTU (EINVAL; EMSGSIZE since 6.12), or the device has
-                // no checksum offload (EIO, until 6.11). Single datagrams may pass.
+                // no checksum offload (EIO, until 6.11). Single datagrams may still succeed.
                 Err(error)
                     if matches!(
                         error.raw_os_error(),
@@ -789,7 +789,7 @@ mod tests {
                 assert!(heard || eventually(Duration::from_secs(5), || listener.accept().is_ok()));
                 (!heard, in_time)
             };
-            // If the test was not scheduled for so long, the kernel has sent the ACK by itself.
+            // If the test was not scheduled for that long, the kernel has sent the ACK by itself.
             let first = (0..20).map(|_| hidden_until_acked()).find(|(_, in_time)| *in_time);
             assert_eq!(first, Some((true, true)));
         });

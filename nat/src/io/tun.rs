@@ -194,7 +194,7 @@ fn create_new(options: &TunOptions) -> io::Result<OwnedFd> {
         platform.ensure_root_privileges(false);
         platform.vnet_hdr(true);
     });
-    // The crate takes over a persistent device of this name, as is intended for a TAP.
+    // The crate attaches to a persistent device of this name, which is intended only for a TAP.
     if options.layer2.is_none() && netlink::has(&options.name)? {
         return Err(Errno::BUSY.into());
     }

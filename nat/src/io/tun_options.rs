@@ -31,8 +31,8 @@ pub struct TunOptions {
     pub addresses: Vec<IpNet>,
     /// Families with a default route through the device.
     pub default_routes: Vec<Family>,
-    /// Next hops of these routes, at most one per family. A layer 3 device needs none, but people
-    /// and programs look for one.
+    /// Next hops of these routes, at most one per family. A layer 3 device needs none, but
+    /// administrators and programs expect one.
     pub gateways: Vec<IpAddr>,
     /// Routing table of these routes: 254 is `main`; other tables need policy rules.
     pub table: u32,

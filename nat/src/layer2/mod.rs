@@ -13,8 +13,8 @@
 //! | DHCP (RFC 2131) | a lease for one of the addresses 15 to 30 of the network |
 //!
 //! All other unicast IP packets are passed to the engine. To address replies, the sender of each
-//! frame is recorded. A guest that has not sent a frame yet gets the address of its device, or of
-//! the most recent sender.
+//! frame is recorded. Packets for an unknown address go to the most recent sender, which is
+//! initially the device itself.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 

@@ -136,7 +136,7 @@ pub struct Io<'a, H: Host> {
     pub allowance: usize,
 }
 
-/// Counts payload bytes: out (0) or in (1).
+/// Counts payload bytes, for the engine and for the published port, if any.
 fn count(stats: &Stats, forward: Option<&ForwardStats>, direction: Direction, bytes: u64) {
     stats.bytes[direction].add(bytes);
     if let Some(forward) = forward {

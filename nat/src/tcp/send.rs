@@ -41,10 +41,10 @@ impl<S> Connection<S> {
     /// Sends an acknowledgement, or delays it so that a reply or the FIN of the server can carry
     /// it. Returns true if it is delayed only until the next turn.
     ///
-    /// An acknowledgement is delayed only for less than one segment, in order, if there is no other
-    /// news for the guest (RFC 9293 section 3.8.6.3 permits half a second). Before its FIN, a guest
-    /// may withhold data until the acknowledgement arrives (Nagle's algorithm). After its FIN there
-    /// is no more data.
+    /// An acknowledgement is delayed only for less than one segment, in order, and if nothing else
+    /// must be sent to the guest (RFC 9293 section 3.8.6.3 permits half a second). Before its FIN,
+    /// a guest may withhold data until the acknowledgement arrives (Nagle's algorithm). After its
+    /// FIN there is no more data.
     fn send_or_delay_ack<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) -> bool {
         let untold = self.rcv_nxt.wrapping_sub(self.acknowledged);
         let may_wait = (1..u32::from(self.mss)).contains(&untold)
@@ -103,8 +103,8 @@ impl<S> Connection<S> {
             io.host.shutdown(stream);
             self.host_shut = true;
         }
-        // RFC 9293 section 3.8.6.2.2: avoid silly window updates; here below a quarter of the
-        // window.
+        // Silly window syndrome avoidance (RFC 9293 section 3.8.6.2.2): no update below a quarter
+        // of the window, unless all pending bytes are sent.
         let unadvertised = self.unadvertised(io);
         if waited
             && unadvertised > 0

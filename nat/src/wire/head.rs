@@ -12,7 +12,7 @@ use std::net::{IpAddr, SocketAddr};
 /// Maximum length: virtio (10), IPv6 with a fragment header (48), TCP with options (60).
 const ROOM: usize = 128;
 
-/// Hop limit of generated packets (RFC 1340 recommends 64). There is only one hop to the guest.
+/// Hop limit of generated packets (RFC 1340 recommends 64). The guest is one hop away.
 const HOP_LIMIT: u8 = 64;
 
 /// Maximum length of a packet: its length field has 16 bits.
@@ -327,8 +327,8 @@ const fn max_quoted(v6: bool) -> usize {
     if v6 { 1280 - 40 - icmp::HEADER } else { 576 - 20 - icmp::HEADER }
 }
 
-/// Builds an ICMP error to `destination` about a packet that it sent, and that is quoted as a list
-/// of slices. Returns headers and message.
+/// Builds an ICMP error to `destination` about a packet that it sent. `quotation` is that packet as
+/// a list of slices. Returns headers and message.
 #[must_use]
 pub fn icmp_error(
     source: IpAddr,

@@ -77,7 +77,7 @@ pub fn outside() -> Outside {
         namespace.sysctl("net.ipv6.conf.default.accept_dad", "0");
         namespace.sysctl("net.ipv6.conf.default.accept_ra", "0");
     }
-    // A new namespace does not permit ping sockets; a host usually permits them to everyone.
+    // A new namespace permits no ping sockets, whereas most hosts permit them to all users.
     host.sysctl("net.ipv4.ping_group_range", "0 2147483647");
     host.ip_all(&format!(
         "link add eth0 type veth peer name eth0 netns {}
