@@ -165,7 +165,6 @@ impl Cache {
         self.size
     }
 
-    /// Number of entries.
     pub(crate) fn len(&self) -> usize {
         self.entries.len()
     }

@@ -35,17 +35,17 @@ use tokio::time::{sleep_until, timeout};
 /// Limits of forwarding and of the cache.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Bounds {
-    /// Outstanding upstream queries.
+    /// Maximum number of outstanding upstream queries.
     pub(crate) in_flight: usize,
-    /// Waiting clients.
+    /// Maximum number of waiting clients.
     pub(crate) waiters: usize,
-    /// Waiting clients of one endpoint.
+    /// Maximum number of waiting clients of one endpoint.
     pub(crate) waiters_per_endpoint: usize,
-    /// Queries forwarded for one endpoint, per second.
+    /// Maximum number of queries forwarded for one endpoint per second.
     pub(crate) rate: u32,
-    /// Size of the cache in bytes.
+    /// Maximum size of the cache in bytes.
     pub(crate) cache: usize,
-    /// Open source ports.
+    /// Maximum number of open source ports.
     pub(crate) ports: usize,
 }
 

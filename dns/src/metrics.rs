@@ -33,7 +33,6 @@ const RCODES: [&str; 8] =
 
 const COLUMNS: usize = RCODES.len();
 
-/// Counters of a network.
 #[derive(Debug)]
 pub(crate) struct NetworkStats {
     name: String,
@@ -315,7 +314,6 @@ impl Overload {
     }
 }
 
-/// Metrics of the process.
 pub(crate) struct ProcessMetrics {
     pub(crate) hits: Counter,
     pub(crate) misses: Counter,

@@ -36,16 +36,16 @@ const MAX_CANDIDATES: usize = 16;
 /// Interval at which [`Pending::expire`] examines the queues.
 const EXPIRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Limits.
+/// Limits of [`Pending`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
-    /// Entries in flight.
+    /// Maximum number of entries in flight.
     pub(crate) in_flight: usize,
-    /// Waiters.
+    /// Maximum number of waiters.
     pub(crate) waiters: usize,
-    /// Waiters of one endpoint.
+    /// Maximum number of waiters of one endpoint.
     pub(crate) waiters_per_endpoint: usize,
-    /// Queries that are started for one endpoint per second.
+    /// Rate of queries that are started for one endpoint.
     pub(crate) rate: Rate,
 }
 

@@ -30,7 +30,6 @@ pub(crate) enum Resolution<'a> {
     /// The name does not exist (RFC 2308 section 2.1). The value is the offset of the zone in the
     /// name.
     NxDomain(usize),
-    /// The query is refused.
     Refused(Refusal),
     /// Forwarded to the servers of this list; `None`: those of the host.
     Forward(Option<&'a ServerList>),
@@ -236,7 +235,6 @@ fn resolve_reserved(name: &[u8], kind: u16) -> Option<Resolution<'static>> {
 }
 
 impl Resolution<'_> {
-    /// The response code.
     pub(crate) fn rcode(&self) -> Rcode {
         match self {
             Self::Answer(_) | Self::NoData(_) | Self::Forward(_) => Rcode::NoError,

@@ -142,7 +142,7 @@ impl Resolver {
             connections: Mutex::new(Shares::new(settings.tcp_clients_in_all)),
             metrics,
         });
-        // Before the first query.
+        // Set before the first query.
         if let Some(servers) = resolv_conf_watch::servers(&path, &namespace) {
             shared.host_servers(servers);
         }

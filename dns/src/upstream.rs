@@ -84,7 +84,6 @@ const MAX_CASE_CHANGES: u8 = 3;
 /// Upper bounds of the response time buckets in seconds.
 const BUCKETS: [f64; 8] = [0.001, 0.005, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0];
 
-/// State of a server.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ServerState {
     /// Time of the last response, to any query.

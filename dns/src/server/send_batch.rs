@@ -7,7 +7,6 @@ use std::net::SocketAddr;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 
-/// A batch of responses.
 #[derive(Default)]
 pub(super) struct SendBatch {
     bytes: Vec<u8>,

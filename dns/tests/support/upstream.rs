@@ -40,7 +40,6 @@ pub(crate) enum Mode {
     WrongIds,
 }
 
-/// A received query.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ReceivedQuery {
     /// The name in lower case.
