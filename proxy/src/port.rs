@@ -167,7 +167,6 @@ impl<T: Tally> PortStats<T> {
     }
 }
 
-/// A published port.
 #[derive(Debug)]
 pub(crate) struct Port<T = AtomicU64> {
     /// Unique in the engine and never reused.

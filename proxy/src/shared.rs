@@ -23,10 +23,10 @@ pub(crate) enum Message {
     Unpublish { port: Arc<Port>, done: mpsc::Sender<()> },
     /// Take over a connection that another loop accepted.
     Adopt(Box<(Accepted, Reservation)>),
-    /// Take over a connection that another loop accepted, and evict one of your own for it because
-    /// of `limit`.
+    /// Take over a connection that another loop accepted. Evict a connection of this loop for it,
+    /// because of `limit`.
     AdmitByEviction { accepted: Box<Accepted>, limit: Refusal },
-    /// The byte budget is exceeded, and one of your connections holds most of it.
+    /// The byte budget is exceeded, and the connection to evict is in this loop.
     EnforceByteBudget,
     /// Stop accepting; running connections continue. `done` is dropped when that is complete.
     Drain { done: mpsc::Sender<()> },
