@@ -71,7 +71,7 @@ impl PortRange {
         u32::from(self.last - self.first) + 1
     }
 
-    /// Half of the ports that the kernel searches first.
+    /// Half of the ports that the kernel searches first, which are half of the range.
     fn threshold(self) -> u32 {
         self.count() / 4
     }
