@@ -107,8 +107,8 @@ pub struct TableLimits {
     pub unanswered_per_source: usize,
     /// Rate of new flows per source.
     pub new_flows_per_source: Rate,
-    /// Maximum number of sessions per client of published ports (an IPv4 address or an IPv6 /64),
-    /// so that one client with many ports does not lock out others.
+    /// Maximum number of UDP sessions, and of TCP connections, per client of published ports (an
+    /// IPv4 address or an IPv6 /64), so that one client with many ports does not lock out others.
     pub sessions_per_client: usize,
     /// Maximum number of buffered bytes per source.
     pub buffered_per_source: usize,
@@ -532,7 +532,7 @@ impl<T> FlowTable<T> {
         sources.max_by_key(|(_, source)| source.flows).map(|(key, _)| key)
     }
 
-    /// The source with the most flows, and their number.
+    /// The source with the most flows in the network with the most flows, and their number.
     #[must_use]
     pub fn largest_holder(&self) -> Option<(IpAddr, usize)> {
         self.largest().and_then(|key| self.sources.get(key)).map(|source| (source.ip, source.flows))

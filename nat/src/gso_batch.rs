@@ -66,7 +66,6 @@ impl GsoBatch {
         self.key.map(|key| (key, &self.bytes[..], self.segment))
     }
 
-    /// Empties the batch.
     pub(crate) fn clear(&mut self) {
         self.key = None;
         self.bytes.clear();

@@ -145,8 +145,8 @@ impl Policy {
     }
 }
 
-/// Addresses that denote no host, a group, this host or the link. A NAT cannot forward flows to
-/// them.
+/// Addresses that denote no host, a group or this host, and IPv6 link-local addresses. A NAT cannot
+/// forward flows to them.
 fn is_unroutable(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => {

@@ -79,26 +79,20 @@ pub(crate) enum Message {
     /// Replaces the TUN device; replies once the previous one is closed. A descriptor without a
     /// device replaces one whose link was deleted.
     Device(OwnedFd, mpsc::Sender<io::Result<()>>),
-    /// Publishes a port.
     Publish(Box<Publish>),
     /// Closes a port; replies once it is closed.
     Unpublish(ForwardId, mpsc::Sender<()>),
-    /// Stops the loop.
     Stop,
 }
 
 /// A port to publish.
 #[derive(Debug)]
 pub(crate) struct Publish {
-    /// Identifier.
     pub(crate) id: ForwardId,
-    /// Destination in the container.
     pub(crate) forward: Forward,
     /// The bound socket.
     pub(crate) socket: OwnedFd,
-    /// Access control.
     pub(crate) guard: Option<Arc<dyn Guard>>,
-    /// Counters.
     pub(crate) stats: Arc<ForwardStats>,
     /// Receives the result.
     pub(crate) done: mpsc::Sender<io::Result<()>>,

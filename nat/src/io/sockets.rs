@@ -99,14 +99,12 @@ pub(crate) struct Stream {
     sent: SendState,
     /// Token of its events, once watched.
     token: Option<Token>,
-    /// Whether writability is watched.
     watches_writable: bool,
     /// The socket was accepted from a client, and is connected from the start.
     accepted: bool,
     _permit: Permit,
 }
 
-/// A listening socket.
 #[derive(Debug)]
 pub(crate) struct Listener {
     socket: OwnedFd,
@@ -114,7 +112,6 @@ pub(crate) struct Listener {
     _permit: Permit,
 }
 
-/// A datagram socket.
 #[derive(Debug)]
 pub(crate) struct Datagrams {
     socket: OwnedFd,

@@ -53,7 +53,6 @@ mod message {
     pub(super) const INFORM: u8 = 8;
 }
 
-/// A DHCP request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Request {
     kind: u8,
@@ -65,7 +64,6 @@ pub(super) struct Request {
     server: Option<Ipv4Addr>,
 }
 
-/// A DHCP reply.
 #[derive(Clone, Debug)]
 pub(super) struct Reply {
     request: Request,
@@ -142,7 +140,7 @@ impl Leases {
         mtu: u16,
         request: &Request,
     ) -> Option<Reply> {
-        // A reply to the offer of another server.
+        // The request accepts the offer of another server.
         if request.server.is_some_and(|server| server != of.gateway) {
             return None;
         }

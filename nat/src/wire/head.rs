@@ -115,7 +115,6 @@ fn octets_v6(ip: IpAddr) -> [u8; 16] {
     }
 }
 
-/// Fragmentation of a packet.
 #[derive(Clone, Copy, Debug)]
 enum Fragmentation {
     /// DF is set.
