@@ -52,7 +52,7 @@ pub(crate) enum Response {
     CaseChanged,
     /// Not a response to the query: late or forged.
     Unrelated,
-    /// No response: an ICMP error says that the server is unreachable.
+    /// No response: the server is unreachable (ICMP error).
     Unreachable,
     /// No response: the source port was closed after too many mismatched datagrams.
     Flooded,

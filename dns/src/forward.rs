@@ -103,7 +103,7 @@ struct ForwardedQuery {
     within: Arc<[SocketAddr]>,
 }
 
-/// What was received from a server for one query.
+/// A response of one server to one query.
 struct ServerResponse {
     server: SocketAddr,
     response: Response,

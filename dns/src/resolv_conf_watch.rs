@@ -72,7 +72,8 @@ impl Watch {
         let mut reader = Reader::new(&self.events, &mut buffer);
         loop {
             match reader.next() {
-                // An event without a name is about the file itself, or says that events were lost.
+                // An event without a name is about the file itself, or reports that events were
+                // lost.
                 Ok(event) => {
                     let name = event.file_name().map(|name| name.to_string_lossy().into_owned());
                     if name.is_none_or(|name| self.names.contains(&OsString::from(name))) {

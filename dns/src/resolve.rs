@@ -167,7 +167,7 @@ fn resolve_reverse<'a>(view: &View<'a>, name: &[u8], kind: u16) -> Option<Resolu
             }
             Some(Resolution::NxDomain(private.unwrap_or(0)))
         }
-        // The zone itself, or a part of it.
+        // The name of a reverse zone, or of a domain in it.
         Reverse::Prefix(address, length) => {
             is_private(address, length).then_some(Resolution::NoData(0))
         }

@@ -101,7 +101,7 @@ pub(crate) struct Endpoint {
     names: Vec<Name>,
 }
 
-/// An endpoint with a name.
+/// An endpoint that holds a name.
 #[derive(Debug)]
 struct Holder {
     endpoint: Arc<Endpoint>,

@@ -80,7 +80,8 @@ impl Relay {
         session.reference
     }
 
-    /// Whether replies can reach the socket of the session, as far as known.
+    /// Whether replies can reach the socket of the session. Verified at most once per
+    /// [`PATH_CHECK_INTERVAL`]; true in between.
     fn is_path_valid(&mut self, session: Key, now: Instant) -> bool {
         let Some((_, carried)) = self.sessions.get_mut(session) else { return false };
         if now < carried.path_verified + PATH_CHECK_INTERVAL {
