@@ -497,8 +497,9 @@ impl<T> FlowTable<T> {
         self.remove(victim?).map(|(key, value)| (key, value, limit))
     }
 
-    /// Evicts the longest unanswered flow to free a descriptor. The flow must be unanswered since
-    /// `before`; it is taken from the source with the most unanswered flows that has such a flow.
+    /// Evicts a flow to free a descriptor: the longest unanswered flow of a source, if its last
+    /// packet is not later than `before` and it has a descriptor. Of several such sources, the one
+    /// with the most unanswered flows loses its flow.
     pub fn evict_unanswered(&mut self, before: Instant) -> Option<(FlowKey, T)> {
         let victim = |source: &Source| {
             let oldest = source.idle[0].oldest()?;
@@ -515,8 +516,8 @@ impl<T> FlowTable<T> {
         self.remove(victim)
     }
 
-    /// Like [`Self::evict_unanswered`], for answered flows: evicts the longest idle flow of the
-    /// source with the most flows.
+    /// Like [`Self::evict_unanswered`], for answered flows that containers created: evicts the
+    /// longest idle flow of the source with the most flows.
     pub fn evict_idle(&mut self, before: Instant) -> Option<(FlowKey, T)> {
         let sources = self.sources.iter().filter(|(_, source)| source.origin == Origin::Inside);
         let (_, largest) = sources.max_by_key(|(_, source)| source.flows)?;

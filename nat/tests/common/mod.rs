@@ -128,7 +128,7 @@ impl Net {
         Self { container, host, server, nat }
     }
 
-    /// Counters of the engine and the kernels, for diagnosing a failure.
+    /// Counters of the engine and of the kernels, for the diagnosis of a failure.
     pub fn counters(&self) -> String {
         let mut text = String::new();
         tidegate_nat::describe(&[("test", self.nat.figures())], &mut text).unwrap();
