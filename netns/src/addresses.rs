@@ -95,8 +95,8 @@ impl AddressBook {
         self.current().table.is_on_link(ip)
     }
 
-    /// Returns whether both addresses are in the subnet of the same interface, so that they
-    /// communicate without a router.
+    /// Returns whether both addresses are in the subnet of the same interface, that is, on-link to
+    /// each other.
     #[must_use]
     pub fn on_link_with(&self, a: IpAddr, b: IpAddr) -> bool {
         self.current().table.on_link_with(a, b)
@@ -139,8 +139,8 @@ impl AddressBook {
         Ok(default_next_hop(&mut self.state().netlink, family)?.and_then(|hop| hop.gateway))
     }
 
-    /// Returns index and name of the interface on whose link `ip` is. Packets to `ip` from inside
-    /// the namespace are sent directly, without a router.
+    /// Returns the index and name of the interface to which `ip` is on-link: packets to it from
+    /// inside the namespace are sent directly, without a router.
     ///
     /// Returns `None` if `ip` is behind a router, local to the namespace, or unreachable.
     ///

@@ -1,12 +1,12 @@
-//! Dropping values in the background if the kernel takes long to release them.
+//! Drops values whose release blocks in the kernel, on background threads.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Maximum number of concurrent drop threads.
 const MAX_THREADS: usize = 64;
 
-/// Drops `value` on a separate thread. Drops it on the calling thread if 64 such threads are
-/// running or the thread cannot be started.
+/// Drops `value` on a separate thread, or on the calling thread if 64 such threads are running or
+/// no thread can be created.
 ///
 /// Closing an nftables socket waits for the current transaction of its network namespace
 /// (`nft_rcv_nl_event`, net/netfilter/nf_tables_api.c), and for a grace period if objects have been

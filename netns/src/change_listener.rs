@@ -54,7 +54,7 @@ impl Topic {
     }
 }
 
-/// Maximum number of messages read per call, in case changes never stop.
+/// Maximum number of messages read per call, which bounds a call while changes continue.
 const MAX_MESSAGES: usize = 1024;
 
 /// A netlink socket that receives notifications. It becomes readable with the first one and stays

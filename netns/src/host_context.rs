@@ -1,23 +1,22 @@
-//! The network namespaces of this process: the one in which it publishes ports, and the one of its
-//! networks.
+//! The network namespaces of this process: that of the published ports and that of the bridges.
 //!
-//! | started by | published ports | bridges and rules | threads of the data plane |
+//! | started by | published ports | bridges and rules | data plane threads |
 //! |---|---|---|---|
-//! | root | the namespace of the host, in which it was started | the same | the same |
-//! | an ordinary user | the namespace of the host | a new one, in a new user namespace | in the new one |
+//! | root | the host's namespace, in which it was started | the same | the same |
+//! | an ordinary user | the host's namespace | a new one, owned by a new user namespace | the new one |
 //!
 //! A socket belongs to the namespace in which it was created, regardless of the thread that accepts
-//! from it. One process is therefore enough without root too: its listening sockets are in the
-//! namespace of the host, and the threads that connect to containers are in the new one.
+//! from it. A rootless instance therefore needs only one process: its listening sockets are in the
+//! host's namespace, and the threads that connect to containers are in the new one.
 //!
-//! Without root, each service has a user namespace of its own, a child of the new one. It owns only
-//! the network namespace of the service.
+//! In a rootless instance, each service has its own user namespace, a child of the new one. It owns
+//! only the network namespace of the service.
 
 use crate::{Namespace, become_root_of_a_user_namespace, is_privileged};
 use rustix::io::Errno;
 use std::io;
 
-/// A namespace cannot be created or opened.
+/// A failure to create or open the namespaces.
 #[derive(Debug, thiserror::Error)]
 pub enum HostContextError {
     /// The network namespace of this process cannot be opened.
@@ -29,14 +28,14 @@ pub enum HostContextError {
     /// A user namespace cannot be created.
     #[error("make a user namespace: {error}: {remedy}", error = source)]
     UserNamespace {
-        /// The error of the kernel.
+        /// Error code of the kernel.
         source: io::Error,
-        /// What the administrator can change.
+        /// Settings that the administrator can change.
         remedy: &'static str,
     },
 }
 
-/// See the [module](self).
+/// The namespaces of the published ports and of the bridges; see the [module](self).
 #[derive(Clone, Debug)]
 pub struct HostContext {
     ports: Namespace,
@@ -44,21 +43,22 @@ pub struct HostContext {
 }
 
 impl HostContext {
-    /// Ports and networks in the current namespace.
+    /// Uses the current namespace for published ports and networks.
     ///
     /// # Errors
-    /// If `/proc` is not mounted, or no file descriptor is left.
+    /// `/proc` is not mounted, or the process is out of file descriptors.
     pub fn here() -> io::Result<Self> {
         let here = Namespace::current()?;
         Ok(Self { ports: here.clone(), networks: here })
     }
 
-    /// Ports in the current namespace, and networks in the same if this process may create them
-    /// there. Otherwise this makes the process root of a new user namespace, and the networks are
-    /// in a new network namespace. Must be called while the process has a single thread.
+    /// Uses the current namespace for published ports, and for networks as well if this process may
+    /// create them there. Otherwise, this process becomes root of a new user namespace, and the
+    /// networks are in a new network namespace. Must be called while the process is
+    /// single-threaded.
     ///
     /// # Errors
-    /// One line with the setting of the host that prevents this.
+    /// One line that names the cause and, for user namespaces, the host settings to change.
     pub fn for_networks() -> Result<Self, HostContextError> {
         let here = Self::here().map_err(HostContextError::Current)?;
         if Namespace::current_is_enterable() {
@@ -71,13 +71,14 @@ impl HostContext {
         Ok(Self { networks, ..here })
     }
 
-    /// Creates a network namespace for a service. Without root, it belongs to a user namespace of
-    /// its own, so that root in the service has no capability over the namespace of the bridges.
-    /// The veth pair of the service reveals the ID of that namespace (`IFLA_LINK_NETNSID`), and a
-    /// process with `CAP_NET_ADMIN` over it can create links there that bypass all guards.
+    /// Creates a network namespace for a service. In a rootless instance it is owned by a user
+    /// namespace of its own, so that root in the service has no capability over the namespace of
+    /// the bridges. The veth pair of the service reveals the ID of that namespace
+    /// (`IFLA_LINK_NETNSID`), and a process with `CAP_NET_ADMIN` over it can create links there
+    /// that bypass all guards.
     ///
     /// # Errors
-    /// One line with the setting of the host that prevents this.
+    /// One line that names the cause and, for user namespaces, the host settings to change.
     pub fn create_for_service(&self) -> Result<Namespace, HostContextError> {
         if !self.is_rootless() {
             return Namespace::create().map_err(HostContextError::Network);
@@ -85,19 +86,19 @@ impl HostContext {
         Namespace::create_in_user_namespace().map_err(explain)
     }
 
-    /// The namespace in which ports are published.
+    /// Returns the namespace of the published ports.
     #[must_use]
     pub fn ports(&self) -> &Namespace {
         &self.ports
     }
 
-    /// The namespace of the bridges.
+    /// Returns the namespace of the bridges.
     #[must_use]
     pub fn networks(&self) -> &Namespace {
         &self.networks
     }
 
-    /// Whether the networks are in another namespace than the published ports.
+    /// Returns whether the bridges are in another namespace than the published ports.
     #[must_use]
     pub fn is_rootless(&self) -> bool {
         self.ports.id() != self.networks.id()

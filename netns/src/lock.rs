@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::Duration;
 
 /// Number of attempts and pause between them before the lock counts as held by another process.
-/// Retries are necessary because a forked child of a dead owner keeps the lock until it calls
+/// Retries are necessary because a forked child of an exited owner keeps the lock until it calls
 /// execve(2), and because an exiting owner may delete the file concurrently.
 const ATTEMPTS: usize = 10;
 const PAUSE: Duration = Duration::from_millis(20);

@@ -198,10 +198,10 @@ impl PolicyRoute {
     /// Sets the preferred source address of steered replies from sockets that are not bound to an
     /// address.
     ///
-    /// An unbound IPv4 server replies to a datagram from the source address of the route. A local
-    /// route without a preferred source yields the *destination* address, so the reply would claim
-    /// to come from the client itself and be lost (`ip_route_output_key_hash_rcu`,
-    /// net/ipv4/route.c). IPv6 selects an address of the namespace by itself.
+    /// For replies of an unbound IPv4 socket, the kernel takes the source address from the route. A
+    /// local route without a preferred source yields the *destination* address: the reply would
+    /// claim to come from the client itself and be lost (`ip_route_output_key_hash_rcu`,
+    /// net/ipv4/route.c). For IPv6, the kernel selects an address of the namespace.
     ///
     /// # Errors
     /// [`PolicyRouteError`]: the kernel rejects addresses that do not belong to the namespace.

@@ -1,4 +1,4 @@
-//! The sockets bound to a port, and the processes that hold them, from `/proc`.
+//! Bound sockets and the processes that hold them, read from `/proc`.
 
 use procfs::ProcResult;
 use procfs::net::TcpState;
@@ -7,8 +7,8 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use tidegate_model::{Protocol, bracketed};
 
-/// Number of processes that a message names. A server that forks shares its socket with all its
-/// children; if there are more, the message has the first and the number of the others.
+/// Maximum number of processes that an error names. A forking server shares its socket with all its
+/// children; with more holders, the error names the first one and counts the others.
 const MAX_NAMED_HOLDERS: usize = 3;
 
 /// A socket bound to a port: a TCP listener, or a UDP socket.
@@ -16,23 +16,24 @@ const MAX_NAMED_HOLDERS: usize = 3;
 pub struct Bound {
     /// The local address and port.
     pub local: SocketAddr,
-    /// The connected peer; address and port are 0 without one.
+    /// The connected peer; address and port are 0 if there is none.
     pub remote: SocketAddr,
-    /// The inode, which identifies descriptors of the socket.
+    /// Inode of the socket, as in the links in `/proc/PID/fd`.
     pub inode: u64,
 }
 
 impl Bound {
-    /// Whether clients reach the socket by any address of the host.
+    /// Returns whether the socket receives from any client, at any address of the host.
     pub fn is_open_to_all(&self) -> bool {
         self.local.ip().to_canonical().is_unspecified() && self.remote.port() == 0
     }
 }
 
-/// The bound sockets of the current network namespace. A kernel without IPv6 has no IPv6 sockets.
+/// Returns the bound sockets of the current network namespace. A kernel without IPv6 has no IPv6
+/// sockets.
 ///
 /// # Errors
-/// If `/proc` is not readable.
+/// `/proc` cannot be read.
 pub fn bound(protocol: Protocol) -> ProcResult<Vec<Bound>> {
     let bound = |local, remote, inode| Bound { local, remote, inode };
     match protocol {
@@ -62,19 +63,19 @@ pub struct Holder {
     pub pid: i32,
     /// The command line; empty if it is not readable.
     pub command: Vec<String>,
-    /// The sockets it holds, of those in the query.
+    /// The queried sockets that it holds, by inode.
     pub inodes: BTreeSet<u64>,
 }
 
-/// In the format `nginx (pid 812)`.
+/// Prints `nginx (pid 812)`.
 impl std::fmt::Display for Holder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} (pid {})", self.name, self.pid)
     }
 }
 
-/// The processes that hold one of the sockets `inodes`. The sockets of other users' processes are
-/// visible only to root.
+/// Returns the processes that hold any of the sockets `inodes`. Only root sees the sockets of other
+/// users' processes.
 pub fn holders(inodes: &BTreeSet<u64>) -> Vec<Holder> {
     if inodes.is_empty() {
         return Vec::new();
@@ -98,13 +99,14 @@ fn holder(process: &Process, inodes: &BTreeSet<u64>) -> Option<Holder> {
     Some(Holder { name, pid: process.pid(), command, inodes: held })
 }
 
-/// The message that the port of `protocol` at `address` is in use. It names the processes that hold
-/// the port, if this process may read their descriptors.
+/// Returns the error text for a port in use at `address`. It names the processes that hold the
+/// port, if this process may read their descriptors.
 pub fn in_use(address: SocketAddr, protocol: Protocol) -> String {
     let port = port_at(address, protocol);
     let mut holders = holders_of(address, protocol);
     if holders.is_empty() {
-        // The lists in /proc are read in pieces, and lack entries if others are removed meanwhile.
+        // A list in /proc is read by several system calls, and misses entries if others are removed
+        // concurrently.
         holders = holders_of(address, protocol);
     }
     match holders.as_slice() {
@@ -116,13 +118,13 @@ pub fn in_use(address: SocketAddr, protocol: Protocol) -> String {
     }
 }
 
-/// The port as errors name it: `port 80/tcp on [::]`.
+/// Returns the port as errors name it: `port 80/tcp on [::]`.
 pub fn port_at(address: SocketAddr, protocol: Protocol) -> String {
     format!("port {}/{protocol} on {}", address.port(), bracketed(address.ip()))
 }
 
-/// The processes that hold the port, as `nginx (pid 812)`, if this process may read their
-/// descriptors.
+/// Returns the processes that hold the port, in the format of [`Holder`], if this process may read
+/// their descriptors.
 fn holders_of(wanted: SocketAddr, protocol: Protocol) -> Vec<String> {
     let clashes = |local: SocketAddr| {
         let overlaps = local.ip() == wanted.ip()

@@ -10,8 +10,8 @@ use rustix::io::Errno;
 use std::io;
 use std::net::IpAddr;
 
-/// Returns index and name of the interface on whose link `ip` is. Performs a full route lookup in
-/// the kernel, which includes policy rules.
+/// Returns the index and name of the interface to which `ip` is on-link. Performs a full route
+/// lookup in the kernel, which includes policy rules.
 pub(crate) fn connected_interface(
     netlink: &mut Netlink,
     ip: IpAddr,

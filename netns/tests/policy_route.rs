@@ -439,7 +439,7 @@ fn all_rules_of_a_killed_owner_are_deleted() {
     let guards: Vec<_> =
         (1..).take(MAX_SELECTORS).map(|port| route.steer(udp_reply(port)).unwrap()).collect();
     // Leaks the guards and the policy route, as in a killed process. Another policy route then
-    // deletes all their rules as those of a dead process.
+    // deletes all their rules as those of an exited process.
     std::mem::forget(guards);
     drop(route);
     let journal = fs::read_dir(scene.journal.path()).unwrap().next().unwrap().unwrap().path();

@@ -47,8 +47,8 @@ pub(super) struct Identity {
 }
 
 impl Identity {
-    /// Returns whether both identify the same namespace. Returns `None` if only the cookie could
-    /// tell and the kernel has no cookies.
+    /// Returns whether both identify the same namespace. Returns `None` if this depends on the
+    /// cookie and the kernel does not support cookies.
     pub(super) fn same(&self, other: &Self) -> Option<bool> {
         if self.boot != other.boot || self.id != other.id {
             return Some(false);

@@ -13,8 +13,8 @@
 //!
 //! Every step is recorded before it is performed. Wherever a process is killed, the record
 //! therefore covers at least the existing objects, and reverting a missing object is a no-op. The
-//! next process reverts the steps of dead owners in the same way. If that fails, the owner stays in
-//! the record and is retried after its process has exited.
+//! next process reverts the steps of owners that have exited in the same way. If a revert fails,
+//! the owner stays in the record, and a later process retries once the owner has exited.
 
 use super::PolicyRouteError;
 use super::journal::{Identity, Journal, Owner, Record};

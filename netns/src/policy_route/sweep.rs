@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 /// record is deleted once all owners have exited. Returns the number of owners cleaned up. Failures
 /// are logged.
 ///
-/// Intended for program start. Takes a few milliseconds if a namespace must be searched among the
-/// processes, and well under one millisecond otherwise.
+/// Intended for program start. Takes a few milliseconds if the processes must be searched for a
+/// namespace, and well under one millisecond otherwise.
 ///
 /// # Errors
 /// The journal cannot be read.
