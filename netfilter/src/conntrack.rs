@@ -71,21 +71,21 @@ pub struct EntryKey {
 }
 
 impl Entry<'_> {
-    /// Whether the kernel keeps the entry when the table is full. It evicts others first
-    /// (`early_drop`, net/netfilter/nf_conntrack_core.c).
+    /// Returns whether the entry is assured. When the table is full, the kernel evicts only entries
+    /// that are not (`early_drop`, net/netfilter/nf_conntrack_core.c).
     #[must_use]
     pub fn is_assured(&self) -> bool {
         self.number(field::STATUS).is_some_and(|status| status & ASSURED != 0)
     }
 
-    /// Time in seconds until the entry expires without further packets. Of entries of one protocol
-    /// and state, the longest idle one has the shortest.
+    /// Returns the time in seconds until the entry expires without further packets. Among entries
+    /// of one protocol and state, the entry idle for longest has the least time left.
     #[must_use]
     pub fn remaining(&self) -> u32 {
         self.number(field::TIMEOUT).unwrap_or(0)
     }
 
-    /// The key of the entry.
+    /// Returns the key that identifies the entry for its deletion.
     #[must_use]
     pub fn key(&self) -> EntryKey {
         let of = |kind| attribute(self.attributes, kind).map(<[u8]>::to_vec);

@@ -6,8 +6,8 @@
 //!      └──Change───► netlink messages ──► one atomic transaction
 //! ```
 //!
-//! The crate talks nfnetlink directly and needs neither the `nft` program nor a C library.
-//! Distributed versions of these do not yet support tables that are [owned](Change::Replace) by a
+//! The crate talks nfnetlink directly and needs neither the `nft` program nor a C library. Their
+//! versions in current distributions do not support tables that are [owned](Change::Replace) by a
 //! connection and persist after it closes; the crate does. It has no notion of networks or
 //! containers: the caller decides the contents of a table.
 //!

@@ -70,7 +70,7 @@ pub enum Value {
     Net(IpNet),
     /// A protocol.
     Protocol(Transport),
-    /// Another protocol number.
+    /// Any other protocol, by number.
     OtherProtocol(u8),
     /// A port.
     Port(u16),

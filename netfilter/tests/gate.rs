@@ -6,7 +6,7 @@ use tidegate_testbed::Namespace;
 const MARK: u32 = 0x7467_0000;
 const MASK: u32 = 0xffff_0000;
 
-/// A host that forwards between the links `left` and `right`, with one machine behind each.
+/// A host that forwards between the links `left` and `right`, with one machine on each.
 struct Router {
     host: Namespace,
     left: Namespace,

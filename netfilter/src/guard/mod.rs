@@ -359,9 +359,9 @@ pub fn program_time(policy: &PortPolicy, frame: &[u8], times: u32) -> io::Result
 }
 
 /// A guard at the ingress of an internal network's bridge. The host accepts packets from members
-/// only if they are addressed to the gateway addresses, and forwards none. It is an eBPF program
-/// where these are permitted, and otherwise, as in a user namespace, a classic BPF program in a
-/// `clsact` qdisc.
+/// only if they are addressed to the gateway addresses, and forwards none. It is an eBPF program if
+/// the process may load one. Otherwise, for example in a user namespace, it is a classic BPF
+/// program in a `clsact` qdisc.
 #[derive(Debug)]
 pub struct InternalGuard(InternalProgram);
 
@@ -372,11 +372,12 @@ enum InternalProgram {
 }
 
 impl InternalGuard {
-    /// Loads a guard for a bridge with the addresses `gateways`, each with the prefix of its
-    /// network.
+    /// Loads a guard for a bridge with the addresses `gateways`, each with the prefix length of its
+    /// subnet.
     ///
     /// # Errors
-    /// The failure to load an eBPF program, where classic BPF is forced off.
+    /// An eBPF program cannot be loaded, and classic BPF is disabled for tests
+    /// ([`Feature::ClassicGuards`]).
     pub fn new(gateways: &[IpNet]) -> io::Result<Self> {
         let rules = internal_rules(gateways);
         let extended = Counters::new(COUNTERS, compile::COUNTERS).and_then(|counters| {

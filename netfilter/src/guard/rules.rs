@@ -178,14 +178,15 @@ pub(super) enum Verdict {
 /// Returns test lists for the accepted frames that are policed during a flood: those that may open
 /// a TCP connection. A frame is policed if it passes any of the lists.
 ///
-/// A SYN is recognised behind a header of standard length. All packets with IP options, fragments
-/// or extension headers, which hide the flags, are policed: by default no kernel sends a SYN in
-/// this form.
+/// A SYN is recognised after a header of standard length. All packets with IP options, fragments or
+/// extension headers, which hide the flags, are policed: by default no kernel sends a SYN in this
+/// form.
 pub(super) fn policed(policy: &PortPolicy) -> Vec<Vec<Test>> {
     /// SYN set, ACK clear.
     const SYN: u8 = 0x02;
     const SYN_ACK: u8 = 0x12;
-    // Test the protocol first: the lists share it, so non-TCP packets fail all of them at once.
+    // Test the protocol first: the lists share it, so a non-TCP packet fails all of them with one
+    // test.
     let v4 = || [is(at::V4_PROTOCOL, &[TCP]), is(at::ETHERTYPE, &IPV4)].into_iter();
     let v6 = |next: u8| [is(at::ETHERTYPE, &IPV6), is(at::V6_NEXT, &[next])].into_iter();
     let mut policed: Vec<Vec<Test>> = vec![
