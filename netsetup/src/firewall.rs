@@ -411,9 +411,9 @@ impl Firewall {
         self.host.with(|| backend.record_fingerprint(&self.owner))?
     }
 
-    /// Evicts flows of the networks if the conntrack table has more than `limit` assured entries;
-    /// without a `limit`, three quarters of the size of the table. Does nothing on a host without
-    /// conntrack. To be called periodically.
+    /// Evicts flows of the networks if the conntrack table has more than `limit` assured entries.
+    /// The default limit is three quarters of the size of the table. Does nothing on a host without
+    /// conntrack. Should be called periodically.
     ///
     /// # Errors
     /// Errors of the kernel.
@@ -442,8 +442,8 @@ impl Firewall {
         })?
     }
 
-    /// Returns the entries of the conntrack table at the last check, the limit from which on flows
-    /// are evicted, and the number of evicted flows.
+    /// Returns the number of entries of the conntrack table at the last check, the limit above
+    /// which flows are evicted, and the number of flows evicted so far.
     #[must_use]
     pub fn tracked_flows(&self) -> [u64; 3] {
         let TrackedFlows { entries, limit, evicted } = &self.tracked;
@@ -485,7 +485,7 @@ impl Firewall {
     }
 }
 
-/// Link-local and multicast prefixes of IPv6, which it cannot work without.
+/// Returns the link-local and multicast prefixes, which IPv6 requires; none for IPv4.
 fn link_scoped_prefixes(v6: bool) -> Vec<IpNet> {
     let nets: &[Ipv6Net] = &[
         Ipv6Net::new_assert(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 10),

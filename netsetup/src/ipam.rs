@@ -161,8 +161,8 @@ pub struct Exhausted {
 
 impl Pools {
     /// The default pools. For IPv4, /24 subnets of 172.28.0.0/14 and 10.201.0.0/16, which are
-    /// neither the first choices of dockerd nor common in offices. For IPv6, /64 subnets of a
-    /// unique local /48 prefix (RFC 4193) derived from `host_id`.
+    /// neither allocated first by dockerd nor common in company networks. For IPv6, /64 subnets of
+    /// a unique local /48 prefix (RFC 4193) derived from `host_id`.
     #[must_use]
     pub fn usual(host_id: [u8; 5]) -> Self {
         let [a, b, c, d, e] = host_id;

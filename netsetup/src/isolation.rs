@@ -47,7 +47,7 @@ pub struct BridgePrograms {
 ///   otherwise bypass the isolation.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RuleIsolation {
-    /// They close a network regardless of foreign policy rules that precede tidegate's.
+    /// Programs that keep a network closed even if foreign policy rules precede tidegate's.
     pub programs: BridgePrograms,
 }
 
@@ -147,7 +147,7 @@ pub struct FirewallIsolation {
     pub firewall: FirewallKind,
     /// Owner of the rules.
     pub owner: String,
-    /// Programs that can be attached; gates as of [`Firewall::gate`](crate::Firewall).
+    /// Programs that can be attached; `gates` as of [`Firewall::gate`](crate::Firewall).
     pub programs: BridgePrograms,
 }
 

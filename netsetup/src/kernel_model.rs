@@ -42,8 +42,8 @@ impl KernelModel {
     }
 }
 
-/// Returns a predicate for the facts that remain after `gone` are removed: all except these and the
-/// facts on removed links.
+/// Returns a predicate for the facts that remain after the removal of `gone`: all others, except
+/// for facts on links in `gone`.
 pub(crate) fn outlasts<'a>(gone: &'a BTreeSet<&'a Fact>) -> impl Fn(&Fact) -> bool + 'a {
     let links: BTreeSet<_> = gone.iter().flat_map(|fact| fact.links()).collect();
     move |fact| !gone.contains(fact) && !fact.on().any(|link| links.contains(&link))

@@ -58,7 +58,7 @@ fn is_golden(name: &str, ruleset: &Ruleset, docker_user: bool) {
 /// The example of the documentation, and a variant with policy rules as guards.
 #[test]
 fn demo_matches_golden_file() {
-    // As with working port guards.
+    // Port guards verify the sources of both networks.
     let zones = [zone("tg-front", &FRONT, false), zone("tg-back", &BACK[..1], true)];
     let zones = zones.into_iter().map(|zone| Zone { verified: true, ..zone }).collect();
     let ports = [

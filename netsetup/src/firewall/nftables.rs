@@ -98,9 +98,9 @@ impl Backend for Nftables {
         };
         let changes = [replace, part];
         for _ in 0..ATTEMPTS {
-            // The fingerprint is read at once. Without it, a change by any other program, such as
-            // another instance that starts, would be taken for a change of these rules, and their
-            // restoration for a change by that instance, and so on.
+            // The fingerprint is read immediately. Without it, a concurrent change by another
+            // program, such as an instance that starts, would be taken for a change of these rules.
+            // Their restoration would in turn look like a change to that instance, and so on.
             if self.commit_exclusively(&changes)? && self.read_unmodified(&ruleset.owner)? {
                 break;
             }

@@ -1,14 +1,15 @@
-//! Shares of the conntrack table.
+//! Fair sharing of the conntrack table between networks and addresses.
 //!
-//! With a firewall, each flow of a container has an entry in the conntrack table of the host, which
-//! all containers and the host share. When the table is full, the kernel evicts entries that are
-//! not assured, and then refuses new flows of everybody. An established TCP connection is assured
-//! and expires after five days. A container with an accomplice outside can therefore fill the
-//! table.
+//! With a firewall, each flow of a container has an entry in the host's conntrack table, which all
+//! containers and the host share. When the table is full, the kernel evicts entries that are not
+//! assured; if there are none, it drops the first packet of every new flow. An established TCP
+//! connection is assured and expires after five days. A container and a cooperating external host
+//! can therefore fill the table.
 //!
-//! Before the table is full, the largest [group](Group) loses some assured flows, and in it the
-//! address with the most, the longest idle first. Flows of others count as well, so that nobody
-//! loses flows because of someone who holds more, but only flows of this owner are evicted.
+//! Flows are evicted before the table is full: from the largest [group](Group), and within it from
+//! the address with the most flows, longest idle first. Flows of other owners count towards the
+//! comparison, but only flows of this owner are evicted. An owner thus loses no flows because of a
+//! larger group of another owner.
 
 use super::protocol_of;
 use ipnet::IpNet;
@@ -25,22 +26,22 @@ const FAMILIES: [TableFamily; 2] = [TableFamily::Ipv4, TableFamily::Ipv6];
 pub struct EvictedFlows {
     /// Number of flows.
     pub flows: usize,
-    /// The address that had the most of those that lost flows: a container, or a client of
-    /// published ports. And its flows before.
+    /// The address with the most flows among those that lost flows, a container or a client of
+    /// published ports, and its number of flows before the eviction.
     pub largest: Option<(IpAddr, usize)>,
 }
 
-/// Flows that yield together.
+/// A set of flows that is reduced as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Group {
-    /// Flows that containers of a network have opened.
+    /// Flows created by the containers of a network, by index.
     Egress(usize),
-    /// Flows to containers of a network: published ports that the kernel forwards.
+    /// Flows to the containers of a network, by index, through ports that the kernel forwards.
     Ingress(usize),
-    /// Connections to published ports that sockets serve. An evicted one continues, because it has
-    /// no NAT.
+    /// Connections to published ports that userspace sockets serve. They continue after the
+    /// eviction, because they have no NAT.
     Ports,
-    /// Flows of other programs and projects, by their /24 or /64. They are not evicted.
+    /// Flows of other programs and projects, by /24 or /64. They are not evicted.
     Other(IpAddr),
 }
 
@@ -50,24 +51,24 @@ impl Group {
     }
 }
 
-/// What a flow counts for.
+/// The group and the address to which a flow is charged.
 type Holder = (Group, IpAddr);
 
-/// The networks of the owner, each with its subnets, and the published ports.
+/// The networks of the owner, each as its subnets, and its published ports.
 pub(super) struct Owned {
     pub(super) networks: Vec<Vec<IpNet>>,
     pub(super) ports: BTreeSet<(Protocol, u16)>,
 }
 
 impl Owned {
-    /// Returns the holder of `entry`.
+    /// Returns the holder to which `entry` is charged.
     fn holder(&self, entry: &Entry<'_>) -> Holder {
         let network_of = |ip: IpAddr| {
             let has = |subnets: &Vec<IpNet>| subnets.iter().any(|subnet| subnet.contains(&ip));
             self.networks.iter().position(has)
         };
         let client = match entry.client {
-            // All containers have link-local addresses in one /64.
+            // The link-local addresses of all containers are in one /64.
             IpAddr::V6(v6) if v6.is_unicast_link_local() => entry.client,
             client => share_of(client),
         };
@@ -82,7 +83,7 @@ impl Owned {
         }
     }
 
-    /// Whether the flow has a published port as its destination, at any address.
+    /// Returns whether the destination of the flow is a published port, at any address.
     fn is_published(&self, entry: &Entry<'_>) -> bool {
         entry
             .flow
@@ -90,7 +91,7 @@ impl Owned {
     }
 }
 
-/// The /24 of an IPv4 address, the /64 of an IPv6 address.
+/// Returns the /24 of an IPv4 address, or the /64 of an IPv6 address.
 fn block_of(ip: IpAddr) -> IpAddr {
     match share_of(ip) {
         IpAddr::V4(v4) => {
@@ -101,7 +102,8 @@ fn block_of(ip: IpAddr) -> IpAddr {
     }
 }
 
-/// Returns the highest level to which holders of `counts` are reduced to free `excess` places.
+/// Returns the highest count such that reducing all larger `counts` to it frees `excess`
+/// entries or more.
 fn level(counts: impl Iterator<Item = usize>, excess: usize) -> usize {
     let mut counts: Vec<usize> = counts.collect();
     counts.sort_unstable_by(|a, b| b.cmp(a));
@@ -109,7 +111,8 @@ fn level(counts: impl Iterator<Item = usize>, excess: usize) -> usize {
     for (number, count) in counts.iter().enumerate() {
         sum += count;
         let (holders, next) = (number + 1, counts.get(number + 1).copied().unwrap_or(0));
-        // Reducing the first `holders` to the next lower count frees this many.
+        // Reducing the first `holders` to the next lower count frees `sum - holders * next`
+        // entries.
         if sum - holders * next >= excess {
             return sum.saturating_sub(excess) / holders;
         }
@@ -117,8 +120,8 @@ fn level(counts: impl Iterator<Item = usize>, excess: usize) -> usize {
     0
 }
 
-/// Returns the flows that each holder loses so that `excess` places would become free if every
-/// group could be reduced.
+/// Returns the number of flows that each holder loses. The numbers would free `excess` entries if
+/// every group could be reduced.
 fn reductions(held: &BTreeMap<Holder, usize>, excess: usize) -> BTreeMap<Holder, usize> {
     let mut groups: BTreeMap<Group, usize> = BTreeMap::new();
     for ((group, _), flows) in held {
@@ -138,8 +141,8 @@ fn reductions(held: &BTreeMap<Holder, usize>, excess: usize) -> BTreeMap<Holder,
     reductions
 }
 
-/// Evicts assured flows of `owned` if the table has more than `limit` assured entries. A sixth of
-/// the limit becomes free, as far as the largest groups are of this owner.
+/// Evicts assured flows of `owned` if the table has more than `limit` assured entries. Five sixths
+/// of the limit remain, or more if the largest groups belong to others.
 ///
 /// # Errors
 /// Errors of the kernel.

@@ -504,7 +504,7 @@ fn link_that_replaces_a_veth_end_gets_no_addresses() {
     }
 }
 
-/// None of 100,000 routes is read.
+/// The 100,000 routes of the endpoint are not read.
 #[test]
 fn routes_of_an_endpoint_do_not_delay_repairs() {
     let bed = Bed::new();

@@ -111,9 +111,9 @@ impl Program {
     }
 
     /// Lists chains and rules of the table `filter`, as `iptables -S` does, in the calling thread's
-    /// network namespace. For queries; [`save`](Self::save) is for changes, where the tables have
-    /// to be consistent. The program may wait for the xtables lock without limit, so it runs on a
-    /// thread of its own, which is abandoned after [`TIMEOUT`].
+    /// network namespace. For queries only: changes require the consistent tables of
+    /// [`save`](Self::save). The program may wait for the xtables lock indefinitely, so it runs on
+    /// a separate thread, which is abandoned after [`TIMEOUT`].
     pub(super) fn list_filter(&self) -> io::Result<Vec<String>> {
         let Some(path) = self.program.to_str().map(str::to_owned) else {
             return Err(io::ErrorKind::InvalidFilename.into());
@@ -121,7 +121,7 @@ impl Program {
         let (sender, listed) = mpsc::sync_channel(1);
         // A thread inherits the network namespace of its creator.
         thread::Builder::new().name("tidegate-iptables".into()).spawn(move || {
-            // The crate takes the name for the lifetime of the process. There is one per family.
+            // The crate requires a `'static` name. Each call leaks one copy.
             let cmd = Box::leak(path.into_boxed_str());
             let program = IPTables { cmd, has_check: true, has_wait: true, is_numeric: false };
             // The receiver is gone after the timeout.
@@ -278,7 +278,7 @@ mod tests {
         );
     }
 
-    /// More data than fits into a pipe, in both directions at once.
+    /// More data than fits into a pipe, in both directions simultaneously.
     #[test]
     fn large_input_and_output_do_not_deadlock() {
         let text = "x".repeat(1 << 20);
