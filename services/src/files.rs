@@ -96,7 +96,7 @@ fn claim(path: &Path) -> io::Result<Option<File>> {
             Ok(Some(lock)) if is_at(&lock, path) => return Ok(Some(lock)),
             Ok(None) => return Ok(None),
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            // A sweep removed the directory in between.
+            // A sweep removed the directory concurrently.
             _ => {}
         }
     }

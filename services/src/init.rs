@@ -73,8 +73,8 @@ pub fn main() -> ExitCode {
 }
 
 fn run(socket: &UnixStream, request: &StartRequest) -> Result<(), Report> {
-    // After the request was received, see `launch`. If the supervisor has died in between, the
-    // socket reports end of file below.
+    // Only after the request was received, see `launch`. If the supervisor has exited before this
+    // call, the socket reports end of file below.
     let set = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
     step("set the parent death signal", set)?;
     step("create a session", rustix::process::setsid())?;
@@ -84,8 +84,8 @@ fn run(socket: &UnixStream, request: &StartRequest) -> Result<(), Report> {
     step("enter the network namespace", entered)?;
     drop(namespace);
     let user_namespace = step("find the owner of the network namespace", network_owner())?;
-    // Closes descriptors that tidegate inherited from its parent when the command is executed. Does
-    // nothing before Linux 5.11, which does not know the flag.
+    // Closes descriptors that tidegate inherited from its parent when the command is executed. Has
+    // no effect before Linux 5.11, which lacks the flag.
     // SAFETY: the call sets a flag of descriptors and closes none.
     unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed()) };
     unshare(UnshareFlags::NEWNS, "create a mount namespace")?;

@@ -77,8 +77,8 @@ pub(super) fn launch(program: &Path, spec: &ServiceSpec) -> io::Result<Launched>
 /// reparented its children.
 ///
 /// Joining is not sufficient: the kernel wakes the joining thread (`mm_release`) before it sends
-/// death signals to children (`exit_notify`). A child that sets `PR_SET_PDEATHSIG` in between is
-/// killed.
+/// death signals to children (`exit_notify`). A child that sets `PR_SET_PDEATHSIG` between the two
+/// is killed.
 fn in_ended_thread<T: Send>(call: impl FnOnce() -> T + Send) -> io::Result<T> {
     let (tid, result) = std::thread::scope(|scope| scope.spawn(|| (gettid(), call())).join())
         .unwrap_or_else(|panic| std::panic::resume_unwind(panic));

@@ -3,7 +3,7 @@
 //!
 //! The supervisor sends one [`StartRequest`], and the init sends [`Report`]s. A message is JSON,
 //! preceded by its length in bytes (u32, little-endian). The socket stays open while the service
-//! exists. Its end of file tells the init that the supervisor has ended.
+//! exists. End of file on it tells the init that the supervisor has exited.
 
 use super::Exit;
 use serde::de::DeserializeOwned;

@@ -17,11 +17,11 @@ use tokio::io::AsyncWriteExt;
 use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-/// Maximum time to write the remaining output of a service that has ended.
+/// Maximum time to write the remaining output of a service that has exited.
 const DRAIN: Duration = Duration::from_secs(2);
 
-/// Maximum time to read each remaining report of an init that has ended. They are in the socket
-/// buffer already.
+/// Maximum time to read each remaining report of an init that has exited. The reports are in the
+/// socket buffer already.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Target state of a service. It only increases.

@@ -41,8 +41,9 @@ struct Handle {
 }
 
 impl Supervisor {
-    /// A supervisor without services. Their files are in `run_dir/services`, and their output goes
-    /// to `output`. `grace` is the time between SIGTERM and SIGKILL ([`DEFAULT_GRACE`]).
+    /// Creates a supervisor without services. The files of services are in `run_dir/services`, and
+    /// their output goes to `output`. `grace` is the time between SIGTERM and SIGKILL
+    /// ([`DEFAULT_GRACE`]).
     #[must_use]
     pub fn new(run_dir: impl Into<PathBuf>, output: impl Output, grace: Duration) -> Self {
         let init = PathBuf::from("/proc/self/exe");

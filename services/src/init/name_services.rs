@@ -3,8 +3,8 @@
 //! glibc queries the socket of nscd before any other source, and the modules of nsswitch.conf query
 //! sockets of systemd-resolved, sssd, avahi and others. These sockets have file system paths, so a
 //! network namespace does not isolate them. (Abstract sockets do belong to the network namespace.)
-//! The daemons resolve names for the host: they do not know the other services, and they learn the
-//! queries of the service.
+//! The daemons resolve names for the host: they cannot resolve the names of other services, and the
+//! queries of the service leak to them.
 //!
 //! An empty read-only tmpfs hides each directory with such sockets. A daemon can create its
 //! directory later, or remove and recreate it on a restart, which removes the mount
@@ -122,7 +122,7 @@ impl NameServices {
             }
             match self.hide_one(path, bind_files) {
                 Ok(device) => drop(self.devices.insert(device)),
-                // The directory was removed in between.
+                // The directory was removed concurrently.
                 Err(Errno::NOENT) => {}
                 Err(error) => notes.push(format!(
                     "sees a name service of this host: {}",
