@@ -12,10 +12,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use tidegate_model::{PortSpec, bracketed, overlap};
 
-/// The most ports that a project may publish: the full range of each protocol, twice.
+/// Maximum number of ports that a project may publish: the full range of each protocol, twice.
 pub(super) const MAX_PORTS: usize = 4 * 65_535;
 
-/// The most services of a dependency cycle that an error lists.
+/// Maximum number of services of a dependency cycle that an error lists.
 const CYCLE_SHOWN: usize = 8;
 
 type Networks = BTreeMap<String, network::Draft>;
@@ -38,8 +38,8 @@ pub(super) fn networks(networks: &Networks) -> Result<(), Fault> {
             draft.network.subnets.iter().map(|subnet| subnet.subnet).zip(&draft.subnets)
         })
         .collect();
-    // Two prefixes are either nested or disjoint, so after sorting any overlap shows up between two
-    // neighbours.
+    // Two prefixes are either nested or disjoint, so after sorting any overlap is between two
+    // adjacent ones.
     subnets.sort_by_key(|(subnet, site)| (subnet.network(), subnet.prefix_len(), site.place));
     for pair in subnets.windows(2) {
         if let [(first, first_site), (second, second_site)] = pair
@@ -158,8 +158,8 @@ pub(super) fn dependencies(services: &[Draft]) -> Result<(), Fault> {
         needs.push(indexes);
     }
     let stuck = unordered(&needs);
-    // Every remaining service depends on another remaining one, so any path among them runs into a
-    // cycle.
+    // Every remaining service depends on another remaining one, so following dependencies leads
+    // into a cycle.
     let Some(mut at) = stuck.iter().next().copied() else { return Ok(()) };
     let mut path: Vec<(usize, usize)> = Vec::new();
     let mut visited = BTreeMap::new();

@@ -7,7 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use tidegate_model::without_errno;
 
-/// The most characters of a key that a message shows.
+/// Maximum number of characters of a key in an error.
 const KEY_SHOWN: usize = 64;
 
 /// Why a Compose file is rejected.

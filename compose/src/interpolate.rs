@@ -142,7 +142,7 @@ impl<'a> Interpolation<'a> {
     }
 }
 
-/// Splits `text` behind the variable name at its beginning. The name may be empty.
+/// Splits `text` after the variable name at its beginning. The name may be empty.
 fn split_name(text: &str) -> (&str, &str) {
     let named = |c: char| c.is_ascii_alphanumeric() || c == '_';
     if text.starts_with(|c: char| c.is_ascii_digit()) {

@@ -40,11 +40,11 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-/// The largest accepted file, in bytes.
+/// Maximum size of a file, in bytes.
 pub const MAX_FILE: usize = 1 << 20;
 
-/// The longest name of a project, a service or a network, in bytes: that of a DNS label (RFC 1035,
-/// section 2.3.4).
+/// Maximum length of the name of a project, a service or a network, in bytes: that of a DNS label
+/// (RFC 1035, section 2.3.4).
 const MAX_NAME: usize = 63;
 
 /// Reads and checks the file at `path`. Without a `name` key, the project is named after the

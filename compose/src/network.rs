@@ -19,7 +19,7 @@ const MTU: std::ops::RangeInclusive<u32> = 68..=65_535;
 /// The minimum MTU of IPv6 (RFC 8200, section 5).
 const MTU_V6: u32 = 1280;
 
-/// The longest interface name, in bytes (`IFNAMSIZ` less the terminating NUL).
+/// Maximum length of an interface name, in bytes (`IFNAMSIZ` less the terminating NUL).
 const INTERFACE_NAME: usize = 15;
 
 /// A network, with the positions of the parts that are checked against other networks.

@@ -11,13 +11,13 @@ use std::net::IpAddr;
 use std::path::Path;
 use tidegate_model::Restart;
 
-/// The longest host name that `sethostname` accepts, in bytes (`__NEW_UTS_LEN`).
+/// Maximum length of a host name for sethostname(2), in bytes (`__NEW_UTS_LEN`).
 const HOST_NAME: usize = 64;
 
-/// The longest DNS label, in bytes (RFC 1035, section 2.3.4).
+/// Maximum length of a DNS label, in bytes (RFC 1035, section 2.3.4).
 const LABEL: usize = 63;
 
-/// The longest DNS name in text form, in bytes.
+/// Maximum length of a DNS name in text form, in bytes.
 const DOMAIN_NAME: usize = 253;
 
 /// Keys that apply only to services with a command.
@@ -116,7 +116,7 @@ pub(super) fn read(section: &Field<'_>, directory: &Path) -> Result<Draft, Fault
     Ok(Draft { service, networks, ports, depends_on })
 }
 
-/// Why `key` is rejected in a service.
+/// Returns the reason why `key` is rejected in a service.
 fn refusal(key: &str) -> &'static str {
     match key {
         "image" | "build" | "platform" | "pull_policy" => {

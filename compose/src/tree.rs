@@ -16,13 +16,13 @@ use saphyr_parser::{Event, Marker, Parser, ScalarStyle, Tag};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// The most levels of nesting.
+/// Maximum nesting depth.
 pub(super) const MAX_DEPTH: usize = 64;
 
-/// The most keys and values after alias expansion.
+/// Maximum number of keys and values after alias expansion.
 pub(super) const MAX_VALUES: usize = 100_000;
 
-/// The most bytes of text in these keys and values.
+/// Maximum number of bytes of text in these keys and values.
 pub(super) const MAX_TEXT: usize = 4 << 20;
 
 /// The key that merges another map into its own.
