@@ -14,10 +14,10 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-/// The longest wait for a response.
+/// Timeout of a request.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The largest accepted response, in bytes: enough for the maximum number of ports.
+/// Maximum size of a response in bytes, enough for the maximum number of ports.
 const MAX_ANSWER: usize = 128 << 20;
 
 /// Why a request has no usable response.

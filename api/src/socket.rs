@@ -94,7 +94,7 @@ struct LockFile {
 type Inode = (u64, u64);
 
 impl Socket {
-    /// Creates the socket at `path`, accessible only for this user, and takes over the socket of a
+    /// Creates the socket at `path` with access for this user only, and takes over the socket of a
     /// killed instance. Must be called within a tokio runtime.
     ///
     /// # Errors
@@ -125,7 +125,7 @@ impl Socket {
 impl Place {
     /// Removes the socket. The lock still keeps other instances from creating one.
     pub fn close(&self) {
-        // The path may hold another socket, if ours was removed by someone else.
+        // Another process may have replaced the socket at this path.
         if inode(&self.path).is_ok_and(|there| there == self.socket) {
             let _ = fs::remove_file(&self.path);
         }
@@ -179,9 +179,9 @@ impl Drop for LockFile {
     }
 }
 
-/// Binds and listens with mode 0600. A socket gets the mode of its descriptor at the moment it
-/// appears in the directory (`unix_bind` in the kernel's net/unix/af_unix.c), so no other user can
-/// connect in between.
+/// Binds and listens with mode 0600. The kernel gives the file the mode of the socket's descriptor
+/// when it creates the file (`unix_bind`, net/unix/af_unix.c), so there is no interval in which
+/// another user can connect.
 fn listen_at(address: &SocketAddrUnix) -> io::Result<UnixListener> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
