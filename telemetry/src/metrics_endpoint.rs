@@ -36,7 +36,7 @@ use tidegate_reactor::{accept_only_from_loopback, enable_stream_ingress};
 /// The time for a client to send its request, and the longest wait for it to read more of the page.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The total time for a client to read the page. The default of Prometheus is to give up after 10 s
+/// The total time for a client to read the page. Prometheus gives up after 10 s by default
 /// (`scrape_timeout`).
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -57,7 +57,7 @@ const PIECE: usize = 256 << 10;
 /// The length of the port range that the error for a port in use suggests.
 const RANGE: u16 = 10;
 
-/// The address to serve on, with a port or a range of ports. Of a range, the first free port is
+/// The address to serve on, with a port or a range of ports. The first free port of a range is
 /// used. The docker-proxy processes of a host share one environment and need a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MetricsAddress {
@@ -335,10 +335,10 @@ struct Page {
 }
 
 impl Page {
-    /// A page that reflects a time not earlier than this call.
+    /// Returns a page whose rendering started after this call.
     fn now(&self) -> Arc<str> {
         let requested = Instant::now();
-        // Concurrent requests wait here for the page of the first.
+        // Concurrent requests wait here for the page of the first request.
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((begun, page)) = &*last
             && *begun >= requested
@@ -354,7 +354,7 @@ impl Page {
         page
     }
 
-    /// Does a piece of work under the lock, and pauses for as long as it took.
+    /// Does a piece of work under the lock, then pauses for the same time.
     fn throttled<T>(&self, work: impl FnOnce() -> T) -> T {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let begun = Instant::now();
@@ -405,10 +405,10 @@ impl Page {
     }
 }
 
-/// Writes text, and pauses at intervals for as long as the writing took. A woken event loop may
-/// have to wait for the thread on its core to sleep or to use up its time slice of 3 ms
-/// (`sysctl_sched_base_slice`, kernel/sched/fair.c), whatever the priority of that thread. The
-/// pauses shorten this wait to a tenth.
+/// Writes text, and pauses at intervals for as long as the writing took. Without pauses, a woken
+/// event loop may have to wait until the thread on its core sleeps or has used up its time slice of
+/// up to 3 ms (`sysctl_sched_base_slice`, kernel/sched/fair.c), regardless of the priority of that
+/// thread. The pauses shorten this wait to a tenth.
 pub struct PacedText<'a> {
     text: &'a mut String,
     begun: Instant,

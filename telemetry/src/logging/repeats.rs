@@ -1,11 +1,11 @@
 //! Rate limiting of warnings and errors: the first event is logged, repetitions are counted.
 //!
 //! # Theory of operation
-//! Two events are the same if they come from the same line of the source and all their text is
-//! equal; numbers may differ. The first event is logged and opens a window of [`WINDOW`].
-//! Repetitions within the window are counted. When the window closes, one line reports the count
-//! ("repeated 412 times in 60 s") and the next window opens. A window without repetitions closes
-//! for good, and the next event is a first one again.
+//! Two events are the same if they come from the same source line and all their text is equal;
+//! numbers may differ. The first event is logged and opens a window of [`WINDOW`]. Repetitions
+//! within the window are counted. When the window closes, one line reports the count ("repeated 412
+//! times in 60 s") and the next window opens. A window without repetitions has no successor: the
+//! next occurrence is logged as a first event.
 //!
 //! [`Table`] is pure and bounded: at the limit, a new event closes the window that expires next. A
 //! thread closes windows in time. It is started at the first repetition.
@@ -22,10 +22,10 @@ use tracing_subscriber::layer::Context;
 /// The length of a window.
 const WINDOW: Duration = Duration::from_secs(60);
 
-/// The most open windows.
+/// Maximum number of open windows.
 const LIMIT: usize = 256;
 
-/// The most text that is kept of an event, in bytes.
+/// Maximum number of bytes of text in an [`EventKey`].
 const MAX_TEXT: usize = 512;
 
 /// The target of the lines that report counts. The limiter lets them pass.

@@ -12,10 +12,10 @@
 //! limit of silent clients, the oldest silent client of the largest holder is evicted. A *holder*
 //! is the owner of a share of the limits: a local user, or an address ([`Holder`]).
 //!
-//! A holder may have one more response as long as [`may_take`] permits it. A single greedy holder
-//! gets two thirds of the responses, and the rest stays free for others without cutting a running
-//! response. If several greedy holders use all of them, a holder with fewer responses evicts the
-//! oldest response of the largest holder.
+//! [`may_take`] decides whether a holder may have one more response. A single greedy holder gets at
+//! most two thirds of the responses. The rest stays free for others, without the eviction of
+//! responses in progress. If several greedy holders use all responses, a holder with fewer of them
+//! evicts the oldest response of the largest holder.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -121,7 +121,7 @@ impl Clients {
         self.clients.len()
     }
 
-    /// The most clients, silent and served.
+    /// Returns the maximum number of clients, silent and answered.
     pub(super) fn limit(&self) -> usize {
         self.silent + self.answers
     }

@@ -1,6 +1,6 @@
 //! Requests to the metrics listener and their responses. Pure.
 
-/// The largest request with its headers, in bytes.
+/// Maximum size of a request with its headers, in bytes.
 pub(super) const MAX_REQUEST: usize = 8 << 10;
 
 /// The state of a request.

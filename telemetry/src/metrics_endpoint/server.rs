@@ -18,19 +18,19 @@ use tidegate_model::{Ingress, LogInterval, canonical, share_of};
 use tidegate_netns::LocalPeers;
 use tidegate_reactor::stream_ingress;
 
-/// The most clients without a complete request.
+/// Maximum number of clients without a complete request.
 const SILENT: usize = 64;
 
-/// The most concurrent responses; further requests get a 503. One holder gets two thirds.
+/// Maximum number of concurrent responses; further requests get a 503. One holder gets two thirds.
 const ANSWERS: usize = 24;
 
-/// The most clients accepted in a row before pending clients are read again.
+/// Maximum number of clients accepted before pending clients are read again.
 const ACCEPT_BATCH: usize = 16;
 
-/// The pause after a failed accept, until descriptors are free again.
+/// Pause after a failed accept, which usually means that no file descriptor is left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// The most bytes that are drained behind a request.
+/// Maximum number of bytes drained after a request.
 const MAX_DRAIN: usize = 64 << 10;
 
 /// Why a client was refused or evicted.
@@ -347,7 +347,7 @@ fn reset(client: &TcpStream) {
 }
 
 /// Sends a short response, which fits into the send buffer of a new connection, and drains data
-/// behind the request. Closing with unread data would reset the connection and could lose the
+/// after the request. Closing with unread data would reset the connection and could lose the
 /// response.
 fn respond(mut client: &TcpStream, answer: &str) {
     let _ = client.write_all(answer.as_bytes());
