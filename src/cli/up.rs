@@ -78,8 +78,8 @@ pub(super) struct Up {
     #[arg(long, value_name = "N", default_value_t = NatLimits::default().endpoint_flows, value_parser = clap::value_parser!(u32).range(1..))]
     nat_max_endpoint_flows: u32,
 
-    /// Maximum number of unanswered NAT flows of one endpoint; half the flows that it may create
-    /// per second
+    /// Maximum number of unanswered NAT flows of one endpoint; also the burst of new flows that
+    /// stay unanswered, whose sustained rate is half of it per second
     #[arg(long, value_name = "N", default_value_t = NatLimits::default().unanswered, value_parser = clap::value_parser!(u32).range(1..))]
     nat_max_unanswered: u32,
 
