@@ -7,13 +7,13 @@ use tidegate_netfilter::{Gate, GatePolicy, InternalGuard, Mechanism, PortGuards}
 use tidegate_netns::Namespace;
 use tidegate_netsetup::{BridgePrograms, Guards};
 
-/// Why there are no port guards: each mechanism with its error.
+/// No mechanism for port guards works; each with its error.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", .0.iter().map(|(mechanism, error)| format!("{mechanism}: {error}")).collect::<Vec<_>>().join("; "))]
 pub(crate) struct NoPortGuards(pub(crate) Vec<(Mechanism, io::Error)>);
 
 impl NoPortGuards {
-    /// The remedy, for the log.
+    /// Returns the remedy, for the log.
     pub(crate) fn remedy(&self) -> &'static str {
         let denied =
             |(_, error): &(Mechanism, io::Error)| error.kind() == io::ErrorKind::PermissionDenied;
@@ -21,8 +21,8 @@ impl NoPortGuards {
     }
 }
 
-/// The remedy if no mechanism works. `denied` has an item per mechanism: whether it failed for lack
-/// of a privilege.
+/// Returns the remedy if no mechanism works. `denied` has one item per mechanism: whether it failed
+/// for lack of a privilege.
 pub(crate) fn remedy(mut denied: impl ExactSizeIterator<Item = bool>) -> &'static str {
     if denied.len() > 0 && denied.all(|denied| denied) {
         "run as root on the host itself, with CAP_BPF and CAP_NET_ADMIN"
@@ -42,7 +42,7 @@ pub(crate) fn port_guards(owner: &str) -> Result<Arc<PortGuards>, NoPortGuards> 
         .and_then(|scratch| scratch.with(|| PortGuards::probe(&candidates, owner)));
     match tried {
         Ok(probed) => probed.map(Arc::new).map_err(NoPortGuards),
-        // No namespace for the trials: every mechanism gets this error.
+        // Without a namespace for the trials, every mechanism gets this error.
         Err(error) => {
             let code = error.raw_os_error();
             let error =
@@ -54,7 +54,7 @@ pub(crate) fn port_guards(owner: &str) -> Result<Arc<PortGuards>, NoPortGuards> 
     }
 }
 
-/// The mechanisms to try, in order.
+/// Returns the mechanisms to try, in order.
 pub(crate) fn candidates() -> Vec<Mechanism> {
     Mechanism::ALL.into_iter().filter(|mechanism| !is_forced_off(*mechanism)).collect()
 }
@@ -69,7 +69,7 @@ fn is_forced_off(mechanism: Mechanism) -> bool {
     features.iter().any(|feature| feature.is_forced_off())
 }
 
-/// How the plan of the networks attaches `guards` of `owner`.
+/// Returns where the setup attaches `guards` of `owner`.
 pub(crate) fn attachment(guards: Option<&PortGuards>, owner: &str) -> Guards {
     match guards.map(PortGuards::mechanism) {
         None => Guards::None,
@@ -78,7 +78,7 @@ pub(crate) fn attachment(guards: Option<&PortGuards>, owner: &str) -> Guards {
     }
 }
 
-/// Returns which programs can be attached to bridges without a firewall.
+/// Returns which BPF programs can be attached to bridges when no firewall is used.
 pub(crate) fn bridge_programs() -> BridgePrograms {
     if Feature::Gates.is_forced_off() {
         return BridgePrograms::default();
@@ -87,8 +87,8 @@ pub(crate) fn bridge_programs() -> BridgePrograms {
     BridgePrograms { gates, internal_guards: has_internal_guards() }
 }
 
-/// Returns whether guards of internal networks can be attached. Gates that are forced off stand for
-/// all programs at bridges.
+/// Returns whether guards of internal networks can be attached. Disabling gates
+/// ([`Feature::Gates`]) disables all programs at bridges.
 pub(crate) fn has_internal_guards() -> bool {
     if Feature::Gates.is_forced_off() {
         return false;

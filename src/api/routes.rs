@@ -20,7 +20,7 @@ use tidegate_publish::publisher::{PortId, PublishError};
 use tokio::sync::oneshot;
 use utoipa::OpenApi;
 
-/// The largest request body, in bytes, about a hundred times the size of a valid one.
+/// Maximum size of a request body in bytes, about a hundred times the size of a valid one.
 const MAX_BODY: usize = 64 << 10;
 
 /// The OpenAPI document.

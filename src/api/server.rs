@@ -13,8 +13,8 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
-/// The most concurrent clients; more wait in the backlog of the socket. Clients are people and
-/// scripts of one user.
+/// Maximum number of concurrent clients; more wait in the backlog of the socket. Clients are
+/// commands and scripts of one user.
 pub(crate) const MAX_CLIENTS: usize = 32;
 
 /// The time for a client to send the head of its request.
@@ -24,10 +24,10 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// request started is completed in any case.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The largest request head, in bytes.
+/// Maximum size of a request head, in bytes.
 const MAX_HEAD: usize = 16 << 10;
 
-/// The most headers of a request.
+/// Maximum number of headers of a request.
 const MAX_HEADERS: usize = 64;
 
 /// Serves clients until it is dropped.
@@ -59,7 +59,7 @@ impl Drop for Server {
 
 async fn serve(listener: UnixListener, view: Arc<View>) {
     let mut http = http1::Builder::new();
-    // One request per connection makes the total time easy to bound.
+    // One request per connection bounds the total time of a connection.
     http.keep_alive(false)
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)

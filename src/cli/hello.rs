@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-/// The most concurrent requests. Further connections are closed.
+/// Maximum number of concurrent requests. Further connections are closed.
 const MAX_CLIENTS: usize = 64;
 
 /// The time for a client to send its request.

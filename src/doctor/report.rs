@@ -41,7 +41,7 @@ pub struct Row {
     pub verdict: Verdict,
     /// The finding, in one line.
     pub found: String,
-    /// The items behind the finding.
+    /// The objects to which the finding refers.
     pub details: Vec<String>,
     /// A command or setting that resolves the finding.
     pub fix: Option<String>,

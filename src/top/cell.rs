@@ -1,4 +1,4 @@
-//! Formatting of figures for people: short, and with a unit.
+//! Formatting of figures with units and few digits.
 
 use std::cmp::Ordering;
 use std::time::Duration;

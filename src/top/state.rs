@@ -5,7 +5,7 @@ use super::sheet::{Order, Sheet, View};
 use std::time::Duration;
 use tidegate_api::types::Figures;
 
-/// The longest filter, in characters.
+/// Maximum length of the filter, in characters.
 pub(super) const LONGEST_FILTER: usize = 64;
 
 /// See the [module](self).

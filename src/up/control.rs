@@ -11,8 +11,8 @@
 //! of a container can remove its addresses. The kernel notifies of changes to links, addresses,
 //! routes, rules and nftables, on the host and in each endpoint's namespace. It does not notify of
 //! changes to BPF programs and sysctls, which are polled every [`SILENT_POLL_INTERVAL`]. Missing
-//! objects are restored when [`repair_schedule`](super::repair_schedule) says so, logged and
-//! counted.
+//! objects are restored, logged and counted at the times given by
+//! [`repair_schedule`](super::repair_schedule).
 //!
 //! A path below `/proc` names a process, not a container. Once that process has ended, its PID can
 //! be reused, and the path can refer to the namespace of an unrelated process.
@@ -55,15 +55,15 @@ const ADOPTED_POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// Poll interval of objects without change notifications.
 const SILENT_POLL_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Endpoints whose sysctls are read in one poll. Each takes about 20 µs.
+/// Number of endpoints whose sysctls are read in one poll. Each takes about 20 µs.
 const ENDPOINTS_PER_POLL: usize = 64;
 
 /// Poll interval of firewall rules without change notifications.
 const RULES_POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Default routes (where the kernel publishes ports) and DOCKER-USER (where legacy iptables is in
-/// use) are read every this many [`ADOPTED_POLL_INTERVAL`]s. Legacy rules take two runs of
-/// iptables-save.
+/// Number of [`ADOPTED_POLL_INTERVAL`]s between two reads of the default routes (if the kernel
+/// publishes ports) and of DOCKER-USER (if legacy iptables is in use). Legacy rules take two runs
+/// of iptables-save.
 const SLOW_POLL_TICKS: u32 = 5;
 
 /// Maximum time that shutdown waits for cleanup in the namespaces of endpoints.
@@ -108,18 +108,18 @@ pub(super) struct Attaching {
     done: Option<oneshot::Sender<Result<(), Problem>>>,
 }
 
-/// How changes of firewall rules are noticed.
+/// The source of changes of firewall rules.
 enum RuleChanges {
-    /// They are not.
+    /// None: changes are not observed.
     Unobserved,
-    /// By notifications of the kernel.
+    /// Notifications of the kernel.
     Notified(AsyncFd<ChangeListener>),
-    /// By reading the rules every [`RULES_POLL_INTERVAL`].
+    /// Comparison of the rules every [`RULES_POLL_INTERVAL`].
     Polled,
 }
 
 impl RuleChanges {
-    /// Changes of the rules of other software, by notification.
+    /// Returns the notifications of the kernel about rules of all software on `host`.
     fn of_host(host: &Namespace) -> io::Result<Self> {
         Self::notified(host.with(ChangeListener::of_rules)??)
     }
@@ -134,7 +134,7 @@ impl RuleChanges {
         Self::notified(changes)
     }
 
-    /// Waits until rules have changed or, without notifications, are to be read.
+    /// Waits until rules have changed or, without notifications, until they have to be read.
     async fn changed(&self) {
         match self {
             Self::Unobserved => std::future::pending().await,
@@ -601,8 +601,9 @@ impl Instance {
         if let Err(problem) = attached {
             return self.note_failed_attachment(endpoint, problem, done);
         }
-        // Before its ports are relocated: if that fails, the next poll retries with this path. An
-        // endpoint that was reported as gone stays so until its ports accept connections.
+        // Recorded before its ports are relocated, so that the next poll retries with this path if
+        // that fails. An endpoint that was reported as gone stays so until its ports accept
+        // connections.
         let gone = self.up.adopted.get(endpoint).is_some_and(|(_, gone)| gone);
         self.up.adopted.set(endpoint, path.clone(), gone);
         // Running work is a check of the previous namespace.

@@ -1,4 +1,4 @@
-//! Egress of a project's networks without a firewall: the NAT engine, behind a TUN device.
+//! Egress of a project's networks without a firewall: the NAT engine on a TUN device.
 //!
 //! Containers reach the host at an address of the engine ([`registry::ENGINE_ADDRESSES`]). There it
 //! forwards DNS queries to the host's servers and, with `--allow-host-loopback`, connections to the

@@ -95,7 +95,7 @@ impl<T: Send + 'static> EndpointWork<T> {
                     if self.table.end(&endpoint, number) {
                         return Progress::Done { endpoint, outcome };
                     }
-                    // Dropping it can take as long as the work did: it may hold a DNS server.
+                    // Dropping it can block like the work itself: it may hold a DNS server.
                     drop_in_background(outcome);
                 }
                 () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {

@@ -70,8 +70,8 @@ use tokio::io::{Interest, unix::AsyncFd};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
-/// Time that open connections have to finish after all services have ended. Their peers in the
-/// containers are gone, so they only flush data.
+/// Time for open connections to finish after all services have ended. Their peers in the containers
+/// no longer exist, so they only flush data.
 const DRAIN: Duration = Duration::from_millis(100);
 
 /// File descriptors for each service: its namespace, and the socket, pidfd, stdout and stderr of
@@ -106,8 +106,8 @@ pub struct Up {
     pub limits: ProxyLimits,
     /// Limits of the NAT engine.
     pub nat_limits: NatLimits,
-    /// Entries of the conntrack table from which on containers lose flows; by default three
-    /// quarters of its size.
+    /// Number of conntrack entries above which flows of containers are evicted. Default: three
+    /// quarters of the size of the table.
     pub max_tracked_flows: Option<NonZeroUsize>,
     /// Whether containers can reach the host's loopback, at an address of the NAT engine.
     pub allow_host_loopback: bool,
@@ -623,8 +623,8 @@ fn openings(layout: &Layout, ports: &OpenPorts, publish: PublishBy) -> BTreeSet<
 }
 
 impl Instance {
-    /// Stops the services and rolls everything back. A signal meanwhile kills services that have
-    /// not ended yet.
+    /// Stops the services and rolls everything back. A signal during this time kills services that
+    /// have not ended yet.
     async fn take_down(self, signals: &mut Signals) -> anyhow::Result<()> {
         self.server.close();
         let Running { publisher, mut supervisor, names, egress, .. } = self.up;
@@ -651,8 +651,8 @@ impl Instance {
     }
 }
 
-/// The setup that creates and removes networks. Isolation is by `firewall`, else by the NAT engine
-/// behind `device`, else by policy rules without egress.
+/// Creates the setup of the networks. Isolation is by `firewall` if there is one, otherwise by the
+/// NAT engine on `device`, otherwise by policy rules without egress.
 fn setup_with(
     host_context: &HostContext,
     journal: Journal,
@@ -720,9 +720,9 @@ fn foreign_bridges(observed: &Observed, desired: &Desired) -> BTreeSet<String> {
     observed.bridges.keys().filter(|name| !is_ours(name)).cloned().collect()
 }
 
-/// The number to subtract from the usual priorities of our policy rules, so that they precede those
-/// of other software. The kernel places a rule without a priority before all others but that of the
-/// `local` table (`fib_default_rule_pref`, net/core/fib_rules.c). wg-quick adds such rules.
+/// Returns the number to subtract from the usual priorities of our policy rules, so that they
+/// precede those of other software. A rule added without a priority precedes all others but that of
+/// the `local` table (`fib_default_rule_pref`, net/core/fib_rules.c). wg-quick adds such rules.
 fn rules_ahead(observed: &Observed) -> u32 {
     /// Number of priorities that our rules use.
     const COUNT: u32 = registry::UPLINK_PRIORITY - registry::GUARD_EXEMPTION_PRIORITY + 1;

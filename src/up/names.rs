@@ -62,7 +62,7 @@ pub(super) struct NewServer {
 }
 
 impl NewServer {
-    /// Starts the server. Blocks, for as long as root in the namespace can delay it
+    /// Starts the server. Blocks, and root in the namespace can prolong that
     /// ([`endpoint_work`](super::endpoint_work)).
     ///
     /// # Errors

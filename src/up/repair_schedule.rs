@@ -12,7 +12,7 @@
 //!   and [`BUSY_INTERVAL`] in an endpoint, which bounds the CPU time that an endpoint can cause.
 //!
 //! An endpoint is held while work runs in its namespace. It is not due during that time, and
-//! changes that happen meanwhile make it due afterwards.
+//! changes during that time make it due afterwards.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;

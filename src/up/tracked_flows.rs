@@ -1,4 +1,4 @@
-//! Keeps the conntrack table from being filled by one container.
+//! Limits the share of containers in the conntrack table.
 
 use std::io;
 use std::sync::{Arc, Weak};

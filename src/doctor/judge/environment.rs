@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use tidegate_model::registry;
 use tidegate_netsetup::Pools;
 
-/// The most details of a row; the rest is only counted.
+/// Maximum number of details of a row; further ones are only counted.
 const MAX_DETAILS: usize = 30;
 
 pub(super) fn ip_forward(host: &Host) -> Row {

@@ -1,4 +1,4 @@
-//! Socket options, each tried on an unbound socket that is closed at once.
+//! Socket options, each tried on an unbound socket that is closed immediately.
 
 use crate::doctor::host::{Code, Sockets};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with, sockopt};
