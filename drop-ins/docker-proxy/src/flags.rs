@@ -14,7 +14,7 @@
 //!
 //! Parsing has two steps. `Raw::parse` implements the grammar of Go, without knowledge of ports and
 //! addresses. `Raw::check` converts the values to [`Options`]. Nothing is ignored: docker-proxy
-//! drops arguments behind the flags, but here they are an error, because they show that the command
+//! drops arguments after the flags, but here they are an error, because they show that the command
 //! was misunderstood.
 //!
 //! Sources: Go's `flag/flag.go` and `strconv` (1.22), `cmd/docker-proxy/main_linux.go` of moby.
@@ -81,7 +81,7 @@ pub enum FlagError {
     InvalidBoolean {
         /// The name without dashes.
         flag: &'static str,
-        /// The text behind the `=`.
+        /// The text after the `=`.
         value: String,
     },
     /// The value is not valid for its flag.

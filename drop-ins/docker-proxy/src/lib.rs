@@ -4,7 +4,7 @@
 //! end of a pipe as descriptor 3 and, since dockerd 28, the bound socket as descriptor 4. dockerd
 //! waits for it to report readiness, and stops it with SIGINT and without a timeout: a proxy that
 //! does not exit blocks `docker stop`. The main thread therefore only waits for signals, and exits
-//! at once: like the original, it does not drain connections.
+//! immediately: like the original, it does not drain connections.
 //!
 //! Features beyond the original are configured by environment variables, which the proxy inherits
 //! from dockerd: [`SOURCE`], [`PROXY_PROTOCOL`], [`METRICS`], [`limits::VARIABLE`].
@@ -141,8 +141,8 @@ fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
     };
     let recorder = environment.metrics.map(Recorder::install).transpose()?;
     let container = options.container.ip();
-    // The address of a client cannot be shown in another family. All clients of this listener use
-    // the family of its address.
+    // A client address is used as the source only within its family. All clients of this listener
+    // have the family of its address.
     let same_family = listener.label().address().is_ipv4() == container.is_ipv4();
     let source = if same_family { environment.source } else { Source::Proxy };
     let upstream = source.upstream_to(container)?;

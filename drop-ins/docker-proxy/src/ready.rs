@@ -40,8 +40,8 @@ impl ReadyPipe {
 
     fn send(self, message: &[u8]) {
         if let Some(pipe) = self.0 {
-            // An error means that the daemon is dead. Then this process dies as well, by the
-            // PR_SET_PDEATHSIG of the daemon.
+            // An error means that the daemon has exited. Its PR_SET_PDEATHSIG then kills this
+            // process as well.
             let _ = write(&pipe, message);
         }
     }

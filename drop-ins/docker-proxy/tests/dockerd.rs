@@ -461,7 +461,8 @@ fn with_clients_shown_the_container_sees_them_and_no_rule_remains() {
     let check = || {
         for protocol in [Tcp, Udp] {
             assert_eq!(outside.asks(protocol, (addr::HOST_V4, 8080)), addr::CLIENT_V4);
-            // The container has no IPv6, so these clients are shown as the gateway.
+            // The container has no IPv6, so the gateway is the source of these clients'
+            // connections.
             assert_eq!(outside.asks(protocol, (addr::HOST_V6, 8080)), GATEWAY);
             assert_eq!(host.asks(protocol, (Ipv4Addr::LOCALHOST, 8080)), GATEWAY);
             assert_eq!(server.place.asks(protocol, (GATEWAY, 8080)), GATEWAY);

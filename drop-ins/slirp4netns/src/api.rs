@@ -23,7 +23,8 @@ use tidegate_model::Protocol;
 /// The size at which a request is rejected, in bytes.
 pub(super) const MAX_REQUEST: usize = 4096;
 
-/// The most forwarded ports. slirp4netns has no limit; rootless hosts have about 1,000 descriptors.
+/// Maximum number of forwarded ports. slirp4netns has no limit; rootless hosts have about 1,000
+/// descriptors.
 const MAX_FORWARDS: usize = 4096;
 
 /// A port forwarding.
@@ -39,10 +40,10 @@ pub(super) trait Forwarder {
     /// Identifies a forwarded port.
     type Id;
 
-    /// Starts to forward a port. On `None`, the reason is in the log.
+    /// Starts forwarding a port. On `None`, the reason is in the log.
     fn add(&mut self, port: PortForward) -> Option<Self::Id>;
 
-    /// Stops to forward a port. Returns whether it was forwarded.
+    /// Stops forwarding a port. Returns whether it was forwarded.
     fn remove(&mut self, id: Self::Id) -> bool;
 }
 
@@ -56,7 +57,7 @@ pub(super) struct Forwards<F: Forwarder> {
 }
 
 impl<F: Forwarder> Forwards<F> {
-    /// No ports yet. `guest` is the default guest address.
+    /// Creates an empty list. `guest` is the default guest address.
     pub(super) fn new(forwarder: F, guest: Ipv4Addr) -> Self {
         Self { forwarder, entries: BTreeMap::new(), next: 1, guest }
     }

@@ -11,7 +11,7 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// The most concurrent clients. A further one evicts the oldest.
+/// Maximum number of concurrent clients. A further one evicts the oldest.
 pub(super) const MAX_CLIENTS: usize = 32;
 
 /// The time for a client to send its request and to read the response.

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use tidegate_nat::{Capabilities, Layer2Options, Layer2V6, StartError, Tun, TunOptions};
 use tidegate_netns::{Family, Namespace, join_user_namespace};
 
-/// The longest error that is passed between the processes, in bytes.
+/// Maximum length of an error that is passed between the processes, in bytes.
 const MAX_ERROR: usize = 1024;
 
 /// Why the device was not created.

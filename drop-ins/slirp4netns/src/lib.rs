@@ -19,8 +19,8 @@
 //!                                   waits for: exit, signals, API ◄──────┘
 //! ```
 //!
-//! All of this is complete before the process reports that it is ready. As far as the options
-//! request, it then has no file system, privilege or system call left that it does not need.
+//! All of this is complete before the process reports that it is ready. With the corresponding
+//! options, it then has only the file system access, privileges and system calls that it needs.
 //!
 //! The device is a TUN although callers say TAP: a TUN is faster, and callers do not check.
 //! `TIDEGATE_SLIRP_DEVICE=tap` and `--macaddress` select a TAP.
@@ -99,8 +99,8 @@ enum RunError {
     System(#[from] io::Error),
 }
 
-/// Runs the program with its arguments, without its name. Must be called first in main: inherited
-/// descriptors are identified by numbers that nothing else may take before.
+/// Runs the program with its arguments, without its name. Must be called first in main, before
+/// anything is opened: inherited descriptors are identified by their numbers.
 pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     let options = match options::parse(args) {
         Ok(Invocation::Run(options)) => options,
@@ -203,7 +203,7 @@ fn run(options: &Options) -> Result<(), RunError> {
             Arc::new(Descriptors::of_process(RESERVED)),
         )?)
     };
-    // Started from a thread without privileges, which the engine thread inherits.
+    // The engine thread inherits the lack of privileges of the thread that starts it.
     let nat = std::thread::scope(|scope| {
         let started = scope.spawn(start).join();
         started.unwrap_or_else(|panic| std::panic::resume_unwind(panic))

@@ -5,9 +5,9 @@
 //! slirp4netns --mtu=65520 --enable-sandbox -c -e 3 -r 4 --netns-type=path /run/.../netns tap0  (podman)
 //! ```
 //!
-//! Callers use both spellings of options and put options before or after arguments. They may
-//! abbreviate long options and bundle short ones. Descriptor numbers are taken as given, because
-//! callers differ in their order.
+//! Callers use both spellings of options, before or after the arguments. They may abbreviate long
+//! options and bundle short ones. Descriptor numbers are taken as given, because callers differ in
+//! their order.
 //!
 //! Source: `main.c` and the manual page of slirp4netns 1.2, and the behaviour of the program.
 
@@ -25,7 +25,7 @@ use std::path::PathBuf;
 use tidegate_model::MacAddress;
 use tidegate_nat::ETHERNET_MAX_MTU;
 
-/// The longest path of a socket in bytes: `sun_path` less the terminating NUL (unix(7)).
+/// Maximum length of a socket path in bytes: `sun_path` less the terminating NUL (unix(7)).
 const MAX_SOCKET_PATH: usize = 107;
 
 /// The action that a command line requests.

@@ -12,8 +12,8 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-/// How long the drop waits for the process to end, so that no zombie is left to callers that do not
-/// reap orphans.
+/// Maximum time that the drop waits for the process to exit. Callers may not reap orphans, so no
+/// zombie should be left.
 const MAX_WAIT: Duration = Duration::from_millis(500);
 
 /// A forked copy of this process, killed and reaped on drop.

@@ -18,13 +18,13 @@ use tidegate_netns::Namespace;
 /// The file with the resolvers of the host.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 
-/// The most servers in an update; glibc uses three.
+/// Maximum number of servers in an update; glibc uses three.
 const MAX_SERVERS: usize = 8;
 
 /// The size of the buffer for an update in bytes, enough for [`MAX_SERVERS`].
 const MAX_UPDATE: usize = 1024;
 
-/// The wait for the first update in seconds. The file may be on a slow disk.
+/// Timeout of the first update in seconds. The file may be on a slow disk.
 const TIMEOUT: i64 = 5;
 
 /// Receives updates of the resolvers.

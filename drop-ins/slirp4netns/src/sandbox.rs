@@ -1,17 +1,17 @@
 //! The sandbox (`--enable-sandbox`): the process gives up the file system and its privileges.
 //!
 //! # Theory of operation
-//! There are two steps. Threads start in between that read `/proc` first, and that must be
-//! unprivileged from the beginning.
+//! There are two steps. Between them, the process starts threads, which read `/proc` first and must
+//! never have privileges.
 //!
 //! 1. [`Sandbox::enter`] creates a mount namespace. A process without privileges in the network
-//!    namespace of its ports also creates a user namespace. Privileges in that have no effect
-//!    outside.
+//!    namespace of its ports also creates a user namespace. Privileges in that user namespace have
+//!    no effect outside.
 //! 2. [`Sandbox::close`] replaces the root by an empty read-only file system and drops the
-//!    privileges. [`Sandbox::drop_privileges`] does so earlier, for a thread that starts others.
-//!
-//! Descriptors stay open. `CAP_NET_BIND_SERVICE` is kept where it has an effect: if the network
-//! namespace belongs to the own user namespace, as for root, ports below 1024 can be forwarded.
+//!    privileges. [`Sandbox::drop_privileges`] drops them earlier, for a thread that starts others.
+//! Descriptors stay open. `CAP_NET_BIND_SERVICE` is kept if it has an effect: if the network
+//! namespace belongs to the process's own user namespace, as for root, ports below 1024 can be
+//! forwarded.
 
 use rustix::mount::{
     MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, mount_remount, unmount,
@@ -57,7 +57,8 @@ impl Sandbox {
             if owns_network { CapabilitySet::NET_BIND_SERVICE } else { CapabilitySet::empty() };
         if !owns_network
             && let Err(source) = become_root_of_a_user_namespace()
-            // With privileges, a mount namespace alone suffices if user namespaces are exhausted.
+            // With privileges, a mount namespace alone suffices if no user namespace can be
+            // created.
             && !privileged
         {
             return Err(SandboxError {

@@ -1,4 +1,4 @@
-//! The `slirp4netns` binary, driven like rootless engines do, and by these engines.
+//! The `slirp4netns` binary, driven as by rootless engines, and by these engines themselves.
 //!
 //! An ordinary user (nobody) starts it on a host created by the test, for containers in user
 //! namespaces. `rootlesskit.rs` and `podman.rs` use the real callers, and `side_by_side.rs`

@@ -168,7 +168,7 @@ pub(crate) fn connect(namespace: &Namespace, to: impl Into<SocketAddr>) -> TcpSt
     stream
 }
 
-/// Asserts that a connection from `namespace` is reset, at once or on the first read.
+/// Asserts that a connection from `namespace` is reset, immediately or on the first read.
 #[track_caller]
 pub(crate) fn assert_reset(namespace: &Namespace, to: impl Into<SocketAddr>) {
     let to = to.into();

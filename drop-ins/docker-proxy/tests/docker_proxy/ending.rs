@@ -39,7 +39,7 @@ fn a_hundred_connections_are_reset_on_both_sides() {
     let backend = host.run(|| TcpListener::bind(back())).unwrap();
     for signal in BOTH {
         assert_prompt(|| {
-            // This also shows that the port is free again at once.
+            // This also shows that the port is free immediately.
             let proxy = Launch::new(&host, LOOPBACK).start().ready();
             let pairs: Vec<_> = (0..100).map(|_| pair(&host, &backend)).collect();
             let took = end(proxy, signal);
@@ -93,7 +93,7 @@ fn clients_are_reset_while_the_backend_is_dialled() {
     for signal in BOTH {
         assert_prompt(|| {
             let proxy = Launch::new(&net.host, arguments).start().ready();
-            // The address does not exist, which the kernel finds out after three seconds.
+            // No host has the address. The kernel reports that after three seconds.
             let clients: Vec<_> =
                 (0..10).map(|_| connect(&net.client, (addr::HOST_V4, 8080))).collect();
             assert!(eventually(SOON, || dialling(&net.host) == clients.len()));

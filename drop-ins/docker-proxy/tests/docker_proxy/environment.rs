@@ -261,8 +261,8 @@ fn proxies_that_show_the_client_do_not_affect_each_other() {
     let seen = |port| seen_by_container(&net.client, "tcp", (addr::HOST_V4, port));
     let mut first = start("-host-port 8081");
     let mut second = start("-host-port 8082");
-    // The IPv6 proxy that dockerd starts as well. An IPv6 client cannot be shown to an IPv4
-    // container.
+    // The IPv6 proxy that dockerd starts as well. The address of an IPv6 client cannot be the
+    // source of packets to an IPv4 container.
     let mut third = start("-host-ip :: -host-port 8081");
     assert_eq!((seen(8081), seen(8082)), (addr::CLIENT_V4.into(), addr::CLIENT_V4.into()));
     assert_eq!(seen_by_container(&net.client, "tcp", (addr::HOST_V6, 8081)), addr::GATEWAY_V4);

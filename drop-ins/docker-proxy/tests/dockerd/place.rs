@@ -54,7 +54,7 @@ impl Place {
         })
     }
 
-    /// Asserts that `to` refuses the connection at once.
+    /// Asserts that `to` refuses the connection immediately.
     #[track_caller]
     pub(crate) fn is_refused(&self, protocol: Protocol, to: impl Into<SocketAddr>) {
         let to = to.into();
