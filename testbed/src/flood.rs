@@ -170,7 +170,7 @@ pub fn request_times(target: SocketAddr, count: usize, pause: Duration) -> Vec<D
     (0..count).map(request).collect()
 }
 
-/// The MAC address behind `word` in the output of ip(8).
+/// Returns the MAC address after `word` in the output of ip(8).
 fn mac(line: &str, word: &str) -> Mac {
     let text = line.split(word).nth(1).unwrap_or_else(|| panic!("no {word} in {line}"));
     let mut bytes =

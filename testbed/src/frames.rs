@@ -28,8 +28,8 @@ impl LinkSocket {
         Self::bound(namespace, link, ALL)
     }
 
-    /// Opens a socket that only sends. It receives nothing, and so does not slow down the receive
-    /// path of the link.
+    /// Opens a socket that only sends. It does not slow down the receive path of the link, because
+    /// it receives nothing.
     ///
     /// # Panics
     ///
@@ -57,13 +57,13 @@ impl LinkSocket {
             }
             // SAFETY: the descriptor is new and has no other owner.
             let packets = unsafe { OwnedFd::from_raw_fd(packets) };
-            // SAFETY: all zeros are a `sockaddr_ll`.
+            // SAFETY: an all-zero `sockaddr_ll` is valid.
             let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
             address.sll_family = libc::AF_PACKET as u16;
             address.sll_protocol = ethertype.to_be();
             address.sll_ifindex = index.cast_signed();
             let length = size_of_val(&address) as libc::socklen_t;
-            // SAFETY: `address` is as long as it says.
+            // SAFETY: `address` is valid for the length passed.
             let bound =
                 unsafe { libc::bind(packets.as_raw_fd(), (&raw const address).cast(), length) };
             if bound != 0 {
@@ -99,10 +99,10 @@ impl LinkSocket {
         let mut all = Vec::new();
         let mut buffer = vec![0; 70_000];
         loop {
-            // SAFETY: all zeros are a `sockaddr_ll`.
+            // SAFETY: an all-zero `sockaddr_ll` is valid.
             let mut from: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
             let mut length = size_of_val(&from) as libc::socklen_t;
-            // SAFETY: buffer and address have the lengths that are passed.
+            // SAFETY: buffer and address are valid for the lengths passed.
             let count = unsafe {
                 libc::recvfrom(
                     self.socket.as_raw_fd(),
@@ -373,7 +373,7 @@ impl Forger {
                     ALL_NODES,
                     &[&[133, 0, 0, 0, 0, 0, 0, 0, 1, 1][..], &mac].concat(),
                 )),
-                // An advertisement behind an extension header.
+                // An advertisement after an extension header.
                 _ => {
                     let message =
                         advertisement(own_link, ALL_NODES, gateway6, own_mac)[40..].to_vec();

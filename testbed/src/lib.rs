@@ -74,8 +74,7 @@ use std::time::{Duration, Instant};
 /// Calls `ready` every millisecond until it returns true, for at most `timeout`. Returns whether it
 /// did.
 ///
-/// This is for conditions without a notification, such as a link that goes away or a counter that
-/// settles.
+/// For conditions without a notification, such as a link that goes away or a counter that settles.
 pub fn eventually(timeout: Duration, mut ready: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + timeout;
     loop {

@@ -76,7 +76,8 @@ impl Namespace {
     /// Runs `f` on a new thread inside the namespace and returns its result.
     ///
     /// Sockets created by `f` stay in the namespace, so `f` may return them. A child process that
-    /// `f` starts through [`command`](Self::command) dies with the thread: spawn it outside of `f`.
+    /// `f` starts through [`command`](Self::command) is killed when the thread ends: spawn it
+    /// outside of `f`.
     ///
     /// # Panics
     ///

@@ -10,7 +10,7 @@
 #[derive(Clone, Debug)]
 pub struct Pattern {
     state: u64,
-    /// The unused bytes of `block` are its last `left` ones.
+    /// The last `left` bytes of `block` are unused.
     block: [u8; 8],
     left: usize,
     position: u64,

@@ -17,7 +17,7 @@ use crate::{eventually, procfs};
 /// The number of output lines that are kept; older ones are dropped.
 const KEPT_LINES: usize = 10_000;
 
-/// The longest line in bytes; longer ones are split.
+/// Maximum length of a line in bytes; longer ones are split.
 const MAX_LINE: u64 = 64 * 1024;
 
 /// A running child process, killed and reaped on drop.
@@ -265,8 +265,8 @@ fn read_line(stream: &mut impl BufRead) -> io::Result<Option<String>> {
 /// 4 to docker-proxy. The command keeps `fd` open in this process until it is dropped, so drop it
 /// before waiting for an end of file.
 pub fn pass_fd(command: &mut Command, fd: OwnedFd, number: RawFd) {
-    // `Command` opens descriptors when it spawns. Occupying all numbers up to the requested one
-    // keeps them, and `fd`, out of its way.
+    // `Command` opens descriptors when it spawns. All numbers up to the requested one are occupied,
+    // so that it uses neither this number nor `fd`.
     let mut occupied = vec![fd];
     let fd = loop {
         let copy = occupied[0].try_clone().expect("duplicate a descriptor");

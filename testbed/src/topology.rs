@@ -47,7 +47,7 @@ pub mod addr {
     pub const NEIGHBOUR_V6: Ipv6Addr = Ipv6Addr::new(0xfd30, 0, 0, 0, 0, 0, 0, 3);
 }
 
-/// The longest wait for a link to come up.
+/// Timeout for a link to come up.
 const LINK_UP: Duration = Duration::from_secs(10);
 
 /// The last byte of the addresses of the first container.
@@ -55,8 +55,9 @@ const FIRST_CONTAINER: u8 = 2;
 
 /// Three connected namespaces, with the host as the router between the other two.
 ///
-/// IPv6 works at once, because duplicate address detection is off. Bridged packets do not pass the
-/// firewall of the host (`net.bridge.bridge-nf-call-*` is 0); a test that needs it sets this to 1.
+/// IPv6 addresses are usable immediately, because duplicate address detection is off. Bridged
+/// packets do not pass the firewall of the host (`net.bridge.bridge-nf-call-*` is 0); a test that
+/// needs it sets this to 1.
 pub struct Topology {
     /// Outside of the host, in a subnet shared with it.
     pub client: Namespace,
@@ -210,8 +211,8 @@ impl Builder {
 
 /// Waits until `link` is up and, if it is a bridge port, forwarding.
 ///
-/// The kernel brings links up asynchronously, at times a second after both ends of a veth pair were
-/// set up. Packets sent before are lost, and the first retransmission of TCP or ARP follows a
+/// The kernel brings links up asynchronously, sometimes a second after both ends of a veth pair
+/// were set up. Earlier packets are lost, and the first retransmission of TCP or ARP follows a
 /// second later.
 #[track_caller]
 pub(crate) fn wait_until_up(namespace: &Namespace, link: &str) {
@@ -225,7 +226,7 @@ pub(crate) fn wait_until_up(namespace: &Namespace, link: &str) {
 }
 
 /// Disables duplicate address detection and router advertisements for links added later, so that
-/// their IPv6 addresses, including link-local ones, are usable at once.
+/// their IPv6 addresses, including link-local ones, are usable immediately.
 pub(crate) fn disable_dad(namespace: &Namespace) {
     namespace.sysctl("net.ipv6.conf.default.disable_ipv6", "0");
     namespace.sysctl("net.ipv6.conf.default.accept_dad", "0");

@@ -1,6 +1,6 @@
 //! Small real servers, bound in a namespace and served by threads of this process.
 //!
-//! Each is ready when its constructor returns. Its drop shuts down the listener and the
+//! Each server is ready when its constructor returns. The drop shuts down the listener and the
 //! connections, and joins their threads. Port 0 selects a free port; `addr()` returns it.
 //!
 //! They use one thread per connection. Benchmarks with thousands of connections have their own

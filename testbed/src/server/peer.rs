@@ -8,7 +8,7 @@ use crate::Namespace;
 
 /// Responds with the textual address of the peer: `203.0.113.9:40001`, `[2001:db8:1::9]:40001`.
 ///
-/// TCP: at once after accept, then shuts down its sending side, so `read_to_string` returns the
+/// TCP: immediately after accept, then shuts down its sending side, so `read_to_string` returns the
 /// address. UDP: one datagram for each received one.
 pub struct PeerServer(Transport);
 

@@ -11,8 +11,8 @@ use crate::Namespace;
 /// A buffer for any UDP payload: 65,507 bytes over IPv4, 65,527 over IPv6.
 const MAX_DATAGRAM: usize = 65_536;
 
-/// How often the receiving thread checks whether to stop. (A shutdown would wake it, but std cannot
-/// handle the received message without a source address.)
+/// Interval at which the receiving thread checks whether to stop. (A shutdown would wake it, but
+/// std cannot handle the received message without a source address.)
 const STOP_POLL: Duration = Duration::from_millis(50);
 
 /// A bound socket with a thread that handles its datagrams.
