@@ -30,8 +30,8 @@ const CONNECTIONS: u32 = 1_000_000;
 
 const PORTS: u16 = 1000;
 const SCRAPERS: usize = 100;
-/// In total less than half of the ephemeral ports: with more ports in TIME_WAIT, connect(2)
-/// searches for a free port for milliseconds.
+/// In total less than half of the ephemeral ports: with more ports in TIME_WAIT, connect(2) takes
+/// milliseconds to find a free port.
 const REQUESTS: usize = 1000;
 const SOON: Duration = Duration::from_secs(30);
 

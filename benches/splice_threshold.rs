@@ -2,10 +2,10 @@
 //! two minutes.
 //!
 //! A client in one namespace sends messages of one size through `tidegate publish` to a server in
-//! another, which responds to each with a byte. So every read of the proxy returns one message or a
-//! part of it. Alternating rounds use a proxy that only copies and one that only splices. The
-//! result is the CPU time of the proxy per message. `SPLICE_FROM` (proxy/src/tcp/mod.rs) belongs
-//! where the two columns cross.
+//! another, which responds to each with a byte. Every read of the proxy thus returns one message or
+//! a part of it. Rounds alternate between a proxy that only copies and one that only splices. The
+//! result is the CPU time of the proxy per message. `SPLICE_FROM` (proxy/src/tcp/mod.rs) should be
+//! the size at which the two columns cross.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};

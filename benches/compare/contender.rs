@@ -18,7 +18,7 @@ use tidegate_testbed::{
 
 use crate::lab::{CONTAINER, HOST, Lab, Service};
 
-/// The longest wait for a contender to be ready.
+/// Timeout for a contender to be ready.
 const START: Duration = Duration::from_secs(20);
 
 /// The pipes that haproxy may use for splice(2): one per direction of a busy connection.
@@ -27,7 +27,7 @@ const HAPROXY_PIPES: u64 = 64;
 /// A way to publish a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Kind {
-    /// An nftables rule on the host: the path of the kernel.
+    /// An nftables rule on the host: forwarding by the kernel.
     Dnat,
     /// Docker's userland proxy.
     DockerProxy,
@@ -365,19 +365,19 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    /// The CPU seconds of all processes and their children; `None` for the path of the kernel.
+    /// The CPU seconds of all processes and their children; `None` for forwarding by the kernel.
     pub(crate) fn cpu_seconds(&self) -> Option<f64> {
         self.sum(|process| {
             procfs::tree(process.pid()).into_iter().filter_map(procfs::cpu_seconds).sum()
         })
     }
 
-    /// The resident bytes of all processes; `None` for the path of the kernel.
+    /// The resident set size of all processes in bytes; `None` for forwarding by the kernel.
     pub(crate) fn rss(&self) -> Option<f64> {
         self.sum(|process| process.rss() as f64)
     }
 
-    /// The proportional bytes of all processes; `None` for the path of the kernel.
+    /// The proportional set size of all processes in bytes; `None` for forwarding by the kernel.
     pub(crate) fn pss(&self) -> Option<f64> {
         self.sum(|process| process.pss() as f64)
     }
@@ -408,7 +408,7 @@ impl Running {
             for process in &mut self.processes {
                 ensure!(process.is_running(), "exited at once: {}", last_line(&process.output()));
             }
-            // The kernel takes a while to list thousands of sockets, so this pauses in between.
+            // Pauses between checks, because the kernel takes a while to list thousands of sockets.
             thread::sleep(Duration::from_millis(2));
             ensure!(Instant::now() < deadline, "{bound} of {wanted} ports open after {START:?}");
         }

@@ -3,9 +3,9 @@
 //! A figure is the worst of its cells. A missed floor is a failure; a missed stretch target is
 //! reported.
 //!
-//! Two equal contenders alternate in the lead, so the worst of several cells is almost always below
-//! par. A figure whose target is par therefore combines all rounds of all its cells. It is missed
-//! if they show, beyond chance, that the value is less than 1.
+//! The worst of several cells of two equal contenders is almost always below par, because the
+//! contenders alternate in the lead. A figure whose target is par therefore combines all rounds of
+//! all its cells. It is missed if the combined value is significantly less than 1.
 
 use crate::contender::Kind;
 use crate::results::Results;

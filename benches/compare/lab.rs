@@ -1,7 +1,7 @@
 //! The network of one cell: three new namespaces.
 //!
-//! A lab lasts for one cell of one contender. So ports in TIME_WAIT, cached TCP metrics, tracked
-//! connections and rules never affect the next cell.
+//! A lab lasts for one cell of one contender. Ports in TIME_WAIT, cached TCP metrics, tracked
+//! connections and rules therefore never affect the next cell.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 

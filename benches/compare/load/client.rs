@@ -127,8 +127,8 @@ impl Slot {
     }
 }
 
-/// Opens a connection, sends one request, closes it and repeats, with `at_a_time` connections in
-/// parallel.
+/// Opens a connection, sends one request, closes the connection and repeats, with `at_a_time`
+/// connections in parallel.
 ///
 /// Returns the connections per second, and their total number.
 pub(crate) fn connections(
@@ -204,8 +204,8 @@ impl Visit {
 }
 
 /// Opens `count` connections, makes one request on each to verify the path, and leaves them idle.
-/// The connections use the addresses in `sources` in turn; for the unspecified address, the kernel
-/// chooses the source.
+/// The connections take the addresses in `sources` in rotation; for the unspecified address, the
+/// kernel chooses the source.
 pub(crate) fn idle(
     target: SocketAddr,
     sources: &[Ipv4Addr],

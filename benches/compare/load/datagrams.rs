@@ -20,7 +20,7 @@ use tidegate_testbed::Namespace;
 /// Messages per system call.
 const BATCH: usize = 64;
 
-/// The largest message with UDP_GRO or UDP_SEGMENT, limited by the length field of IPv4.
+/// Maximum size of a message with UDP_GRO or UDP_SEGMENT, limited by the length field of IPv4.
 const MAX_MESSAGE: usize = 65_536;
 
 /// The limits of one call with UDP_SEGMENT: 64 segments in kernels before 6.9, and 65,507 bytes.

@@ -11,5 +11,5 @@ pub(crate) mod server;
 /// The size of a request and of its response in bytes.
 pub(crate) const MESSAGE: usize = 64;
 
-/// The most events of one `epoll_wait`.
+/// Maximum number of events of one `epoll_wait`.
 const EVENTS: usize = 256;

@@ -14,7 +14,7 @@ const HEAD: usize = 90;
 const TITLE: usize = 34;
 const BAR: usize = 20;
 const LABELS: usize = 110;
-/// The width for the figure behind the longest bar.
+/// Width of the figure to the right of the longest bar.
 const FIGURES: usize = 60;
 const MARGIN: usize = 20;
 

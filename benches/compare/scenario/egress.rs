@@ -43,11 +43,11 @@ pub(super) enum Load {
     Latency,
     /// Connections with one request each, so many in parallel.
     Connections { at_a_time: u32 },
-    /// Open connections.
+    /// Connections with one request each, this many in parallel.
     Held,
 }
 
-/// A load with an MTU between the container and the helper.
+/// A load, and the MTU between the container and the helper.
 pub(super) struct Egress {
     pub(super) mtu: u32,
     pub(super) load: Load,

@@ -41,7 +41,7 @@ pub(crate) trait Scenario {
 
     /// Applies the load to the contender for about `duration`.
     ///
-    /// A missing value is `None`: the path of the kernel has no process with CPU time or memory.
+    /// A missing value is `None`: forwarding by the kernel has no process with CPU time or memory.
     fn measure(
         &self,
         lab: &Lab,

@@ -67,11 +67,11 @@ impl Scenario for Ports {
     }
 }
 
-/// The connections that each process of a pair carries before the second reading of its memory.
+/// The number of connections of each process of a pair before the second reading of its memory.
 const CARRIED: usize = 100;
 
-/// One `docker run -p`: two processes, for IPv4 and for IPv6. Their memory is read before the first
-/// connection, a state that most of them never leave, and after some connections.
+/// One `docker run -p`: two processes, for IPv4 and for IPv6. Their memory is read twice: before
+/// the first connection, the permanent state of most such processes, and after some connections.
 ///
 /// The proportional set of a process counts half of the pages shared with the other one, and less
 /// if more processes of the program are running.

@@ -18,9 +18,9 @@ const LIMIT: usize = 1 << 30;
 
 /// A client that sends, and a server that accepts and never reads.
 ///
-/// The figure is the amount that has left the client, which the path holds, including the receive
-/// buffer of the server. Data in the socket of the client does not belong to the path. The path of
-/// the kernel shows the minimum.
+/// The figure is the number of bytes that have left the client and are buffered on the path,
+/// including the receive buffer of the server. The send buffer of the client is not part of the
+/// path. Forwarding by the kernel is the minimum.
 pub(super) struct Stalled;
 
 impl Scenario for Stalled {
