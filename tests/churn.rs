@@ -1,5 +1,5 @@
-//! Adding and removing ports for a long time leaves neither series nor memory behind. This is a
-//! separate test crate because it measures the memory of its process.
+//! Adding and removing ports for a long time increases neither the number of series nor memory use.
+//! This is a separate test crate because it measures the memory of its process.
 
 mod support;
 

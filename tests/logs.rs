@@ -244,7 +244,7 @@ fn repeated_warnings_are_logged_once_and_counted() {
         .nth(1)
         .and_then(|rest| rest.split(' ').next()?.parse().ok())
         .unwrap();
-    // On a busy machine, two changes may be repaired at once.
+    // On a busy machine, two changes may be repaired together.
     assert!((1..TIMES).contains(&times), "{log}");
 }
 

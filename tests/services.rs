@@ -34,7 +34,7 @@ use tidegate_services::{
 };
 use tidegate_testbed::{Namespace, Process, Signal, eventually, procfs, require_root};
 
-/// Timeout of operations that usually complete at once.
+/// Timeout of operations that usually complete immediately.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A grace period that no test reaches.

@@ -3,8 +3,8 @@
 //!
 //! These tests check each guarantee of `docs/source-address.md`. Every test has an outside client,
 //! a host, a container and its neighbour in their own namespaces (`source/scene.rs`). Reverse path
-//! filters are strict in the container. Its servers listen on its addresses, on the
-//! wildcard of each family, and on both families at once.
+//! filters are strict in the container. Its servers listen on its addresses, on the wildcard of
+//! each family, and on a dual-stack wildcard.
 
 #[path = "source/ask.rs"]
 mod ask;

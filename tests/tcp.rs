@@ -2,7 +2,7 @@
 //!
 //! The client connects to the address of the host, `tidegate publish` runs on the host, and the
 //! server is in a container on the bridge of the host. Where the expectation is "as without a
-//! proxy", the test first does the same over the path of the kernel, and compares.
+//! proxy", the test first does the same with forwarding by the kernel, and compares.
 
 #[path = "tcp/backends.rs"]
 mod backends;
@@ -272,9 +272,9 @@ fn push_until_blocked(mut stream: &TcpStream, pattern: &mut Pattern) -> u64 {
     pattern.position() - start
 }
 
-/// One side stops reading and the other sends until it blocks: at once, and after a fast phase that
-/// has grown the windows. The bytes held by the proxy and its sockets must be bounded, and none may
-/// be lost.
+/// One side stops reading and the other sends until it blocks: immediately, and after a fast phase
+/// that has grown the windows. The bytes held by the proxy and its sockets must be bounded, and
+/// none may be lost.
 fn stalled_peer(server_stalls: bool) {
     const FAST_PHASE: u64 = 64 * MIB;
     const MOST: u64 = 4 * MIB;
@@ -322,7 +322,7 @@ fn unread(stream: &TcpStream) -> u64 {
     rustix::io::ioctl_fionread(stream).unwrap()
 }
 
-/// Runs `scene` over the path of the kernel and through the published port, and compares the
+/// Runs `scene` with forwarding by the kernel and through the published port, and compares the
 /// results. The scene receives a function that stops the proxy (true) and continues it.
 fn same_as_without_a_proxy<T: PartialEq + std::fmt::Debug>(
     setup: &Setup,

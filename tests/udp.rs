@@ -1,7 +1,7 @@
 //! A published UDP port from both ends: datagrams, sessions, and address changes.
 //!
 //! UDP may lose and reorder. In these tests this happens only if a buffer is full or an address is
-//! unresolved. So each test exchanges a datagram before it sends many, ignores the order of
+//! unresolved. Each test therefore exchanges a datagram before it sends many, ignores the order of
 //! arrival, and keeps at most a few hundred packets in flight. The per-CPU receive queue, which all
 //! namespaces share, holds 1,000 packets (`net.core.netdev_max_backlog`).
 
@@ -134,7 +134,7 @@ fn oversized_segments(from: &UdpSocket, to: SocketAddr, at: &UdpSocket) {
     }
 }
 
-/// Sends until a response arrives, within 5 s.
+/// Sends until a response arrives, for at most 5 s.
 #[track_caller]
 fn assert_resumes(client: &UdpSocket, to: SocketAddr) -> Vec<u8> {
     let start = Instant::now();

@@ -23,7 +23,7 @@ fn a_service_that_ignores_sigterm_is_killed_after_the_grace_period() {
 fn the_whole_process_group_has_the_grace_period_to_end() {
     let mut bed = Bed::new(FOREVER);
     run(async {
-        // The signal kills the leader at once, and its child takes longer.
+        // The signal kills the leader immediately, and its child takes longer.
         let script = "(trap 'sleep 0.3; echo put away; exit 0' TERM; echo up; while :; do sleep 0.02; done) & wait";
         bed.supervisor.start(vec![bed.shell("web", script)]).await.unwrap();
         bed.lines.wait_for("web | up").await;

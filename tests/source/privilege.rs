@@ -1,4 +1,4 @@
-//! Without the required privilege, one clear line is printed and nothing is changed.
+//! Without the required privilege, one line with the cause is printed and nothing is changed.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};

@@ -85,7 +85,8 @@ fn at_a_full_port_a_smaller_client_evicts_the_idlest_connection_of_the_largest()
     let metrics = setup.publisher.metrics();
     assert_eq!(metrics.count("tidegate_proxy_evicted_connections_total{reason=\"port_limit\"}"), 1);
     assert_eq!(metrics.port("connection_resets_total", PORT), 1);
-    // With one more, all clients are equal: the next one is refused and evicts nobody.
+    // With one more connection, all clients have the same number: the next client is refused, and
+    // no connection is evicted.
     let _one_more =
         (connect_from(&setup.net.client, address(3), host(8080)), setup.backend.accept());
     assert_eq!(

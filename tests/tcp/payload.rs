@@ -118,7 +118,7 @@ fn bytes_between_urgent_data_and_the_end_arrive() {
     }
 }
 
-/// The end may arrive between two reads of the proxy, hence the many rounds.
+/// The end may arrive between two reads of the proxy, which needs many rounds to occur.
 #[test]
 fn urgent_data_does_not_truncate_a_fast_transfer() {
     const ROUNDS: usize = 400;

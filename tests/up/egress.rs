@@ -55,7 +55,7 @@ fn transfers_are_complete_in_both_directions() {
                 inside.run(|| transfer::receive(&mut connect(source.addr()).unwrap(), 4));
             assert_eq!(received, Transfer::complete(MUCH), "rootless {rootless}, {world}");
 
-            // A refused connection is reported at once.
+            // A refused connection is reported immediately.
             let begin = Instant::now();
             let refused = inside.run(|| connect((world, 7003).into()));
             assert_eq!(refused.unwrap_err().kind(), ErrorKind::ConnectionRefused);

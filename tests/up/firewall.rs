@@ -35,8 +35,8 @@ pub(super) const MODES: [&[&str]; 4] = [
     &["--firewall=iptables", "--publish=kernel"],
 ];
 
-/// Puts iptables into use, so that its tables exist before and after the test. Tables and chains
-/// stay after the removal of a user's rule.
+/// Puts iptables into use, so that its tables exist before and after the test. iptables keeps
+/// tables and chains when their last rule is removed.
 const IN_USE: &str = "for program in iptables ip6tables; do for chain in INPUT FORWARD; do $program -A $chain -i none -j DROP; done; done";
 
 /// A host with two uplinks, and a container whose servers return the address of the client.

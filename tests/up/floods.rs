@@ -1,4 +1,4 @@
-//! Effect of a container's flood on another container behind the NAT engine.
+//! Effect of a container's flood on another container that uses the NAT engine.
 
 use super::scene::{Scene, TIDEGATE};
 use std::fs;

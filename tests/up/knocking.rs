@@ -71,7 +71,8 @@ impl Probing {
         up
     }
 
-    /// Whether the container answers a client of its network. Shows that the witness works.
+    /// Whether the container answers a client of its network, which shows that the witness records
+    /// datagrams.
     fn neighbour_is_answered(&self) -> bool {
         self.endpoints[1].run(|| {
             let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
@@ -123,7 +124,7 @@ fn a_container_stays_closed_through_twenty_restarts_with_iptables() {
 }
 
 /// Other software removes rules (`harms`, repeated to `times`). They are restored within a second,
-/// and no probe arrives meanwhile.
+/// and no probe arrives before that.
 #[track_caller]
 fn assert_restored(scene: Scene, flags: &[&str], harms: &[&str], times: usize) {
     let probing = Probing::new(scene);

@@ -241,7 +241,7 @@ impl Rtnetlink {
         this
     }
 
-    /// The number of received messages. No link of the service itself changes meanwhile.
+    /// The number of received messages. No link of the service itself changes between two calls.
     fn waiting(&self) -> usize {
         let mut buffer = [0; 65_536];
         let read = || recv(&self.0, &mut buffer[..], RecvFlags::DONTWAIT);
