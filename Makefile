@@ -1,10 +1,10 @@
 # make run | test | test-unit | bench | lint | audit | install PREFIX=DIR | fuzz
 #
-# Every target does its own set-up. `make` alone lists them.
+# `make` without a target lists the targets.
 
 CARGO ?= cargo
 PREFIX ?= /usr/local
-# Where `make run` publishes and where its container listens.
+# The port that `make run` publishes.
 RUN_PORT ?= 8080
 BENCH_ARGS ?=
 FUZZ_SECONDS ?= 60
@@ -27,16 +27,19 @@ build:
 
 run: build
 	@echo "open http://localhost:$(RUN_PORT)   (metrics: http://127.0.0.1:9464/metrics; Ctrl-C ends it)"
-	@# The example calls tidegate by its name. Who has no directory of his own for the time of a session gets one here.
+	@# The example runs `tidegate` from PATH. Without /run or XDG_RUNTIME_DIR, the run directory is
+	@# below target/.
 	@[ -w /run ] || [ -n "$$XDG_RUNTIME_DIR" ] || export TIDEGATE_RUN_DIR="$${TIDEGATE_RUN_DIR:-$(CURDIR)/target/run}"; \
 	PATH="$(CURDIR)/target/release:$$PATH" RUN_PORT=$(RUN_PORT) exec tidegate up -f examples/hello/compose.yaml
 
-# The README's test command. Namespaces, a real dockerd and the peers want root; see scripts/test-deps.
+# The test command of the README. The tests need root for namespaces, dockerd and the programs of
+# scripts/test-deps.
 test:
 	@scripts/test-deps
 	$(CARGO) test --locked --workspace --no-fail-fast
 
-# What needs neither root nor namespaces: without the unit tests of netsetup, nat and netfilter that make some.
+# Unit tests that need neither root nor namespaces. The skipped tests of netsetup, nat and netfilter
+# create namespaces or load BPF programs.
 test-unit:
 	$(CARGO) test --locked --workspace --lib --bins --no-fail-fast -- \
 	  --skip setup::tests --skip io::destinations --skip io::sockets --skip guard::tests::ebpf
@@ -48,7 +51,7 @@ bench:
 	$(CARGO) bench --locked -p tidegate-dns --bench dnsperf
 	$(CARGO) bench --locked -p tidegate-netfilter --bench port_guard
 
-# A few minutes instead of twenty: whether everything runs, not how fast.
+# Checks that the benchmarks run, in a few minutes instead of twenty. The figures are not meaningful.
 bench-quick:
 	@scripts/test-deps
 	$(CARGO) build --release --locked
@@ -63,7 +66,7 @@ lint:
 	 elif [ -n "$$CI" ]; then echo "cargo-deny is missing" >&2; exit 1; \
 	 else echo "note: cargo-deny is not installed; licences and sources were not checked"; fi
 
-# By hand, where the advisory database can be reached; the rest of cargo-deny is in `lint`.
+# Needs access to the advisory database. The other checks of cargo-deny are part of `lint`.
 audit:
 	@command -v cargo-deny >/dev/null || { echo "make audit needs cargo-deny: cargo install --locked cargo-deny" >&2; exit 1; }
 	$(CARGO) deny --locked check advisories
