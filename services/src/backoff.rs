@@ -34,8 +34,8 @@ impl Restarts {
         self.count
     }
 
-    /// The pause before the restart of a service that ended with `exit` after it ran for `ran`.
-    /// `None` if it is not restarted.
+    /// Returns the pause before the restart of a service that ended with `exit` after it ran for
+    /// `ran`. `None` if it is not restarted.
     pub(super) fn next(&mut self, exit: Exit, ran: Duration) -> Option<Duration> {
         let restarts = match self.policy {
             Restart::No => false,

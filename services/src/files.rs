@@ -112,7 +112,7 @@ fn lock(path: &Path) -> io::Result<Option<File>> {
     }
 }
 
-/// Whether `path` still refers to the open `directory`.
+/// Returns whether `path` still refers to the open `directory`.
 fn is_at(directory: &File, path: &Path) -> bool {
     let id = |metadata: &fs::Metadata| (metadata.dev(), metadata.ino());
     matches!((&directory.metadata(), &fs::metadata(path)), (Ok(open), Ok(current)) if id(open) == id(current))

@@ -118,8 +118,8 @@ fn run(socket: &UnixStream, request: &StartRequest) -> Result<(), Report> {
     Ok(())
 }
 
-/// The user namespace that owns the network namespace of this process. `None` if this process is in
-/// it.
+/// Returns the user namespace that owns the network namespace of this process. `None` if this
+/// process is in it.
 fn network_owner() -> Result<Option<OwnedFd>, Errno> {
     let network = io_errno(Namespace::current())?;
     if network.belongs_to_own_user_namespace() {
@@ -271,7 +271,7 @@ fn supervise(
     }
 }
 
-/// The number of the next pending signal.
+/// Returns the number of the next pending signal.
 fn next_signal(mut signals: &File) -> Option<i32> {
     let mut info = [0; size_of::<libc::signalfd_siginfo>()];
     signals.read_exact(&mut info).ok()?;

@@ -107,7 +107,7 @@ fn block_signals() {
     }
 }
 
-/// The request for `spec`, whose files are in the directory `files`.
+/// Returns the request for `spec`, whose files are in the directory `files`.
 pub(super) fn start_request(spec: &ServiceSpec, files: &Path) -> io::Result<StartRequest> {
     let mut environment = spec.environment.clone();
     for name in INHERITED {

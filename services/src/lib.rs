@@ -92,7 +92,7 @@ pub enum Exit {
 }
 
 impl Exit {
-    /// Whether the exit code is 0.
+    /// Returns whether the exit code is 0.
     #[must_use]
     pub fn success(self) -> bool {
         self == Self::Code(0)
@@ -163,7 +163,7 @@ pub struct Status {
 pub struct Ended(pub Vec<(String, Exit)>);
 
 impl Ended {
-    /// Whether all services ended with exit code 0.
+    /// Returns whether all services ended with exit code 0.
     #[must_use]
     pub fn success(&self) -> bool {
         self.0.iter().all(|(_, exit)| exit.success())

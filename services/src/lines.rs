@@ -30,7 +30,7 @@ impl Splitter {
         self.bytes.extend_from_slice(chunk);
     }
 
-    /// The next complete line, sanitized.
+    /// Returns the next complete line, sanitized.
     pub(super) fn next(&mut self) -> Option<String> {
         let rest = &self.bytes[self.start..];
         let window = &rest[..rest.len().min(MAX_LINE + 1)];
@@ -47,7 +47,7 @@ impl Splitter {
         Some(line)
     }
 
-    /// The last line of the stream, if it does not end with a newline.
+    /// Returns the last line of the stream, if it does not end with a newline.
     pub(super) fn finish(&mut self) -> Option<String> {
         let rest = &self.bytes[self.start..];
         let line = (!rest.is_empty()).then(|| sanitize(rest));
@@ -118,7 +118,7 @@ fn escape(text: &str) -> usize {
     }
 }
 
-/// Whether the sequence after an ESC is SGR: `[`, numbers, `m`.
+/// Returns whether the sequence after an ESC is SGR: `[`, numbers, `m`.
 fn is_colour(sequence: &str) -> bool {
     let numbers = sequence.strip_prefix('[').and_then(|rest| rest.strip_suffix('m'));
     numbers.is_some_and(|numbers| {

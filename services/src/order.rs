@@ -5,8 +5,8 @@
 use super::ServiceError;
 use std::collections::BTreeMap;
 
-/// The level of each service: 0 without dependencies, else one above the highest level of its
-/// dependencies.
+/// Returns the level of each service: 0 without dependencies, else one above the highest level of
+/// its dependencies.
 ///
 /// Services start in ascending order of their levels and stop in descending order. Services of the
 /// same level do not depend on each other.
@@ -51,8 +51,8 @@ pub(super) fn levels(services: &[(&str, &[String])]) -> Result<Vec<usize>, Servi
     }
 }
 
-/// The cycle that `stuck` is part of or depends on. It exists, because every service without a
-/// level depends on another one without a level.
+/// Returns the cycle that `stuck` is part of or depends on. It exists, because every service
+/// without a level depends on another one without a level.
 fn cycle(
     services: &[(&str, &[String])],
     needs: &[Vec<usize>],

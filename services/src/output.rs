@@ -34,7 +34,7 @@ pub trait Output: Send + 'static {
     /// The reader has closed the output.
     fn write_line(&mut self, line: &str) -> io::Result<()>;
 
-    /// Whether names are coloured.
+    /// Returns whether names are coloured.
     fn colours(&self) -> bool {
         false
     }
@@ -88,8 +88,8 @@ impl Printer {
         Self { queue, colours }
     }
 
-    /// The output of service `name`. `index` selects its colour. Names are padded to `width`
-    /// characters.
+    /// Returns the output of service `name`. `index` selects its colour. Names are padded to
+    /// `width` characters.
     pub(super) fn service_output(&self, name: &str, index: usize, width: usize) -> ServiceOutput {
         let colour = self.colours.then(|| COLOURS[index % COLOURS.len()]);
         let paint = |text: String| match colour {

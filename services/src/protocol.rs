@@ -93,7 +93,7 @@ pub(super) fn receive<T: DeserializeOwned>(mut socket: impl Read) -> io::Result<
 pub(super) struct Inbox(Vec<u8>);
 
 impl Inbox {
-    /// The next report. `None` at the end of file, and for an invalid report. Cancel safe.
+    /// Returns the next report. `None` at the end of file, and for an invalid report. Cancel safe.
     pub(super) async fn next(&mut self, socket: &mut (impl AsyncRead + Unpin)) -> Option<Report> {
         loop {
             if let Some(length) = self.0.first_chunk::<4>() {

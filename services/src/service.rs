@@ -100,7 +100,7 @@ impl Service {
         }
     }
 
-    /// The current target: [`Target::Kill`] if the supervisor was dropped.
+    /// Returns the current target: [`Target::Kill`] if the supervisor was dropped.
     fn current_target(&mut self) -> Target {
         if self.target.has_changed().is_err() {
             Target::Kill
@@ -242,7 +242,7 @@ fn signal(init: Option<u32>, signal: Signal) {
     }
 }
 
-/// The PID of the command in the PID namespace of this process: the init's first child.
+/// Returns the PID of the command in the PID namespace of this process: the init's first child.
 fn child_of(init: u32) -> Option<u32> {
     let children = std::fs::read_to_string(format!("/proc/{init}/task/{init}/children")).ok()?;
     children.split_ascii_whitespace().next()?.parse().ok()

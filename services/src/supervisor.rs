@@ -158,7 +158,8 @@ impl Supervisor {
         }
     }
 
-    /// The status of each service, in start order. Services whose start has not begun are missing.
+    /// Returns the status of each service, in start order. Services whose start has not begun are
+    /// missing.
     #[must_use]
     pub fn statuses(&self) -> Vec<Status> {
         self.observer().statuses()
@@ -176,7 +177,7 @@ impl Supervisor {
 pub struct Observer(Vec<watch::Receiver<Status>>);
 
 impl Observer {
-    /// The current statuses, in start order.
+    /// Returns the current statuses, in start order.
     #[must_use]
     pub fn statuses(&self) -> Vec<Status> {
         self.0.iter().map(|status| status.borrow().clone()).collect()

@@ -93,7 +93,7 @@ impl NameServices {
         this
     }
 
-    /// The inotify descriptor. Readable when [`Self::refresh`] has to be called.
+    /// Returns the inotify descriptor. Readable when [`Self::refresh`] has to be called.
     pub(super) fn events(&self) -> Option<&File> {
         self.events.as_ref()
     }
