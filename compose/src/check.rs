@@ -176,7 +176,7 @@ pub(super) fn dependencies(services: &[Draft]) -> Result<(), Fault> {
     Ok(())
 }
 
-/// The services that a topological sort (Kahn) cannot place.
+/// Returns the services that a topological sort (Kahn) cannot place.
 fn unordered(needs: &[Vec<usize>]) -> BTreeSet<usize> {
     let mut missing: Vec<usize> = needs.iter().map(Vec::len).collect();
     let mut needed_by: Vec<Vec<usize>> = vec![Vec::new(); needs.len()];
@@ -199,8 +199,8 @@ fn unordered(needs: &[Vec<usize>]) -> BTreeSet<usize> {
     stuck
 }
 
-/// The error for a cycle of services. Each service comes with the index of its dependency on the
-/// next one.
+/// Returns the error for a cycle of services. Each service comes with the index of its dependency
+/// on the next one.
 fn cycle_fault(services: &[Draft], cycle: &[(usize, usize)]) -> Fault {
     let name = |index: usize| services.get(index).map_or("", |draft| draft.service.name.as_str());
     let mut names: Vec<&str> =

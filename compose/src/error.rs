@@ -99,7 +99,7 @@ impl Fault {
         self
     }
 
-    /// The error as one line of text.
+    /// Returns the error as one line of text.
     pub(super) fn line(&self, file: &Path) -> String {
         line(file, self.site.place, &self.site.key, &self.problem)
     }

@@ -151,7 +151,7 @@ fn split_name(text: &str) -> (&str, &str) {
     text.split_at(text.find(|c| !named(c)).unwrap_or(text.len()))
 }
 
-/// The index of the brace that closes the expression whose content begins at `text`.
+/// Returns the index of the brace that closes the expression whose content begins at `text`.
 fn closing_brace(text: &str) -> Option<usize> {
     let bytes = text.as_bytes();
     let (mut at, mut open) = (0, 1);
@@ -175,7 +175,7 @@ fn closing_brace(text: &str) -> Option<usize> {
     None
 }
 
-/// The beginning of `text`, short enough for a message.
+/// Returns the beginning of `text`, short enough for a message.
 fn shown(text: &str) -> String {
     const SHOWN: usize = 32;
     let short: String = text.chars().take(SHOWN).collect();

@@ -230,7 +230,7 @@ fn parse_subnet(value: &Value<'_>) -> Result<IpNet, Fault> {
     Ok(subnet)
 }
 
-/// The reason why a host in `subnet` cannot use `address`; `None` if it can.
+/// Returns the reason why a host in `subnet` cannot use `address`; `None` if it can.
 pub(super) fn unusable(address: IpAddr, subnet: &IpNet) -> Option<String> {
     if !subnet.contains(&address) {
         Some(format!("it is outside {subnet}"))

@@ -109,7 +109,8 @@ pub struct Subnet {
 }
 
 impl Subnet {
-    /// The gateway address: the configured one, otherwise the first host address of the subnet.
+    /// Returns the gateway address: the configured one, otherwise the first host address of the
+    /// subnet.
     #[must_use]
     pub fn gateway_address(&self) -> IpAddr {
         self.gateway.unwrap_or_else(|| match self.subnet.network() {

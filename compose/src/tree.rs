@@ -182,7 +182,7 @@ impl Builder {
         Ok(())
     }
 
-    /// The site of the next value, at `place`.
+    /// Returns the site of the next value, at `place`.
     fn site(&self, place: Place) -> Site {
         self.open.iter().fold(Site::new(place, ""), |site, frame| match &frame.collection {
             Collection::List(items) => site.at_index(items.len(), place),
@@ -355,7 +355,7 @@ impl Key {
     }
 }
 
-/// The type of a plain scalar in the core schema of YAML 1.2.
+/// Returns the type of a plain scalar in the core schema of YAML 1.2.
 fn kind(plain: &str) -> Kind {
     match plain {
         "" | "~" | "null" | "Null" | "NULL" => Kind::Null,

@@ -65,7 +65,7 @@ pub(super) struct Field<'a> {
 }
 
 impl Field<'_> {
-    /// Whether the key is an extension: `x-anything`.
+    /// Returns whether the key is an extension: `x-anything`.
     pub(super) fn is_extension(&self) -> bool {
         self.key.starts_with("x-")
     }
@@ -77,7 +77,7 @@ impl<'a> Value<'a> {
         Self { node, site: Site::new(node.place, ""), context }
     }
 
-    /// The position of the value; that of its key if the value is missing.
+    /// Returns the position of the value; that of its key if the value is missing.
     pub(super) fn site(&self) -> &Site {
         &self.site
     }
@@ -102,7 +102,7 @@ impl<'a> Value<'a> {
         matches!(self.node.body, Body::Map(_))
     }
 
-    /// The error for a value of the wrong type.
+    /// Returns the error for a value of the wrong type.
     pub(super) fn expected(&self, noun: &str) -> Fault {
         let found = match &self.node.body {
             Body::Scalar { kind: Kind::Null, .. } => "nothing".to_owned(),
@@ -115,7 +115,7 @@ impl<'a> Value<'a> {
         self.fault(format!("expected {noun}, found {found}"))
     }
 
-    /// The entries of a map, in their order.
+    /// Returns the entries of a map, in their order.
     pub(super) fn fields(&self) -> Result<Vec<Field<'a>>, Fault> {
         let Body::Map(entries) = &self.node.body else { return Err(self.expected("a map")) };
         let fields = entries.iter().map(|entry| {
@@ -129,12 +129,12 @@ impl<'a> Value<'a> {
         Ok(fields.collect())
     }
 
-    /// The entries of a map; none if the value is null.
+    /// Returns the entries of a map; none if the value is null.
     pub(super) fn fields_if_any(&self) -> Result<Vec<Field<'a>>, Fault> {
         if self.is_null() { Ok(Vec::new()) } else { self.fields() }
     }
 
-    /// The items of a list.
+    /// Returns the items of a list.
     pub(super) fn items(&self) -> Result<Vec<Self>, Fault> {
         let Body::List(items) = &self.node.body else { return Err(self.expected("a list")) };
         let items = items.iter().enumerate().map(|(index, node)| Value {
