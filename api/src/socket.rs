@@ -56,7 +56,7 @@ pub enum SocketError {
     },
 }
 
-/// The path of the socket: `$TIDEGATE_SOCKET`, or `api.sock` in the run directory.
+/// Returns the path of the socket: `$TIDEGATE_SOCKET`, or `api.sock` in the run directory.
 ///
 /// # Errors
 /// [`SocketError::NoPlace`].
