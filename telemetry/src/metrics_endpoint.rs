@@ -129,7 +129,7 @@ pub struct MetricsStatus {
 }
 
 impl MetricsStatus {
-    /// The configured address, with a port or a range of ports.
+    /// Returns the configured address, with a port or a range of ports.
     #[must_use]
     pub fn wanted(&self) -> MetricsAddress {
         self.wanted
@@ -143,7 +143,7 @@ impl MetricsStatus {
         }
     }
 
-    /// The address in use; `None` while another program occupies it.
+    /// Returns the address in use; `None` while another program occupies it.
     #[must_use]
     pub fn served(&self) -> Option<SocketAddr> {
         self.served.get().copied()
@@ -214,7 +214,7 @@ impl Recorder {
         Self { denies: Some(Box::new(denies)), ..self }
     }
 
-    /// The state of the endpoint, kept up to date.
+    /// Returns the state of the endpoint, kept up to date.
     #[must_use]
     pub fn status(&self) -> MetricsStatus {
         self.status.clone()
@@ -438,7 +438,7 @@ impl fmt::Write for PacedText<'_> {
     }
 }
 
-/// The result of poll(2); `None` after a signal.
+/// Returns the result of poll(2); `None` after a signal.
 fn retry(polled: rustix::io::Result<usize>) -> io::Result<Option<usize>> {
     match polled {
         Ok(ready) => Ok(Some(ready)),

@@ -64,7 +64,7 @@ pub enum LogError {
     Format(String),
 }
 
-/// The format `given` on the command line, or that of `TIDEGATE_LOG_FORMAT`.
+/// Returns the format `given` on the command line, or that of `TIDEGATE_LOG_FORMAT`.
 ///
 /// # Errors
 /// [`LogError`] if the variable is invalid.
@@ -103,7 +103,7 @@ pub fn init(default: LevelFilter, format: Format) -> Result<(), LogError> {
     Ok(())
 }
 
-/// The error that ends the program, in the format of the log.
+/// Returns the error that ends the program, in the format of the log.
 #[must_use]
 pub fn last_word(format: Format, error: &str) -> String {
     match format {

@@ -126,7 +126,7 @@ impl Clients {
         self.silent + self.answers
     }
 
-    /// The holder with the most clients.
+    /// Returns the holder with the most clients.
     pub(super) fn largest(&self, answered: bool) -> Option<Holder> {
         self.by_holder(answered)
             .into_iter()

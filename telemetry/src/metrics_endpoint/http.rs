@@ -58,7 +58,7 @@ pub(super) fn whole(status: &str, fields: &str, body: &str) -> String {
     head(status, fields, Some(body.len())) + body
 }
 
-/// The head of a response with `length` bytes of content.
+/// Returns the head of a response with `length` bytes of content.
 pub(super) fn head(status: &str, fields: &str, length: Option<usize>) -> String {
     let length = length.map(|length| format!("Content-Length: {length}\r\n")).unwrap_or_default();
     format!(

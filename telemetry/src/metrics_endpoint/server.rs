@@ -179,7 +179,7 @@ impl Server {
         self.read(id);
     }
 
-    /// The holder of `stream`, a client at `address`.
+    /// Returns the holder of `stream`, a client at `address`.
     fn holder(&self, stream: &TcpStream, address: SocketAddr) -> Holder {
         let client = canonical(address);
         let local = stream.local_addr().map(canonical);
@@ -324,8 +324,8 @@ impl Counts {
     }
 }
 
-/// Whether `denies` rejects `client`, connected from `address`. A client whose ingress interface is
-/// unknown is rejected.
+/// Returns whether `denies` rejects `client`, connected from `address`. A client whose ingress
+/// interface is unknown is rejected.
 fn is_denied(denies: Option<&Denies>, client: &TcpStream, address: SocketAddr) -> bool {
     let Some(denies) = denies else { return false };
     let ingress = stream_ingress(client, address.is_ipv6());
