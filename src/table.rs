@@ -1,6 +1,6 @@
 //! Text tables with aligned columns.
 
-/// The lines of a table, each with a newline. The first row is the heading.
+/// Returns the lines of a table, each with a newline. The first row is the heading.
 pub(crate) fn table<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
     let width =
         |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);

@@ -81,7 +81,7 @@ impl Adopted {
         self.all().iter().map(|(name, (path, _))| (name.clone(), path.clone())).collect()
     }
 
-    /// The path of `endpoint`, and whether its namespace is gone.
+    /// Returns the path of `endpoint`, and whether its namespace is gone.
     pub(crate) fn get(&self, endpoint: &str) -> Option<(PathBuf, bool)> {
         self.all().get(endpoint).cloned()
     }
@@ -147,7 +147,7 @@ impl View {
         }
     }
 
-    /// The names of the endpoints on `network`.
+    /// Returns the names of the endpoints on `network`.
     fn endpoints_on(&self, network: &str) -> Vec<String> {
         let on_it = |endpoint: &&netsetup::Endpoint| {
             endpoint.attachments.iter().any(|attachment| attachment.network == network)

@@ -142,7 +142,7 @@ impl Command {
     }
 }
 
-/// The error and its causes. A cause that its error already contains is not repeated.
+/// Returns the error and its causes. A cause that its error already contains is not repeated.
 fn one_line(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain().map(|cause| without_errno(&cause.to_string())) {

@@ -217,7 +217,7 @@ impl Publish {
         Ok(Some(set))
     }
 
-    /// The settings of the engine, with `listeners` sockets already open.
+    /// Returns the settings of the engine, with `listeners` sockets already open.
     fn settings(&self, listeners: usize) -> Settings {
         let mut settings = Settings {
             dial_timeout: self.dial_timeout,
@@ -247,8 +247,8 @@ impl Publish {
         options
     }
 
-    /// Whether all sockets belong to this namespace and use its own addresses, so that the process
-    /// can drop its privileges.
+    /// Returns whether all sockets belong to this namespace and use its own addresses, so that the
+    /// process can drop its privileges.
     fn is_confined(&self, target: &Target) -> bool {
         matches!(target, Target::Address(_)) && self.source != Some(Source::Client)
     }

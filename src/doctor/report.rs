@@ -20,7 +20,7 @@ pub enum Verdict {
 }
 
 impl Verdict {
-    /// The text in the table and in the JSON.
+    /// Returns the text in the table and in the JSON.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -90,7 +90,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// Whether nothing that tidegate requires is missing.
+    /// Returns whether everything that tidegate requires is available.
     #[must_use]
     pub fn is_sufficient(&self) -> bool {
         self.rows.iter().all(|row| row.verdict != Verdict::Missing)

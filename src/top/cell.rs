@@ -21,7 +21,7 @@ pub(crate) enum Cell {
 }
 
 impl Cell {
-    /// The text of the cell.
+    /// Returns the text of the cell.
     pub(crate) fn show(&self) -> String {
         match self {
             Self::Text(text) => text.clone(),
@@ -32,17 +32,18 @@ impl Cell {
         }
     }
 
-    /// Whether the cell is a name. Names are left-aligned and sort in ascending order.
+    /// Returns whether the cell is a name. Names are left-aligned and sort in ascending order.
     pub(crate) fn is_text(&self) -> bool {
         matches!(self, Self::Text(_))
     }
 
-    /// Whether the cell counts errors and is not 0.
+    /// Returns whether the cell counts errors and is not 0.
     pub(crate) fn is_error(&self) -> bool {
         matches!(self, Self::Errors(rate) if *rate > 0.0)
     }
 
-    /// The sort order: names in natural order, numbers from the largest, unknown numbers last.
+    /// Returns the sort order: names in natural order, numbers from the largest, unknown numbers
+    /// last.
     pub(crate) fn compare(&self, other: &Self) -> Ordering {
         let key = |cell: &Self| match cell {
             Self::Text(_) => f64::NAN,

@@ -116,7 +116,8 @@ impl Per {
     }
 }
 
-/// The average of `times` durations with a total of `now - before` microseconds, in seconds.
+/// Returns the average of `times` durations with a total of `now - before` microseconds, in
+/// seconds.
 fn average((now, before): (u64, u64), times: u64) -> f64 {
     now.saturating_sub(before) as f64 / 1e6 / if times == 0 { f64::NAN } else { times as f64 }
 }
@@ -146,7 +147,7 @@ impl Rates {
         }
     }
 
-    /// The sum over all published ports.
+    /// Returns the sum over all published ports.
     pub(crate) fn flow(&self) -> Flow {
         let mut sum = Flow::default();
         self.ports.iter().for_each(|port| sum.add(&port.flow));

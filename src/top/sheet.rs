@@ -21,7 +21,7 @@ impl View {
     /// All views, in the order of their tabs.
     pub(crate) const ALL: [Self; 4] = [Self::Ports, Self::Endpoints, Self::Networks, Self::Names];
 
-    /// The label of its tab.
+    /// Returns the label of its tab.
     pub(crate) const fn title(self) -> &'static str {
         match self {
             Self::Ports => "Ports",
@@ -95,7 +95,7 @@ const NAMES: &[Column] = &[
 ];
 
 impl View {
-    /// The columns of the view.
+    /// Returns the columns of the view.
     pub(crate) const fn columns(self) -> &'static [Column] {
         match self {
             Self::Ports => PORTS,
@@ -164,8 +164,8 @@ impl Sheet {
         Self { columns, rows }
     }
 
-    /// The column widths for a table of at most `total` columns, with two blanks between; 0 for an
-    /// omitted column. Names are truncated before numbers.
+    /// Returns the column widths for a table of at most `total` columns, with two blanks between; 0
+    /// for an omitted column. Names are truncated before numbers.
     pub(crate) fn widths(&self, total: usize) -> Vec<usize> {
         let content = |index: usize, column: &Column| {
             let cells = self.rows.iter().map(|row| row[index].show().chars().count());
@@ -197,7 +197,8 @@ impl Sheet {
         widths
     }
 
-    /// The cells of a row, padded to the column widths: names left-aligned, numbers right-aligned.
+    /// Returns the cells of a row, padded to the column widths: names left-aligned, numbers
+    /// right-aligned.
     pub(crate) fn cells<'a>(
         row: &'a [Cell],
         widths: &'a [usize],
@@ -206,7 +207,7 @@ impl Sheet {
         shown.map(|(cell, width)| (aligned(&cell.show(), *width, cell.is_text()), cell))
     }
 
-    /// The headings, padded likewise.
+    /// Returns the headings, padded likewise.
     pub(crate) fn heads<'a>(
         &'a self,
         widths: &'a [usize],

@@ -60,12 +60,12 @@ impl State {
         }
     }
 
-    /// The table of the selected view.
+    /// Returns the table of the selected view.
     pub(super) fn sheet(&self) -> Sheet {
         Sheet::new(self.view, &self.rates, self.order, &self.filter)
     }
 
-    /// The number of rows of each view, without the filter.
+    /// Returns the number of rows of each view, without the filter.
     pub(super) fn sizes(&self) -> [usize; View::ALL.len()] {
         let rates = &self.rates;
         [rates.ports.len(), rates.endpoints.len(), rates.networks.len(), rates.upstreams.len()]

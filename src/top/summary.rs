@@ -36,7 +36,7 @@ fn fill(word: &str, used: u64, limit: u64) -> Piece {
     Piece { text, is_error: limit > 0 && used as f64 >= 0.9 * limit as f64 }
 }
 
-/// The first line, without the sampling interval.
+/// Returns the first line, without the sampling interval.
 pub(super) fn title(rates: &Rates) -> Vec<Piece> {
     let Fill { used, limit } = rates.descriptors;
     vec![
@@ -46,7 +46,7 @@ pub(super) fn title(rates: &Rates) -> Vec<Piece> {
     ]
 }
 
-/// The other lines: their labels and parts, the most important part first.
+/// Returns the lines below the title: their labels and parts, the most important part first.
 pub(super) fn lines(rates: &Rates) -> [(&'static str, Vec<Piece>); 3] {
     let flow = rates.flow();
     let ports = vec![
@@ -83,7 +83,7 @@ pub(super) fn lines(rates: &Rates) -> [(&'static str, Vec<Piece>); 3] {
     [("ports", ports), ("NAT", nat), ("names", names)]
 }
 
-/// The parts that fit into `width`, with two blanks between them.
+/// Returns the parts that fit into `width`, with two blanks between them.
 pub(super) fn fitting(pieces: &[Piece], width: usize) -> &[Piece] {
     let mut used = 0;
     let count = pieces.iter().take_while(|piece| {

@@ -164,7 +164,7 @@ mod tests {
         state
     }
 
-    /// The screen of a terminal of that size, line by line, without trailing blanks.
+    /// Returns the screen of a terminal of that size, line by line, without trailing blanks.
     fn shown(state: &State, width: u16, height: u16) -> Vec<String> {
         let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
         terminal.draw(|frame| draw(frame, state)).unwrap();

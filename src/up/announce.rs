@@ -32,7 +32,7 @@ impl Running {
         }
     }
 
-    /// The published ports of each endpoint, each with its container port.
+    /// Returns the published ports of each endpoint, each with its container port.
     fn published(&self) -> BTreeMap<String, Vec<(PublishLabel, u16)>> {
         let mut published: BTreeMap<String, Vec<(PublishLabel, u16)>> = BTreeMap::new();
         for port in self.publisher.ports() {

@@ -239,7 +239,8 @@ impl Instance {
         }
     }
 
-    /// Whether the namespace of `endpoint` is in use. That of an ended container is not repaired.
+    /// Returns whether the namespace of `endpoint` is in use. That of an ended container is not
+    /// repaired.
     fn is_in_use(&self, endpoint: &str) -> bool {
         if self.up.adopted.get(endpoint).is_some_and(|(_, gone)| gone) {
             return false;
@@ -800,7 +801,7 @@ fn watch(watch: &mut EndpointWatch, endpoint: &str, namespace: &Namespace) {
     }
 }
 
-/// The result for `endpoint`, or for the host if it is `None`.
+/// Returns the result for `endpoint`, or for the host if it is `None`.
 fn found(repaired: &Repaired, endpoint: Option<&str>) -> Check {
     if repaired.failed.iter().any(|(failed, _)| failed.as_deref() == endpoint) {
         Check::Failed

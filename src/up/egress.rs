@@ -134,13 +134,13 @@ impl Device {
         Err(StartError::Name(name))
     }
 
-    /// The isolation that routes egress of networks to the device.
+    /// Returns the isolation that routes egress of networks to the device.
     pub(super) fn isolation(&self) -> NatIsolation {
         let device = self.tun.name().to_owned();
         NatIsolation { device, table: self.table, programs: bridge_programs() }
     }
 
-    /// The handle that recreates the device.
+    /// Returns the handle that recreates the device.
     pub(super) fn link(&self) -> Arc<DeviceLink> {
         Arc::clone(&self.link)
     }
@@ -184,7 +184,7 @@ pub(super) struct Egress {
 }
 
 impl Egress {
-    /// The engine.
+    /// Returns the engine.
     pub(super) fn nat(&self) -> &Arc<Nat> {
         &self.nat
     }
@@ -207,8 +207,8 @@ impl Egress {
     }
 }
 
-/// The addresses of `endpoint` from which replies reach the engine: those on the network of its
-/// default route.
+/// Returns the addresses of `endpoint` from which replies reach the engine: those on the network of
+/// its default route.
 pub(super) fn addresses_behind_engine(layout: &Layout, endpoint: &str) -> Vec<IpAddr> {
     let endpoint = layout.desired.endpoints.iter().find(|one| one.name == endpoint);
     let attachments = endpoint.map(|one| one.attachments.as_slice()).unwrap_or_default();
@@ -223,8 +223,8 @@ pub(super) fn descriptors() -> usize {
     limit.min(MAX_DESCRIPTORS)
 }
 
-/// The access policy of the engine. Its sockets belong to the host, so no forwarding rule of the
-/// host applies to them. The policy therefore denies access to all container networks, of
+/// Returns the access policy of the engine. Its sockets belong to the host, so no forwarding rule
+/// of the host applies to them. The policy therefore denies access to all container networks, of
 /// tidegate and of other software.
 pub(super) fn policy(layout: &Layout, observed: &Observed) -> Policy {
     let networks = &layout.desired.networks;
@@ -251,7 +251,7 @@ pub(super) fn policy(layout: &Layout, observed: &Observed) -> Policy {
     }
 }
 
-/// Whether `link` has the name of a container bridge, of tidegate or of other software.
+/// Returns whether `link` has the name of a container bridge, of tidegate or of other software.
 pub(super) fn is_bridge_of_containers(link: &str) -> bool {
     // Docker uses `br-` and 12 hexadecimal digits. `br-lan` is a usual name for an uplink.
     if let Some(id) = link.strip_prefix("br-") {

@@ -50,7 +50,7 @@ impl<T: Send + 'static> EndpointWork<T> {
         self.table.running.contains_key(endpoint)
     }
 
-    /// Whether no endpoint is busy.
+    /// Returns whether no endpoint is busy.
     pub(super) fn is_idle(&self) -> bool {
         self.table.running.is_empty()
     }

@@ -100,8 +100,8 @@ fn bridge_ports(desired: &Desired) -> Vec<BridgePort> {
     desired.endpoints.iter().flat_map(of_endpoint).collect()
 }
 
-/// The bridge ports that accept packets from `source`: that of its endpoint, and those of endpoints
-/// on its network that may send from any source address.
+/// Returns the bridge ports that accept packets from `source`: that of its endpoint, and those of
+/// endpoints on its network that may send from any source address.
 fn ports_of(ports: &[BridgePort], source: IpAddr) -> Vec<&BridgePort> {
     let may_send = |port: &&BridgePort| {
         port.addresses.contains(&source) || port.any_of.iter().any(|net| net.contains(&source))

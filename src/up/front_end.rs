@@ -36,7 +36,7 @@ impl FrontEnd {
         Ok(Self { runtime: handle, stop: Some(stop), thread: Some(thread) })
     }
 
-    /// The runtime. Sockets of DNS and the API must be created while it is entered.
+    /// Returns the runtime. Sockets of DNS and the API must be created while it is entered.
     pub(super) fn runtime(&self) -> &Handle {
         &self.runtime
     }

@@ -48,7 +48,8 @@ pub(super) struct Surroundings<'a> {
     pub(super) now: Instant,
 }
 
-/// The networks of all projects on this host, by bridge index, for the ACLs of published ports.
+/// Returns the networks of all projects on this host, by bridge index, for the ACLs of published
+/// ports.
 pub(super) fn foreign_networks(observed: &Observed) -> BTreeMap<u32, ForeignNetwork> {
     let network = |bridge: &ObservedBridge| ForeignNetwork {
         internal: bridge.internal,
@@ -124,8 +125,8 @@ pub(super) fn layout(
 }
 
 impl Layout {
-    /// The networks of this project for the ACLs of published ports. `indexes` holds the index of
-    /// each bridge by network name.
+    /// Returns the networks of this project for the ACLs of published ports. `indexes` holds the
+    /// index of each bridge by network name.
     pub(super) fn gateway_networks(&self, indexes: &BTreeMap<String, u32>) -> Vec<GatewayNetwork> {
         let of = |network: &Network| GatewayNetwork {
             name: network.name.clone(),
@@ -138,7 +139,7 @@ impl Layout {
         self.desired.networks.iter().map(of).collect()
     }
 
-    /// The names of the networks that `endpoint` is attached to.
+    /// Returns the names of the networks that `endpoint` is attached to.
     pub(super) fn networks_of(&self, endpoint: &str) -> impl Iterator<Item = String> {
         let endpoint = self.desired.endpoints.iter().find(|one| one.name == endpoint);
         endpoint
@@ -220,8 +221,9 @@ fn no_address(service: &str, network: &str, source: IpamError) -> LayoutError {
     LayoutError::NoAddress { service: service.to_owned(), network: network.to_owned(), source }
 }
 
-/// The bridge name: `tg-`, up to seven characters of the network's name, and four hexadecimal
-/// digits of a hash of project and network. It stays the same across restarts, for packet captures.
+/// Returns the bridge name: `tg-`, up to seven characters of the network's name, and four
+/// hexadecimal digits of a hash of project and network. It stays the same across restarts, for
+/// packet captures.
 fn bridge_name(project: &str, network: &str) -> String {
     let readable = network.chars().filter(char::is_ascii_alphanumeric).take(7);
     let id = fnv(format!("{project}/{network}").as_bytes()) as u16;

@@ -608,7 +608,7 @@ fn targets_of(layout: &Layout, name: &str) -> Vec<IpAddr> {
     endpoint.map(targets).unwrap_or_default()
 }
 
-/// The firewall openings for `ports`.
+/// Returns the firewall openings for `ports`.
 fn openings(layout: &Layout, ports: &OpenPorts, publish: PublishBy) -> BTreeSet<Opening> {
     let of = |((service, _), listeners): (&(String, Protocol), &Vec<(Listener, u16)>)| {
         let targets = match publish {
@@ -683,9 +683,9 @@ fn setup_with(
     }
 }
 
-/// The uplinks by which replies to the containers of `desired` arrive. An uplink is listed with
-/// `ours` for the families in which tidegate enabled forwarding on it, and without `ours` for those
-/// in which it forwarded before.
+/// Returns the uplinks by which replies to the containers of `desired` arrive. An uplink is listed
+/// with `ours` for the families in which tidegate enabled forwarding on it, and without `ours` for
+/// those in which it forwarded before.
 fn uplinks(observed: &Observed, desired: &Desired) -> Vec<Uplink> {
     let select = |uplink: &Uplink, ours: bool| {
         let is_ours = |v6: bool| {
@@ -713,7 +713,7 @@ fn uplinks(observed: &Observed, desired: &Desired) -> Vec<Uplink> {
         .collect()
 }
 
-/// The bridges of other projects.
+/// Returns the bridges of other projects.
 fn foreign_bridges(observed: &Observed, desired: &Desired) -> BTreeSet<String> {
     let is_ours =
         |name: &String| desired.networks.iter().any(|network| network.bridge.name == *name);
@@ -734,8 +734,8 @@ fn rules_ahead(observed: &Observed) -> u32 {
     }
 }
 
-/// The priority of a policy rule of other software that ours cannot precede. `None` where isolation
-/// does not depend on policy rules.
+/// Returns the priority of a policy rule of other software that ours cannot precede. `None` where
+/// isolation does not depend on policy rules.
 fn preceding_rule(observed: &Observed, firewall: Option<&Arc<Firewall>>) -> Option<u32> {
     // With gates, BPF programs at the bridges isolate networks, and egress needs no policy rules.
     let matters = firewall.is_none_or(|firewall| firewall.gate().is_none());
@@ -753,8 +753,8 @@ fn warn_of_preceding_rule(priority: u32) {
     );
 }
 
-/// The reply paths of a host with several default routes, by which replies leave through the uplink
-/// that the request arrived on. The best default route of `main` needs none.
+/// Returns the reply paths of a host with several default routes, by which replies leave through
+/// the uplink that the request arrived on. The best default route of `main` needs none.
 fn reply_paths(observed: &Observed, project: &str) -> Vec<ReplyPath> {
     let mut paths: Vec<ReplyPath> = Vec::new();
     for v6 in [false, true] {
@@ -815,7 +815,8 @@ fn open_ports(project: &Project) -> anyhow::Result<OpenPorts> {
     Ok(ports)
 }
 
-/// The interface index of each bridge in `host`, by network name. A missing bridge has no entry.
+/// Returns the interface index of each bridge in `host`, by network name. A missing bridge has no
+/// entry.
 fn bridge_indexes(layout: &Layout, host: &Namespace) -> io::Result<BTreeMap<String, u32>> {
     host.with(|| {
         let mut indexes = BTreeMap::new();
@@ -830,7 +831,8 @@ fn bridge_indexes(layout: &Layout, host: &Namespace) -> io::Result<BTreeMap<Stri
     })?
 }
 
-/// The services that the supervisor runs. Services in adopted namespaces are not among them.
+/// Returns the services that the supervisor runs. Services in adopted namespaces are not among
+/// them.
 fn specs(
     project: &Project,
     layout: &Layout,

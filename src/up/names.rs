@@ -163,8 +163,8 @@ impl NameServers {
         Ok(Self { resolver, runtime, options, serving: BTreeMap::new(), at_gateways })
     }
 
-    /// The server of `service` in `namespace`, to be started. `None` if the service queries a
-    /// gateway.
+    /// Returns the server of `service` in `namespace`, to be started. `None` if the service queries
+    /// a gateway.
     pub(super) fn new_server(&self, service: &str, namespace: &Namespace) -> Option<NewServer> {
         Some(NewServer {
             resolver: Arc::clone(&self.resolver),
@@ -175,7 +175,7 @@ impl NameServers {
         })
     }
 
-    /// Whether `service` has a server that is not lent.
+    /// Returns whether `service` has a server that is not lent.
     pub(super) fn serves(&self, service: &str) -> bool {
         self.serving.contains_key(service)
     }
@@ -190,7 +190,7 @@ impl NameServers {
         self.serving.insert(service.to_owned(), serving);
     }
 
-    /// The services whose servers are not lent.
+    /// Returns the services whose servers are not lent.
     pub(super) fn served(&self) -> Vec<String> {
         self.serving.keys().cloned().collect()
     }
@@ -232,7 +232,7 @@ impl NameServers {
         Ok(())
     }
 
-    /// The resolver of all servers.
+    /// Returns the resolver of all servers.
     pub(super) fn resolver(&self) -> Arc<Resolver> {
         Arc::clone(&self.resolver)
     }
@@ -260,7 +260,8 @@ fn is_at_gateway(project: &Project, network: &str) -> bool {
     project.networks.get(network).is_some_and(|network: &Network| network.names == Names::AtGateway)
 }
 
-/// The gateway that `service` queries, if all its networks have DNS servers at their gateways.
+/// Returns the gateway that `service` queries, if all its networks have DNS servers at their
+/// gateways.
 fn gateway(project: &Project, layout: &Layout, service: &Service) -> Option<IpAddr> {
     if !service.networks.iter().all(|one| is_at_gateway(project, &one.network)) {
         return None;
@@ -281,7 +282,7 @@ pub(super) fn resolv_conf(
     host.for_container(server, &service.dns_search, &service.dns_options)
 }
 
-/// The host's `/etc/resolv.conf`, or an empty one if it cannot be read.
+/// Returns the host's `/etc/resolv.conf`, or an empty one if it cannot be read.
 pub(super) fn host_resolv_conf() -> ResolvConf {
     let text = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
     ResolvConf::parse(&text, &|name| interface_index(name).ok())

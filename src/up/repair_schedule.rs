@@ -137,7 +137,7 @@ impl RepairSchedule {
         }
     }
 
-    /// Whether a check of the host is scheduled.
+    /// Returns whether a check of the host is scheduled.
     pub(super) fn awaits_host(&self) -> bool {
         self.host_at.is_some()
     }
@@ -163,7 +163,7 @@ impl RepairSchedule {
         self.held.remove(endpoint);
     }
 
-    /// The earliest due time of a place that is not held.
+    /// Returns the earliest due time of a place that is not held.
     pub(super) fn next(&self) -> Option<Instant> {
         let is_free = |(name, _): &(&String, &Instant)| !self.held.contains(*name);
         let endpoints = self.endpoints_at.iter().filter(is_free).map(|(_, at)| *at);

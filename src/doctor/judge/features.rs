@@ -21,7 +21,7 @@ pub(super) fn kernel(host: &Host) -> Row {
     }
 }
 
-/// The major and minor version of a release such as `5.10.0-33-amd64`.
+/// Returns the major and minor version of a release such as `5.10.0-33-amd64`.
 fn version(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))

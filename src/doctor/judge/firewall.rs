@@ -89,7 +89,7 @@ pub(super) fn iptables(host: &Host) -> Row {
     row.details(shortened(details))
 }
 
-/// The policies and rules of iptables that affect containers.
+/// Returns the policies and rules of iptables that affect containers.
 fn relevant_rules(state: &IptablesState) -> Vec<String> {
     let program = state.version.split(' ').next().unwrap_or(IPTABLES);
     let drops = state.forward_drops.then(|| format!("{program}: the policy of FORWARD is DROP"));
@@ -104,7 +104,7 @@ fn relevant_rules(state: &IptablesState) -> Vec<String> {
     drops.into_iter().chain(state.docker_user.rules.iter().map(describe)).collect()
 }
 
-/// The firewall that `tidegate up` chooses by default.
+/// Returns the firewall that `tidegate up` chooses by default.
 pub(super) fn choice(host: &Host) -> Row {
     let check = "firewall";
     let nothing = [None, None];

@@ -43,7 +43,7 @@ pub(super) fn all(host: &Host) -> Vec<Row> {
     ]
 }
 
-/// The value of a setting, or the row that says why it cannot be determined.
+/// Returns the value of a setting, or the row that says why it cannot be determined.
 fn known<T: Copy>(check: &'static str, found: &Found<T>) -> Result<T, Box<Row>> {
     found.as_ref().copied().map_err(|why| Box::new(Row::cannot_tell(check, why)))
 }

@@ -9,7 +9,7 @@ use rustix::io::Errno;
 
 const NO_NAMESPACE: &str = "no namespace could be created for the trial";
 
-/// The result of a trial inside its namespace, if the namespace was entered.
+/// Returns the result of a trial inside its namespace, if the namespace was entered.
 pub(super) fn inside(trial: &Found<Trial>) -> Option<&Inside> {
     match trial {
         Ok(Trial::Entered(inside)) => Some(inside),
@@ -17,8 +17,8 @@ pub(super) fn inside(trial: &Found<Trial>) -> Option<&Inside> {
     }
 }
 
-/// The error of a namespace without capabilities. AppArmor, as configured by Ubuntu, allows user
-/// namespaces but drops the capabilities inside.
+/// Returns the error of a namespace without capabilities. AppArmor, as configured by Ubuntu, allows
+/// user namespaces but drops the capabilities inside.
 fn powerless(inside: &Inside) -> Option<Code> {
     match inside.network {
         Err((_, error)) if is_denial(error) => Some(error),
@@ -30,12 +30,12 @@ fn is_denial(error: Code) -> bool {
     error == Errno::PERM || error == Errno::ACCESS
 }
 
-/// The features that work within a user namespace.
+/// Returns the features that work within a user namespace.
 fn in_user_namespace(host: &Host) -> Option<&Inside> {
     inside(&host.in_user_namespace).filter(|inside| powerless(inside).is_none())
 }
 
-/// The most privileged namespace available to this process.
+/// Returns the most privileged namespace available to this process.
 fn any_inside(host: &Host) -> Option<&Inside> {
     inside(&host.direct).or_else(|| in_user_namespace(host))
 }
@@ -140,7 +140,8 @@ pub(super) fn user_namespaces(host: &Host) -> Row {
     }
 }
 
-/// The setting that forbids user namespaces to ordinary users, and the command that allows them.
+/// Returns the setting that forbids user namespaces to ordinary users, and the command that allows
+/// them.
 fn forbidding(settings: &UserNamespaces) -> Option<(&'static str, &'static str)> {
     let is = |setting: &Found<Option<u64>>, value: u64| *setting == Ok(Some(value));
     if is(&settings.max, 0) {

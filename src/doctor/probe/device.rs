@@ -26,7 +26,7 @@ pub(super) fn open() -> Result<OwnedFd, Errno> {
     rustix::fs::openat(CWD, PATH, OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty())
 }
 
-/// The permission bits of the node.
+/// Returns the permission bits of the node.
 pub(super) fn mode() -> Option<u32> {
     fs::metadata(PATH).ok().map(|metadata| metadata.permissions().mode() & 0o777)
 }
