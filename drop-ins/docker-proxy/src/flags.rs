@@ -117,7 +117,7 @@ pub fn parse(args: impl IntoIterator<Item = impl Into<OsString>>) -> Result<Invo
     }
 }
 
-/// The help text, in the layout of Go's `PrintDefaults`, with a final newline.
+/// Returns the help text, in the layout of Go's `PrintDefaults`, with a final newline.
 pub fn usage() -> String {
     let mut text = String::from("Usage of docker-proxy:\n");
     for Flag { name, kind, help, default, .. } in &FLAGS {
@@ -379,7 +379,7 @@ fn parse_int(text: &str) -> Result<i64, &'static str> {
     value.try_into().map_err(|_| OUT_OF_RANGE)
 }
 
-/// The base of the prefix, and the digits after the prefix.
+/// Returns the base of the prefix, and the digits after the prefix.
 fn split_base(unsigned: &str) -> (u32, &str) {
     let Some(octal) = unsigned.strip_prefix('0') else { return (10, unsigned) };
     let base = match octal.chars().next() {
@@ -392,7 +392,7 @@ fn split_base(unsigned: &str) -> (u32, &str) {
     if octal.len() > 1 { (base, &octal[1..]) } else { (8, octal) }
 }
 
-/// Whether every underscore stands between two digits. The prefix counts as a digit.
+/// Returns whether every underscore stands between two digits. The prefix counts as a digit.
 fn underscores_separate_digits(unsigned: &str, digits: &str) -> bool {
     let begins = unsigned.len() == digits.len() && digits.starts_with('_');
     !begins && !digits.ends_with('_') && !digits.contains("__")

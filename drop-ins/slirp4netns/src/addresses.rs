@@ -29,7 +29,7 @@ impl Addresses {
         Self { network, gateway: nth(2), name_server: nth(3), guest: nth(100) }
     }
 
-    /// The address of the guest with its prefix length.
+    /// Returns the address of the guest with its prefix length.
     pub(super) fn guest(&self) -> Ipv4Net {
         Ipv4Net::new_assert(self.guest, self.network.prefix_len())
     }
@@ -42,7 +42,7 @@ impl Addresses {
         both(self.name_server, Self::NAME_SERVER_V6, ipv6)
     }
 
-    /// The accepted source addresses.
+    /// Returns the accepted source addresses.
     pub(super) fn sources(&self, ipv6: bool) -> Vec<ipnet::IpNet> {
         let v6 = ipv6.then(|| Self::GUEST_V6.trunc().into());
         std::iter::once(self.network.into()).chain(v6).collect()

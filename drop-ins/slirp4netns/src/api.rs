@@ -151,12 +151,12 @@ impl<F: Forwarder> Forwards<F> {
     }
 }
 
-/// The response to a request of [`MAX_REQUEST`] bytes or more.
+/// Returns the response to a request of [`MAX_REQUEST`] bytes or more.
 pub(super) fn too_large() -> String {
     json!({"error": {"desc": "bad request: too large message"}}).to_string()
 }
 
-/// Whether `bytes` is a complete request, even if its sender has not shut down its side.
+/// Returns whether `bytes` is a complete request, even if its sender has not shut down its side.
 pub(super) fn is_complete(bytes: &[u8]) -> bool {
     bytes.trim_ascii_end().ends_with(b"}")
         && serde_json::from_slice::<serde::de::IgnoredAny>(bytes).is_ok()

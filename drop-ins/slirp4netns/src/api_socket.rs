@@ -55,7 +55,7 @@ impl<F: Forwarder> Server<F> {
         Self { listener, clients: VecDeque::new(), forwards }
     }
 
-    /// The descriptors to poll with their events: the listener, then the clients.
+    /// Returns the descriptors to poll with their events: the listener, then the clients.
     pub(super) fn polled(&self) -> impl Iterator<Item = (BorrowedFd<'_>, PollFlags)> {
         let clients = self.clients.iter().map(|client| {
             let flags = match client.state {

@@ -290,7 +290,7 @@ const OPTIONS: [OptionDefinition; 19] = [
     option(Name::Version, Some(b'v'), "version", None, "show the version and exit"),
 ];
 
-/// The help text. It ends with a newline.
+/// Returns the help text. It ends with a newline.
 #[must_use]
 pub fn usage() -> String {
     let mut text = String::from(
@@ -412,7 +412,7 @@ impl Raw {
         }
     }
 
-    /// The last value of an option.
+    /// Returns the last value of an option.
     fn value(&self, name: Name) -> Option<&OsStr> {
         self.values
             .iter()
@@ -425,7 +425,7 @@ impl Raw {
         self.value(name).is_some()
     }
 
-    /// The value of an option, parsed by `read`.
+    /// Returns the value of an option, parsed by `read`.
     fn read<T>(
         &self,
         name: Name,
