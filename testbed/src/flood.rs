@@ -147,8 +147,8 @@ impl Drop for Flood {
     }
 }
 
-/// The times of `count` requests to `target`, each on its own connection and `pause` after the
-/// previous one. The server sends and closes.
+/// Measures the times of `count` requests to `target`, each on its own connection and `pause` after
+/// the previous one. The server sends and closes.
 ///
 /// Must be called in the namespace of the neighbour ([`Namespace::run`]).
 ///

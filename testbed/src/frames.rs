@@ -94,7 +94,7 @@ impl LinkSocket {
         }
     }
 
-    /// The frames received since the last call, except for those sent by this host.
+    /// Returns the frames received since the last call, except for those sent by this host.
     pub fn received(&self) -> Vec<Vec<u8>> {
         let mut all = Vec::new();
         let mut buffer = vec![0; 70_000];
@@ -239,7 +239,7 @@ pub fn too_big4(
     ipv4(source, destination, 1, &message)
 }
 
-/// The Internet checksum (RFC 1071).
+/// Returns the Internet checksum (RFC 1071).
 pub fn checksum(bytes: &[u8]) -> u16 {
     let pairs = bytes
         .chunks(2)
@@ -319,7 +319,7 @@ impl Forger {
         ])
     }
 
-    /// The next forged frame of a kind in [`KINDS`].
+    /// Returns the next forged frame of a kind in [`KINDS`].
     ///
     /// # Panics
     ///

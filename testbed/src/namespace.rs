@@ -192,14 +192,15 @@ impl Namespace {
         read.unwrap_or_else(|error| panic!("read {key}: {error}")).trim_end().to_owned()
     }
 
-    /// Whether the namespace has the sysctl `key`; some exist only with a module loaded.
+    /// Returns whether the namespace has the sysctl `key`; some exist only with a module loaded.
     #[track_caller]
     pub fn has_sysctl(&self, key: &str) -> bool {
         let path = sysctl_path(key);
         self.run(|| path.exists())
     }
 
-    /// The ports with a TCP listener, or with a bound and unconnected UDP socket, on any address.
+    /// Returns the ports with a TCP listener, or with a bound and unconnected UDP socket, on any
+    /// address.
     ///
     /// This reads the socket tables of the kernel and makes no connection.
     pub fn bound_ports(&self, protocol: Protocol) -> BTreeSet<u16> {
@@ -216,7 +217,7 @@ impl Namespace {
         })
     }
 
-    /// Whether `port` is one of [`bound_ports`](Self::bound_ports).
+    /// Returns whether `port` is one of [`bound_ports`](Self::bound_ports).
     pub fn is_bound(&self, protocol: Protocol, port: u16) -> bool {
         self.bound_ports(protocol).contains(&port)
     }

@@ -22,7 +22,7 @@ impl Pattern {
         Self { state: seed, block: [0; 8], left: 0, position: 0 }
     }
 
-    /// The number of bytes generated or checked.
+    /// Returns the number of bytes generated or checked.
     pub fn position(&self) -> u64 {
         self.position
     }

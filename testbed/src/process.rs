@@ -62,7 +62,7 @@ impl Process {
         Self { name, child, output }
     }
 
-    /// The process id.
+    /// Returns the process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -115,12 +115,12 @@ impl Process {
         text
     }
 
-    /// The kept lines of both streams.
+    /// Returns the kept lines of both streams.
     pub fn output(&self) -> String {
         self.output.lock().text()
     }
 
-    /// Whether the process is running.
+    /// Returns whether the process is running.
     pub fn is_running(&mut self) -> bool {
         self.try_wait().is_none()
     }
@@ -181,7 +181,7 @@ impl Process {
         self.figure("PSS", procfs::pss)
     }
 
-    /// The number of open file descriptors.
+    /// Returns the number of open file descriptors.
     #[track_caller]
     pub fn open_fds(&self) -> usize {
         self.figure("open files", procfs::open_fds)

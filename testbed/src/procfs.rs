@@ -24,13 +24,13 @@ pub fn pss(pid: u32) -> Option<u64> {
     rollup(pid, "Pss:")
 }
 
-/// The number of open file descriptors.
+/// Returns the number of open file descriptors.
 pub fn open_fds(pid: u32) -> Option<usize> {
     Some(fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count())
 }
 
-/// The process and all its living descendants, parents before children; empty if the process has
-/// ended.
+/// Returns the process and all its living descendants, parents before children; empty if the
+/// process has ended.
 ///
 /// For servers that fork, sum up a figure over the result.
 pub fn tree(pid: u32) -> Vec<u32> {
@@ -49,7 +49,7 @@ pub fn tree(pid: u32) -> Vec<u32> {
     found
 }
 
-/// The state letter of the process (`R`, `S`, `Z`, ...), as in proc(5).
+/// Returns the state letter of the process (`R`, `S`, `Z`, ...), as in proc(5).
 ///
 /// A child that has ended stays `Z` until it is reaped, and signal 0 still reaches it. The state
 /// shows whether it is alive.
@@ -58,7 +58,7 @@ pub fn state(pid: u32) -> Option<char> {
     after_name(&stat)?.chars().next()
 }
 
-/// The field `name` of `/proc/PID/smaps_rollup`, in bytes.
+/// Returns the field `name` of `/proc/PID/smaps_rollup`, in bytes.
 fn rollup(pid: u32, name: &str) -> Option<u64> {
     rollup_bytes(&fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?, name)
 }
@@ -69,7 +69,8 @@ fn rollup_bytes(text: &str, name: &str) -> Option<u64> {
     Some(kilobytes * 1024)
 }
 
-/// The part of `/proc/PID/stat` after the program name, which may contain blanks and parentheses.
+/// Returns the part of `/proc/PID/stat` after the program name, which may contain blanks and
+/// parentheses.
 fn after_name(stat: &str) -> Option<&str> {
     Some(stat.rsplit_once(')')?.1.trim_start())
 }

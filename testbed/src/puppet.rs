@@ -6,7 +6,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 
-/// The paths `/proc/PID/task/TID` of all threads of process `pid`.
+/// Returns the paths `/proc/PID/task/TID` of all threads of process `pid`.
 ///
 /// # Panics
 /// If the process does not exist.
@@ -16,7 +16,7 @@ pub fn tasks(pid: u32) -> Vec<String> {
     tasks.map(|task| task.expect("a thread").path().display().to_string()).collect()
 }
 
-/// The fields of the `status` file of a thread.
+/// Returns the fields of the `status` file of a thread.
 ///
 /// # Panics
 /// If the thread has ended.

@@ -35,8 +35,8 @@ pub fn find_program(program: &str) -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
-/// The path of a program that another package of this workspace builds, beside the running test in
-/// `target`.
+/// Returns the path of a program that another package of this workspace builds, beside the running
+/// test in `target`.
 ///
 /// # Panics
 /// If it was not built. `cargo test --workspace` builds all programs.
@@ -50,8 +50,8 @@ pub fn workspace_program(name: &str) -> PathBuf {
         .unwrap_or_else(|| panic!("{name} is not built; run cargo build --workspace"))
 }
 
-/// The Debian package of a program of the tests and benchmarks. Programs not listed have a package
-/// of the same name.
+/// Returns the Debian package of a program of the tests and benchmarks. Programs not listed have a
+/// package of the same name.
 pub fn debian_package(program: &str) -> &str {
     match program {
         "dockerd" | "docker" | "docker-proxy" => "docker.io",
@@ -90,8 +90,8 @@ pub fn raise_open_files(wanted: u64) -> u64 {
     if setrlimit(Resource::Nofile, highest).is_ok() { hard } else { current }
 }
 
-/// The first line that `program args...` prints on either stream, usually its version; `None` if it
-/// cannot be run.
+/// Returns the first line that `program args...` prints on either stream, usually its version;
+/// `None` if it cannot be run.
 pub fn version_line(program: &str, args: &[&str]) -> Option<String> {
     let output = Command::new(program).args(args).output().ok()?;
     let text = if output.stdout.is_empty() { output.stderr } else { output.stdout };

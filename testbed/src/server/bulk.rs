@@ -37,7 +37,7 @@ impl Sink {
         Self { server, finished }
     }
 
-    /// The listening address.
+    /// Returns the listening address.
     pub fn addr(&self) -> SocketAddr {
         self.server.addr()
     }
@@ -77,7 +77,7 @@ impl Source {
         }))
     }
 
-    /// The listening address.
+    /// Returns the listening address.
     pub fn addr(&self) -> SocketAddr {
         self.0.addr()
     }

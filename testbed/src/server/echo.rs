@@ -37,7 +37,7 @@ impl EchoServer {
         })))
     }
 
-    /// The listening address.
+    /// Returns the listening address.
     pub fn addr(&self) -> SocketAddr {
         match &self.0 {
             Transport::Tcp(server) => server.addr(),
@@ -45,7 +45,7 @@ impl EchoServer {
         }
     }
 
-    /// The number of accepted connections or received datagrams.
+    /// Returns the number of accepted connections or received datagrams.
     pub fn served(&self) -> u64 {
         match &self.0 {
             Transport::Tcp(server) => server.accepted(),
@@ -53,7 +53,7 @@ impl EchoServer {
         }
     }
 
-    /// The number of open TCP connections; 0 for UDP.
+    /// Returns the number of open TCP connections; 0 for UDP.
     pub fn open_connections(&self) -> usize {
         match &self.0 {
             Transport::Tcp(server) => server.open(),

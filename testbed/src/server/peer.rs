@@ -34,7 +34,7 @@ impl PeerServer {
         })))
     }
 
-    /// The listening address.
+    /// Returns the listening address.
     pub fn addr(&self) -> SocketAddr {
         match &self.0 {
             Transport::Tcp(server) => server.addr(),

@@ -21,17 +21,17 @@ impl StalledServer {
         }))
     }
 
-    /// The listening address.
+    /// Returns the listening address.
     pub fn addr(&self) -> SocketAddr {
         self.0.addr()
     }
 
-    /// The number of accepted connections.
+    /// Returns the number of accepted connections.
     pub fn accepted(&self) -> u64 {
         self.0.accepted()
     }
 
-    /// The number of open connections.
+    /// Returns the number of open connections.
     pub fn open_connections(&self) -> usize {
         self.0.open()
     }

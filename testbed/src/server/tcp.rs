@@ -58,12 +58,12 @@ impl TcpServer {
         self.addr
     }
 
-    /// The number of accepted connections.
+    /// Returns the number of accepted connections.
     pub(super) fn accepted(&self) -> u64 {
         lock(&self.connections).accepted
     }
 
-    /// The number of open connections.
+    /// Returns the number of open connections.
     pub(super) fn open(&self) -> usize {
         lock(&self.connections).open.len()
     }

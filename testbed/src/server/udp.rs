@@ -58,7 +58,7 @@ impl UdpServer {
         self.addr
     }
 
-    /// The number of received datagrams.
+    /// Returns the number of received datagrams.
     pub(super) fn received(&self) -> u64 {
         self.received.load(Ordering::Relaxed)
     }
