@@ -90,7 +90,7 @@ impl Attributes {
         self.0.len()
     }
 
-    /// The encoded attributes.
+    /// Returns the encoded attributes.
     pub(crate) fn encoded(&self) -> &[u8] {
         &self.0
     }
