@@ -289,7 +289,7 @@ fn closed(network: &Network) -> Vec<Fact> {
     facts
 }
 
-/// The IPv6 setting of the bridge.
+/// Returns the IPv6 setting of the bridge.
 fn ipv6(network: &Network) -> Fact {
     let bridge = &network.bridge.name;
     let (name, value) = if network.has(true) { ("accept_ra", "0") } else { ("disable_ipv6", "1") };

@@ -906,7 +906,7 @@ fn own_bridge(key: Key, ruleset: &Ruleset) -> Match {
     Match::Is { key, value: group(ruleset), not: false }
 }
 
-/// The interface group of the owner's bridges.
+/// Returns the interface group of the owner's bridges.
 fn group(ruleset: &Ruleset) -> Value {
     Value::Group(registry::bridge_group(&ruleset.owner))
 }
