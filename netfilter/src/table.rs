@@ -8,7 +8,7 @@ use ipnet::IpNet;
 /// A table: `table inet NAME`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Table {
-    /// Its name.
+    /// Name, at most 255 bytes (`NFT_NAME_MAXLEN` less the NUL).
     pub name: String,
     /// Sets and maps with unique names.
     pub sets: Vec<Set>,
@@ -19,7 +19,7 @@ pub struct Table {
 /// A named set, or a map if `data` is not empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Set {
-    /// Its name.
+    /// Name, at most 255 bytes (`NFT_NAME_MAXLEN` less the NUL).
     pub name: String,
     /// Type of the elements; several fields form a concatenation.
     pub key: Vec<Field>,
@@ -88,11 +88,11 @@ pub enum Transport {
 /// A chain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Chain {
-    /// Its name.
+    /// Name, at most 255 bytes (`NFT_NAME_MAXLEN` less the NUL).
     pub name: String,
     /// The hook of a base chain, `None` for a regular chain. The policy is always `accept`.
     pub base: Option<Base>,
-    /// Its rules.
+    /// The rules, in order of evaluation.
     pub rules: Vec<Rule>,
 }
 
@@ -135,9 +135,9 @@ pub enum Hook {
 /// A rule: `actions` run in order if all `matches` hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
-    /// The conditions.
+    /// The conditions, all of which must hold.
     pub matches: Vec<Match>,
-    /// The statements.
+    /// The statements, in order of execution.
     pub actions: Vec<Action>,
     /// The comment of the rule, at most 128 bytes, without quotes.
     pub comment: String,
@@ -277,9 +277,9 @@ pub enum Action {
     /// `masquerade to :FIRST-LAST`: restricts the translated source port to a range. For protocols
     /// with ports.
     MasqueradeTo {
-        /// The lowest port.
+        /// The lowest port, inclusive.
         first: u16,
-        /// The highest port.
+        /// The highest port, inclusive.
         last: u16,
     },
     /// `dnat ip to KEYS map @MAP` (`ip6`). The map data is an address and a port.
