@@ -31,12 +31,7 @@ pub(super) enum InterpolationError {
     Unclosed(String),
     /// A variable with `?` has no value.
     #[error("required variable {name} has no value{}{message}", if .message.is_empty() { "" } else { ": " })]
-    Required {
-        /// The variable.
-        name: String,
-        /// The message in the file.
-        message: String,
-    },
+    Required { name: String, message: String },
     /// The nesting exceeds [`MAX_NESTING`].
     #[error("variables are nested more than {MAX_NESTING} levels deep")]
     TooDeep,

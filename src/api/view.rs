@@ -26,7 +26,7 @@ pub(crate) struct View {
     pub(crate) project: String,
     /// The path of its Compose file.
     pub(crate) compose_file: PathBuf,
-    /// The start time.
+    /// The start time by the wall clock.
     pub(crate) started: SystemTime,
     /// The start time by a monotonic clock.
     pub(crate) begun: Instant,
@@ -61,7 +61,6 @@ pub(crate) struct Adopted(Mutex<BTreeMap<String, (PathBuf, bool)>>);
 pub(crate) enum Order {
     /// The container of an adopted endpoint is in another namespace.
     Reattach {
-        /// The endpoint.
         endpoint: String,
         /// The path of its new namespace.
         netns: PathBuf,

@@ -62,7 +62,6 @@ pub(crate) struct Traffic<'a> {
     _echoes: [EchoServer; 2],
 }
 
-/// The external hosts.
 struct External {
     sink: Sink,
     source: Source,

@@ -32,7 +32,6 @@ const HELD: usize = 5_000;
 /// The server for small exchanges.
 const SMALL: SocketAddr = SocketAddr::new(IpAddr::V4(addr::CLIENT_V4), 5300);
 
-/// The load.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Load {
     /// Bulk transfer over TCP streams.

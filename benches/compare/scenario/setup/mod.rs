@@ -30,7 +30,7 @@ const CONTAINER_PORT: u16 = 80;
 /// The timeout of every step.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The measured times.
+/// The times of setup and removal.
 struct Times {
     ready: Duration,
     gone: Duration,

@@ -48,7 +48,7 @@ pub(super) enum ProgramError {
     /// Older than 1.6 (of 2015), which cannot wait for the lock.
     #[error("{0:?} is too old; 1.6 or newer is needed")]
     TooOld(String),
-    /// The program did not end in time and was killed, or abandoned.
+    /// The program did not exit within [`TIMEOUT`] and was killed.
     #[error("{0}: timed out after {seconds} s and was killed", seconds = TIMEOUT.tv_sec)]
     TimedOut(String),
     /// The program could not be started, or ended without a message.
@@ -57,14 +57,9 @@ pub(super) enum ProgramError {
     /// The first line of its standard error.
     #[error("{0}")]
     Message(String),
-    /// The same, and the input line that it refers to.
+    /// The first line of its standard error, and the input line to which it refers.
     #[error("{message}: {line}")]
-    Line {
-        /// The message.
-        message: String,
-        /// The line.
-        line: String,
-    },
+    Line { message: String, line: String },
 }
 
 impl From<ProgramError> for io::Error {
