@@ -204,7 +204,7 @@ fn datagrams(message: &libc::mmsghdr) -> u64 {
             segment = ptr::read_unaligned(libc::CMSG_DATA(header).cast::<libc::c_int>());
         }
     }
-    // Without a control message, or for an empty datagram, it is a single one.
+    // A message without a control message, or with an empty payload, is a single datagram.
     if segment > 0 { u64::from(message.msg_len).div_ceil(segment as u64) } else { 1 }
 }
 
