@@ -368,8 +368,8 @@ fn with_iptables_the_proxy_carries_what_the_rules_do_not_match() {
     let (host, outside) = (host(&machine), outside(&machine));
     assert_eq!(machine.proxies().len(), 4);
     for protocol in [Tcp, Udp] {
-        // From outside over IPv4, the kernel translates the address, and the container sees the
-        // client.
+        // For IPv4 clients outside, the kernel translates the destination, so the container sees
+        // the client.
         assert_eq!(outside.asks(protocol, (addr::HOST_V4, 8080)), addr::CLIENT_V4);
         let through_the_proxy: [(&Place, IpAddr); 7] = [
             (&outside, addr::HOST_V6.into()),
@@ -417,7 +417,7 @@ fn a_container_with_an_ipv6_address_is_reached_over_ipv6() {
         assert_eq!(outside.asks(protocol, (addr::HOST_V4, 8080)), GATEWAY);
         let gateway: Ipv6Addr = "fd17::1".parse().expect("an address");
         assert_eq!(outside.asks(protocol, (addr::HOST_V6, 8080)), gateway);
-        // By its own gateway: hairpin over IPv6.
+        // Through its own gateway: hairpin over IPv6.
         assert_eq!(server.place.asks(protocol, (gateway, 8080)), gateway);
     }
     daemon.end(Signal::TERM);

@@ -157,7 +157,8 @@ fn a_signal_during_the_start_ends_it() {
             while begun.elapsed() < Duration::from_micros(microseconds) {
                 std::hint::spin_loop();
             }
-            // Before the handlers are installed, the signal kills it; afterwards it exits itself.
+            // The signal kills the proxy before its handlers are installed; afterwards the proxy
+            // exits itself.
             let status = proxy.stop(signal, SOON);
             let by_kernel =
                 std::os::unix::process::ExitStatusExt::signal(&status) == Some(signal.as_raw());

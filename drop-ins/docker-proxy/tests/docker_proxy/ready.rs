@@ -46,7 +46,7 @@ fn a_tcp_port_in_use_is_rejected_with_the_name_of_its_holder() {
 #[test]
 fn a_udp_port_in_use_is_rejected_with_the_name_of_its_holder() {
     let host = Namespace::new();
-    // On another address that overlaps.
+    // The port is in use on an overlapping address.
     let everywhere = LOOPBACK_UDP.replace("-host-ip 127.0.0.1", "-host-ip 0.0.0.0");
     let holder = Launch::new(&host, &everywhere).start().ready();
     let refusal = Launch::new(&host, LOOPBACK_UDP).start().refused();

@@ -106,7 +106,7 @@ fn docker_and_tidegate_coexist() {
                 outside.asks(protocol, (addr::HOST_V4, 8090));
                 host.asks(protocol, (addr::HOST_V4, 8080));
                 host.asks(protocol, (addr::HOST_V4, 8090));
-                // By published ports, each reaches the other and itself.
+                // Through published ports, each container reaches the other and itself.
                 ours.asks(protocol, (addr::HOST_V4, 8080));
                 ours.asks(protocol, (addr::HOST_V4, 8090));
                 theirs.asks(protocol, (addr::HOST_V4, 8090));
