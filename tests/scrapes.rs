@@ -169,7 +169,7 @@ fn a_greedy_user_hardly_delays_the_scrapes_of_another() {
             }
         }
     };
-    // Closed before they are accepted, when their user is no longer known.
+    // Connections closed before they are accepted, when their user is no longer known.
     let fleeting = |stop: &AtomicBool| {
         while !stop.load(Ordering::Relaxed) {
             drop(TcpStream::connect(METRICS));

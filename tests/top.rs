@@ -174,7 +174,7 @@ fn signals_end_it_with_a_restored_terminal() {
     instance.stop(Signal::INT, SOON);
 }
 
-/// Including a terminal whose shell does not pass on SIGHUP.
+/// This includes a terminal whose shell does not pass on SIGHUP.
 #[test]
 fn it_ends_with_its_terminal() {
     require_program("tmux");

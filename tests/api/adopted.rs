@@ -179,7 +179,7 @@ fn a_reused_pid_is_not_attached() {
     assert!(state(&first).contains("eth0"));
 }
 
-/// Including the state of published ports, which metrics and API reference until the end.
+/// Its state includes that of published ports, which metrics and API reference until the end.
 #[test]
 fn an_adopted_namespace_is_restored() {
     let scene = Scene::new();
@@ -206,7 +206,7 @@ fn an_adopted_namespace_is_restored() {
         [&other, &again].map(all)
     );
 
-    // Likewise after a failed start.
+    // It is restored after a failed start as well.
     let file = std::fs::read_to_string(&path).unwrap() + "  job: { command: /no/such/program }\n";
     std::fs::write(&path, file).unwrap();
     let mut command = scene.tidegate();

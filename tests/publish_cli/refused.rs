@@ -225,7 +225,7 @@ fn an_ordinary_user_publishes_high_ports() {
         .read_to_string(&mut status)
         .unwrap();
     assert!(status.contains(&format!("Uid:\t{NOBODY}\t{NOBODY}\t{NOBODY}")), "{status}");
-    // More than is copied before splicing starts.
+    // More than the proxy copies before it starts splicing.
     let request = vec![b'x'; 300_000];
     for to in [SocketAddr::from((addr::HOST_V4, 8080)), (addr::HOST_V6, 8080).into()] {
         let stream = connect(&net.client, to);

@@ -44,7 +44,7 @@ fn neighbour_and_host_reach_the_container_directly_in_every_mode() {
         direct.exchange("published");
         assert_direct(&scene, &format!("{mode:?}: published"));
 
-        // From the same ports that talk directly, and to the same servers.
+        // These sessions use the same source ports and servers as the direct ones.
         let mut sessions = EchoSessions::through(&scene);
         sessions.exchange("a session");
         for port in SERVED {

@@ -111,7 +111,8 @@ fn assert_table(mode: Mode) {
                 } else {
                     assert_shown(seen, container.gateway(), false, &case);
                 }
-                // In the other family, a network shared with the client cannot be detected.
+                // If the families differ, it cannot be detected that client and container share a
+                // network.
                 mismatched += u64::from(shows && container != family && client != HOST);
             }
         }

@@ -21,7 +21,7 @@ fn the_exit_restores_the_previous_state() {
         publisher.terminate();
         scene.assert_untouched(&before, &format!("{mode:?}"));
 
-        // Including sessions and connections that are reset.
+        // The traces of sessions and connections that are reset are removed as well.
         let publisher = scene.publish(mode, &["8090:90", "8090:90/udp"], &["--drain-timeout", "0"]);
         let host = mode.towards(Family::V4).host();
         let mut stream = open(&scene.net.client, (host, 8090));

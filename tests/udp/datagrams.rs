@@ -41,7 +41,7 @@ fn a_datagram_too_long_for_the_family_of_the_backend_is_counted_and_affects_no_o
     assert_eq!(publisher.metrics().port("sessions_total", PORT_V6), 1);
 }
 
-/// For IPv4, the kernel drops such a source itself.
+/// For IPv4, the kernel drops datagrams with such a source.
 #[test]
 fn a_datagram_forged_from_a_published_port_causes_no_loop() {
     let net = Topology::three();

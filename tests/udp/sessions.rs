@@ -148,7 +148,7 @@ fn six_thousand_concurrent_ports_of_one_address_lose_nothing() {
         for client in batch {
             client.send_to(b"a question", host(5353)).unwrap();
         }
-        // Paced by the proxy: buffers outside of it hold only some hundred packets.
+        // Paced by the proxy, because other buffers on the path hold only a few hundred packets.
         let sent = 100 * (number as u64 + 1);
         publisher.wait_for_metrics(|metrics| metrics.port("sessions_total", PORT) == sent);
     }

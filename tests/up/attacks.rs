@@ -287,8 +287,8 @@ fn a_container_cannot_inject_packets_into_flows_of_another_network() {
     }
 }
 
-/// With the usual first rule, which accepts established connections, a connection from before the
-/// rules would stay open.
+/// The first rule of a typical user chain accepts established connections. A connection accepted
+/// before the rules are in force would therefore stay open.
 #[test]
 fn no_connection_is_accepted_before_the_users_rules_are_in_force() {
     for firewall in FIREWALLS {
@@ -359,8 +359,8 @@ fn a_host_with_forwarding_per_link_keeps_forwarding() {
     }
 }
 
-/// On a host without forwarding. The hashes of both project names select the same routing table of
-/// the NAT engine.
+/// The host does not forward. The hashes of both project names select the same routing table of the
+/// NAT engine.
 #[test]
 fn two_projects_both_have_egress() {
     for flags in [&["--firewall=nftables"], &["--firewall=iptables"], &["--firewall=none"]] {
@@ -550,7 +550,7 @@ fn the_nat_engine_rejects_sources_of_another_network() {
     assert!(!witness.has_seen("I am the server"));
 }
 
-/// Over IPv4 the kernel drops such packets as martians.
+/// For IPv4, the kernel drops such packets as martians.
 #[test]
 fn external_packets_with_a_source_address_of_the_host_are_dropped_over_ipv6() {
     for firewall in FIREWALLS {

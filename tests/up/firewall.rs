@@ -300,7 +300,7 @@ fn a_later_docker_user_rule_holds_for_all_ports() {
         let _servers = wall.servers();
         wall.assert_tcp_answers(blocked, 8080, true);
         wall.scene.sh(&docker_user(rule));
-        // At once, before tidegate has noticed the rule.
+        // Immediately, before tidegate has noticed the rule.
         let (status, printed) = wall.publish(8081);
         assert_eq!(status, 201, "{flags:?}: {printed}");
         wall.assert_tcp_answers(other, 8081, true);

@@ -460,7 +460,7 @@ fn access_checks_hold_after_bridges_are_recreated() {
     }
 }
 
-/// Without a firewall, the access check alone denies it.
+/// Without a firewall, only the access check at the published port denies access.
 #[test]
 fn an_internal_network_of_another_project_reaches_no_port() {
     let scene = Scene::new();
@@ -621,7 +621,7 @@ fn metrics_are_not_served_to_internal_networks_or_at_gateways_of_other_networks(
     }
 }
 
-/// Even if root on the internal network adds a default route.
+/// Root on the internal network adds a default route, which must not help.
 #[test]
 fn the_nat_engine_is_not_reachable_from_internal_networks() {
     for mode in [NONE, ROOTLESS] {

@@ -118,7 +118,7 @@ fn queried_names_are_logged_only_at_level_debug() {
     }
 }
 
-/// With getent(1), which uses the C library's resolver.
+/// The names are looked up with getent(1), which uses the resolver of the C library.
 #[test]
 fn programs_use_resolv_conf_and_hosts_of_the_service() {
     let scene = Scene::new();
@@ -146,7 +146,7 @@ fn programs_use_resolv_conf_and_hosts_of_the_service() {
     );
 }
 
-/// It binds port 53 on all addresses, including 127.0.0.11.
+/// The service binds port 53 on all addresses, including 127.0.0.11.
 #[test]
 fn a_service_can_be_a_dns_server() {
     let scene = Scene::new();

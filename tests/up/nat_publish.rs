@@ -124,7 +124,7 @@ fn udp_ports_are_added_and_removed_at_run_time() {
     );
 }
 
-/// In the same series as ports of the proxy.
+/// Ports of the engine use the same series as ports of the proxy.
 #[test]
 fn traffic_of_ports_of_the_engine_is_counted() {
     let scene = Scene::new();

@@ -73,7 +73,7 @@ impl Bed {
         Self::start(scene, command, FILE, flags, |scene, _| scene.net.host.clone())
     }
 
-    /// With further `services` in the Compose file.
+    /// Starts the project with further `services` in the Compose file.
     fn with_services(services: &str, flags: &[&str]) -> Self {
         let scene = Scene::new();
         let command = scene.tidegate();
@@ -192,7 +192,8 @@ impl Bed {
         assert_eq!(self.logged(kind), logged + 1, "{script}\n{}", self.up.output());
     }
 
-    /// The same for a kind that was logged within the last minute, and is therefore not logged.
+    /// Like [`Self::assert_repair`], for a kind that was logged within the last minute and is
+    /// therefore not logged again.
     #[track_caller]
     fn assert_repeated_repair(&self, kind: &str, place: Place, script: &str, check: &str) {
         let counted = self.count(kind);
@@ -301,7 +302,7 @@ fn every_kind_of_object_is_restored_logged_once_and_counted() {
     );
 }
 
-/// After `ss -K`, or after the deletion of the DNS server's nftables table.
+/// `ss -K` destroys the sockets. The DNS redirection is removed by deleting or flushing its table.
 #[test]
 fn destroyed_sockets_are_restored() {
     let bed = Bed::new(&["--firewall=nftables", "--publish=proxy"]);

@@ -43,12 +43,12 @@ impl Scene {
         }
     }
 
-    /// On a kernel whose features `lacks` are treated as missing.
+    /// Creates a scene on a kernel that treats the features `lacks` as missing.
     pub(crate) fn lacking(lacks: &'static str) -> Self {
         Self { lacks, ..Self::new() }
     }
 
-    /// With metrics, which [`figures`](Self::figures) reads.
+    /// Enables metrics, which [`figures`](Self::figures) reads.
     pub(crate) fn with_metrics(self) -> Self {
         Self { metrics: "127.0.0.1:9464", ..self }
     }
@@ -61,7 +61,7 @@ impl Scene {
             .exec("curl", &["-sS", "--max-time", "5", &format!("http://{}/metrics", self.metrics)])
     }
 
-    /// With legacy iptables instead of iptables-nft.
+    /// Creates a scene with legacy iptables instead of iptables-nft.
     pub(crate) fn with_legacy_iptables() -> Self {
         let scene = Self::new();
         for family in ["iptables", "ip6tables"] {
@@ -73,7 +73,7 @@ impl Scene {
         scene
     }
 
-    /// On a host whose `/dev/net/tun` all users can open, as on most distributions.
+    /// Permits all users to open `/dev/net/tun`, as on most distributions.
     pub(crate) fn with_open_tun(mut self) -> Self {
         let device = self.programs.path().join("tun");
         let path = device.to_str().unwrap();
@@ -111,7 +111,7 @@ impl Scene {
         self.with_environment(self.net.host.command(TIDEGATE))
     }
 
-    /// The same as an unprivileged user.
+    /// Like [`Self::tidegate`], as an unprivileged user.
     pub(crate) fn tidegate_as_nobody(&self) -> Command {
         for directory in [&self.run, &self.directory] {
             chown(directory.path(), Some(NOBODY), Some(NOBODY)).unwrap();
@@ -151,7 +151,7 @@ impl Scene {
         self.up_in("beside", file, flags)
     }
 
-    /// The same, with the API socket in a subdirectory of the run directory.
+    /// Like [`Self::up_beside`], with the API socket in a subdirectory of the run directory.
     pub(crate) fn up_in(&self, subdirectory: &str, file: &str, flags: &[&str]) -> Process {
         let run = self.run.path().join(subdirectory);
         fs::create_dir_all(&run).unwrap();
@@ -167,12 +167,12 @@ impl Scene {
         Process::spawn(&mut self.command(file))
     }
 
-    /// The same with flags.
+    /// Like [`Self::up`], with flags.
     pub(crate) fn up_with(&self, file: &str, flags: &[&str]) -> Process {
         Process::spawn(self.command(file).args(flags))
     }
 
-    /// The same as an unprivileged user.
+    /// Like [`Self::up`], as an unprivileged user.
     pub(crate) fn up_as_nobody(&self, file: &str) -> Process {
         Process::spawn(&mut self.command_as_nobody(file))
     }

@@ -37,7 +37,7 @@ struct Vpn {
     down: &'static str,
 }
 
-/// Like mesh VPNs: packets that arrive on its link are marked (bits 16 to 23) and accepted.
+/// Rules of mesh VPNs: packets that arrive on their link are marked (bits 16 to 23) and accepted.
 const MESH: Vpn = Vpn {
     up: "iptables -N vpn-fwd
          iptables -A vpn-fwd -i vpn0 -j MARK --set-xmark 0x40000/0xff0000
