@@ -51,7 +51,7 @@ bench:
 	$(CARGO) bench --locked -p tidegate-dns --bench dnsperf
 	$(CARGO) bench --locked -p tidegate-netfilter --bench port_guard
 
-# Checks that the benchmarks run, in a few minutes instead of twenty. The figures are not meaningful.
+# Checks in a few minutes that the benchmarks run. The figures are not meaningful.
 bench-quick:
 	@scripts/test-deps
 	$(CARGO) build --release --locked
