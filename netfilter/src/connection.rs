@@ -383,13 +383,14 @@ impl Connection {
             chains.iter().map(|chain| delete_chain(name, chain)).chain([delete_table(name)]);
         messages.extend(deletions.map(|message| Message { flags: IF_EMPTY, ..of_family(message) }));
         messages.push(batch_end());
-        // A rejection means that a rule was added concurrently.
+        // The kernel rejects the deletion of a chain with rules.
         Ok(self.socket.send_all(&messages, |_, _| ())?.is_empty())
     }
 
-    /// Returns a hash over the chains, rules, sets and elements of the table `name`, restricted to
-    /// the chains and sets whose name satisfies `filter`. Counters are excluded. Returns `None` if
-    /// the table does not exist.
+    /// Returns a hash over the chain names, rules, sets and elements of the table `name`, restricted
+    /// to the chains and sets whose name satisfies `filter`. It does not cover counters, the flags
+    /// of the table, and the hooks and policies of its chains. Returns `None` if the table does not
+    /// exist.
     ///
     /// # Errors
     /// Errors of the kernel.

@@ -257,7 +257,7 @@ impl PortGuards {
     }
 
     /// Returns whether a guard with `policy` is attached to the link `link` with interface index
-    /// `index`.
+    /// `index`. For [`Mechanism::Nftables`], compares only the number of rules.
     ///
     /// # Errors
     /// Errors of the kernel, for example a missing link.
