@@ -238,7 +238,7 @@ impl IptablesState {
     }
 
     /// Returns the states of iptables and ip6tables on `host`. `None` if the program is not
-    /// installed or not in use.
+    /// installed or not in use, or if its rules cannot be listed.
     ///
     /// # Errors
     /// The namespace cannot be entered.
