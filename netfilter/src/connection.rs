@@ -387,10 +387,10 @@ impl Connection {
         Ok(self.socket.send_all(&messages, |_, _| ())?.is_empty())
     }
 
-    /// Returns a hash over the chain names, rules, sets and elements of the table `name`, restricted
-    /// to the chains and sets whose name satisfies `filter`. It does not cover counters, the flags
-    /// of the table, and the hooks and policies of its chains. Returns `None` if the table does not
-    /// exist.
+    /// Returns a hash over the chain names, rules, sets and elements of the table `name`,
+    /// restricted to the chains and sets whose name satisfies `filter`. It does not cover counters,
+    /// the flags of the table, and the hooks and policies of its chains. Returns `None` if the
+    /// table does not exist.
     ///
     /// # Errors
     /// Errors of the kernel.

@@ -256,8 +256,9 @@ impl PortGuards {
         Ok(())
     }
 
-    /// Returns whether a guard with `policy` is attached to the link `link` with interface index
-    /// `index`. For [`Mechanism::Nftables`], compares only the number of rules.
+    /// Returns whether the guard of the link `link` with interface index `index` is attached.
+    /// Compares the program ID for eBPF, the number of rules of `policy` for nftables, and the
+    /// instructions of `policy` for classic BPF.
     ///
     /// # Errors
     /// Errors of the kernel, for example a missing link.
