@@ -80,7 +80,10 @@ fn exit_with_the_terminal() -> anyhow::Result<()> {
             }
         }
     };
-    std::thread::Builder::new().name("tidegate-tty".into()).spawn(watch).context("a thread")?;
+    std::thread::Builder::new()
+        .name("tidegate-tty".into())
+        .spawn(watch)
+        .context("start a thread")?;
     Ok(())
 }
 
@@ -115,6 +118,6 @@ fn poll_figures(
                 }
             });
         })
-        .context("a thread")?;
+        .context("start a thread")?;
     Ok(receiver)
 }
