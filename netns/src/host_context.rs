@@ -23,10 +23,10 @@ pub enum HostContextError {
     #[error("network namespace of this process: {0}")]
     Current(io::Error),
     /// A network namespace cannot be created.
-    #[error("make a network namespace: {0}")]
+    #[error("create a network namespace: {0}")]
     Network(io::Error),
     /// A user namespace cannot be created.
-    #[error("make a user namespace: {error}: {remedy}", error = source)]
+    #[error("create a user namespace: {error}: {remedy}", error = source)]
     UserNamespace {
         /// Error code of the kernel.
         source: io::Error,

@@ -149,7 +149,7 @@ fn the_error_without_user_namespaces_names_the_sysctl() {
         let printed = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(1), "{printed}");
         assert!(printed.starts_with(beginning), "{printed}");
-        assert!(printed.contains("make a user namespace: "), "{printed}");
+        assert!(printed.contains("create a user namespace: "), "{printed}");
         assert!(
             printed.contains("user.max_user_namespaces") && printed.lines().count() == 1,
             "{printed}"
