@@ -73,12 +73,12 @@ pub struct Socket {
     /// Accepts clients.
     pub listener: UnixListener,
     /// The path of the socket.
-    pub place: Place,
+    pub place: SocketPath,
 }
 
 /// A path owned by this instance. The drop removes the socket and the lock file.
 #[derive(Debug)]
-pub struct Place {
+pub struct SocketPath {
     path: PathBuf,
     socket: Inode,
     _owner: LockFile,
@@ -118,11 +118,11 @@ impl Socket {
         }
         let listener = listen_at(&address).map_err(failed)?;
         let socket = inode(&path).map_err(failed)?;
-        Ok(Self { listener, place: Place { path, socket, _owner: owner } })
+        Ok(Self { listener, place: SocketPath { path, socket, _owner: owner } })
     }
 }
 
-impl Place {
+impl SocketPath {
     /// Removes the socket. The lock still keeps other instances from creating one.
     pub fn close(&self) {
         // Another process may have replaced the socket at this path.
@@ -132,7 +132,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for SocketPath {
     fn drop(&mut self) {
         self.close();
     }

@@ -5,7 +5,7 @@
 
 use super::error::{Fault, Site};
 use super::network::{self, unusable};
-use super::project::Subnet;
+use super::project::SubnetConfig;
 use super::service::{AttachmentSites, Draft};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
@@ -88,7 +88,7 @@ pub(super) fn attachments(services: &[Draft], networks: &Networks) -> Result<(),
     Ok(())
 }
 
-fn fixed_address(address: IpAddr, network: &str, subnets: &[Subnet]) -> Result<(), String> {
+fn fixed_address(address: IpAddr, network: &str, subnets: &[SubnetConfig]) -> Result<(), String> {
     let Some(subnet) =
         subnets.iter().find(|subnet| subnet.subnet.addr().is_ipv4() == address.is_ipv4())
     else {

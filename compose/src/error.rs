@@ -2,7 +2,7 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
-use super::{MAX_FILE, Place};
+use super::{MAX_FILE, Position};
 use std::io;
 use std::path::{Path, PathBuf};
 use tidegate_model::without_errno;
@@ -33,7 +33,7 @@ pub enum ComposeError {
         /// The file as the user named it.
         file: PathBuf,
         /// The position in the file.
-        place: Place,
+        place: Position,
         /// The key path, for example `services.web.ports[0]`; empty for the file as a whole.
         key: String,
         /// The cause and the remedy.
@@ -41,7 +41,7 @@ pub enum ComposeError {
     },
 }
 
-fn line(file: &Path, place: Place, key: &str, problem: &str) -> String {
+fn line(file: &Path, place: Position, key: &str, problem: &str) -> String {
     let colon = if key.is_empty() { "" } else { ": " };
     format!("{}:{}:{}: {key}{colon}{problem}", file.display(), place.line, place.column)
 }
@@ -49,28 +49,28 @@ fn line(file: &Path, place: Place, key: &str, problem: &str) -> String {
 /// The position of a value and its key path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Site {
-    pub(super) place: Place,
+    pub(super) place: Position,
     pub(super) key: String,
 }
 
 impl Site {
-    pub(super) fn new(place: Place, key: impl Into<String>) -> Self {
+    pub(super) fn new(place: Position, key: impl Into<String>) -> Self {
         Self { place, key: key.into() }
     }
 
     /// The file as a whole.
     pub(super) fn start() -> Self {
-        Self::new(Place::START, "")
+        Self::new(Position::START, "")
     }
 
     /// The value of `key`, at `place`.
-    pub(super) fn at_key(&self, key: &str, place: Place) -> Self {
+    pub(super) fn at_key(&self, key: &str, place: Position) -> Self {
         let key = shown(key);
         Self::new(place, if self.key.is_empty() { key } else { format!("{}.{key}", self.key) })
     }
 
     /// The item `index` of a list, at `place`.
-    pub(super) fn at_index(&self, index: usize, place: Place) -> Self {
+    pub(super) fn at_index(&self, index: usize, place: Position) -> Self {
         Self::new(place, format!("{}[{index}]", self.key))
     }
 

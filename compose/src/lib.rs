@@ -30,7 +30,8 @@ mod value;
 
 pub use self::error::ComposeError;
 pub use self::project::{
-    Attachment, DEFAULT_NETWORK, Names, Network, Place, Project, Run, Service, Subnet,
+    DEFAULT_NETWORK, Names, NetworkConfig, Position, Project, Run, Service, ServiceNetwork,
+    SubnetConfig,
 };
 
 use self::error::{Fault, Site};
@@ -66,7 +67,7 @@ pub fn load(path: &Path) -> Result<Project, ComposeError> {
         let good = String::from_utf8_lossy(bytes.get(..error.valid_up_to()).unwrap_or_default());
         let last = good.rsplit('\n').next().unwrap_or_default();
         let line = good.matches('\n').count() as u64 + 1;
-        let place = Place { line, column: last.chars().count() as u64 + 1 };
+        let place = Position { line, column: last.chars().count() as u64 + 1 };
         Site::new(place, "").fault("invalid UTF-8; save the file as UTF-8").in_file(path)
     })?;
     let directory = absolute.parent().unwrap_or(Path::new("/"));
@@ -115,7 +116,7 @@ impl Source<'_> {
     }
 
     fn read(&self, text: &str, context: &Context<'_>) -> Result<Project, Fault> {
-        let no_services = || Site::start().at_key("services", Place::START).fault(NO_SERVICES);
+        let no_services = || Site::start().at_key("services", Position::START).fault(NO_SERVICES);
         let root = tree::read(text)?.ok_or_else(no_services)?;
         let (mut name, mut networks, mut services) = (None, BTreeMap::new(), None);
         for field in Value::root(&root, context).fields_if_any()? {
@@ -198,7 +199,7 @@ fn default_project_name(name: &str) -> Result<String, Fault> {
     let name: String = name.to_lowercase().chars().filter(allowed).collect();
     let name: String = name.trim_start_matches(['_', '-']).chars().take(MAX_NAME).collect();
     if name.is_empty() {
-        let site = Site::start().at_key("name", Place::START);
+        let site = Site::start().at_key("name", Position::START);
         return Err(site.fault(
             "no project name can be derived from the directory; set one, for example name: shop",
         ));
@@ -219,7 +220,7 @@ fn settle_default_network(
         None => drop(networks.remove(DEFAULT_NETWORK)),
         Some(first) => {
             networks.entry(DEFAULT_NETWORK.to_owned()).or_insert_with(|| {
-                network::Draft::plain(Network::plain(DEFAULT_NETWORK, first.service.place))
+                network::Draft::plain(NetworkConfig::plain(DEFAULT_NETWORK, first.service.place))
             });
         }
     }

@@ -3,7 +3,7 @@
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
 use super::error::{Fault, Site};
-use super::project::{Names, Network, Subnet};
+use super::project::{Names, NetworkConfig, SubnetConfig};
 use super::service::addresses;
 use super::value::{Field, Value};
 use ipnet::IpNet;
@@ -24,21 +24,21 @@ const INTERFACE_NAME: usize = 15;
 
 /// A network, with the positions of the parts that are checked against other networks.
 pub(super) struct Draft {
-    pub(super) network: Network,
+    pub(super) network: NetworkConfig,
     /// One per subnet.
     pub(super) subnets: Vec<Site>,
     pub(super) bridge: Option<Site>,
 }
 
 impl Draft {
-    pub(super) fn plain(network: Network) -> Self {
+    pub(super) fn plain(network: NetworkConfig) -> Self {
         Self { network, subnets: Vec::new(), bridge: None }
     }
 }
 
 /// Parses the section of a network.
 pub(super) fn read(section: &Field<'_>) -> Result<Draft, Fault> {
-    let mut draft = Draft::plain(Network::plain(section.key, section.site.place));
+    let mut draft = Draft::plain(NetworkConfig::plain(section.key, section.site.place));
     let mut mtu_site = None;
     for field in section.value.fields_if_any()? {
         let value = &field.value;
@@ -84,7 +84,7 @@ fn check(draft: &Draft, mtu_site: Option<&Site>) -> Result<(), Fault> {
         }
         return Ok(());
     }
-    for (Subnet { subnet, .. }, site) in network.subnets.iter().zip(subnets) {
+    for (SubnetConfig { subnet, .. }, site) in network.subnets.iter().zip(subnets) {
         if let IpNet::V6(_) = subnet {
             return Err(site.fault(format!(
                 "{subnet} is an IPv6 subnet; set enable_ipv6: true on the network"
@@ -196,7 +196,8 @@ fn read_subnet(item: &Value<'_>, draft: &mut Draft) -> Result<(), Fault> {
     {
         return Err(value.fault(format!("{gateway} is not usable as the gateway: {problem}")));
     }
-    let same_family = |other: &Subnet| other.subnet.addr().is_ipv4() == subnet.addr().is_ipv4();
+    let same_family =
+        |other: &SubnetConfig| other.subnet.addr().is_ipv4() == subnet.addr().is_ipv4();
     if let Some(other) = draft.network.subnets.iter().find(|other| same_family(other)) {
         let family = if subnet.addr().is_ipv4() { "IPv4" } else { "IPv6" };
         return Err(site.fault(format!(
@@ -204,7 +205,10 @@ fn read_subnet(item: &Value<'_>, draft: &mut Draft) -> Result<(), Fault> {
             other.subnet
         )));
     }
-    draft.network.subnets.push(Subnet { subnet, gateway: gateway.map(|(address, _)| address) });
+    draft
+        .network
+        .subnets
+        .push(SubnetConfig { subnet, gateway: gateway.map(|(address, _)| address) });
     draft.subnets.push(site);
     Ok(())
 }

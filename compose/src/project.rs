@@ -14,14 +14,14 @@ pub const DEFAULT_NETWORK: &str = "default";
 
 /// A position in a Compose file. Line and column count from 1, the column in characters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Place {
+pub struct Position {
     /// The line.
     pub line: u64,
     /// The column.
     pub column: u64,
 }
 
-impl Place {
+impl Position {
     /// The beginning of a file.
     pub const START: Self = Self { line: 1, column: 1 };
 }
@@ -36,7 +36,7 @@ pub struct Project {
     /// The project name, a prefix of the names of all resources: `[a-z0-9][a-z0-9_-]*`.
     pub name: String,
     /// The networks by name. `default` is present exactly if a service is attached to it.
-    pub networks: BTreeMap<String, Network>,
+    pub networks: BTreeMap<String, NetworkConfig>,
     /// The services in the order of the file, at least one.
     pub services: Vec<Service>,
     /// Warnings for the user, complete lines in the format of errors: variables that are not set.
@@ -45,7 +45,7 @@ pub struct Project {
 
 /// A network of a project.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Network {
+pub struct NetworkConfig {
     /// The key in the file: `[a-zA-Z0-9._-]+`, at most 63 characters.
     pub name: String,
     /// The network has neither egress nor published ports.
@@ -54,7 +54,7 @@ pub struct Network {
     pub enable_ipv6: bool,
     /// The configured subnets, at most one per address family. The others are chosen when the
     /// network is created.
-    pub subnets: Vec<Subnet>,
+    pub subnets: Vec<SubnetConfig>,
     /// Its services may connect to each other.
     pub inter_container: bool,
     /// The configured MTU of its links, 68..=65535 (at least 1280 with IPv6).
@@ -68,12 +68,12 @@ pub struct Network {
     pub dns: Vec<IpAddr>,
     /// The position of its key. If the file does not define `default`, the position of the first
     /// service attached to it.
-    pub place: Place,
+    pub place: Position,
 }
 
-impl Network {
+impl NetworkConfig {
     /// A network with an empty section.
-    pub(super) fn plain(name: &str, place: Place) -> Self {
+    pub(super) fn plain(name: &str, place: Position) -> Self {
         Self {
             name: name.to_owned(),
             internal: false,
@@ -101,14 +101,14 @@ pub enum Names {
 
 /// A subnet of a network. Its host bits are zero, and it has room for a gateway and a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Subnet {
+pub struct SubnetConfig {
     /// The subnet.
     pub subnet: IpNet,
     /// The configured gateway address.
     pub gateway: Option<IpAddr>,
 }
 
-impl Subnet {
+impl SubnetConfig {
     /// Returns the gateway address: the configured one, otherwise the first host address of the
     /// subnet.
     #[must_use]
@@ -133,7 +133,7 @@ pub struct Service {
     /// The configured host name.
     pub hostname: Option<String>,
     /// Its networks in the order of the file, at least one, without duplicates.
-    pub networks: Vec<Attachment>,
+    pub networks: Vec<ServiceNetwork>,
     /// The published ports.
     pub ports: Vec<PortSpec>,
     /// The upstream name servers, in order. If empty, those of its networks or of the host.
@@ -149,7 +149,7 @@ pub struct Service {
     /// The working directory of the command: the directory of the file.
     pub working_dir: PathBuf,
     /// The position of its key.
-    pub place: Place,
+    pub place: Position,
 }
 
 /// What a service consists of.
@@ -164,7 +164,7 @@ pub enum Run {
 
 /// The attachment of a service to a network.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Attachment {
+pub struct ServiceNetwork {
     /// The key of the network.
     pub network: String,
     /// Additional names of the service on this network.
@@ -177,7 +177,7 @@ pub struct Attachment {
     pub any_source: bool,
 }
 
-impl Attachment {
+impl ServiceNetwork {
     /// An attachment with default settings.
     pub(super) fn plain(network: &str) -> Self {
         Self {

@@ -4,7 +4,7 @@
 
 use super::error::{Fault, Site};
 use super::ports;
-use super::project::{Attachment, DEFAULT_NETWORK, Run, Service};
+use super::project::{DEFAULT_NETWORK, Run, Service, ServiceNetwork};
 use super::value::{Field, Value};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -34,7 +34,7 @@ pub(super) struct Draft {
     pub(super) depends_on: Vec<Site>,
 }
 
-/// The positions of the parts of an [`Attachment`].
+/// The positions of the parts of an [`ServiceNetwork`].
 pub(super) struct AttachmentSites {
     pub(super) network: Site,
     pub(super) ipv4_address: Option<Site>,
@@ -93,7 +93,7 @@ pub(super) fn read(section: &Field<'_>, directory: &Path) -> Result<Draft, Fault
     if networks.is_empty() {
         let site = section.site.clone();
         let sites = AttachmentSites { network: site, ipv4_address: None, ipv6_address: None };
-        networks.push((Attachment::plain(DEFAULT_NETWORK), sites));
+        networks.push((ServiceNetwork::plain(DEFAULT_NETWORK), sites));
     }
     let (attachments, networks) = networks.into_iter().unzip();
     let (specs, ports) = service_ports.into_iter().unzip();
@@ -262,9 +262,9 @@ fn read_hostname(value: &Value<'_>) -> Result<String, Fault> {
     Ok(name)
 }
 
-fn read_networks(value: &Value<'_>) -> Result<Vec<(Attachment, AttachmentSites)>, Fault> {
+fn read_networks(value: &Value<'_>) -> Result<Vec<(ServiceNetwork, AttachmentSites)>, Fault> {
     let plain = |network: Site| AttachmentSites { network, ipv4_address: None, ipv6_address: None };
-    let mut networks: Vec<(Attachment, AttachmentSites)> = Vec::new();
+    let mut networks: Vec<(ServiceNetwork, AttachmentSites)> = Vec::new();
     if !value.is_list() {
         for field in value.fields_if_any()? {
             let mut sites = plain(field.site.clone());
@@ -277,7 +277,7 @@ fn read_networks(value: &Value<'_>) -> Result<Vec<(Attachment, AttachmentSites)>
     for item in value.items()? {
         let name = item.string()?;
         refuse_repetition(&mut seen, &name, &item)?;
-        networks.push((Attachment::plain(&name), plain(item.site().clone())));
+        networks.push((ServiceNetwork::plain(&name), plain(item.site().clone())));
     }
     Ok(networks)
 }
@@ -296,8 +296,11 @@ fn refuse_repetition(
     }
 }
 
-fn read_attachment(network: &Field<'_>, sites: &mut AttachmentSites) -> Result<Attachment, Fault> {
-    let mut attachment = Attachment::plain(network.key);
+fn read_attachment(
+    network: &Field<'_>,
+    sites: &mut AttachmentSites,
+) -> Result<ServiceNetwork, Fault> {
+    let mut attachment = ServiceNetwork::plain(network.key);
     for Field { key, site, value } in network.value.fields_if_any()? {
         match key {
             "aliases" => {

@@ -60,25 +60,25 @@ fn the_documented_example_parses_to_the_documented_values() {
     assert_eq!(project.networks.keys().collect::<Vec<_>>(), ["back", "default", "front"]);
     assert_eq!(
         project.networks["front"],
-        Network {
+        NetworkConfig {
             enable_ipv6: true,
             subnets: vec![
-                Subnet {
+                SubnetConfig {
                     subnet: "10.9.0.0/24".parse().unwrap(),
                     gateway: Some("10.9.0.254".parse().unwrap())
                 },
-                Subnet { subnet: "fd09::/64".parse().unwrap(), gateway: None },
+                SubnetConfig { subnet: "fd09::/64".parse().unwrap(), gateway: None },
             ],
-            ..Network::plain("front", Place { line: 4, column: 3 })
+            ..NetworkConfig::plain("front", Position { line: 4, column: 3 })
         }
     );
     assert_eq!(
         project.networks["back"],
-        Network {
+        NetworkConfig {
             internal: true,
             mtu: Some(1400),
             bridge: Some("br-back".to_owned()),
-            ..Network::plain("back", Place { line: 11, column: 3 })
+            ..NetworkConfig::plain("back", Position { line: 11, column: 3 })
         }
     );
     assert!(project.networks["default"].enable_ipv6);
@@ -95,14 +95,14 @@ fn the_documented_example_parses_to_the_documented_values() {
     assert_eq!(
         web.networks,
         [
-            Attachment {
+            ServiceNetwork {
                 network: "front".to_owned(),
                 aliases: vec!["www".to_owned(), "shop.example".to_owned()],
                 ipv4_address: Some(Ipv4Addr::new(10, 9, 0, 10)),
                 ipv6_address: Some("fd09::10".parse().unwrap()),
                 any_source: false,
             },
-            Attachment::plain("back"),
+            ServiceNetwork::plain("back"),
         ]
     );
     let ports: Vec<String> = web.ports.iter().map(ToString::to_string).collect();
@@ -111,7 +111,7 @@ fn the_documented_example_parses_to_the_documented_values() {
     assert_eq!(web.depends_on, ["db"]);
     assert_eq!(web.restart, Restart::OnFailure { max: Some(3) });
     assert_eq!(web.working_dir, Path::new("."));
-    assert_eq!(web.place, Place { line: 26, column: 3 });
+    assert_eq!(web.place, Position { line: 26, column: 3 });
 
     assert_eq!(db.run, words(&["/usr/lib/postgresql/bin/postgres", "-D", "./data"]));
     assert_eq!(db.environment["PGPORT"], "5432");
@@ -119,7 +119,7 @@ fn the_documented_example_parses_to_the_documented_values() {
     assert_eq!(db.dns, web.dns);
 
     assert_eq!(legacy.run, Run::Adopt("/run/netns/legacy".into()));
-    assert_eq!(legacy.networks, [Attachment::plain("default")]);
+    assert_eq!(legacy.networks, [ServiceNetwork::plain("default")]);
     assert_eq!(legacy.depends_on, ["db"]);
     assert_eq!(legacy.restart, Restart::No);
 }

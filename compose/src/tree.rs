@@ -10,7 +10,7 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
-use super::Place;
+use super::Position;
 use super::error::{Fault, Site};
 use saphyr_parser::{Event, Marker, Parser, ScalarStyle, Tag};
 use std::borrow::Cow;
@@ -31,7 +31,7 @@ const MERGE_KEY: &str = "<<";
 /// A value in the file.
 #[derive(Clone, Debug)]
 pub(super) struct Node {
-    pub(super) place: Place,
+    pub(super) place: Position,
     pub(super) body: Body,
     size: Size,
     /// The levels below this node.
@@ -59,7 +59,7 @@ pub(super) enum Kind {
 #[derive(Clone, Debug)]
 pub(super) struct Entry {
     pub(super) key: String,
-    pub(super) place: Place,
+    pub(super) place: Position,
     pub(super) value: Node,
 }
 
@@ -87,7 +87,7 @@ pub(super) fn read(text: &str) -> Result<Option<Node>, Fault> {
         match event {
             Ok((event, span)) => builder.event(event, place(span.start))?,
             Err(error) => {
-                let site = Site { place: place(*error.marker()), ..builder.site(Place::START) };
+                let site = Site { place: place(*error.marker()), ..builder.site(Position::START) };
                 let message: String =
                     error.info().chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
                 return Err(site.fault(format!("invalid YAML: {message}")));
@@ -97,13 +97,13 @@ pub(super) fn read(text: &str) -> Result<Option<Node>, Fault> {
     Ok(builder.root)
 }
 
-fn place(marker: Marker) -> Place {
-    Place { line: marker.line() as u64, column: marker.col() as u64 + 1 }
+fn place(marker: Marker) -> Position {
+    Position { line: marker.line() as u64, column: marker.col() as u64 + 1 }
 }
 
 /// A list or a map before its end event.
 struct Frame {
-    place: Place,
+    place: Position,
     anchor: usize,
     collection: Collection,
 }
@@ -125,7 +125,7 @@ struct OpenMap {
 
 struct Key {
     text: String,
-    place: Place,
+    place: Position,
     merges: bool,
 }
 
@@ -139,7 +139,7 @@ struct Builder {
 }
 
 impl Builder {
-    fn event(&mut self, event: Event<'_>, at: Place) -> Result<(), Fault> {
+    fn event(&mut self, event: Event<'_>, at: Position) -> Result<(), Fault> {
         match event {
             Event::DocumentStart(_) => {
                 self.documents += 1;
@@ -183,7 +183,7 @@ impl Builder {
     }
 
     /// Returns the site of the next value, at `place`.
-    fn site(&self, place: Place) -> Site {
+    fn site(&self, place: Position) -> Site {
         self.open.iter().fold(Site::new(place, ""), |site, frame| match &frame.collection {
             Collection::List(items) => site.at_index(items.len(), place),
             Collection::Map(OpenMap { pending: Some(key), .. }) => site.at_key(&key.text, place),
@@ -191,11 +191,11 @@ impl Builder {
         })
     }
 
-    fn says_string(&self, tag: Option<&Tag>, at: Place) -> Result<bool, Fault> {
+    fn says_string(&self, tag: Option<&Tag>, at: Position) -> Result<bool, Fault> {
         tag.map_or(Ok(false), |tag| self.expect_tag(tag, "str", at).map(|()| true))
     }
 
-    fn expect_tag(&self, tag: &Tag, core: &str, at: Place) -> Result<(), Fault> {
+    fn expect_tag(&self, tag: &Tag, core: &str, at: Position) -> Result<(), Fault> {
         if tag.is_yaml_core_schema() && tag.suffix == core {
             return Ok(());
         }
@@ -210,7 +210,7 @@ impl Builder {
         core: &str,
         anchor: usize,
         tag: Option<&Tag>,
-        place: Place,
+        place: Position,
     ) -> Result<(), Fault> {
         tag.map_or(Ok(()), |tag| self.expect_tag(tag, core, place))?;
         self.spend(Size { values: 1, text: 0 }, place)?;
@@ -219,7 +219,7 @@ impl Builder {
         Ok(())
     }
 
-    fn limit_depth(&self, depth: usize, at: Place) -> Result<(), Fault> {
+    fn limit_depth(&self, depth: usize, at: Position) -> Result<(), Fault> {
         if depth > MAX_DEPTH {
             return Err(Site::new(at, "")
                 .fault(format!("values are nested more than {MAX_DEPTH} levels deep")));
@@ -227,7 +227,7 @@ impl Builder {
         Ok(())
     }
 
-    fn spend(&mut self, size: Size, at: Place) -> Result<(), Fault> {
+    fn spend(&mut self, size: Size, at: Position) -> Result<(), Fault> {
         self.spent = self.spent.plus(size);
         let bound = if self.spent.values > MAX_VALUES {
             format!("{MAX_VALUES} values")
@@ -241,7 +241,7 @@ impl Builder {
             .fault(format!("the file exceeds {bound} after alias expansion; shorten it")))
     }
 
-    fn close(&self, collection: Collection, place: Place) -> Result<Node, Fault> {
+    fn close(&self, collection: Collection, place: Position) -> Result<Node, Fault> {
         let body = match collection {
             Collection::List(items) => Body::List(items),
             Collection::Map(OpenMap { mut entries, mut keys, merged, .. }) => {
@@ -313,7 +313,7 @@ impl Builder {
 
 /// Why a map rejects a key.
 struct WrongKey {
-    place: Place,
+    place: Position,
     key: Option<String>,
     problem: String,
 }

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
-use tidegate_dns::{EndpointSpec, Listen, NetworkSpec, Resolver, ServeOptions, Settings};
+use tidegate_dns::{EndpointSpec, Listen, NetworkSpec, Resolver, ResolverSettings, ServeOptions};
 use tidegate_testbed::{
     Namespace, Process, eventually, find_program, procfs, require_program, require_root,
 };
@@ -45,8 +45,10 @@ fn serve(listen: &str, resolv_conf: &Path) {
         tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let here = tidegate_netns::Namespace::current().expect("a namespace");
-        let mut settings =
-            Settings { resolv_conf: resolv_conf.to_owned(), ..Settings::new(here.clone()) };
+        let mut settings = ResolverSettings {
+            resolv_conf: resolv_conf.to_owned(),
+            ..ResolverSettings::new(here.clone())
+        };
         if listen == "few-ports" {
             settings.source_ports = FEW_PORTS;
         }

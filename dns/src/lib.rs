@@ -73,6 +73,6 @@ pub use metrics::{FAMILIES, Questions, USAGE_FAMILIES, Upstream, Usage};
 pub use name::NameError;
 pub use resolv_conf::{PORT, ResolvConf, SERVER};
 pub use resolv_conf_watch::{REST, Watch, servers};
-pub use resolver::{Resolver, ServeOptions, Settings};
+pub use resolver::{Resolver, ResolverSettings, ServeOptions};
 pub use server::{Listen, Serving};
 pub use zone::{EndpointSpec, Limits, NetworkSpec};

@@ -22,7 +22,7 @@ use tokio::task::AbortHandle;
 
 /// Settings of a [`Resolver`].
 #[derive(Clone, Debug)]
-pub struct Settings {
+pub struct ResolverSettings {
     /// The namespace from which upstream servers are queried: that of the host, so that 127.0.0.53
     /// is the server of the host.
     pub host: Namespace,
@@ -66,7 +66,7 @@ pub struct Settings {
     pub tcp_clients_in_all: usize,
 }
 
-impl Settings {
+impl ResolverSettings {
     /// The defaults, with networks in the namespace of the host.
     #[must_use]
     pub fn new(host: Namespace) -> Self {
@@ -107,7 +107,7 @@ impl Resolver {
     ///
     /// # Errors
     /// [`StartError`]: the `resolv.conf` of the host cannot be watched.
-    pub fn new(settings: Settings) -> Result<Self, StartError> {
+    pub fn new(settings: ResolverSettings) -> Result<Self, StartError> {
         let path = settings.resolv_conf;
         let watch = Watch::new(&path)
             .and_then(resolv_conf_watch::register)
@@ -227,10 +227,10 @@ impl Resolver {
         server::at_gateway(&self.shared, namespace, network, gateway, device)
     }
 
-    /// Sets the interface indexes of the bridges of all networks in [`Settings::networks`]. A
-    /// datagram that arrives on a bridge is not accepted as a response of a server that is not on a
-    /// network, because a container has forged it. Has to be called again when a bridge is
-    /// recreated, because its index changes.
+    /// Sets the interface indexes of the bridges of all networks in
+    /// [`ResolverSettings::networks`]. A datagram that arrives on a bridge is not accepted as a
+    /// response of a server that is not on a network, because a container has forged it. Has to be
+    /// called again when a bridge is recreated, because its index changes.
     pub fn set_bridges(&self, indexes: impl IntoIterator<Item = u32>) {
         self.shared.forwarder.bridges().set(indexes.into_iter().collect());
     }

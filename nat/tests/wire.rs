@@ -99,7 +99,7 @@ proptest! {
         prop_assert_eq!(virtio.segmentation != Segmentation::None, payload.len() > usize::from(cut));
         let ours = Packet::parse(bytes).unwrap();
         let ours = Segment::parse(&ours, false).unwrap();
-        prop_assert_eq!(ours.options, tcp::Options { mss, scale, timestamps });
+        prop_assert_eq!(ours.options, tcp::TcpOptions { mss, scale, timestamps });
         prop_assert_eq!(ours.payload, &payload[..]);
         let whole = Packet::parse(&packet).unwrap();
         prop_assert!(Segment::parse(&whole, true).is_ok(), "valid checksum");

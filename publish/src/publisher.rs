@@ -118,7 +118,7 @@ pub struct Publisher {
 
 #[derive(Default)]
 struct State {
-    endpoints: BTreeMap<String, Endpoint>,
+    endpoints: BTreeMap<String, PublishTarget>,
     ports: BTreeMap<PortId, Port>,
     /// Ports without series that the NAT engine forwards and that are being closed. Their counts
     /// are not yet added to the sum of closed ports.
@@ -131,7 +131,7 @@ struct State {
 }
 
 /// The target of published ports.
-pub struct Endpoint {
+pub struct PublishTarget {
     namespace: Namespace,
     addresses: Vec<IpAddr>,
     acl: GatewayAcl,
@@ -143,7 +143,7 @@ pub struct Endpoint {
     upstreams: BTreeMap<Protocol, EndpointUpstream>,
 }
 
-impl Endpoint {
+impl PublishTarget {
     /// An endpoint with `addresses` in `namespace`. `acl` decides which clients may use which
     /// address of the host.
     pub fn new(namespace: Namespace, addresses: &[IpAddr], acl: GatewayAcl) -> Self {
@@ -274,7 +274,7 @@ impl Publisher {
     }
 
     /// Adds an endpoint.
-    pub fn add_endpoint(&self, name: &str, endpoint: Endpoint) {
+    pub fn add_endpoint(&self, name: &str, endpoint: PublishTarget) {
         self.state().endpoints.insert(name.to_owned(), endpoint);
     }
 
@@ -753,7 +753,7 @@ mod tests {
             &Chosen::default(),
             Vec::new(),
         );
-        let web = Endpoint::new(Namespace::current().unwrap(), &[], GatewayAcl::default());
+        let web = PublishTarget::new(Namespace::current().unwrap(), &[], GatewayAcl::default());
         publisher.add_endpoint("web", web);
         publisher
     }

@@ -7,7 +7,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use std::sync::Arc;
 use std::time::Duration;
-use tidegate_api::socket::{Place, Socket};
+use tidegate_api::socket::{Socket, SocketPath};
 use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
@@ -33,7 +33,7 @@ const MAX_HEADERS: usize = 64;
 /// Serves clients until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Server {
-    place: Place,
+    place: SocketPath,
     task: JoinHandle<()>,
 }
 

@@ -204,7 +204,7 @@ fn is_default(route: &IpNet) -> bool {
     route.prefix_len() <= 3
 }
 
-fn fixed(attachment: &tidegate_compose::Attachment) -> impl Iterator<Item = IpAddr> + use<> {
+fn fixed(attachment: &tidegate_compose::ServiceNetwork) -> impl Iterator<Item = IpAddr> + use<> {
     let v4 = attachment.ipv4_address.map(IpAddr::V4);
     v4.into_iter().chain(attachment.ipv6_address.map(IpAddr::V6))
 }

@@ -63,7 +63,7 @@ use tidegate_publish::firewall::{
     Chosen, FirewallChoice, PublishBy, choose, opening, targets, zones,
 };
 use tidegate_publish::limits::ProxyLimits;
-use tidegate_publish::publisher::{Endpoint, Publisher};
+use tidegate_publish::publisher::{PublishTarget, Publisher};
 use tidegate_services::{ServiceSpec, StandardOutput, Supervisor};
 use tidegate_telemetry::metrics_endpoint::{MetricsAddress, MetricsStatus, Recorder};
 use tokio::io::{Interest, unix::AsyncFd};
@@ -489,7 +489,7 @@ impl Up {
         for (name, namespace) in &namespaces {
             let addresses = layout.addresses.get(name).map(Vec::as_slice).unwrap_or_default();
             let acl = GatewayAcl::new(Arc::clone(&gateway_networks), layout.networks_of(name));
-            let endpoint = Endpoint::new(namespace.clone(), addresses, acl);
+            let endpoint = PublishTarget::new(namespace.clone(), addresses, acl);
             let endpoint = endpoint.translated_to(targets_of(&layout, name));
             let behind_engine = egress::addresses_behind_engine(&layout, name);
             publisher.add_endpoint(name, endpoint.behind_engine(behind_engine));

@@ -9,9 +9,10 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
-use tidegate_compose::{Names, Network, Project, Run, Service};
+use tidegate_compose::{Names, NetworkConfig, Project, Run, Service};
 use tidegate_dns::{
-    EndpointSpec, NetworkSpec, PORT, ResolvConf, Resolver, SERVER, ServeOptions, Serving, Settings,
+    EndpointSpec, NetworkSpec, PORT, ResolvConf, Resolver, ResolverSettings, SERVER, ServeOptions,
+    Serving,
 };
 use tidegate_netns::HostContext;
 use tidegate_netns::{Namespace, interface_index};
@@ -91,8 +92,11 @@ impl NameServers {
         forward_rate: u32,
     ) -> anyhow::Result<Self> {
         let _runtime = runtime.enter();
-        let mut settings =
-            Settings { ttl, forward_rate, ..Settings::new(host_context.ports().clone()) };
+        let mut settings = ResolverSettings {
+            ttl,
+            forward_rate,
+            ..ResolverSettings::new(host_context.ports().clone())
+        };
         settings.networks = host_context.networks().clone();
         settings.source_ports = SOURCE_PORTS;
         settings.tcp_clients_in_all = TCP_CLIENTS;
@@ -252,12 +256,15 @@ impl GatewayServers {
     }
 }
 
-fn servers_of_network(network: &Network) -> Vec<SocketAddr> {
+fn servers_of_network(network: &NetworkConfig) -> Vec<SocketAddr> {
     network.dns.iter().map(|server| SocketAddr::new(*server, PORT)).collect()
 }
 
 fn is_at_gateway(project: &Project, network: &str) -> bool {
-    project.networks.get(network).is_some_and(|network: &Network| network.names == Names::AtGateway)
+    project
+        .networks
+        .get(network)
+        .is_some_and(|network: &NetworkConfig| network.names == Names::AtGateway)
 }
 
 /// Returns the gateway that `service` queries, if all its networks have DNS servers at their

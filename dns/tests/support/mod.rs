@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tempfile::TempDir;
-use tidegate_dns::{EndpointSpec, NetworkSpec, Resolver, ServeOptions, Serving, Settings};
+use tidegate_dns::{EndpointSpec, NetworkSpec, Resolver, ResolverSettings, ServeOptions, Serving};
 use tidegate_netns as netns;
 use tidegate_testbed::Namespace;
 use tokio::runtime::Runtime;
@@ -46,7 +46,7 @@ impl TestBed {
     pub(crate) fn with(
         host: Namespace,
         resolv_conf: &str,
-        change: impl FnOnce(&mut Settings),
+        change: impl FnOnce(&mut ResolverSettings),
     ) -> Self {
         tidegate_testbed::raise_open_files(1 << 16);
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -57,7 +57,8 @@ impl TestBed {
         let directory = TempDir::new().unwrap();
         let path = directory.path().join("resolv.conf");
         fs::write(&path, resolv_conf).unwrap();
-        let mut settings = Settings { resolv_conf: path, ..Settings::new(handle(&host)) };
+        let mut settings =
+            ResolverSettings { resolv_conf: path, ..ResolverSettings::new(handle(&host)) };
         change(&mut settings);
         let guard = runtime.enter();
         let resolver = Arc::new(Resolver::new(settings).unwrap());

@@ -9,6 +9,7 @@
 //!    no effect outside.
 //! 2. [`Sandbox::close`] replaces the root by an empty read-only file system and drops the
 //!    privileges. [`Sandbox::drop_privileges`] drops them earlier, for a thread that starts others.
+//!
 //! Descriptors stay open. `CAP_NET_BIND_SERVICE` is kept if it has an effect: if the network
 //! namespace belongs to the process's own user namespace, as for root, ports below 1024 can be
 //! forwarded.

@@ -7,7 +7,7 @@ use super::seq::{before, later, up_to};
 use super::{Io, MAX_SCALE, Params};
 use crate::host::{Host, Ready};
 use crate::metrics::{DropReason, ForwardStats};
-use crate::wire::tcp::{Options, Segment, flags};
+use crate::wire::tcp::{Segment, TcpOptions, flags};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -483,11 +483,11 @@ impl<S> Connection<S> {
     ) -> bool {
         let Some(timestamps) = self.timestamps else { return true };
         let sound = match segment.options {
-            Options { timestamps: Some((value, _)), .. } => {
+            TcpOptions { timestamps: Some((value, _)), .. } => {
                 !before(value, timestamps.recent)
                     || io.now.saturating_duration_since(timestamps.since) > PAWS_IDLE
             }
-            Options { timestamps: None, .. } => {
+            TcpOptions { timestamps: None, .. } => {
                 io.stats.count_drop(DropReason::Window);
                 return false;
             }

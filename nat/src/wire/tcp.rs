@@ -22,7 +22,7 @@ pub mod flags {
 
 /// Parsed options.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Options {
+pub struct TcpOptions {
     /// Maximum segment size of the sender; on SYN only.
     pub mss: Option<u16>,
     /// Window scale of the sender; on SYN only.
@@ -47,7 +47,7 @@ pub struct Segment<'a> {
     /// The unscaled window field.
     pub window: u16,
     /// Options.
-    pub options: Options,
+    pub options: TcpOptions,
     /// Payload.
     pub payload: &'a [u8],
 }
@@ -108,15 +108,15 @@ impl<'a> Segment<'a> {
 
 /// Parses options until they end or are malformed; the rest is ignored (RFC 9293 section 3.1,
 /// MUST-7).
-fn options(mut bytes: &[u8]) -> Options {
+fn options(mut bytes: &[u8]) -> TcpOptions {
     // Fast path: two NOPs and timestamps, the form in all segments of an established connection.
     if let [1, 1, 8, 10, stamps @ ..] = bytes
         && stamps.len() == 8
     {
         let timestamps = Some((read_u32(stamps, 0), read_u32(stamps, 4)));
-        return Options { timestamps, ..Options::default() };
+        return TcpOptions { timestamps, ..TcpOptions::default() };
     }
-    let mut options = Options::default();
+    let mut options = TcpOptions::default();
     loop {
         match bytes {
             [1, rest @ ..] => bytes = rest,
