@@ -134,11 +134,11 @@ fn the_documented_error_matches() {
 #[test]
 fn the_documented_bounds_match() {
     for bound in [
-        format!("{} MiB of file", MAX_FILE >> 20),
-        format!("values {MAX_DEPTH} deep"),
+        format!("a file of {} MiB", MAX_FILE >> 20),
+        format!("values nested {MAX_DEPTH} deep"),
         format!("{MAX_VALUES} values"),
         format!("{} MiB of text", tree::MAX_TEXT >> 20),
-        format!("{} deep in each other", interpolate::MAX_NESTING),
+        format!("variables nested {} deep", interpolate::MAX_NESTING),
         format!("{MAX_PORTS} published ports"),
     ] {
         assert!(DOCUMENT.replace('\n', " ").contains(&bound), "{bound}");
