@@ -33,7 +33,7 @@ pub enum PublishBy {
     #[default]
     Proxy,
     /// By destination NAT of the kernel, and by sockets where it does not apply: connections from
-    /// loopback, from a container to its own port, and from IPv6 to IPv4
+    /// the host itself, from containers, and from IPv6 clients to containers without IPv6
     Kernel,
 }
 

@@ -23,7 +23,7 @@ use tidegate_telemetry::logging;
 use tidegate_telemetry::metrics_endpoint::MetricsAddress;
 use tracing_subscriber::filter::LevelFilter;
 
-/// Container networking in userspace: published ports that tell the truth.
+/// Container networking in userspace: published ports, isolated networks, DNS and egress.
 #[derive(Debug, Parser)]
 #[command(name = "tidegate", version, about, max_term_width = 100)]
 #[command(

@@ -103,7 +103,8 @@ pub(super) struct Publish {
     #[arg(long, value_name = "ADDRESS", default_value = "none")]
     metrics: String,
 
-    /// Published ports with their own metric series; the others are summed up per protocol
+    /// Maximum number of published ports with their own metric series; further ports are summed by
+    /// protocol
     #[arg(long, value_name = "N", default_value_t = 1000)]
     metrics_max_ports: usize,
 

@@ -48,7 +48,8 @@ pub(super) struct Up {
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9464")]
     metrics: String,
 
-    /// Published ports with their own metric series; the others are summed up per protocol
+    /// Maximum number of published ports with their own metric series; further ports are summed by
+    /// protocol
     #[arg(long, value_name = "N", default_value_t = 1000)]
     metrics_max_ports: usize,
 
@@ -60,8 +61,8 @@ pub(super) struct Up {
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = optional_timeout)]
     dns_ttl: Duration,
 
-    /// DNS queries per second that one service may have forwarded to upstream servers; more are
-    /// delayed
+    /// Maximum number of DNS queries of one service forwarded to upstream servers per second;
+    /// further queries are queued
     #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..))]
     dns_forward_rate: u32,
 
@@ -83,13 +84,13 @@ pub(super) struct Up {
     #[arg(long, value_name = "N", default_value_t = NatLimits::default().unanswered, value_parser = clap::value_parser!(u32).range(1..))]
     nat_max_unanswered: u32,
 
-    /// Number of flows tracked by the kernel (conntrack) above which the container with the most
-    /// loses its longest idle ones [default: three quarters of net.netfilter.nf_conntrack_max]
+    /// Maximum number of conntrack entries; above it, the container with the most entries loses its
+    /// longest idle ones [default: three quarters of net.netfilter.nf_conntrack_max]
     #[arg(long, value_name = "N")]
     max_tracked_flows: Option<NonZeroUsize>,
 
-    /// Give containers access to the loopback addresses of the host, on 169.254.116.103 (needs
-    /// --firewall=none, or an ordinary user)
+    /// Give containers access to the loopback addresses of the host at 169.254.116.103 (requires
+    /// --firewall=none or rootless mode)
     #[arg(long)]
     allow_host_loopback: bool,
 }
