@@ -10,6 +10,7 @@
 use crate::client_id::ClientId;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use tidegate_model::may_take;
 
 /// The networks of a client, as numbers in ascending order.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -44,8 +45,7 @@ impl Shares {
 
     /// Whether `partition` may take one more unit.
     pub(crate) fn allows(&self, partition: &Partition) -> bool {
-        let held = self.by.get(partition).copied().unwrap_or(0);
-        held < 2 * self.free()
+        may_take(self.by.get(partition).copied().unwrap_or(0), self.free())
     }
 
     /// Takes one unit for `partition`, which [`Self::allows`] has allowed.

@@ -4,6 +4,10 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+/// The interface index of `lo` in every network namespace (`LOOPBACK_IFINDEX`,
+/// include/net/flow.h).
+pub const LOOPBACK_INDEX: u32 = 1;
+
 /// How a connection or datagram reached a local socket, as reported by the kernel.
 ///
 /// The interface is the only field that a client cannot choose. It can forge the source address of

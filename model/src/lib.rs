@@ -50,7 +50,7 @@ pub use error_text::{bracketed, without_errno};
 pub use feature::{Feature, LACKS};
 pub use flow_key::{FlowKey, PublishLabel, PublishLabelError, canonical};
 pub use histogram::{Histogram, HistogramReading};
-pub use ingress::Ingress;
+pub use ingress::{Ingress, LOOPBACK_INDEX};
 pub use log_interval::LogInterval;
 pub use mac_address::{MacAddress, ParseMacAddressError};
 pub use port_mapping::{

@@ -74,6 +74,9 @@ impl Hash for FlowKey {
     }
 }
 
+/// Number of longest idle flows of a source that are searched for one with a descriptor.
+const EVICTION_SCAN: usize = 64;
+
 /// Class of a flow, by increasing value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
@@ -498,32 +501,39 @@ impl<T> FlowTable<T> {
     }
 
     /// Evicts a flow to free a descriptor: the longest unanswered flow of a source, if its last
-    /// packet is not later than `before` and it has a descriptor. Of several such sources, the one
-    /// with the most unanswered flows loses its flow.
+    /// packet is not later than `before`. Of several such sources, the one with the most unanswered
+    /// flows loses its flow.
     pub fn evict_unanswered(&mut self, before: Instant) -> Option<(FlowKey, T)> {
-        let victim = |source: &Source| {
-            let oldest = source.idle[0].oldest()?;
-            // Sessions of published ports have no descriptor of their own.
-            let frees = |class| source.origin == Origin::Inside || class == Class::Connection;
-            let entry = self.flows.get(oldest);
-            entry.filter(|entry| entry.last_seen <= before && frees(entry.class)).map(|_| oldest)
-        };
-        let candidates = self
-            .sources
-            .iter()
-            .filter_map(|(_, source)| Some((source.unanswered, victim(source)?)));
-        let (_, victim) = candidates.max_by_key(|(unanswered, _)| *unanswered)?;
-        self.remove(victim)
+        self.evict_with_descriptor(0, before, |source| source.unanswered)
     }
 
-    /// Like [`Self::evict_unanswered`], for answered flows that containers created: evicts the
-    /// longest idle flow of the source with the most flows.
+    /// Like [`Self::evict_unanswered`], for answered flows: evicts the longest idle flow of the
+    /// source with the most flows.
     pub fn evict_idle(&mut self, before: Instant) -> Option<(FlowKey, T)> {
-        let sources = self.sources.iter().filter(|(_, source)| source.origin == Origin::Inside);
-        let (_, largest) = sources.max_by_key(|(_, source)| source.flows)?;
-        let idlest = largest.idle[1].oldest()?;
-        self.flows.get(idlest).filter(|entry| entry.last_seen <= before)?;
-        self.remove(idlest)
+        self.evict_with_descriptor(1, before, |source| source.flows)
+    }
+
+    /// Evicts the longest idle flow with a descriptor in `Source::idle[list]` of the source with
+    /// the largest `share` among those that have such a flow.
+    fn evict_with_descriptor(
+        &mut self,
+        list: usize,
+        before: Instant,
+        share: impl Fn(&Source) -> usize,
+    ) -> Option<(FlowKey, T)> {
+        let victim = |source: &Source| {
+            // Sessions of published ports have no descriptor of their own.
+            let frees = |class| source.origin == Origin::Inside || class == Class::Connection;
+            let mut idle = source.idle[list].iter(&self.flows, |entry| &entry.links);
+            idle.by_ref().take(EVICTION_SCAN).find(|key| {
+                let entry = self.flows.get(*key);
+                entry.is_some_and(|entry| entry.last_seen <= before && frees(entry.class))
+            })
+        };
+        let candidates =
+            self.sources.iter().filter_map(|(_, source)| Some((share(source), victim(source)?)));
+        let (_, victim) = candidates.max_by_key(|(share, _)| *share)?;
+        self.remove(victim)
     }
 
     /// The source with the most flows, in the network with the most flows.
@@ -927,6 +937,27 @@ mod tests {
         let evicted =
             table.evict_for(ip, Origin::Outside, Class::Connection).map(|(_, port, _)| port);
         assert_eq!(evicted, Some(10), "the longest idle client flow, not a flow of the container");
+    }
+
+    #[test]
+    fn eviction_for_a_descriptor_skips_sessions_without_one() {
+        let now = Instant::now();
+        let limits = TableLimits { flows_per_source: 9, unanswered_per_source: 9, ..LIMITS };
+        let mut table = FlowTable::new(limits, KEY);
+        let ip = key(1, 1).inside.ip();
+        for (port, class) in [(10, Class::Tentative), (11, Class::Connection)] {
+            let admission = table.admit(ip, 0, Origin::Outside, now).unwrap();
+            table.insert(key(1, port), admission, class, port, now).unwrap();
+        }
+        let later = now + Duration::from_secs(1);
+        assert!(table.evict_unanswered(now - Duration::from_secs(1)).is_none(), "too recent");
+        assert_eq!(table.evict_unanswered(later).map(|(_, port)| port), Some(11));
+        assert!(table.evict_unanswered(later).is_none(), "a session of a published port");
+        // Answered connections of clients hold descriptors, too.
+        let admission = table.admit(ip, 0, Origin::Outside, now).unwrap();
+        let flow = table.insert(key(1, 12), admission, Class::Connection, 12, now).unwrap();
+        table.mark_answered(flow);
+        assert_eq!(table.evict_idle(later).map(|(_, port)| port), Some(12));
     }
 
     #[test]

@@ -13,13 +13,6 @@ use ipnet::IpNet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use tidegate_model::CidrSet;
 
-/// Metadata services of clouds, which hand out identity and credentials: EC2, GCE and Azure, and
-/// EC2 over IPv6.
-const METADATA: [IpAddr; 2] = [
-    IpAddr::V4(Ipv4Addr::new(169, 254, 169, 254)),
-    IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
-];
-
 /// The well-known port of DNS.
 pub(crate) const DNS: u16 = 53;
 
@@ -56,8 +49,6 @@ pub struct Policy {
     pub allowed: CidrSet,
     /// Reject the addresses of the host.
     pub refuse_host: bool,
-    /// Permit the metadata service of the cloud.
-    pub metadata: bool,
 }
 
 /// Verdict for a new flow.
@@ -138,7 +129,7 @@ impl Policy {
     }
 
     fn refuses(&self, ip: IpAddr, is_host: impl Fn(IpAddr) -> bool) -> bool {
-        if is_unroutable(ip) || !self.metadata && METADATA.contains(&ip) {
+        if is_unroutable(ip) {
             return true;
         }
         !self.allowed.contains(ip) && (self.refused.contains(ip) || self.refuse_host && is_host(ip))
@@ -192,7 +183,7 @@ mod tests {
 
     #[test]
     fn loopback_of_the_host_is_rejected_in_every_notation() {
-        let policy = Policy { metadata: true, ..Policy::default() };
+        let policy = Policy::default();
         for refused in [
             "127.0.0.1:80",
             "127.9.9.9:80",
@@ -224,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn metadata_other_networks_and_the_host_are_rejected_if_configured() {
+    fn other_networks_and_the_host_are_rejected_if_configured() {
         let policy = Policy {
             refused: CidrSet::parse(["10.1.0.0/16", "fd01::/16"]).unwrap(),
             allowed: CidrSet::parse(["10.1.0.9", "192.0.2.2"]).unwrap(),
@@ -233,8 +224,6 @@ mod tests {
         };
         let host = |ip: IpAddr| ["192.0.2.1", "192.0.2.2"].iter().any(|own| own.parse() == Ok(ip));
         for (address, refused) in [
-            ("169.254.169.254:80", true),
-            ("[fd00:ec2::254]:80", true),
             ("10.1.2.3:80", true),
             ("[64:ff9b::a01:203]:80", true),
             ("[fd01::1]:80", true),

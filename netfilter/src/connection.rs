@@ -117,6 +117,8 @@ pub struct Listed {
     pub owner: Option<u32>,
     /// The table persists after its owner exits.
     pub persists: bool,
+    /// All flags (`NFTA_TABLE_FLAGS`).
+    flags: u32,
 }
 
 impl Listed {
@@ -127,9 +129,13 @@ impl Listed {
             name: attribute(table, 1).map(text).unwrap_or_default(),
             owner: attribute(table, 7).and_then(number).filter(|_| flags & OWNER != 0),
             persists: flags & PERSIST != 0,
+            flags,
         }
     }
 }
+
+/// Hook, policy and type of a chain, as the kernel encodes them; `None` for a chain without hook.
+type ChainForm = [Option<Vec<u8>>; 3];
 
 /// A connection to the packet filter of one network namespace. Its ownership of tables ends when it
 /// is dropped.
@@ -387,10 +393,9 @@ impl Connection {
         Ok(self.socket.send_all(&messages, |_, _| ())?.is_empty())
     }
 
-    /// Returns a hash over the chain names, rules, sets and elements of the table `name`,
-    /// restricted to the chains and sets whose name satisfies `filter`. It does not cover counters,
-    /// the flags of the table, and the hooks and policies of its chains. Returns `None` if the
-    /// table does not exist.
+    /// Returns a hash over the flags, chains with their hooks and policies, rules, sets and
+    /// elements of the table `name`, restricted to the chains and sets whose name satisfies
+    /// `filter`. It does not cover counters. Returns `None` if the table does not exist.
     ///
     /// # Errors
     /// Errors of the kernel.
@@ -399,12 +404,11 @@ impl Connection {
         name: &str,
         filter: impl Fn(&str) -> bool,
     ) -> io::Result<Option<u64>> {
-        if self.table(name)?.is_none() {
-            return Ok(None);
-        }
+        let Some(table) = self.table(name)? else { return Ok(None) };
         let mut hasher = DefaultHasher::new();
-        for chain in self.chains(name)?.into_iter().filter(|chain| filter(chain)) {
-            chain.hash(&mut hasher);
+        table.flags.hash(&mut hasher);
+        for (chain, form) in self.chains(name)?.into_iter().filter(|(chain, _)| filter(chain)) {
+            (&chain, form).hash(&mut hasher);
             self.rules(name, &chain)?.hash(&mut hasher);
         }
         for (set, handle) in self.sets(name)?.into_iter().filter(|(set, _)| filter(set)) {
@@ -463,7 +467,7 @@ impl Connection {
                     return Ok(());
                 }
                 let others = self
-                    .chains(table)?
+                    .chain_names(table)?
                     .into_iter()
                     .any(|chain| chain != *kept && !names.contains(&chain));
                 let others =
@@ -489,7 +493,7 @@ impl Connection {
         messages: &mut Vec<Message>,
     ) -> io::Result<()> {
         let chains: Vec<_> =
-            self.chains(table)?.into_iter().filter(|chain| names.contains(chain)).collect();
+            self.chain_names(table)?.into_iter().filter(|chain| names.contains(chain)).collect();
         messages.extend(chains.iter().map(|chain| flush_chain(table, chain)));
         messages.extend(chains.iter().map(|chain| delete_chain(table, chain)));
         let sets = self.sets(table)?;
@@ -511,14 +515,24 @@ impl Connection {
     }
 
     /// Lists the chains of a table.
-    fn chains(&mut self, table: &str) -> io::Result<Vec<String>> {
+    fn chain_names(&mut self, table: &str) -> io::Result<Vec<String>> {
+        Ok(self.chains(table)?.into_iter().map(|(name, _)| name).collect())
+    }
+
+    /// Lists the chains of a table: the name, and the attributes for hook, policy and type.
+    fn chains(&mut self, table: &str) -> io::Result<Vec<(String, ChainForm)>> {
+        /// `NFTA_CHAIN_HOOK`, `NFTA_CHAIN_POLICY`, `NFTA_CHAIN_TYPE`.
+        const FORM: [u16; 3] = [4, 5, 7];
         let mut chains = Vec::new();
         self.socket.dump(
             &list(request::GET_CHAIN, Attributes::default().text(1, table)),
             |_, chain| {
                 // The kernel lists the chains of all tables.
-                if attribute(chain, 1).map(text).as_deref() == Some(table) {
-                    chains.extend(attribute(chain, 3).map(text));
+                if attribute(chain, 1).map(text).as_deref() == Some(table)
+                    && let Some(name) = attribute(chain, 3)
+                {
+                    let form = FORM.map(|kind| attribute(chain, kind).map(<[u8]>::to_vec));
+                    chains.push((text(name), form));
                 }
             },
         )?;

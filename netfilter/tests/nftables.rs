@@ -387,6 +387,8 @@ fn every_change_alters_the_fingerprint() {
         "delete element inet everything own4 { tg-a . 10.9.1.0/24 }",
         "delete element inet everything ports { tcp . 2 }",
         "add chain inet everything more",
+        "add chain inet everything raw { policy drop; }",
+        "add table inet everything { flags dormant; }",
         "delete table inet everything",
     ] {
         connection.commit(&replace(&everything(), false)).unwrap();

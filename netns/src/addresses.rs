@@ -28,10 +28,7 @@ use std::fmt;
 use std::io;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-
-/// Interface index of `lo` in every network namespace (`LOOPBACK_IFINDEX` in
-/// `include/net/net_namespace.h`).
-pub(crate) const LOOPBACK: u32 = 1;
+use tidegate_model::LOOPBACK_INDEX;
 
 /// The addresses of a namespace.
 ///
@@ -223,7 +220,7 @@ impl Table {
 
     fn is_on_link(&self, ip: IpAddr) -> bool {
         let ip = ip.to_canonical();
-        self.0.iter().any(|entry| entry.interface != LOOPBACK && entry.subnet.contains(&ip))
+        self.0.iter().any(|entry| entry.interface != LOOPBACK_INDEX && entry.subnet.contains(&ip))
     }
 
     fn on_link_with(&self, a: IpAddr, b: IpAddr) -> bool {
@@ -232,8 +229,11 @@ impl Table {
     }
 
     fn container_addresses(&self, preferred: [Option<u32>; 2]) -> Vec<IpAddr> {
-        let mut entries: Vec<&Entry> =
-            self.0.iter().filter(|entry| entry.global && entry.interface != LOOPBACK).collect();
+        let mut entries: Vec<&Entry> = self
+            .0
+            .iter()
+            .filter(|entry| entry.global && entry.interface != LOOPBACK_INDEX)
+            .collect();
         // The sort is stable, so equal keys keep the order of the kernel.
         entries.sort_by_key(|entry| {
             let family = Family::of(entry.own);
@@ -270,7 +270,7 @@ impl Entry {
     /// Every IPv4 address in a subnet of `lo` is local (`fib_add_ifaddr`, net/ipv4/fib_frontend.c).
     /// Subnets other than 127.0.0.0/8 can be added to `lo`.
     fn is_loopback_subnet(&self, ip: IpAddr) -> bool {
-        self.interface == LOOPBACK && ip.is_ipv4() && self.subnet.contains(&ip)
+        self.interface == LOOPBACK_INDEX && ip.is_ipv4() && self.subnet.contains(&ip)
     }
 }
 

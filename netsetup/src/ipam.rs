@@ -188,8 +188,7 @@ impl Pools {
     pub fn obtain(&self, v6: bool, in_use: &[IpNet]) -> Result<IpNet, Exhausted> {
         let free = |subnet: &IpNet| !in_use.iter().any(|used| overlap(used, subnet));
         let found = if v6 {
-            // One more than can be in use.
-            let mut parts = self.v6.subnets(64).into_iter().flatten().take(in_use.len() + 1);
+            let mut parts = self.v6.subnets(64).into_iter().flatten();
             parts.find_map(|part| Some(IpNet::V6(part)).filter(free))
         } else {
             let mut parts = self

@@ -37,10 +37,7 @@ use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
-use tidegate_model::{Ingress, canonical, registry};
-
-/// The index of `lo` in every namespace (`LOOPBACK_IFINDEX`, include/net/flow.h).
-const LOOPBACK: u32 = 1;
+use tidegate_model::{Ingress, LOOPBACK_INDEX, canonical, registry};
 
 /// A bridge, identified by its interface index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -214,7 +211,7 @@ impl GatewayAcl {
         }
         let is_gateway = |address| networks.iter().any(|network| network.has_gateway(address));
         let is_host =
-            interface == LOOPBACK || client == destination || handshake && is_gateway(client);
+            interface == LOOPBACK_INDEX || client == destination || handshake && is_gateway(client);
         if is_host {
             return true;
         }
@@ -349,7 +346,7 @@ mod tests {
         let (y, n) = (true, false);
         for (interface, client, destination, allowed) in [
             // The host itself. The kernel reports the interface that has the destination address.
-            (LOOPBACK, "127.0.0.1", "127.0.0.1", [y, y, y, y]),
+            (LOOPBACK_INDEX, "127.0.0.1", "127.0.0.1", [y, y, y, y]),
             (SHUT, "10.77.3.1", "10.77.3.1", [y, y, y, y]),
             (SHUT, "fe80::1", "fe80::1", [y, y, y, y]),
             (UPLINK, "203.0.113.1", "203.0.113.1", [y, y, y, y]),
@@ -534,7 +531,7 @@ mod tests {
     fn sockets_in_another_namespace_ignore_bridge_indexes() {
         let port = attached(&["front"]).for_other_namespace();
         for (interface, client, destination, datagrams, connections) in [
-            (LOOPBACK, "127.0.0.1", "127.0.0.1", true, true),
+            (LOOPBACK_INDEX, "127.0.0.1", "127.0.0.1", true, true),
             (UPLINK, "203.0.113.1", "203.0.113.1", true, true),
             (UPLINK, "203.0.113.9", "203.0.113.1", true, true),
             // An interface whose index happens to equal that of a bridge.

@@ -37,14 +37,12 @@ mod worker;
 pub use config::{PortOptions, Settings};
 pub use engine::{Drained, Engine, PublishedPort};
 pub use gateway_acl::{Bridge, ForeignNetwork, GatewayAcl, GatewayNetwork, GatewayNetworks};
-pub use listener::{AdoptError, BindError, Listener, UDP_BUFFER, UNREAD_BYTES};
+pub use listener::{AdoptError, BindError, Listener};
 pub use metrics::{
     EngineUsage, FAMILIES, PortSnapshot, SeriesLabel, USAGE_FAMILIES, describe, describe_engine,
 };
 pub use port::{DropReason, Refusal};
 pub use proxy_protocol::ProxyProtocol;
-pub use tidegate_reactor::Permit;
+pub use tidegate_reactor::{Permit, UDP_BUFFER, UNREAD_BYTES, is_exhaustion};
 pub use udp::session_table::TableLimits;
-pub use upstream::{
-    Direct, Flow, Lease, Opened, Upstream, has_lost_local_address, is_exhaustion, socket,
-};
+pub use upstream::{Direct, Flow, Lease, Opened, Upstream, has_lost_local_address, socket};

@@ -2,30 +2,20 @@
 
 use rustix::io::Errno;
 use rustix::net::{SocketType, sockopt};
-use socket2::{Domain, Protocol as IpProtocol, SockRef, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol as IpProtocol, SockRef, Socket, Type};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::LazyLock;
-use std::time::Duration;
 use tidegate_model::{Feature, Protocol, PublishLabel, canonical};
 use tidegate_reactor::{
-    accept_only_from_loopback, batch, drop_forged_own_source, enable_stream_ingress,
-    revive_datagrams, revive_listener, set_window_clamp, unfix_buffers,
+    BACKLOG, KEEPALIVE, ReceiveBound, UNREAD_BYTES, accept_only_from_loopback, batch,
+    drop_forged_own_source, enable_stream_ingress, enlarge_datagram_buffers, revive_datagrams,
+    revive_listener, set_window_clamp, unfix_buffers,
 };
-
-/// Accept queue length, the default of `net.core.somaxconn`, at which the kernel caps it.
-const BACKLOG: i32 = 4096;
 
 /// Maximum number of datagrams that [`Listener::open`] discards.
 const MAX_STALE_DATAGRAMS: usize = 65_536;
-
-/// TCP keepalive: idle time, interval, and number of probes. A vanished peer is detected after 15 +
-/// 9 × 15 s, as by docker-proxy (the defaults of Go).
-const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
-    .with_time(Duration::from_secs(15))
-    .with_interval(Duration::from_secs(15))
-    .with_retries(9);
 
 /// Maximum unsent payload in a send buffer in bytes (`TCP_NOTSENT_LOWAT`), for a narrow and a wide
 /// half. Data in flight is not included; the window of the receiver bounds it. Without this limit
@@ -33,19 +23,9 @@ const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
 const UNSENT_NARROW: u32 = 64 << 10;
 const UNSENT_WIDE: u32 = 256 << 10;
 
-/// Receive buffer of the source of a wide half in bytes, not counting kernel overhead (the kernel
-/// doubles the value for that). Without a fixed size the buffer grows to `tcp_rmem` (6 to 32 MiB)
-/// when the other side has stopped reading. The cost is a throughput limit of slightly more than 1
-/// MiB per round trip.
-pub const UNREAD_BYTES: usize = 1 << 20;
-
 /// Receive buffer of the source of a narrow half in bytes, not counting kernel overhead. The window
 /// that it permits exceeds what a sender has in flight before the half can become wide.
 const UNREAD_NARROW: usize = 128 << 10;
-
-/// Requested socket buffer size of UDP ports in bytes; the kernel caps it at `net.core.rmem_max`. A
-/// sender with segmentation offload delivers up to 64 KiB at once.
-pub const UDP_BUFFER: usize = 4 << 20;
 
 /// The socket of a published port.
 #[derive(Debug)]
@@ -247,7 +227,7 @@ fn prepare(socket: &Socket, address: SocketAddr, protocol: Protocol) -> io::Resu
     }
     // Receive offload requires Linux 5.0. Without it only throughput is lower.
     let _ = enable_gro(socket);
-    prepare_datagrams(socket);
+    enlarge_datagram_buffers(socket);
     batch::enable_packet_info(socket, address.is_ipv6())
 }
 
@@ -267,17 +247,11 @@ pub(crate) fn prepare_stream(stream: impl AsFd) -> io::Result<()> {
 /// kernel manages the buffer: a much smaller one would cost more throughput than the limit is
 /// worth.
 pub(crate) fn widen(source: impl AsFd, sink: impl AsFd) {
-    static ALLOWED: LazyLock<bool> = LazyLock::new(|| {
-        let limit = std::fs::read_to_string("/proc/sys/net/core/rmem_max").ok();
-        limit
-            .and_then(|limit| limit.trim().parse::<usize>().ok())
-            .is_some_and(|limit| limit >= UNREAD_BYTES)
-    });
-    if sockopt::set_socket_recv_buffer_size_force(&source, UNREAD_BYTES).is_err()
-        && (*ALLOWED || unfix_buffers(&source).is_err())
-    {
+    static BOUND: LazyLock<ReceiveBound> = LazyLock::new(ReceiveBound::probe);
+    let is_left = *BOUND == ReceiveBound::Leave && unfix_buffers(&source).is_ok();
+    if !is_left && (*BOUND == ReceiveBound::Leave || BOUND.apply(&source).is_err()) {
         // An error means that the peer has closed the connection, which then needs no buffer.
-        let _ = sockopt::set_socket_recv_buffer_size(&source, UNREAD_BYTES);
+        let _ = ReceiveBound::Ask.apply(&source);
     }
     // The kernel doubles the buffer size and uses a part of it for overhead.
     let _ = set_window_clamp(&source, 2 * UNREAD_BYTES as u32);
@@ -303,15 +277,6 @@ pub(crate) fn enable_gro(datagrams: impl AsFd) -> io::Result<()> {
         return Err(Errno::NOPROTOOPT.into());
     }
     batch::enable_receive_offload(datagrams)
-}
-
-/// Requests larger buffers for a datagram socket. A cap by the system is not an error.
-pub(crate) fn prepare_datagrams(datagrams: impl AsFd) {
-    let socket = SockRef::from(&datagrams);
-    if sockopt::set_socket_recv_buffer_size_force(&datagrams, UDP_BUFFER).is_err() {
-        let _ = socket.set_recv_buffer_size(UDP_BUFFER);
-    }
-    let _ = socket.set_send_buffer_size(UDP_BUFFER);
 }
 
 #[cfg(test)]

@@ -50,7 +50,7 @@ pub trait Upstream: Send + Sync {
     /// Opens a socket for `flow`. A TCP connect may still be in progress when this returns.
     ///
     /// # Errors
-    /// Errors of the system calls. If descriptors or memory are exhausted ([`is_exhaustion`]),
+    /// Errors of the system calls. If descriptors or memory are exhausted ([`is_exhaustion`](tidegate_reactor::is_exhaustion)),
     /// accepting pauses; any other error refuses this flow.
     fn open(&self, flow: &Flow) -> io::Result<Opened>;
 
@@ -65,12 +65,6 @@ pub trait Upstream: Send + Sync {
     fn wants_local_address(&self) -> bool {
         false
     }
-}
-
-/// Whether `error` means that the process or the system is out of descriptors or memory.
-pub fn is_exhaustion(error: &io::Error) -> bool {
-    let exhausted = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS];
-    Errno::from_io_error(error).is_some_and(|errno| exhausted.contains(&errno))
 }
 
 /// An upstream that connects to a container from the namespace of this process, with the source

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
+use tidegate_model::LOOPBACK_INDEX;
 
 use crate::batch;
 
@@ -107,7 +108,7 @@ pub fn drop_forged_own_source(datagrams: impl AsFd, ipv6: bool) -> io::Result<()
     let interface = (libc::SKF_AD_OFF as u32).wrapping_add(libc::SKF_AD_IFINDEX as u32);
     let mut program = vec![
         load(interface),
-        filter(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 4 * words + 1, 0, LOOPBACK),
+        filter(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 4 * words + 1, 0, LOOPBACK_INDEX),
     ];
     for word in 0..words {
         let offset = u32::from(word) * 4;
@@ -136,9 +137,6 @@ pub fn drop_forged_own_source(datagrams: impl AsFd, ipv6: bool) -> io::Result<()
 fn filter(code: u32, if_true: u8, if_false: u8, value: u32) -> libc::sock_filter {
     libc::sock_filter { code: code as u16, jt: if_true, jf: if_false, k: value }
 }
-
-/// The index of `lo` in every namespace (`LOOPBACK_IFINDEX`, include/net/flow.h).
-const LOOPBACK: u32 = 1;
 
 /// `IP_PKTOPTIONS` (include/uapi/linux/in.h), which the libc crate does not define for every C
 /// library.

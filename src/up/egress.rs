@@ -245,8 +245,6 @@ pub(super) fn policy(layout: &Layout, observed: &Observed) -> Policy {
         networks: with_egress.map(policy_network).collect(),
         gateways: registry::ENGINE_ADDRESSES.to_vec(),
         refused: subnets(true).chain(of_others.map(|(net, _)| net.trunc())).collect::<CidrSet>(),
-        // The metadata service of the cloud is reachable, as it is with a firewall.
-        metadata: true,
         ..Policy::default()
     }
 }

@@ -6,6 +6,7 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tidegate_netns::{ChangeListener, Namespace, Topic, drop_in_background};
+use tidegate_reactor::is_exhaustion;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
@@ -43,8 +44,11 @@ impl EndpointWatch {
         }
         let topics = [Topic::Links, Topic::Addresses, Topic::Routes, Topic::Rules, Topic::Settings];
         let links = register(ChangeListener::of(namespace, &topics)?)?;
-        // Fails on a kernel without nftables, where there is no table to watch.
-        let rules = namespace.with(ChangeListener::of_rules)?.and_then(RuleListener::new).ok();
+        let rules = match namespace.with(ChangeListener::of_rules)?.and_then(RuleListener::new) {
+            Err(error) if is_exhaustion(&error) => return Err(error),
+            // A kernel without nftables, where there is no table to watch.
+            rules => rules.ok(),
+        };
         let task =
             tokio::spawn(watch(endpoint.to_owned(), links, rules, Arc::clone(&self.changed)));
         self.tasks.insert(endpoint.to_owned(), task.abort_handle());

@@ -183,7 +183,6 @@ fn run(options: &Options) -> Result<(), RunError> {
         resolvers: servers.unwrap_or_default(),
         host_loopback: !options.disable_host_loopback,
         // As in slirp4netns, containers reach what the host reaches.
-        metadata: true,
         ..Policy::default()
     };
     let mut settings = Settings::new(options.mtu);

@@ -278,17 +278,12 @@ impl<H: Host> Engine<H> {
     }
 }
 
-/// Whether a local resource is exhausted, as opposed to a network error.
+/// Whether a local resource is exhausted, as opposed to a network error: descriptors, memory, or
+/// source ports (`EADDRNOTAVAIL` of connect(2), `EAGAIN` of bind(2)).
 pub(super) fn is_exhaustion(error: &io::Error) -> bool {
-    let short = [
-        Errno::MFILE,
-        Errno::NFILE,
-        Errno::NOBUFS,
-        Errno::NOMEM,
-        Errno::ADDRNOTAVAIL,
-        Errno::AGAIN,
-    ];
-    short.iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
+    let ports = [Errno::ADDRNOTAVAIL, Errno::AGAIN];
+    tidegate_reactor::is_exhaustion(error)
+        || Errno::from_io_error(error).is_some_and(|errno| ports.contains(&errno))
 }
 
 /// The ICMP error that a router would send for `error`; `None` if the remote side sent a reset.

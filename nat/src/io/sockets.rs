@@ -12,9 +12,9 @@ use crate::settings::{Capabilities, Outbound, Settings};
 use crate::wire::icmp::IcmpError;
 use crate::wire::{ethernet, virtio};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with, sockopt};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with};
 use rustix::time::Timespec;
-use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
+use socket2::{Domain, SockRef, Socket, Type};
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, Shutdown, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -24,9 +24,9 @@ use tidegate_model::{Feature, Protocol};
 use tidegate_netns::AddressBook;
 use tidegate_reactor::batch::{self, MAX_SEGMENTS, RecvBatch};
 use tidegate_reactor::{
-    Descriptors, Epoll, Interest, Key, Permit, PortRange, StreamIngress, Token,
-    accept_only_from_loopback, begin_connect, enable_stream_ingress, revive_listener,
-    says_destroyed, set_number, stream_ingress,
+    BACKLOG, Descriptors, Epoll, Interest, KEEPALIVE, Key, Permit, PortRange, ReceiveBound,
+    StreamIngress, Token, accept_only_from_loopback, begin_connect, enable_stream_ingress,
+    enlarge_datagram_buffers, revive_listener, says_destroyed, set_number, stream_ingress,
 };
 
 /// Token tag of flow sockets.
@@ -34,24 +34,6 @@ pub(super) const FLOW: u8 = 0;
 
 /// Token tag of published port sockets.
 pub(super) const PORT: u8 = 3;
-
-/// Length of the accept queue: the default of `net.core.somaxconn`, at which the kernel caps it.
-const BACKLOG: i32 = 4096;
-
-/// Keepalive of client connections, as for ports of the port publisher.
-const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
-    .with_time(Duration::from_secs(15))
-    .with_interval(Duration::from_secs(15))
-    .with_retries(9);
-
-/// Buffer size of a session socket in bytes, as in the port publisher: a batch of GSO batches.
-const DATAGRAM_BUFFER: usize = 4 << 20;
-
-/// Receive buffer of a TCP socket in bytes of payload (the kernel doubles it for bookkeeping).
-/// Without it, the kernel grows the buffer of each connection of a stalled container to `tcp_rmem`
-/// (6 to 32 MiB). The cost is a throughput limit of slightly more than 1 MiB per round trip, as for
-/// published ports.
-const RECEIVE_BUFFER: usize = 1 << 20;
 
 /// Maximum number of pending errors of earlier datagrams to skip per send.
 const MAX_PENDING_ERRORS: usize = 3;
@@ -66,7 +48,7 @@ pub(crate) struct Kernel {
     descriptors: Arc<Descriptors>,
     capabilities: Capabilities,
     outbound: Outbound,
-    bound_buffer: BoundBuffer,
+    bound_buffer: ReceiveBound,
     destinations: Destinations,
     /// The current endpoint is busy, so handshake ACKs are delayed.
     pub(super) delay_handshake_acks: bool,
@@ -159,40 +141,6 @@ impl Batch for Received {
     }
 }
 
-/// Method of fixing the receive buffer size.
-#[derive(Clone, Copy, Debug)]
-enum BoundBuffer {
-    /// With the privilege to exceed `net.core.rmem_max`.
-    Force,
-    /// Within `net.core.rmem_max`.
-    Ask,
-    /// Not fixed: the limit would reduce the throughput too much.
-    Leave,
-}
-
-impl BoundBuffer {
-    fn probe() -> Self {
-        let Ok(socket) = new_socket(AddressFamily::INET, SocketType::STREAM, None) else {
-            return Self::Leave;
-        };
-        if Self::Force.apply(&socket).is_ok() {
-            return Self::Force;
-        }
-        let asked =
-            Self::Ask.apply(&socket).and_then(|()| SockRef::from(&socket).recv_buffer_size());
-        // The kernel reports the doubled size.
-        if asked.is_ok_and(|size| size >= 2 * RECEIVE_BUFFER) { Self::Ask } else { Self::Leave }
-    }
-
-    fn apply(self, socket: &OwnedFd) -> io::Result<()> {
-        match self {
-            Self::Force => Ok(sockopt::set_socket_recv_buffer_size_force(socket, RECEIVE_BUFFER)?),
-            Self::Ask => SockRef::from(socket).set_recv_buffer_size(RECEIVE_BUFFER),
-            Self::Leave => Ok(()),
-        }
-    }
-}
-
 /// Probes socket features of the kernel.
 pub(crate) fn probe() -> Capabilities {
     let stream = new_socket(AddressFamily::INET, SocketType::STREAM, None);
@@ -245,7 +193,7 @@ pub fn reserve_port(protocol: Protocol, listen: SocketAddr) -> io::Result<OwnedF
     Ok(socket.into())
 }
 
-fn prepare_stream(socket: &OwnedFd, buffer: BoundBuffer) -> io::Result<()> {
+fn prepare_stream(socket: &OwnedFd, buffer: ReceiveBound) -> io::Result<()> {
     buffer.apply(socket)?;
     // Keeps urgent data in the stream.
     SockRef::from(socket).set_out_of_band_inline(true)
@@ -304,10 +252,7 @@ impl Kernel {
         if self.capabilities.udp_gso {
             batch::enable_receive_offload(socket)?;
         }
-        if sockopt::set_socket_recv_buffer_size_force(socket, DATAGRAM_BUFFER).is_err() {
-            let _ = SockRef::from(socket).set_recv_buffer_size(DATAGRAM_BUFFER);
-        }
-        let _ = SockRef::from(socket).set_send_buffer_size(DATAGRAM_BUFFER);
+        enlarge_datagram_buffers(socket);
         Ok(())
     }
 
@@ -330,7 +275,7 @@ impl Kernel {
         settings: &Settings,
     ) -> Self {
         let Settings { capabilities, outbound, .. } = *settings;
-        let bound_buffer = BoundBuffer::probe();
+        let bound_buffer = ReceiveBound::probe();
         let Tun { descriptor: tun, layer2, .. } = device;
         Self {
             tun,
@@ -467,7 +412,7 @@ impl Host for Kernel {
             tracing::warn!(
                 kind = "listener",
                 object = %listener.address,
-                "removed or changed by other software; restored"
+                "destroyed by other software; restored"
             );
         }
         let (socket, client) = accepted?;
@@ -629,9 +574,18 @@ impl Host for Kernel {
         hop_limit: Option<u8>,
     ) -> SendOutcome {
         socket.prepare(dont_fragment, hop_limit);
+        let destination = destination.map(|destination| batch::Destination {
+            to: destination.to,
+            from: destination.from.map(|address| (address, 0)),
+        });
         if bytes.len() > segment && segment <= socket.max_segment {
             match send_past_errors(|| {
-                sys::send_message(&socket.socket, destination, bytes, Some(segment as u16))
+                batch::send_message(
+                    &socket.socket,
+                    destination.as_ref(),
+                    bytes,
+                    Some(segment as u16),
+                )
             }) {
                 Ok(_) => return SendOutcome::Sent,
                 // The segment exceeds the path MTU (EINVAL; EMSGSIZE since 6.12), or the device has
@@ -652,7 +606,9 @@ impl Host for Kernel {
         loop {
             let (datagram, more) = rest.split_at(segment.min(rest.len()));
             if let Err(error) = send_past_errors(|| match destination {
-                Some(_) => sys::send_message(&socket.socket, destination, datagram, None),
+                Some(_) => {
+                    batch::send_message(&socket.socket, destination.as_ref(), datagram, None)
+                }
                 None => sys::send(&socket.socket, datagram),
             }) {
                 outcome = socket.outcome(&error);

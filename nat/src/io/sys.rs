@@ -1,6 +1,6 @@
 //! System calls that neither rustix nor socket2 provides.
 
-use crate::host::{Destination, SocketError};
+use crate::host::SocketError;
 use crate::wire::icmp::IcmpError;
 use socket2::{SockAddr, SockAddrStorage};
 use std::io;
@@ -100,93 +100,6 @@ pub(super) fn send(socket: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
     // SAFETY: pointer and length describe `bytes`.
     checked(unsafe {
         libc::send(socket.as_fd().as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags)
-    })
-}
-
-/// Buffer for control messages: source address and segment size. Aligned as `cmsghdr` requires.
-#[repr(C, align(8))]
-struct SendControl([u8; 128]);
-
-impl SendControl {
-    /// Appends a message at offset `used` and returns the next offset.
-    fn push<T: Copy>(
-        &mut self,
-        used: usize,
-        level: libc::c_int,
-        kind: libc::c_int,
-        value: T,
-    ) -> usize {
-        let size = size_of::<T>() as u32;
-        // SAFETY: CMSG_SPACE and CMSG_LEN are pure arithmetic.
-        let (space, length) = unsafe { (libc::CMSG_SPACE(size), libc::CMSG_LEN(size)) };
-        let end = used + space as usize;
-        assert!(end <= self.0.len(), "the control buffer fits all messages");
-        // SAFETY: header and value are within the buffer, as checked above. `used` is a sum of
-        // CMSG_SPACE values and therefore aligned, and the value is written unaligned.
-        unsafe {
-            let message = self.0.as_mut_ptr().add(used).cast::<libc::cmsghdr>();
-            (*message).cmsg_level = level;
-            (*message).cmsg_type = kind;
-            (*message).cmsg_len = length as _;
-            libc::CMSG_DATA(message).cast::<T>().write_unaligned(value);
-        }
-        end
-    }
-}
-
-/// Sends `bytes`, to `destination` if the socket is not connected, and as datagrams of `segment`
-/// bytes if given (`UDP_SEGMENT`, udp(7)).
-pub(super) fn send_message(
-    socket: impl AsFd,
-    destination: Option<Destination>,
-    bytes: &[u8],
-    segment: Option<u16>,
-) -> io::Result<usize> {
-    let name = destination.map(|destination| SockAddr::from(destination.to));
-    let mut control = SendControl([0; 128]);
-    let mut used = 0;
-    match destination.and_then(|destination| destination.from) {
-        Some(IpAddr::V4(from)) => {
-            let info = libc::in_pktinfo {
-                ipi_ifindex: 0,
-                ipi_spec_dst: libc::in_addr { s_addr: u32::from_ne_bytes(from.octets()) },
-                ipi_addr: libc::in_addr { s_addr: 0 },
-            };
-            used = control.push(used, libc::IPPROTO_IP, libc::IP_PKTINFO, info);
-        }
-        Some(IpAddr::V6(from)) => {
-            let info = libc::in6_pktinfo {
-                ipi6_addr: libc::in6_addr { s6_addr: from.octets() },
-                ipi6_ifindex: 0,
-            };
-            used = control.push(used, libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, info);
-        }
-        None => {}
-    }
-    if let Some(segment) = segment {
-        used = control.push(used, libc::SOL_UDP, libc::UDP_SEGMENT, segment);
-    }
-    let mut vector =
-        libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-    // SAFETY: all-zero is a valid msghdr; sendmsg(2) only reads what the header describes, which
-    // outlives the call.
-    checked(unsafe {
-        let mut header: libc::msghdr = MaybeUninit::zeroed().assume_init();
-        if let Some(name) = &name {
-            header.msg_name = name.as_ptr().cast_mut().cast();
-            header.msg_namelen = name.len();
-        }
-        header.msg_iov = &raw mut vector;
-        header.msg_iovlen = 1;
-        if used > 0 {
-            header.msg_control = control.0.as_mut_ptr().cast();
-            header.msg_controllen = used as _;
-        }
-        libc::sendmsg(
-            socket.as_fd().as_raw_fd(),
-            &raw const header,
-            libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
-        )
     })
 }
 

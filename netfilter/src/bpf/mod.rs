@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
-use tidegate_model::Feature;
+use tidegate_model::{Feature, LOOPBACK_INDEX};
 
 /// `enum bpf_cmd`.
 mod command {
@@ -39,9 +39,6 @@ const ARRAY: u32 = 2;
 const BEFORE: u32 = 1 << 3;
 /// Maximum number of programs at one hook (`BPF_MPROG_MAX`).
 const PROGRAMS: usize = 64;
-/// Interface index of `lo` in every network namespace.
-pub(crate) const LOOPBACK: u32 = 1;
-
 /// A traffic direction of a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Direction {
@@ -181,7 +178,7 @@ impl LinkProgram {
         instructions: &[Instruction],
     ) -> io::Result<Self> {
         let program = Program::load(name, instructions)?;
-        let tcx = !Feature::Tcx.is_forced_off() && tcx_programs(LOOPBACK, direction).is_ok();
+        let tcx = !Feature::Tcx.is_forced_off() && tcx_programs(LOOPBACK_INDEX, direction).is_ok();
         Ok(Self { program, direction, name, tcx })
     }
 

@@ -21,7 +21,7 @@ mod nftables;
 mod rules;
 
 use crate::bpf::clsact::{Attached, Classic, Clsact, Code, bytes_of};
-use crate::bpf::{Counters, Direction, LOOPBACK, LinkProgram, Program, detach_tcx, tcx_programs};
+use crate::bpf::{Counters, Direction, LinkProgram, Program, detach_tcx, tcx_programs};
 use crate::wire::open_socket;
 use ipnet::IpNet;
 pub use rules::{PortPolicy, SpoofReason};
@@ -33,7 +33,7 @@ use std::io;
 use std::num::NonZeroU32;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tidegate_model::{Feature, MacAddress, registry};
+use tidegate_model::{Feature, LOOPBACK_INDEX, MacAddress, registry};
 
 /// Names of the programs and counters in bpftool(8), and of the classifier.
 const NAME: &str = "tg_port_guard";
@@ -155,8 +155,8 @@ impl PortGuards {
         for mechanism in candidates.iter().copied() {
             let guards = Self { mechanism, table: table_of(owner), installed: Mutex::default() };
             match guards
-                .attach(LOOPBACK, "lo", &policy)
-                .and_then(|()| guards.is_attached(LOOPBACK, "lo", &policy))
+                .attach(LOOPBACK_INDEX, "lo", &policy)
+                .and_then(|()| guards.is_attached(LOOPBACK_INDEX, "lo", &policy))
             {
                 Ok(true) => return Ok(Self { installed: Mutex::default(), ..guards }),
                 Ok(false) => {
@@ -256,15 +256,17 @@ impl PortGuards {
         Ok(())
     }
 
-    /// Returns whether the guard of the link `link` with interface index `index` is attached.
-    /// Compares the program ID for eBPF, the number of rules of `policy` for nftables, and the
+    /// Returns whether a guard with `policy` was attached to the link `link` with interface index
+    /// `index`, and still is. Compares the program ID for eBPF, the number of rules of `policy` for nftables, and the
     /// instructions of `policy` for classic BPF.
     ///
     /// # Errors
     /// Errors of the kernel, for example a missing link.
     pub fn is_attached(&self, index: u32, link: &str, policy: &PortPolicy) -> io::Result<bool> {
         let installed = self.installed();
-        let Some(one) = installed.get(link) else { return Ok(false) };
+        let Some(one) = installed.get(link).filter(|one| one.policy == *policy) else {
+            return Ok(false);
+        };
         match self.mechanism {
             Mechanism::Tcx => Ok(tcx_programs(index, Direction::Ingress)?.contains(&one.program)),
             Mechanism::Clsact => {
@@ -399,7 +401,7 @@ impl InternalGuard {
     /// # Errors
     /// Guards of internal networks are unavailable.
     pub fn probe() -> io::Result<()> {
-        Self::new(&[])?.attach(LOOPBACK)
+        Self::new(&[])?.attach(LOOPBACK_INDEX)
     }
 
     /// Returns whether a guard for the same addresses is attached to the link with interface index

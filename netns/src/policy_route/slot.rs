@@ -6,7 +6,6 @@
 
 use super::Selector;
 use crate::Family;
-use crate::addresses::LOOPBACK;
 use crate::netlink::{Netlink, Operation};
 use netlink_packet_route::route::{
     RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
@@ -17,8 +16,8 @@ use rustix::io::Errno;
 use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
-use tidegate_model::Protocol;
 use tidegate_model::registry::{MARK_MASK, OwnerSlot, ROUTE_PROTOCOL, rule_priority, table_id};
+use tidegate_model::{LOOPBACK_INDEX, Protocol};
 
 /// Upper bound of the deletion loop, above the number of rules that an owner can have.
 const DELETIONS: usize = 4 * super::MAX_SELECTORS;
@@ -187,7 +186,8 @@ fn route(slot: OwnerSlot, family: Family) -> RouteMessage {
     route.header.kind = RouteType::Local;
     // IPv4 requires this scope for local routes; IPv6 routes have no scope.
     route.header.scope = RouteScope::Host;
-    route.attributes = vec![RouteAttribute::Table(table_id(slot)), RouteAttribute::Oif(LOOPBACK)];
+    route.attributes =
+        vec![RouteAttribute::Table(table_id(slot)), RouteAttribute::Oif(LOOPBACK_INDEX)];
     route
 }
 

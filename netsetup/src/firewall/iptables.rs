@@ -238,19 +238,30 @@ impl IptablesState {
     }
 
     /// Returns the states of iptables and ip6tables on `host`. `None` if the program is not
-    /// installed or not in use, or if its rules cannot be listed.
+    /// installed or not in use, or if the table `filter` is not one of its own.
     ///
     /// # Errors
-    /// The namespace cannot be entered.
+    /// The namespace cannot be entered, or the rules cannot be listed: whether a rule would apply
+    /// to containers is then unknown.
     pub fn of(host: &Namespace) -> io::Result<[Option<Self>; 2]> {
-        host.with(|| {
-            [Family::V4, Family::V6].map(|family| {
-                let program = is_in_use(family).then(|| Program::find(family).ok())??;
-                let saved = Saved::of_listed("filter", &program.list_filter().ok()?);
-                let (forward_drops, docker_user) = (saved.forward_drops(), saved.docker_user());
-                Some(Self { version: program.version, forward_drops, docker_user })
-            })
-        })
+        host.with(|| Ok([Self::of_family(Family::V4)?, Self::of_family(Family::V6)?]))?
+    }
+
+    fn of_family(family: Family) -> io::Result<Option<Self>> {
+        if !is_in_use(family) {
+            return Ok(None);
+        }
+        let program = match Program::find(family) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            found => found?,
+        };
+        let lines = match program.list_filter() {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => return Ok(None),
+            listed => listed?,
+        };
+        let saved = Saved::of_listed("filter", &lines);
+        let (forward_drops, docker_user) = (saved.forward_drops(), saved.docker_user());
+        Ok(Some(Self { version: program.version, forward_drops, docker_user }))
     }
 }
 

@@ -5,7 +5,7 @@ use super::shares::{Capacity, Holder, Reservation, Verdict};
 use crate::port::{Port, Refusal, Tally};
 use crate::shared::Message;
 use crate::side::Side;
-use crate::upstream::{Flow, is_exhaustion};
+use crate::upstream::Flow;
 use crate::worker::{PortState, Tag, Worker};
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, acceptfrom_with};
@@ -18,7 +18,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tidegate_model::{Ingress, Protocol, PublishLabel, canonical, share_of};
 use tidegate_reactor::{
-    Context, Interest, Key, List, Permit, Readiness, says_destroyed, stream_ingress,
+    Context, Interest, Key, List, Permit, Readiness, is_exhaustion, says_destroyed, stream_ingress,
 };
 
 /// Maximum connections accepted from one port before the loop processes other events.

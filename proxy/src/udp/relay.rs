@@ -1,11 +1,11 @@
 //! Forwarding of datagrams in both directions.
 
 use super::session_table::{Client, SessionTable};
-use crate::listener::{Listener, enable_gro, prepare_datagrams};
+use crate::listener::{Listener, enable_gro};
 use crate::port::{DropReason, Port, Tally};
 use crate::shared::Shared;
 use crate::tcp::log_revived;
-use crate::upstream::{Flow, Lease, is_exhaustion};
+use crate::upstream::{Flow, Lease};
 use crate::worker::{PortState, SessionRef, Tag, Worker};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -16,7 +16,9 @@ use std::time::{Duration, Instant};
 use tidegate_model::Direction;
 use tidegate_model::{Feature, Ingress, Protocol, canonical};
 use tidegate_reactor::batch::{self, Datagram, Destination, Offload, RecvBatch, SendBatch, Sent};
-use tidegate_reactor::{Arena, Context, Interest, Key, Permit, says_destroyed};
+use tidegate_reactor::{
+    Arena, Context, Interest, Key, Permit, enlarge_datagram_buffers, is_exhaustion, says_destroyed,
+};
 
 /// Maximum number of batches received from one socket before other sockets are processed.
 const BATCHES_PER_TURN: usize = 4;
@@ -286,7 +288,7 @@ impl SessionOpener<'_, '_> {
         }
         // Receive offload requires Linux 5.0. Without it only throughput is lower.
         let _ = enable_gro(&opened.socket);
-        prepare_datagrams(&opened.socket);
+        enlarge_datagram_buffers(&opened.socket);
         let now = self.cx.now;
         let port = self.key;
         let mut session = None;

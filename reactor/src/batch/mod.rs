@@ -23,7 +23,7 @@ mod send;
 
 pub use merge::{Group, MAX_BATCH_BYTES, MAX_SEGMENTS, next_group};
 pub use receive::{Datagram, RecvBatch};
-pub use send::{Destination, Offload, SendBatch, Sent};
+pub use send::{Destination, Offload, SendBatch, Sent, send_message};
 
 use crate::options::set_number;
 use std::io;

@@ -44,6 +44,44 @@ impl Offload {
     }
 }
 
+/// Sends `bytes` with one sendmsg(2), to `destination` if the socket is not connected, and as
+/// datagrams of `segment` bytes if given (`UDP_SEGMENT`, udp(7)). Returns the number of bytes sent.
+///
+/// # Errors
+/// Errors of sendmsg(2), including pending ICMP errors of earlier datagrams, and `EAGAIN` if the
+/// send buffer is full.
+pub fn send_message(
+    socket: impl AsFd,
+    destination: Option<&Destination>,
+    bytes: &[u8],
+    segment: Option<u16>,
+) -> io::Result<usize> {
+    let from = destination.and_then(|destination| destination.from);
+    let mut control = Control::EMPTY;
+    let control_length = control::encode(&mut control, from, segment);
+    let mut vector =
+        libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+    // SAFETY: all-zero is a valid sockaddr_storage and a valid msghdr. sendmsg(2) only reads what
+    // the header describes, which outlives the call.
+    let sent = unsafe {
+        let mut name: libc::sockaddr_storage = MaybeUninit::zeroed().assume_init();
+        let mut header: libc::msghdr = MaybeUninit::zeroed().assume_init();
+        if let Some(destination) = destination {
+            header.msg_namelen = control::store(&destination.to, &mut name);
+            header.msg_name = (&raw mut name).cast();
+        }
+        header.msg_iov = &raw mut vector;
+        header.msg_iovlen = 1;
+        if control_length > 0 {
+            header.msg_control = control.0.as_mut_ptr().cast();
+            header.msg_controllen = control_length as _;
+        }
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        libc::sendmsg(socket.as_fd().as_raw_fd(), &raw const header, flags)
+    };
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+}
+
 /// Result of [`SendBatch::forward`].
 #[derive(Debug, Default)]
 pub struct Sent {

@@ -26,7 +26,7 @@ use tidegate_netsetup::{IptablesState, Kernel, Observed};
 
 /// Probes this host.
 pub(super) fn host() -> Host {
-    let environment = environment().map_err(|error| text_of(&error));
+    let environment = environment();
     Host {
         release: rustix::system::uname().release().to_string_lossy().into_owned(),
         capabilities: capabilities(),
@@ -95,9 +95,7 @@ fn iptables() -> Found<[Option<IptablesState>; 2]> {
     if !capabilities().net_admin {
         return Err("only root may list rules".to_owned());
     }
-    let here = Namespace::current()
-        .map_err(|error| format!("/proc/thread-self/ns/net: {}", text_of(&error)))?;
-    IptablesState::of(&here).map_err(|error| text_of(&error))
+    IptablesState::of(&here()?).map_err(|error| text_of(&error))
 }
 
 /// Empty if the query is not permitted, or without iptables.
@@ -107,12 +105,18 @@ fn mark_setters() -> Vec<String> {
     setters().unwrap_or_default()
 }
 
-fn environment() -> io::Result<Observed> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+fn environment() -> Found<Observed> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| text_of(&error))?;
     runtime.block_on(async {
-        let mut kernel = Kernel::new(Namespace::current()?);
-        kernel.observe(&[]).await.map_err(io::Error::other)
+        let mut kernel = Kernel::new(here()?);
+        kernel.observe(&[]).await.map_err(|error| text_of(&error))
     })
+}
+
+/// The network namespace of this process.
+fn here() -> Found<Namespace> {
+    Namespace::current().map_err(|error| format!("/proc/thread-self/ns/net: {}", text_of(&error)))
 }
 
 fn services() -> Found<Vec<Service>> {

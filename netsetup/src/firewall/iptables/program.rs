@@ -8,7 +8,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
@@ -51,6 +51,12 @@ pub(super) enum ProgramError {
     /// The program did not exit within [`TIMEOUT`] and was killed.
     #[error("{0}: timed out after {seconds} s and was killed", seconds = TIMEOUT.tv_sec)]
     TimedOut(String),
+    /// The program did not respond within [`TIMEOUT`].
+    #[error(
+        "{0} -S: no response within {seconds} s; another program may hold the xtables lock",
+        seconds = TIMEOUT.tv_sec
+    )]
+    NoResponse(&'static str),
     /// The program could not be started, or ended without a message.
     #[error("{0}: {1}")]
     Failed(String, String),
@@ -128,7 +134,10 @@ impl Program {
             Ok(Ok(lines)) if lines.iter().any(|line| line.starts_with("-P ")) => Ok(lines),
             Ok(Ok(_)) => Err(io::ErrorKind::Unsupported.into()),
             Ok(Err(error)) => Err(ProgramError::Message(error).into()),
-            Err(_) => Err(io::ErrorKind::TimedOut.into()),
+            Err(RecvTimeoutError::Timeout) => {
+                Err(ProgramError::NoResponse(self.family.program()).into())
+            }
+            Err(RecvTimeoutError::Disconnected) => Err(io::ErrorKind::BrokenPipe.into()),
         }
     }
 
