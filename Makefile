@@ -10,7 +10,7 @@ BENCH_ARGS ?=
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS = $(notdir $(basename $(wildcard fuzz/fuzz_targets/*.rs)))
 
-.PHONY: help build run test test-unit bench bench-quick lint audit install man fuzz clean
+.PHONY: help build run test test-unit bench bench-quick lint audit install fuzz clean
 
 help:
 	@echo "make run      build, and bring up examples/hello, published at port $(RUN_PORT)"

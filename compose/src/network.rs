@@ -6,8 +6,9 @@ use super::error::{Fault, Site};
 use super::project::{Names, NetworkConfig, SubnetConfig};
 use super::service::addresses;
 use super::value::{Field, Value};
-use ipnet::IpNet;
-use std::net::IpAddr;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use tidegate_model::registry;
 
 const BRIDGE_NAME: &str = "com.docker.network.bridge.name";
 const BRIDGE_ICC: &str = "com.docker.network.bridge.enable_icc";
@@ -223,16 +224,28 @@ fn parse_subnet(value: &Value<'_>) -> Result<IpNet, Fault> {
     if subnet.max_prefix_len() - subnet.prefix_len() < 2 {
         return Err(value.fault(format!("{subnet} is too small for a gateway and a service")));
     }
-    let address = subnet.addr();
-    if address.is_loopback()
-        || address.is_multicast()
-        || address.is_unspecified()
-        || subnet.prefix_len() == 0
-    {
+    let overlaps = |other: IpNet| subnet.contains(&other) || other.contains(&subnet);
+    if NO_HOSTS.into_iter().any(overlaps) {
         return Err(value.fault(format!("{subnet} has no host addresses; use a private range")));
+    }
+    if let Some(engine) = registry::ENGINE_ADDRESSES.into_iter().find(|ip| subnet.contains(ip)) {
+        return Err(value.fault(format!(
+            "{subnet} contains {engine}, the address of the NAT engine; use another subnet"
+        )));
     }
     Ok(subnet)
 }
+
+/// Ranges without addresses of hosts on a network of containers: this host, loopback, multicast and
+/// reserved addresses (RFC 6890), and link-local IPv6 addresses, which every link has.
+const NO_HOSTS: [IpNet; 6] = [
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(0, 0, 0, 0), 8)),
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8)),
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(224, 0, 0, 0), 3)),
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 127)),
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 10)),
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0), 8)),
+];
 
 /// Returns the reason why a host in `subnet` cannot use `address`; `None` if it can.
 pub(super) fn unusable(address: IpAddr, subnet: &IpNet) -> Option<String> {

@@ -186,6 +186,19 @@ fn errors_in_networks() {
             "3:30: networks.n.ipam.config[0].subnet: 127.0.0.0/8 has no host addresses; use a private range",
         ),
         (
+            "ipam: {config: [{subnet: 126.0.0.0/7}]}",
+            "3:30: networks.n.ipam.config[0].subnet: 126.0.0.0/7 has no host addresses; use a private range",
+        ),
+        (
+            "ipam: {config: [{subnet: 'fe80::/64'}]}",
+            "3:30: networks.n.ipam.config[0].subnet: fe80::/64 has no host addresses; use a private range",
+        ),
+        (
+            "ipam: {config: [{subnet: 169.254.0.0/16}]}",
+            "3:30: networks.n.ipam.config[0].subnet: 169.254.0.0/16 contains 169.254.116.103, the address of the NAT \
+             engine; use another subnet",
+        ),
+        (
             "ipam: {config: [{subnet: 10.0.0.0/24}, {subnet: 10.1.0.0/24}]}",
             "3:53: networks.n.ipam.config[1].subnet: 10.0.0.0/24 is already set; a network has at most one IPv4 subnet",
         ),
