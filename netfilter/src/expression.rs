@@ -111,6 +111,7 @@ mod meta {
     pub(super) const OUT_INTERFACE: u32 = 7;
     pub(super) const FAMILY: u32 = 15;
     pub(super) const PROTOCOL: u32 = 16;
+    pub(super) const PACKET_TYPE: u32 = 19;
     pub(super) const IN_GROUP: u32 = 21;
     pub(super) const OUT_GROUP: u32 = 22;
 }
@@ -184,6 +185,15 @@ impl Expressions {
     pub(crate) fn ethertype_is(&mut self, ethertype: &[u8]) {
         self.meta(meta::ETHERTYPE, FIRST);
         self.compare(EQUAL, ethertype);
+    }
+
+    /// Matches frames to a multicast MAC address other than broadcast, as classified by the kernel
+    /// (`eth_type_trans`).
+    pub(crate) fn is_multicast(&mut self) {
+        /// `PACKET_MULTICAST` (include/uapi/linux/if_packet.h).
+        const MULTICAST: u8 = 2;
+        self.meta(meta::PACKET_TYPE, FIRST);
+        self.compare(EQUAL, &[MULTICAST]);
     }
 
     fn push(&mut self, name: &str, data: &Attributes) {

@@ -26,6 +26,8 @@ const PRIORITY: i32 = -1000;
 const VLAN_TAGS: [[u8; 2]; 2] = [[0x81, 0x00], [0x88, 0xa8]];
 const ETHERTYPE: u16 = 12;
 
+const BROADCAST: [u8; 6] = [0xff; 6];
+
 /// Attaches `rules` at the ingress of `link`, as the chain `link` of `table`.
 pub(super) fn attach(
     socket: &mut NetlinkSocket,
@@ -233,6 +235,11 @@ fn new_rule(table: &str, link: &str, rule: &NftRule) -> Message {
             value.get(ethertype..ethertype + 2).filter(|_| !not && !is_tag(value))
         {
             expressions.ethertype_is(ethertype);
+            loaded = None;
+        }
+        // The same holds for the group bit of the destination.
+        if *at == 0 && !not && value[0] & 1 == 1 && *value != BROADCAST[..value.len()] {
+            expressions.is_multicast();
             loaded = None;
         }
         if loaded != Some((*at, value.len())) {
