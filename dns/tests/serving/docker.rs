@@ -152,12 +152,17 @@ fn queries_over_tcp_are_served_and_forwarded_over_udp() {
 
 #[test]
 fn a_truncated_upstream_response_is_fetched_over_tcp() {
-    let (_bed, upstream, client) = scene();
+    let (bed, upstream, client) = scene();
     let answer = client.ask("many.example", RecordType::A);
     assert!(answer.metadata.truncation && answer.answers.is_empty(), "300 addresses in 512 bytes");
     let seen: Vec<_> = upstream.seen().iter().map(|seen| seen.tcp).collect();
     // Docker relays TC and leaves the rest to the client.
     assert_eq!(seen, [false, true]);
+    let sockets = bed.host.exec("cat", &["/proc/thread-self/net/tcp"]);
+    /// `TCP_TIME_WAIT` (include/net/tcp_states.h).
+    const TIME_WAIT: &str = "06";
+    let in_time_wait = |line: &str| line.split_whitespace().nth(3) == Some(TIME_WAIT);
+    assert!(!sockets.lines().any(in_time_wait), "a source port stays occupied:\n{sockets}");
     let mut stream = client.connect();
     write(&mut stream, &query(1, "many.example", RecordType::A));
     assert_eq!(read(&mut stream).unwrap().answers.len(), 300);
