@@ -50,8 +50,9 @@ pub trait Upstream: Send + Sync {
     /// Opens a socket for `flow`. A TCP connect may still be in progress when this returns.
     ///
     /// # Errors
-    /// Errors of the system calls. If descriptors or memory are exhausted ([`is_exhaustion`](tidegate_reactor::is_exhaustion)),
-    /// accepting pauses; any other error refuses this flow.
+    /// Errors of the system calls. If descriptors or memory are exhausted
+    /// ([`is_exhaustion`](tidegate_reactor::is_exhaustion)), accepting pauses; any other error
+    /// refuses this flow.
     fn open(&self, flow: &Flow) -> io::Result<Opened>;
 
     /// Whether the UDP `socket`, opened by this upstream, has lost its local address, so that

@@ -25,9 +25,9 @@ pub const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
 pub const UDP_BUFFER: usize = 4 << 20;
 
 /// Receive buffer of a TCP socket whose payload goes to a peer that may have stopped reading, in
-/// bytes, not counting kernel overhead (the kernel doubles the value for that). Without a fixed size
-/// the buffer grows to `tcp_rmem` (6 to 32 MiB). The cost is a throughput limit of slightly more
-/// than 1 MiB per round trip.
+/// bytes, not counting kernel overhead (the kernel doubles the value for that). Without a fixed
+/// size the buffer grows to `tcp_rmem` (6 to 32 MiB). The cost is a throughput limit of slightly
+/// more than 1 MiB per round trip.
 pub const UNREAD_BYTES: usize = 1 << 20;
 
 /// How the receive buffer of a TCP socket is fixed at [`UNREAD_BYTES`].

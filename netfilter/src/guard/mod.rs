@@ -257,8 +257,8 @@ impl PortGuards {
     }
 
     /// Returns whether a guard with `policy` was attached to the link `link` with interface index
-    /// `index`, and still is. Compares the program ID for eBPF, the number of rules of `policy` for nftables, and the
-    /// instructions of `policy` for classic BPF.
+    /// `index`, and still is. Compares the program ID for eBPF, the number of rules of `policy` for
+    /// nftables, and the instructions of `policy` for classic BPF.
     ///
     /// # Errors
     /// Errors of the kernel, for example a missing link.
