@@ -306,6 +306,23 @@ impl Firewall {
         state.ruleset.ports = ports;
     }
 
+    /// Sets the networks. Takes effect when the rules are applied again; until then,
+    /// [`holds`](Self::holds) is false.
+    pub fn set_zones(&self, zones: Vec<Zone>) {
+        let mut state = self.state();
+        if state.ruleset.zones != zones {
+            state.ruleset.zones = zones;
+            state.stale = state.in_force;
+        }
+    }
+
+    /// Declares that rules of this owner, of a process that was killed, are still in force. They
+    /// are replaced when the rules are applied, and tracked flows continue.
+    pub fn adopt(&self) {
+        let mut state = self.state();
+        (state.in_force, state.stale) = (true, true);
+    }
+
     /// Sets the links of the host that forward for the networks only, and the bridges of other
     /// projects, to which these links forward too. Takes effect when the rules are applied again;
     /// until then, [`holds`](Self::holds) is false. Returns whether the rules change.

@@ -140,6 +140,12 @@ impl Kernel {
         self.endpoints.insert(name.to_owned(), namespace)
     }
 
+    /// Forgets the namespace of the endpoint `name`.
+    pub(crate) fn remove_endpoint(&mut self, name: &str) {
+        self.connections.remove(&Place::Endpoint(name.to_owned()));
+        self.endpoints.remove(name);
+    }
+
     /// Returns whether the endpoint `name` is in the host namespace.
     pub(crate) fn is_on_the_host(&self, name: &str) -> bool {
         self.endpoints.get(name).is_some_and(|namespace| namespace.id() == self.host.id())

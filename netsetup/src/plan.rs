@@ -47,6 +47,23 @@ pub(crate) fn plan_update(
     Ok(difference(desired, owned, observed, isolation))
 }
 
+/// Plans the missing facts of `part`, the part of `desired` that is new or may have changed.
+/// `owned` are the facts that the same owner created before.
+///
+/// # Errors
+/// [`ConflictError`] if `desired` is inconsistent, or `part` conflicts with foreign objects.
+pub(crate) fn plan_extension(
+    part: &Desired,
+    desired: &Desired,
+    owned: &[Fact],
+    observed: &Observed,
+    isolation: &dyn Isolation,
+) -> Result<Plan, ConflictError> {
+    check(desired)?;
+    check_surroundings(part, owned, observed)?;
+    Ok(difference(part, &[], observed, isolation))
+}
+
 fn difference(
     desired: &Desired,
     owned: &[Fact],

@@ -1,7 +1,7 @@
 //! Planning, application, verification, repair and removal of networks.
 
 use crate::kernel::End;
-use crate::plan::{check_links, plan_update, removals};
+use crate::plan::{check_links, plan_extension, plan_update, removals};
 use crate::repair::{causes, with_derived};
 use crate::{
     ApplyError, ConflictError, Desired, Fact, Interface, Isolation, Journal, JournalError, Kernel,
@@ -125,6 +125,59 @@ impl Setup {
         let ops = plan_update(desired, self.journal.facts(), &observed, &*self.isolation)?.ops;
         self.execute_or_roll_back(&ops).await?;
         Ok(ops.len())
+    }
+
+    /// Adds the networks of `desired` and those of its endpoints that are in `endpoints`, as far as
+    /// they do not exist yet. All other endpoints of `desired` must have been applied, and are
+    /// neither observed nor changed: the cost does not depend on their number. Returns the number
+    /// of operations. If one fails, the previous ones are rolled back.
+    ///
+    /// # Errors
+    /// [`SetupError`].
+    pub async fn extend(
+        &mut self,
+        desired: &Desired,
+        endpoints: &BTreeSet<String>,
+    ) -> Result<usize, SetupError> {
+        let part = desired.with_endpoints(endpoints);
+        self.check_places(&part)?;
+        let observed = self.kernel.observe(&part.facts(&*self.isolation)).await?;
+        let ops =
+            plan_extension(&part, desired, self.journal.facts(), &observed, &*self.isolation)?;
+        self.execute_or_roll_back(&ops.ops).await?;
+        match self.plan_part(&part).await?.into_iter().next() {
+            None => Ok(ops.ops.len()),
+            Some(op) => Err(SetupError::Verify(op)),
+        }
+    }
+
+    /// Removes the networks of `before`, which was applied, that are not in `after`. They must have
+    /// no endpoints. Returns the number of operations. Continues after failures.
+    ///
+    /// # Errors
+    /// [`SetupError`]: the first failure. Facts that could not be removed stay in the journal.
+    pub async fn retract(
+        &mut self,
+        before: &Desired,
+        after: &Desired,
+    ) -> Result<usize, SetupError> {
+        let wanted: BTreeSet<Fact> =
+            after.without_endpoints().facts(&*self.isolation).into_iter().collect();
+        let owned: BTreeSet<&Fact> = self.journal.facts().iter().collect();
+        let mut stale = before.without_endpoints().facts(&*self.isolation);
+        stale.retain(|fact| owned.contains(fact) && !wanted.contains(fact));
+        self.remove_facts(&stale).await
+    }
+
+    /// Removes the facts of the endpoint `name`, whose namespace may no longer exist, and forgets
+    /// the namespace.
+    ///
+    /// # Errors
+    /// [`SetupError`]. Facts that could not be removed stay in the journal.
+    pub async fn remove_endpoint(&mut self, name: &str) -> Result<(), SetupError> {
+        self.detach(name).await?;
+        self.kernel.remove_endpoint(name);
+        Ok(())
     }
 
     /// Restores the facts of `desired` that other software has removed or changed: those of the
@@ -396,8 +449,13 @@ impl Setup {
     }
 
     async fn remove_all(&mut self) -> Result<usize, SetupError> {
-        // Observing first is unnecessary, because a missing object is not an error.
-        let facts = self.journal.facts();
+        let facts = self.journal.facts().to_vec();
+        self.remove_facts(&facts).await
+    }
+
+    /// Removes `facts`, which are in order of creation. Continues after failures, and returns the
+    /// first one. Observing first is unnecessary, because a missing object is not an error.
+    async fn remove_facts(&mut self, facts: &[Fact]) -> Result<usize, SetupError> {
         let ops = removals(facts, &mut KernelModel::new(facts.iter().cloned().collect()));
         let failed = self.execute(&ops, true).await?;
         if let Some((at, source)) = failed.into_iter().next() {

@@ -207,6 +207,58 @@ fn apply_is_idempotent_and_finish_removes_everything() {
     assert!(!bed.directory.path().join("test.journal").exists());
 }
 
+#[test]
+fn networks_and_endpoints_are_added_and_removed_one_by_one() {
+    let bed = Bed::new();
+    let before = bed.state();
+    let [a, b, c] = [(); 3].map(|()| Namespace::create().unwrap());
+    let mut setup = bed.setup(&[]);
+    let all = two_networks();
+    let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+    let mut desired = Desired { networks: all.networks[..1].to_vec(), ..Desired::default() };
+    bed.runtime.block_on(async {
+        assert!(setup.extend(&desired, &names(&[])).await.unwrap() > 5);
+        assert_eq!(setup.extend(&desired, &names(&[])).await.unwrap(), 0);
+        for (endpoint, namespace) in all.endpoints[..2].iter().zip([&a, &b]) {
+            setup.kernel().add_endpoint(&endpoint.name, namespace.clone());
+            desired.endpoints.push(endpoint.clone());
+            setup.extend(&desired, &names(&[&endpoint.name])).await.unwrap();
+        }
+        desired = all.clone();
+        setup.kernel().add_endpoint("c", c.clone());
+        setup.extend(&desired, &names(&["c"])).await.unwrap();
+        assert_eq!(setup.apply(&desired).await.unwrap(), 0, "the same as applied at once");
+    });
+    assert!(reaches(&a, &b, "10.9.1.11:0", SOON));
+    assert!(!reaches(&a, &c, "10.9.2.12:0", NEVER));
+
+    let mut twice = desired.clone();
+    twice.networks.push(Network { name: "blue2".into(), ..desired.networks[0].clone() });
+    let error = bed.runtime.block_on(setup.extend(&twice, &names(&[]))).unwrap_err();
+    assert!(matches!(error, SetupError::Conflict(ConflictError::SubnetsOverlap { .. })), "{error}");
+
+    drop(c);
+    bed.runtime.block_on(async {
+        setup.remove_endpoint("c").await.unwrap();
+        desired.endpoints.pop();
+        let with_red = desired.clone();
+        desired.networks.pop();
+        setup.retract(&with_red, &desired).await.unwrap();
+        assert_eq!(setup.apply(&desired).await.unwrap(), 0, "nothing else was changed");
+    });
+    assert!(reaches(&a, &b, "10.9.1.11:0", SOON));
+    bed.runtime.block_on(async {
+        for name in ["a", "b"] {
+            setup.remove_endpoint(name).await.unwrap();
+        }
+        desired.endpoints.clear();
+        setup.retract(&desired, &Desired::default()).await.unwrap();
+    });
+    assert_eq!(setup.owned(), []);
+    assert_eq!(bed.state(), before);
+    bed.runtime.block_on(setup.finish()).unwrap();
+}
+
 /// Simulates a kill at every operation: before it is performed, and after it is performed but
 /// before it is recorded.
 #[test]
