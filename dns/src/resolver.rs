@@ -165,6 +165,12 @@ impl Resolver {
         self.shared.zones_mut().add_network(spec, servers, stats)
     }
 
+    /// Sets whether sources of queries on a network identify endpoints
+    /// ([`NetworkSpec::sources_are_verified`]).
+    pub fn set_sources_verified(&self, network: &str, verified: bool) {
+        self.shared.zones_mut().set_sources_verified(network, verified);
+    }
+
     /// Removes a network and its endpoints. Returns whether it existed.
     pub fn remove_network(&self, name: &str) -> bool {
         self.shared.zones_mut().remove_network(name)

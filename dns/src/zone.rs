@@ -218,6 +218,14 @@ impl Zones {
         Ok(())
     }
 
+    /// Sets whether sources of queries on `network` identify endpoints.
+    pub(crate) fn set_sources_verified(&mut self, network: &str, verified: bool) {
+        let number = self.by_name.get(network);
+        if let Some(network) = number.and_then(|number| self.networks.get_mut(number)) {
+            network.sources_are_verified = verified;
+        }
+    }
+
     /// Removes a network and its endpoints. Returns whether it existed.
     pub(crate) fn remove_network(&mut self, name: &str) -> bool {
         let Some(number) = self.by_name.remove(name) else { return false };

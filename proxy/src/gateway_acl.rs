@@ -98,6 +98,11 @@ impl GatewayNetworks {
         Self { networks: RwLock::new(networks), foreign: RwLock::default() }
     }
 
+    /// Replaces the networks.
+    pub fn set_networks(&self, networks: Vec<GatewayNetwork>) {
+        *self.networks.write().unwrap_or_else(PoisonError::into_inner) = networks;
+    }
+
     /// Sets the bridge index of each network by name. A network without an index has no bridge.
     /// Returns the names of the networks whose index has changed.
     pub fn set_bridges(&self, indexes: &BTreeMap<String, u32>) -> Vec<String> {

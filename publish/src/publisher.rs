@@ -109,8 +109,6 @@ pub struct Publisher {
     firewall: Option<Arc<Firewall>>,
     engine: Arc<Engine>,
     limits: ProxyLimits,
-    /// The gateways on which ports on all addresses also listen.
-    gateways: Vec<IpAddr>,
     /// Publishes UDP ports through the NAT engine; `None` without it, and after the close.
     nat_publish: Mutex<Option<NatPublisher>>,
     state: Mutex<State>,
@@ -123,6 +121,8 @@ struct State {
     /// Ports without series that the NAT engine forwards and that are being closed. Their counts
     /// are not yet added to the sum of closed ports.
     closing: BTreeMap<PortId, Arc<NatPort>>,
+    /// The gateways on which ports on all addresses also listen.
+    gateways: Vec<IpAddr>,
     /// The last assigned id.
     last: u32,
     /// Ports are translated by the kernel where possible.
@@ -188,11 +188,20 @@ struct EndpointOptions {
 
 struct Port {
     view: OpenPort,
-    /// The sockets of the proxy, including those on gateways.
-    published: Vec<PublishedPort>,
+    /// The socket of the proxy, unless the NAT engine forwards the port.
+    published: Option<PublishedPort>,
+    /// The sockets on gateways, with a descriptor each.
+    at_gateways: BTreeMap<IpAddr, (PublishedPort, Permit)>,
     /// The port in the NAT engine, if that forwards it.
     nat_port: Option<Arc<NatPort>>,
-    _descriptors: Vec<Permit>,
+    _descriptor: Option<Permit>,
+}
+
+impl Port {
+    /// All sockets of the proxy.
+    fn sockets(&self) -> impl Iterator<Item = PublishedPort> {
+        self.published.into_iter().chain(self.at_gateways.values().map(|(socket, _)| *socket))
+    }
 }
 
 /// A port, by the component that forwards it.
@@ -222,16 +231,8 @@ impl Publisher {
         let engine = Arc::new(Engine::with_prepared_threads(settings, enter));
         let firewall = chosen.firewall.clone();
         let translates = chosen.publish == PublishBy::Kernel;
-        let state = Mutex::new(State { translates, ..State::default() });
-        Self {
-            host_context,
-            firewall,
-            engine,
-            limits,
-            gateways,
-            nat_publish: Mutex::default(),
-            state,
-        }
+        let state = Mutex::new(State { translates, gateways, ..State::default() });
+        Self { host_context, firewall, engine, limits, nat_publish: Mutex::default(), state }
     }
 
     /// Sets the NAT engine. UDP ports published from now on are forwarded through it.
@@ -278,6 +279,73 @@ impl Publisher {
         self.state().endpoints.insert(name.to_owned(), endpoint);
     }
 
+    /// Closes the ports of an endpoint and removes it.
+    pub fn remove_endpoint(&self, name: &str) {
+        let ids: Vec<PortId> = {
+            let state = self.state();
+            let of = state.ports.iter().filter(|(_, port)| port.view.endpoint == name);
+            of.map(|(id, _)| *id).collect()
+        };
+        for id in ids {
+            self.unpublish(id);
+        }
+        // Not under the lock: the drop removes policy rules in the namespace, which takes a while.
+        let removed = self.state().endpoints.remove(name);
+        drop(removed);
+    }
+
+    /// Sets the gateway addresses of all networks: ports on all addresses listen on new ones, and
+    /// no longer on removed ones. Does nothing if the networks are in the namespace of the host.
+    ///
+    /// # Errors
+    /// [`PublishError`]: the first port that cannot listen on a new gateway.
+    pub fn set_gateways(&self, gateways: Vec<IpAddr>) -> Result<(), PublishError> {
+        if !self.host_context.is_rootless() {
+            return Ok(());
+        }
+        let (closed, missing) = {
+            let mut state = self.state();
+            let old = std::mem::replace(&mut state.gateways, gateways);
+            let new: Vec<IpAddr> =
+                state.gateways.iter().filter(|ip| !old.contains(ip)).copied().collect();
+            let State { gateways, ports, .. } = &mut *state;
+            let mut closed = Vec::new();
+            for port in ports.values_mut() {
+                let gone = port.at_gateways.keys().filter(|gateway| !gateways.contains(gateway));
+                let gone: Vec<IpAddr> = gone.copied().collect();
+                closed.extend(gone.iter().filter_map(|gateway| port.at_gateways.remove(gateway)));
+            }
+            let missing: Vec<_> = ports
+                .values()
+                .flat_map(|port| {
+                    let also = gateways_for(&new, port.view.label.address().ip());
+                    also.map(|gateway| (port.view.clone(), gateway))
+                })
+                .collect();
+            (closed, missing)
+        };
+        // Not under the lock: this waits for the event loops.
+        for (socket, _permit) in closed {
+            self.engine.unpublish(socket);
+        }
+        for (view, gateway) in missing {
+            let permit = self.permits(1)?.pop();
+            let listener = self.open_at_gateways(view.label, &[gateway])?;
+            let options = self.upstream_options(&view.endpoint, view.label.protocol())?;
+            let listeners =
+                listener.into_iter().map(|listener| (listener, view.container_port)).collect();
+            let opened = self.engine.publish(listeners, &options.at_gateways);
+            let opened = opened.map_err(PublishError::Engine)?.pop();
+            let mut state = self.state();
+            if let (Some(port), Some(opened), Some(permit)) =
+                (state.ports.get_mut(&view.id), opened, permit)
+            {
+                port.at_gateways.insert(gateway, (opened, permit));
+            }
+        }
+        Ok(())
+    }
+
     /// The namespace of an endpoint.
     pub fn namespace(&self, name: &str) -> Option<Namespace> {
         self.state().endpoints.get(name).map(|endpoint| endpoint.namespace.clone())
@@ -298,8 +366,7 @@ impl Publisher {
     /// # Errors
     /// [`PublishError`].
     pub fn publish(&self, endpoint: &str, spec: &PortSpec) -> Result<Vec<OpenPort>, PublishError> {
-        let per_mapping =
-            host_addresses(spec.host_ip()).map(|ip| 1 + self.gateways_for(ip).count());
+        let per_mapping = host_addresses(spec.host_ip()).map(|ip| 1 + self.gateways_for(ip).len());
         let sockets = spec.mappings().len() * per_mapping.sum::<usize>();
         // Checked before anything is opened, so that it takes no descriptors from connections.
         self.state().check(endpoint, sockets)?;
@@ -324,7 +391,7 @@ impl Publisher {
         listeners: Vec<(Listener, u16)>,
     ) -> Result<Vec<OpenPort>, PublishError> {
         let sockets = |(listener, _): &(Listener, u16)| {
-            1 + self.gateways_for(listener.label().address().ip()).count()
+            1 + self.gateways_for(listener.label().address().ip()).len()
         };
         let permits = self.permits(listeners.iter().map(sockets).sum())?;
         self.publish_listeners(endpoint, protocol, listeners, permits)
@@ -349,11 +416,12 @@ impl Publisher {
         // The current rules. Read before the lock is taken, because this may run a program.
         let bypassed = self.bypassed_rules(labels.iter().map(|(label, _)| *label))?;
         let mut at_gateways = Vec::new();
-        // The number of gateway sockets of each port.
-        let mut counts = Vec::with_capacity(labels.len());
+        // The gateways of each port.
+        let mut gateways = Vec::with_capacity(labels.len());
         for (label, container_port) in &labels {
-            let more = self.open_at_gateways(*label)?;
-            counts.push(more.len());
+            let also = self.gateways_for(label.address().ip());
+            let more = self.open_at_gateways(*label, &also)?;
+            gateways.push(also);
             at_gateways.extend(more.into_iter().map(|listener| (listener, *container_port)));
         }
         let options = self.upstream_options(endpoint, protocol)?;
@@ -408,19 +476,21 @@ impl Publisher {
         let (mut forwarders, mut at_gateways) = (forwarders.into_iter(), at_gateways.into_iter());
         let mut permits = permits.into_iter();
         let mut opened = Vec::with_capacity(labels.len());
-        for ((label, container_port), count) in labels.into_iter().zip(counts) {
+        for ((label, container_port), gateways) in labels.into_iter().zip(gateways) {
             state.last += 1;
             let id = PortId(state.last);
             let view = OpenPort { id, endpoint: endpoint.to_owned(), label, container_port };
             opened.push(view.clone());
-            let (mut published, nat_port) = match forwarders.next() {
-                Some(Forwarder::Proxy(port)) => (vec![port], None),
-                Some(Forwarder::NatEngine(port)) => (Vec::new(), Some(Arc::new(port))),
-                None => (Vec::new(), None),
+            let (published, nat_port) = match forwarders.next() {
+                Some(Forwarder::Proxy(port)) => (Some(port), None),
+                Some(Forwarder::NatEngine(port)) => (None, Some(Arc::new(port))),
+                None => (None, None),
             };
-            published.extend(at_gateways.by_ref().take(count));
-            let descriptors = permits.by_ref().take(1 + count).collect();
-            state.ports.insert(id, Port { view, published, nat_port, _descriptors: descriptors });
+            let descriptor = permits.next();
+            let sockets = at_gateways.by_ref().take(gateways.len()).zip(permits.by_ref());
+            let at_gateways = gateways.into_iter().zip(sockets).collect();
+            let port = Port { view, published, at_gateways, nat_port, _descriptor: descriptor };
+            state.ports.insert(id, port);
         }
         Ok(opened)
     }
@@ -474,12 +544,15 @@ impl Publisher {
     }
 
     /// The gateways on which a port on `ip` also listens.
-    fn gateways_for(&self, ip: IpAddr) -> impl Iterator<Item = IpAddr> + '_ {
-        let same = move |gateway: &IpAddr| ip.is_unspecified() && gateway.is_ipv4() == ip.is_ipv4();
-        self.gateways.iter().copied().filter(same)
+    fn gateways_for(&self, ip: IpAddr) -> Vec<IpAddr> {
+        gateways_for(&self.state().gateways, ip).collect()
     }
 
-    fn open_at_gateways(&self, label: PublishLabel) -> Result<Vec<Listener>, PublishError> {
+    fn open_at_gateways(
+        &self,
+        label: PublishLabel,
+        gateways: &[IpAddr],
+    ) -> Result<Vec<Listener>, PublishError> {
         let at = |gateway| SocketAddr::new(gateway, label.address().port());
         let open = |gateway| {
             let listener = Listener::reserve(at(gateway), label.protocol())?;
@@ -487,14 +560,13 @@ impl Publisher {
             listener.open()?;
             Ok::<_, PortError>(listener)
         };
-        let gateways: Vec<IpAddr> = self.gateways_for(label.address().ip()).collect();
         if gateways.is_empty() {
             return Ok(Vec::new());
         }
         let opened = self
             .host_context
             .networks()
-            .with(|| gateways.into_iter().map(open).collect::<Result<_, _>>());
+            .with(|| gateways.iter().copied().map(open).collect::<Result<_, _>>());
         Ok(opened.map_err(PublishError::Engine)??)
     }
 
@@ -512,14 +584,14 @@ impl Publisher {
             }
             (port, opening)
         };
-        if let Some(nat_port) = port.nat_port {
+        if let Some(nat_port) = &port.nat_port {
             nat_port.close();
             let mut state = self.state();
             if state.closing.remove(&id).is_some() {
                 self.engine.add_closed(&nat_port.snapshot());
             }
         }
-        let closed = port.published.into_iter().all(|socket| self.engine.unpublish(socket));
+        let closed = port.sockets().all(|socket| self.engine.unpublish(socket));
         self.close_in_firewall(&[opening]);
         closed.then_some(port.view)
     }
@@ -618,10 +690,7 @@ impl Publisher {
         let state = self.state();
         let of = |port: &Port| {
             let mut sum = PortSnapshot::empty(SeriesLabel::Port(port.view.label));
-            port.published
-                .iter()
-                .filter_map(|socket| figures.get(socket))
-                .for_each(|more| sum.add(more));
+            port.sockets().filter_map(|socket| figures.get(&socket)).for_each(|more| sum.add(more));
             port.nat_port.iter().for_each(|nat_port| sum.add(&nat_port.snapshot()));
             (port.view.clone(), sum)
         };
@@ -727,6 +796,12 @@ impl State {
         }
         Ok(())
     }
+}
+
+/// The addresses among `gateways` on which a port on `ip` also listens.
+fn gateways_for(gateways: &[IpAddr], ip: IpAddr) -> impl Iterator<Item = IpAddr> {
+    let same = move |gateway: &&IpAddr| ip.is_unspecified() && gateway.is_ipv4() == ip.is_ipv4();
+    gateways.iter().filter(same).copied()
 }
 
 fn upstream_to(

@@ -488,7 +488,7 @@ impl Instance {
         };
         self.up.names.resolver().set_bridges(indexes.values().copied());
         for network in self.up.gateway_networks.set_bridges(&indexes) {
-            if let Err(error) = self.up.names.serve_at_gateways_again(&network, &self.host) {
+            if let Err(error) = self.up.names.serve_at_gateways_again(&network) {
                 tracing::warn!(network, "no DNS server at the gateway: {error:#}");
             }
         }

@@ -5,6 +5,7 @@
 //! host's loopback. The device also carries the datagrams of UDP ports that the engine publishes
 //! ([`NatPublisher`](tidegate_publish::nat_publish::NatPublisher)).
 
+use super::flood_control::FloodControl;
 use super::layout::{Layout, fnv};
 use crate::port_guards::bridge_programs;
 use rustix::process::{Resource, getrlimit};
@@ -13,9 +14,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, OnceLock, Weak};
 use tidegate_compose::Project;
 use tidegate_model::{CidrSet, Feature, registry};
-use tidegate_nat::{
-    FloodListener, Nat, Policy, PolicyNetwork, Settings, StartError, Tun, TunOptions,
-};
+use tidegate_nat::{Nat, Policy, PolicyNetwork, Settings, StartError, Tun, TunOptions};
 use tidegate_netns::HostContext;
 use tidegate_netns::{Family, Namespace, interface_index};
 use tidegate_netsetup::{EngineDevice, NatIsolation, Network, Observed};
@@ -156,11 +155,11 @@ impl Device {
         host_context: &HostContext,
         host_loopback: bool,
         limits: NatLimits,
-        floods: Option<Arc<dyn FloodListener>>,
+        floods: Option<FloodControl>,
     ) -> Result<Egress, StartError> {
         let mut settings = Settings::new(self.tun.mtu());
         settings.network = self.project;
-        settings.floods = floods;
+        settings.floods = floods.as_ref().map(FloodControl::listener);
         let policy = Policy { host_loopback, ..policy(layout, observed) };
         settings.policy.clone_from(&policy);
         // At most a quarter of all flows for one endpoint, so that a few endpoints cannot exhaust
@@ -173,7 +172,7 @@ impl Device {
         let nat = Arc::new(Nat::start(settings, self.tun, host_context.ports(), descriptors)?);
         // Cannot fail: this is the only call.
         let _ = self.link.nat.set(Arc::downgrade(&nat));
-        Ok(Egress { nat, policy })
+        Ok(Egress { nat, policy, floods })
     }
 }
 
@@ -181,6 +180,7 @@ impl Device {
 pub(super) struct Egress {
     nat: Arc<Nat>,
     policy: Policy,
+    floods: Option<FloodControl>,
 }
 
 impl Egress {
@@ -189,10 +189,14 @@ impl Egress {
         &self.nat
     }
 
-    /// Denies access to the container networks of other software that were `observed`.
+    /// Adapts to the networks of `layout`, and denies access to the container networks of other
+    /// software that were `observed`.
     pub(super) fn update_policy(&mut self, layout: &Layout, observed: &Observed) {
         let Policy { host_loopback, resolvers, .. } = std::mem::take(&mut self.policy);
         self.set(Policy { host_loopback, resolvers, ..policy(layout, observed) });
+        if let Some(floods) = &self.floods {
+            floods.set_ports(&layout.desired);
+        }
     }
 
     /// Sets the host's DNS servers.

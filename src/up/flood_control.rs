@@ -13,8 +13,8 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
 use std::num::NonZeroU32;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tidegate_nat::FloodListener;
 use tidegate_netfilter::{Mechanism, PortGuards};
@@ -40,6 +40,28 @@ impl FloodListener for Reports {
     }
 }
 
+/// The policing thread.
+pub(super) struct FloodControl {
+    listener: Arc<Reports>,
+    ports: Arc<Mutex<Vec<BridgePort>>>,
+}
+
+impl FloodControl {
+    /// Returns what the engine reports floods to. The thread ends when all references are gone.
+    pub(super) fn listener(&self) -> Arc<dyn FloodListener> {
+        Arc::clone(&self.listener) as _
+    }
+
+    /// Sets the bridge ports to those of `desired`.
+    pub(super) fn set_ports(&self, desired: &Desired) {
+        *lock(&self.ports) = bridge_ports(desired);
+    }
+}
+
+fn lock(ports: &Mutex<Vec<BridgePort>>) -> MutexGuard<'_, Vec<BridgePort>> {
+    ports.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// A bridge port.
 #[derive(Clone, Debug)]
 struct BridgePort {
@@ -52,7 +74,7 @@ struct BridgePort {
 }
 
 /// Starts the policing thread. `rate` is in SYNs per second and bridge port. Returns `None` if the
-/// mechanism of `guards` has no policer. The thread ends when the engine drops the listener.
+/// mechanism of `guards` has no policer.
 ///
 /// # Errors
 /// The thread cannot be created.
@@ -61,21 +83,24 @@ pub(super) fn start(
     guards: &Arc<PortGuards>,
     host_context: &HostContext,
     rate: NonZeroU32,
-) -> io::Result<Option<Arc<dyn FloodListener>>> {
+) -> io::Result<Option<FloodControl>> {
     if guards.mechanism() == Mechanism::Classic {
         return Ok(None);
     }
     let (sender, reports) = sync_channel(REPORT_QUEUE);
     let (guards, host) = (Arc::clone(guards), host_context.networks().clone());
-    let ports = bridge_ports(desired);
+    let ports = Arc::new(Mutex::new(bridge_ports(desired)));
+    let of_policer = Arc::clone(&ports);
     std::thread::Builder::new().name("tidegate-flood".into()).spawn(move || {
         let entered = if host.is_current() { Ok(()) } else { host.enter() };
         match entered {
-            Ok(()) => Policer { guards, rate, ports, policed: BTreeMap::new() }.run(&reports),
+            Ok(()) => {
+                Policer { guards, rate, ports: of_policer, policed: BTreeMap::new() }.run(&reports);
+            }
             Err(error) => tracing::warn!(%error, "floods not policed at bridge ports"),
         }
     })?;
-    Ok(Some(Arc::new(Reports(sender))))
+    Ok(Some(FloodControl { listener: Arc::new(Reports(sender)), ports }))
 }
 
 fn bridge_ports(desired: &Desired) -> Vec<BridgePort> {
@@ -113,7 +138,7 @@ struct Policer {
     guards: Arc<PortGuards>,
     /// SYNs per second that pass at a policed port.
     rate: NonZeroU32,
-    ports: Vec<BridgePort>,
+    ports: Arc<Mutex<Vec<BridgePort>>>,
     /// Policed links, each with its dropped frames at the last check.
     policed: BTreeMap<String, u64>,
 }
@@ -142,7 +167,8 @@ impl Policer {
     }
 
     fn police(&mut self, source: IpAddr) {
-        for BridgePort { endpoint, link, .. } in ports_of(&self.ports, source) {
+        let ports = lock(&self.ports);
+        for BridgePort { endpoint, link, .. } in ports_of(&ports, source) {
             if self.policed.contains_key(link) {
                 continue;
             }

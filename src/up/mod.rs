@@ -34,7 +34,7 @@ use endpoint_watch::EndpointWatch;
 use endpoint_work::EndpointWork;
 use front_end::FrontEnd;
 use layout::{Layout, Surroundings, fnv, foreign_networks, layout};
-use names::NameServers;
+use names::{EndpointDns, NameServers, NetworkDns};
 use repair_schedule::RepairSchedule;
 use rustix::io::Errno;
 use std::collections::{BTreeMap, BTreeSet};
@@ -501,13 +501,20 @@ impl Up {
         let observer: Arc<OnceLock<tidegate_services::Observer>> = Arc::default();
         let starting = async {
             let mut names = NameServers::new(
-                project,
-                &layout,
                 host_context,
                 front_end.runtime(),
                 self.dns_ttl,
                 self.dns_forward_rate,
             )?;
+            names.resolver().set_bridges(bridges.into_values());
+            for network in &layout.desired.networks {
+                let dns = project.networks.get(&network.name).map(NetworkDns::of);
+                let verified = layout.desired.verifies_sources(&network.name);
+                names.add_network(network, &dns.unwrap_or_default(), verified)?;
+            }
+            for (endpoint, service) in layout.desired.endpoints.iter().zip(&project.services) {
+                names.add_endpoint(endpoint, &EndpointDns::of(service))?;
+            }
             let mut resolvers = names.resolver().host_servers();
             if let Some(egress) = &mut egress {
                 egress.set_resolvers(&resolvers.borrow_and_update());

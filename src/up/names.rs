@@ -16,6 +16,7 @@ use tidegate_dns::{
 };
 use tidegate_netns::HostContext;
 use tidegate_netns::{Namespace, interface_index};
+use tidegate_netsetup::{Endpoint, Network};
 use tokio::runtime::Handle;
 
 /// File descriptors of a service's DNS server: a UDP and a TCP socket, twice during relocation.
@@ -33,9 +34,49 @@ const TCP_CLIENTS: usize = 256;
 /// File descriptors that all servers share.
 pub(super) const SHARED_DESCRIPTORS: usize = SOURCE_PORTS + CONNECTIONS + TCP_CLIENTS;
 
-/// The DNS servers of a project.
+/// DNS options of a network.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct NetworkDns {
+    /// Upstream servers; empty for those of the host.
+    pub(super) servers: Vec<IpAddr>,
+    /// The network has DNS servers at its gateways.
+    pub(super) at_gateway: bool,
+}
+
+/// Names and DNS options of an endpoint.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct EndpointDns {
+    pub(super) hostname: Option<String>,
+    /// Upstream servers; empty for those of its networks.
+    pub(super) servers: Vec<IpAddr>,
+    /// Additional names by network.
+    pub(super) aliases: BTreeMap<String, Vec<String>>,
+}
+
+impl NetworkDns {
+    /// The options of `network` of a Compose file.
+    pub(super) fn of(network: &NetworkConfig) -> Self {
+        Self { servers: network.dns.clone(), at_gateway: network.names == Names::AtGateway }
+    }
+}
+
+impl EndpointDns {
+    /// The names and options of `service` of a Compose file.
+    pub(super) fn of(service: &Service) -> Self {
+        let aliases = service.networks.iter().map(|one| (one.network.clone(), one.aliases.clone()));
+        Self {
+            hostname: service.hostname.clone(),
+            servers: service.dns.clone(),
+            aliases: aliases.collect(),
+        }
+    }
+}
+
+/// The DNS servers of networks and endpoints.
 pub(super) struct NameServers {
     resolver: Arc<Resolver>,
+    /// The namespace of the bridges.
+    host: Namespace,
     /// Runs the servers.
     runtime: Handle,
     /// Options by service. Services that query a gateway have none.
@@ -77,15 +118,12 @@ impl NewServer {
 }
 
 impl NameServers {
-    /// Registers the names of all endpoints of `layout` and starts the servers at gateways. All
-    /// servers run on `runtime`. `forward_rate` is in queries per second of an endpoint.
+    /// Starts the resolver, without networks. All servers run on `runtime`. `forward_rate` is in
+    /// queries per second of an endpoint.
     ///
     /// # Errors
-    /// A limit is reached, a gateway cannot be bound, or an upstream server in the file is the DNS
-    /// server of the project itself.
+    /// The resolver cannot be started.
     pub(super) fn new(
-        project: &Project,
-        layout: &Layout,
         host_context: &HostContext,
         runtime: &Handle,
         ttl: Duration,
@@ -100,71 +138,104 @@ impl NameServers {
         settings.networks = host_context.networks().clone();
         settings.source_ports = SOURCE_PORTS;
         settings.tcp_clients_in_all = TCP_CLIENTS;
-        let resolver = Resolver::new(settings).context("names")?;
-        resolver.set_bridges(super::bridge_indexes(layout, host_context.networks())?.into_values());
-        for network in &layout.desired.networks {
-            resolver
-                .add_network(&NetworkSpec {
-                    name: network.name.clone(),
-                    subnets: network.subnets.iter().map(|subnet| subnet.subnet.trunc()).collect(),
-                    internal: network.internal,
-                    servers: project
-                        .networks
-                        .get(&network.name)
-                        .map(servers_of_network)
-                        .unwrap_or_default(),
-                    sources_are_verified: layout.desired.verifies_sources(&network.name),
-                })
-                .context("names")?;
-        }
-        for endpoint in &layout.desired.endpoints {
-            let Some(service) =
-                project.services.iter().find(|service| service.name == endpoint.name)
-            else {
-                continue;
-            };
-            for (attachment, laid_out) in service.networks.iter().zip(&endpoint.attachments) {
-                resolver
-                    .add_endpoint(
-                        &attachment.network,
-                        &EndpointSpec {
-                            container: service.name.clone(),
-                            name: service.name.clone(),
-                            aliases: attachment.aliases.clone(),
-                            hostname: service.hostname.clone(),
-                            addresses: laid_out.addresses.iter().map(ipnet::IpNet::addr).collect(),
-                        },
-                    )
-                    .context("names")?;
-            }
-        }
-        let mut at_gateways = BTreeMap::new();
-        for network in &layout.desired.networks {
-            if is_at_gateway(project, &network.name) {
-                let bridge = network.bridge.name.clone();
-                let gateways = network.subnets.iter().map(|subnet| subnet.gateway).collect();
-                let mut servers = GatewayServers { bridge, gateways, serving: Vec::new() };
-                servers.start(&resolver, &network.name, host_context.networks())?;
-                at_gateways.insert(network.name.clone(), servers);
-            }
-        }
-        let servers = |service: &Service| {
-            service.dns.iter().map(|server| SocketAddr::new(*server, PORT)).collect()
-        };
-        let options = project
-            .services
-            .iter()
-            .filter(|service| gateway(project, layout, service).is_none())
-            .map(|service| {
-                (
-                    service.name.clone(),
-                    ServeOptions { servers: servers(service), ..ServeOptions::default() },
-                )
+        Ok(Self {
+            resolver: Arc::new(Resolver::new(settings).context("names")?),
+            host: host_context.networks().clone(),
+            runtime: runtime.clone(),
+            options: BTreeMap::new(),
+            serving: BTreeMap::new(),
+            at_gateways: BTreeMap::new(),
+        })
+    }
+
+    /// Adds a network, whose bridge must exist, and starts its servers at gateways. `verified`:
+    /// source addresses on the network identify endpoints.
+    ///
+    /// # Errors
+    /// A limit is reached, a gateway cannot be bound, or an upstream server is the DNS server of
+    /// this process. The network is then not added.
+    pub(super) fn add_network(
+        &mut self,
+        network: &Network,
+        dns: &NetworkDns,
+        verified: bool,
+    ) -> anyhow::Result<()> {
+        let _runtime = self.runtime.enter();
+        self.resolver
+            .add_network(&NetworkSpec {
+                name: network.name.clone(),
+                subnets: network.subnets.iter().map(|subnet| subnet.subnet.trunc()).collect(),
+                internal: network.internal,
+                servers: dns.servers.iter().map(|ip| SocketAddr::new(*ip, PORT)).collect(),
+                sources_are_verified: verified,
             })
-            .collect();
-        let resolver = Arc::new(resolver);
-        let runtime = runtime.clone();
-        Ok(Self { resolver, runtime, options, serving: BTreeMap::new(), at_gateways })
+            .context("names")?;
+        if dns.at_gateway {
+            let bridge = network.bridge.name.clone();
+            let gateways = network.subnets.iter().map(|subnet| subnet.gateway).collect();
+            let mut servers = GatewayServers { bridge, gateways, serving: Vec::new() };
+            let started = servers.start(&self.resolver, &network.name, &self.host);
+            if started.is_err() {
+                self.resolver.remove_network(&network.name);
+            }
+            started?;
+            self.at_gateways.insert(network.name.clone(), servers);
+        }
+        Ok(())
+    }
+
+    /// Removes a network, which must have no endpoints.
+    pub(super) fn remove_network(&mut self, name: &str) {
+        self.at_gateways.remove(name);
+        self.resolver.remove_network(name);
+    }
+
+    /// Adds the names of `endpoint`. Its server is not started.
+    ///
+    /// # Errors
+    /// A limit is reached. The names are then not added.
+    pub(super) fn add_endpoint(
+        &mut self,
+        endpoint: &Endpoint,
+        dns: &EndpointDns,
+    ) -> anyhow::Result<()> {
+        for attachment in &endpoint.attachments {
+            let spec = EndpointSpec {
+                container: endpoint.name.clone(),
+                name: endpoint.name.clone(),
+                aliases: dns.aliases.get(&attachment.network).cloned().unwrap_or_default(),
+                hostname: dns.hostname.clone(),
+                addresses: attachment.addresses.iter().map(ipnet::IpNet::addr).collect(),
+            };
+            if let Err(error) = self.resolver.add_endpoint(&attachment.network, &spec) {
+                self.remove_names(endpoint);
+                return Err(error).context("names");
+            }
+        }
+        let queries_gateway = endpoint
+            .attachments
+            .iter()
+            .all(|attachment| self.at_gateways.contains_key(&attachment.network));
+        if !queries_gateway {
+            let servers = dns.servers.iter().map(|ip| SocketAddr::new(*ip, PORT)).collect();
+            let options = ServeOptions { servers, ..ServeOptions::default() };
+            self.options.insert(endpoint.name.clone(), options);
+        }
+        Ok(())
+    }
+
+    /// Removes the names of `endpoint`. Returns its server, which may block when it is dropped
+    /// ([`endpoint_work`](super::endpoint_work)).
+    pub(super) fn remove_endpoint(&mut self, endpoint: &Endpoint) -> Option<Serving> {
+        self.remove_names(endpoint);
+        self.options.remove(&endpoint.name);
+        self.serving.remove(&endpoint.name)
+    }
+
+    fn remove_names(&self, endpoint: &Endpoint) {
+        for attachment in &endpoint.attachments {
+            self.resolver.remove_endpoint(&attachment.network, &endpoint.name, &endpoint.name);
+        }
     }
 
     /// Returns the server of `service` in `namespace`, to be started. `None` if the service queries
@@ -199,20 +270,16 @@ impl NameServers {
         self.serving.keys().cloned().collect()
     }
 
-    /// Restarts the servers at the gateways of `network` in `host`, if it has any, after its bridge
+    /// Restarts the servers at the gateways of `network`, if it has any, after its bridge
     /// was recreated. Their sockets are bound to the index of the previous bridge.
     ///
     /// # Errors
     /// A gateway cannot be bound. The text names the network.
-    pub(super) fn serve_at_gateways_again(
-        &mut self,
-        network: &str,
-        host: &Namespace,
-    ) -> anyhow::Result<()> {
+    pub(super) fn serve_at_gateways_again(&mut self, network: &str) -> anyhow::Result<()> {
         let Some(servers) = self.at_gateways.get_mut(network) else { return Ok(()) };
         let _runtime = self.runtime.enter();
         servers.serving.clear();
-        servers.start(&self.resolver, network, host)
+        servers.start(&self.resolver, network, &self.host)
     }
 
     /// Starts the server of each service in its namespace.
@@ -254,10 +321,6 @@ impl GatewayServers {
         }
         Ok(())
     }
-}
-
-fn servers_of_network(network: &NetworkConfig) -> Vec<SocketAddr> {
-    network.dns.iter().map(|server| SocketAddr::new(*server, PORT)).collect()
 }
 
 fn is_at_gateway(project: &Project, network: &str) -> bool {
