@@ -22,4 +22,4 @@ mod view;
 
 pub(crate) use problem::Problem;
 pub(crate) use server::{MAX_CLIENTS, Server};
-pub(crate) use view::{Adopted, Order, View};
+pub(crate) use view::{Adopted, Order, View, snapshot};

@@ -40,9 +40,11 @@ pub enum PublishBy {
 /// Why the requested combination of firewall and publishing is not possible.
 #[derive(Debug, thiserror::Error)]
 pub enum ChoiceError {
-    /// The rules of iptables cannot be read.
-    #[error(transparent)]
-    Rules(#[from] io::Error),
+    /// iptables is in use, and its rules cannot be read.
+    #[error(
+        "iptables is in use, and its rules, which may apply to containers, cannot be read: {0}"
+    )]
+    Rules(#[source] io::Error),
     /// The requested firewall cannot be used.
     #[error("--firewall={kind}: {source}")]
     Unavailable {
@@ -175,7 +177,12 @@ pub fn choose(
     let iptables = if host_context.is_rootless() {
         [None, None]
     } else {
-        IptablesState::of(host_context.networks())?
+        IptablesState::of(host_context.networks()).map_err(|source| match choice {
+            FirewallChoice::Iptables => {
+                ChoiceError::Unavailable { kind: FirewallKind::Iptables, source }
+            }
+            _ => ChoiceError::Rules(source),
+        })?
     };
     let (firewall, mut why) = choose_firewall(choice, host_context, owner, &iptables)?;
     let kind = firewall.as_ref().map(|firewall| firewall.kind());

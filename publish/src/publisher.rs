@@ -111,6 +111,9 @@ pub struct Publisher {
     limits: ProxyLimits,
     /// Publishes UDP ports through the NAT engine; `None` without it, and after the close.
     nat_publish: Mutex<Option<NatPublisher>>,
+    /// Held during a change of ports, which may run programs and wait for event loops.
+    changing: Mutex<()>,
+    /// Held only to read or to update the state.
     state: Mutex<State>,
 }
 
@@ -232,7 +235,8 @@ impl Publisher {
         let firewall = chosen.firewall.clone();
         let translates = chosen.publish == PublishBy::Kernel;
         let state = Mutex::new(State { translates, gateways, ..State::default() });
-        Self { host_context, firewall, engine, limits, nat_publish: Mutex::default(), state }
+        let (nat_publish, changing) = Default::default();
+        Self { host_context, firewall, engine, limits, nat_publish, changing, state }
     }
 
     /// Sets the NAT engine. UDP ports published from now on are forwarded through it.
@@ -303,6 +307,7 @@ impl Publisher {
         if !self.host_context.is_rootless() {
             return Ok(());
         }
+        let _changing = self.changing();
         let (closed, missing) = {
             let mut state = self.state();
             let old = std::mem::replace(&mut state.gateways, gateways);
@@ -324,7 +329,6 @@ impl Publisher {
                 .collect();
             (closed, missing)
         };
-        // Not under the lock: this waits for the event loops.
         for (socket, _permit) in closed {
             self.engine.unpublish(socket);
         }
@@ -425,15 +429,16 @@ impl Publisher {
             at_gateways.extend(more.into_iter().map(|listener| (listener, *container_port)));
         }
         let options = self.upstream_options(endpoint, protocol)?;
-        let mut state = self.state();
-        state.check(endpoint, listeners.len() + at_gateways.len())?;
-        let openings = |state: &State| -> Vec<Opening> {
+        let _changing = self.changing();
+        self.state().check(endpoint, listeners.len() + at_gateways.len())?;
+        let openings = || -> Vec<Opening> {
+            let state = self.state();
             labels.iter().map(|(label, port)| state.opening(endpoint, *label, *port)).collect()
         };
-        if openings(&state).iter().any(|opening| bypassed.by(opening).is_some()) {
-            self.translate(&mut state, &bypassed)?;
+        if openings().iter().any(|opening| bypassed.by(opening).is_some()) {
+            self.translate(&bypassed)?;
         }
-        let openings = openings(&state);
+        let openings = openings();
         for ((label, _), opening) in labels.iter().zip(&openings) {
             if let Some(rule) = bypassed.by(opening) {
                 return Err(PublishError::Bypasses(*label, rule.to_owned()));
@@ -453,14 +458,14 @@ impl Publisher {
         let publish = |listeners, options| self.engine.publish(listeners, options);
         let nat_publish = self.nat_publish().clone();
         let by_engine =
-            state.endpoints.get(endpoint).map(|endpoint| endpoint.behind_engine.as_slice());
+            self.state().endpoints.get(endpoint).map(|endpoint| endpoint.behind_engine.clone());
         let forwarders = match (nat_publish, by_engine) {
             (Some(nat_publish), Some(addresses))
                 if protocol == Protocol::Udp && !addresses.is_empty() =>
             {
                 let acl = &options.outside.gateway_acl;
                 let forward = |(listener, port)| {
-                    nat_publish.publish(listener, port, addresses, acl).map(Forwarder::NatEngine)
+                    nat_publish.publish(listener, port, &addresses, acl).map(Forwarder::NatEngine)
                 };
                 listeners.into_iter().map(forward).collect::<io::Result<Vec<_>>>()
             }
@@ -476,6 +481,11 @@ impl Publisher {
         let (mut forwarders, mut at_gateways) = (forwarders.into_iter(), at_gateways.into_iter());
         let mut permits = permits.into_iter();
         let mut opened = Vec::with_capacity(labels.len());
+        let mut state = self.state();
+        if state.closed {
+            // The engine closes the sockets.
+            return Err(PublishError::Closed);
+        }
         for ((label, container_port), gateways) in labels.into_iter().zip(gateways) {
             state.last += 1;
             let id = PortId(state.last);
@@ -573,7 +583,7 @@ impl Publisher {
     /// Closes a port. Its connections are reset and its sessions end. The port can be bound again
     /// on return. Returns its description, or `None` if it does not exist.
     pub fn unpublish(&self, id: PortId) -> Option<OpenPort> {
-        // Not under the lock: this waits for the event loops.
+        let _changing = self.changing();
         let (port, opening) = {
             let mut state = self.state();
             let port = state.ports.remove(&id)?;
@@ -613,21 +623,26 @@ impl Publisher {
     /// Switches all ports to destination NAT of the kernel, because sockets bypass the rules
     /// `bypassed`. This is done only if the rules then apply to every affected port. Existing
     /// connections continue unchanged. Returns whether anything was changed.
-    fn translate(&self, state: &mut State, bypassed: &BypassedRules) -> Result<bool, PublishError> {
-        let Some(firewall) = self.firewall.as_ref().filter(|_| !state.translates) else {
+    fn translate(&self, bypassed: &BypassedRules) -> Result<bool, PublishError> {
+        let (before, after) = {
+            let mut state = self.state();
+            if self.firewall.is_none() || state.translates {
+                return Ok(false);
+            }
+            let before = state.openings();
+            state.translates = true;
+            let after = state.openings();
+            state.translates = false;
+            (before, after)
+        };
+        let Some(firewall) = &self.firewall else { return Ok(false) };
+        let mut affected = before.iter().filter(|opening| bypassed.by(opening).is_some());
+        if !affected.all(|opening| bypassed.holds_when_forwarded(opening)) {
             return Ok(false);
-        };
-        let before = state.openings();
-        state.translates = true;
-        let after = state.openings();
-        let affected = before.iter().filter(|opening| bypassed.by(opening).is_some());
-        let result = if affected.clone().all(|opening| bypassed.holds_when_forwarded(opening)) {
-            firewall.redirect_ports(&before, &after).map(|()| true)
-        } else {
-            Ok(false)
-        };
-        state.translates = matches!(result, Ok(true));
-        result.map_err(PublishError::Firewall)
+        }
+        firewall.redirect_ports(&before, &after).map_err(PublishError::Firewall)?;
+        self.state().translates = true;
+        Ok(true)
     }
 
     /// Whether the kernel translates ports where possible.
@@ -644,19 +659,19 @@ impl Publisher {
         &self,
         bypassed: &BypassedRules,
     ) -> Result<(bool, Vec<(PublishLabel, String)>), PublishError> {
-        let mut state = self.state();
-        let bypasses = |state: &State| {
+        let _changing = self.changing();
+        let bypasses = || {
             let bypasses = |opening: &Opening| {
                 let at = SocketAddr::new(opening.address, opening.port);
                 Some((PublishLabel::new(at, opening.protocol), bypassed.by(opening)?.to_owned()))
             };
-            state.openings().iter().filter_map(bypasses).collect::<Vec<_>>()
+            self.state().openings().iter().filter_map(bypasses).collect::<Vec<_>>()
         };
-        if bypasses(&state).is_empty() {
+        if bypasses().is_empty() {
             return Ok((false, Vec::new()));
         }
-        let changed = self.translate(&mut state, bypassed)?;
-        Ok((changed, bypasses(&state)))
+        let changed = self.translate(bypassed)?;
+        Ok((changed, bypasses()))
     }
 
     fn change_firewall(&self, added: &[Opening], removed: &[Opening]) -> Result<(), PublishError> {
@@ -757,6 +772,10 @@ impl Publisher {
         let endpoints = std::mem::take(&mut self.state().endpoints);
         drop(endpoints);
         drained
+    }
+
+    fn changing(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

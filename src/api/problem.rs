@@ -62,6 +62,11 @@ impl From<PublishError> for Problem {
             PublishError::TooMany(_) | PublishError::Bypasses(..) | PublishError::Closed => {
                 Self::conflict(&error)
             }
+            PublishError::Firewall(source) | PublishError::DockerUser(source)
+                if source.kind() == io::ErrorKind::TimedOut =>
+            {
+                Self::of(StatusCode::SERVICE_UNAVAILABLE, &error)
+            }
             PublishError::NoDescriptors(_)
             | PublishError::DockerUser(_)
             | PublishError::NoUpstream { .. }
@@ -96,5 +101,7 @@ mod tests {
         assert_eq!(of(PublishError::TooMany(1)), 409);
         assert_eq!(of(PublishError::Closed), 409);
         assert_eq!(of(PublishError::NoDescriptors(1)), 500);
+        assert_eq!(of(PublishError::Firewall(io::ErrorKind::TimedOut.into())), 503);
+        assert_eq!(of(PublishError::Firewall(io::ErrorKind::Other.into())), 500);
     }
 }

@@ -18,7 +18,7 @@ use tidegate_publish::publisher::{OpenPort, Publisher};
 use tidegate_services::Observer;
 use tidegate_telemetry::metrics_endpoint::MetricsStatus;
 use tidegate_telemetry::version::{COMMIT, VERSION};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// A running project.
 pub(crate) struct View {
@@ -33,7 +33,7 @@ pub(crate) struct View {
     /// The isolation of its networks.
     pub(crate) isolation: &'static str,
     /// Its networks and endpoints.
-    pub(crate) desired: Desired,
+    pub(crate) desired: watch::Receiver<Arc<Desired>>,
     /// The names of its services, in the order of the file.
     pub(crate) services: Vec<String>,
     /// The states of its services.
@@ -95,6 +95,11 @@ impl Adopted {
     }
 }
 
+/// The current value of `desired`.
+pub(crate) fn snapshot(desired: &watch::Receiver<Arc<Desired>>) -> Arc<Desired> {
+    Arc::clone(&desired.borrow())
+}
+
 impl View {
     pub(super) fn status(&self) -> Status {
         let statuses = self.observer.statuses();
@@ -130,31 +135,12 @@ impl View {
     }
 
     pub(super) fn networks(&self) -> Vec<Network> {
-        self.desired.networks.iter().map(|network| self.network(network)).collect()
-    }
-
-    fn network(&self, network: &netsetup::Network) -> Network {
-        let subnet = |one: &netsetup::Subnet| Subnet { subnet: one.subnet, gateway: one.gateway };
-        Network {
-            name: network.name.clone(),
-            bridge: network.bridge.name.clone(),
-            subnets: network.subnets.iter().map(subnet).collect(),
-            internal: network.internal,
-            inter_container: network.inter_container,
-            mtu: network.mtu,
-            endpoints: self.endpoints_on(&network.name),
-        }
-    }
-
-    /// Returns the names of the endpoints on `network`.
-    fn endpoints_on(&self, network: &str) -> Vec<String> {
-        let on_it = |endpoint: &&netsetup::Endpoint| {
-            endpoint.attachments.iter().any(|attachment| attachment.network == network)
-        };
-        self.desired.endpoints.iter().filter(on_it).map(|endpoint| endpoint.name.clone()).collect()
+        let desired = snapshot(&self.desired);
+        desired.networks.iter().map(|network| network_of(&desired, network)).collect()
     }
 
     pub(super) fn endpoints(&self) -> Vec<Endpoint> {
+        let desired = snapshot(&self.desired);
         let mut ports: BTreeMap<String, Vec<Port>> = BTreeMap::new();
         for port in self.publisher.ports() {
             ports.entry(port.endpoint.clone()).or_default().push(port_of(&port));
@@ -166,28 +152,10 @@ impl View {
                 .namespace(&endpoint.name)
                 .map_or_else(String::new, |it| it.id().to_string()),
             netns: self.adopted.get(&endpoint.name).map(|(path, _)| path.display().to_string()),
-            attachments: self.attachments(endpoint),
+            attachments: attachments(&desired, endpoint),
             ports: ports.remove(&endpoint.name).unwrap_or_default(),
         };
-        self.desired.endpoints.iter().map(endpoint).collect()
-    }
-
-    fn attachments(&self, endpoint: &netsetup::Endpoint) -> Vec<Attachment> {
-        let internal: BTreeSet<&str> = self
-            .desired
-            .networks
-            .iter()
-            .filter(|network| network.internal)
-            .map(|network| network.name.as_str())
-            .collect();
-        let attachment = |one: &netsetup::Attachment| Attachment {
-            network: one.network.clone(),
-            interface: one.inside.name.clone(),
-            mac: one.inside.mac.to_string(),
-            addresses: one.addresses.clone(),
-            default_route: one.default_route && !internal.contains(one.network.as_str()),
-        };
-        endpoint.attachments.iter().map(attachment).collect()
+        desired.endpoints.iter().map(endpoint).collect()
     }
 
     pub(super) fn figures(&self) -> Figures {
@@ -208,23 +176,62 @@ impl View {
     }
 
     fn network_figures(&self) -> Vec<NetworkFigures> {
+        let desired = snapshot(&self.desired);
         let asked: BTreeMap<_, _> = self.names.questions().into_iter().collect();
         let figures = |network: &netsetup::Network| {
             let questions = asked.get(&network.name).copied().unwrap_or_default();
             NetworkFigures {
                 name: network.name.clone(),
-                endpoints: self.endpoints_on(&network.name),
+                endpoints: endpoints_on(&desired, &network.name),
                 questions: questions.answered,
                 questions_failed: questions.failed,
                 questions_unknown: questions.unknown,
             }
         };
-        self.desired.networks.iter().map(figures).collect()
+        desired.networks.iter().map(figures).collect()
     }
 
     pub(super) fn ports(&self) -> Vec<Port> {
         self.publisher.ports().iter().map(port_of).collect()
     }
+}
+
+fn network_of(desired: &Desired, network: &netsetup::Network) -> Network {
+    let subnet = |one: &netsetup::Subnet| Subnet { subnet: one.subnet, gateway: one.gateway };
+    Network {
+        name: network.name.clone(),
+        bridge: network.bridge.name.clone(),
+        subnets: network.subnets.iter().map(subnet).collect(),
+        internal: network.internal,
+        inter_container: network.inter_container,
+        mtu: network.mtu,
+        endpoints: endpoints_on(desired, &network.name),
+    }
+}
+
+/// Returns the names of the endpoints on `network`.
+fn endpoints_on(desired: &Desired, network: &str) -> Vec<String> {
+    let on_it = |endpoint: &&netsetup::Endpoint| {
+        endpoint.attachments.iter().any(|attachment| attachment.network == network)
+    };
+    desired.endpoints.iter().filter(on_it).map(|endpoint| endpoint.name.clone()).collect()
+}
+
+fn attachments(desired: &Desired, endpoint: &netsetup::Endpoint) -> Vec<Attachment> {
+    let internal: BTreeSet<&str> = desired
+        .networks
+        .iter()
+        .filter(|network| network.internal)
+        .map(|network| network.name.as_str())
+        .collect();
+    let attachment = |one: &netsetup::Attachment| Attachment {
+        network: one.network.clone(),
+        interface: one.inside.name.clone(),
+        mac: one.inside.mac.to_string(),
+        addresses: one.addresses.clone(),
+        default_route: one.default_route && !internal.contains(one.network.as_str()),
+    };
+    endpoint.attachments.iter().map(attachment).collect()
 }
 
 pub(super) fn port_of(port: &OpenPort) -> Port {

@@ -2,7 +2,7 @@
 
 use super::duration::optional_timeout;
 use super::{UsageError, metrics_address};
-use crate::up::{NatLimits, Up as Instance};
+use crate::up::{NatLimits, Source, Up as Instance};
 use clap::Args;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -118,8 +118,7 @@ impl Up {
             }
         }
         let up = Instance {
-            file,
-            project: self.project_name.clone(),
+            source: Source::Project { file, name: self.project_name.clone() },
             firewall: self.firewall,
             publish: self.publish,
             metrics,

@@ -12,7 +12,6 @@ use rustix::process::{Resource, getrlimit};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, OnceLock, Weak};
-use tidegate_compose::Project;
 use tidegate_model::{CidrSet, Feature, registry};
 use tidegate_nat::{Nat, Policy, PolicyNetwork, Settings, StartError, Tun, TunOptions};
 use tidegate_netns::HostContext;
@@ -46,7 +45,7 @@ impl Default for NatLimits {
 /// The TUN device, before the engine runs.
 #[derive(Debug)]
 pub(super) struct Device {
-    project: Arc<str>,
+    owner: Arc<str>,
     tun: Tun,
     table: u32,
     link: Arc<DeviceLink>,
@@ -95,21 +94,22 @@ impl EngineDevice for DeviceLink {
 }
 
 impl Device {
-    /// Creates the device of `project` in the namespace of its networks.
+    /// Creates the device of the networks of `owner` in their namespace, with a default route for
+    /// IPv4 and, with `v6`, for IPv6.
     ///
     /// # Errors
     /// There is no `/dev/net/tun`, or the device or its routes cannot be created.
-    pub(super) fn open(host_context: &HostContext, project: &Project) -> Result<Self, StartError> {
+    pub(super) fn open(
+        host_context: &HostContext,
+        owner: &str,
+        v6: bool,
+    ) -> Result<Self, StartError> {
         if Feature::Tun.is_forced_off() {
             return Err(StartError::Device(io::ErrorKind::NotFound.into()));
         }
-        let hash = fnv(project.name.as_bytes());
+        let hash = fnv(owner.as_bytes());
         let name = format!("{}t-{:08x}", registry::INTERFACE_PREFIX, hash as u32);
-        let has_v6 = project.networks.values().any(|network| {
-            let given = network.subnets.iter().any(|one| one.subnet.addr().is_ipv6());
-            !network.internal && (network.enable_ipv6 || given)
-        });
-        let default_routes = if has_v6 { Family::ALL.to_vec() } else { vec![Family::V4] };
+        let default_routes = if v6 { Family::ALL.to_vec() } else { vec![Family::V4] };
         let mut number = hash % u64::from(registry::EGRESS_TABLES);
         for attempt in 1.. {
             let table = registry::FIRST_EGRESS_TABLE + number as u32;
@@ -124,8 +124,8 @@ impl Device {
                     if source.kind() == io::ErrorKind::AlreadyExists
                         && attempt < MAX_TABLE_ATTEMPTS => {}
                 opened => {
-                    let (project, (tun, link)) = (project.name.as_str().into(), opened?);
-                    return Ok(Self { project, tun, table, link: Arc::new(link) });
+                    let (owner, (tun, link)) = (owner.into(), opened?);
+                    return Ok(Self { owner, tun, table, link: Arc::new(link) });
                 }
             }
             number = (number + 1) % u64::from(registry::EGRESS_TABLES);
@@ -158,7 +158,7 @@ impl Device {
         floods: Option<FloodControl>,
     ) -> Result<Egress, StartError> {
         let mut settings = Settings::new(self.tun.mtu());
-        settings.network = self.project;
+        settings.network = self.owner;
         settings.floods = floods.as_ref().map(FloodControl::listener);
         let policy = Policy { host_loopback, ..policy(layout, observed) };
         settings.policy.clone_from(&policy);

@@ -24,7 +24,7 @@ mod names;
 mod repair_schedule;
 mod tracked_flows;
 
-use crate::api::{Adopted, MAX_CLIENTS, Order, Server, View};
+use crate::api::{Adopted, MAX_CLIENTS, Order, Server, View, snapshot};
 use crate::port_guards::{self, bridge_programs, has_internal_guards};
 use anyhow::{Context, anyhow, bail};
 use control::{Attaching, Outcome, end_servers};
@@ -81,13 +81,23 @@ const SERVICE_DESCRIPTORS: usize = 5;
 /// Capacity of the queue of API orders. The API waits while it is full.
 const ORDER_QUEUE: usize = 8;
 
+/// Where the networks of an instance come from.
+#[derive(Debug)]
+pub enum Source {
+    /// A Compose file, whose services run as long as the instance.
+    Project {
+        /// Path of the file.
+        file: PathBuf,
+        /// Project name. Default: `name` in the file, or the name of its directory.
+        name: Option<String>,
+    },
+}
+
 /// Arguments of `tidegate up`.
 #[derive(Debug)]
 pub struct Up {
-    /// Path of the Compose file.
-    pub file: PathBuf,
-    /// Project name. Default: `name` in the file, or the name of its directory.
-    pub project: Option<String>,
+    /// Where the networks come from.
+    pub source: Source,
     /// The isolation of networks: a firewall, or none.
     pub firewall: FirewallChoice,
     /// What forwards published ports: the proxy or the kernel. `None` selects one of them.
@@ -145,6 +155,8 @@ struct Instance {
 /// The parts that run on the networks.
 struct Running {
     layout: Layout,
+    /// The desired state for the API and the metrics.
+    shown: watch::Sender<Arc<Desired>>,
     /// Input of the access checks at published ports.
     gateway_networks: Arc<GatewayNetworks>,
     /// Priority of the last logged policy rule of other software that ours cannot precede.
@@ -160,9 +172,85 @@ struct Running {
     metrics: Option<MetricsStatus>,
 }
 
+/// What an instance starts with.
+struct Initial<'a> {
+    layout: Layout,
+    networks: BTreeMap<String, NetworkDns>,
+    endpoints: BTreeMap<String, EndpointDns>,
+    namespaces: BTreeMap<String, Namespace>,
+    /// The paths of adopted namespaces, by endpoint.
+    adopted: BTreeMap<String, PathBuf>,
+    ports: OpenPorts,
+    /// The project whose services are run.
+    project: Option<&'a Project>,
+}
+
+impl<'a> Initial<'a> {
+    /// The networks and services of `project`.
+    fn of_project(
+        project: &'a Project,
+        host_context: &HostContext,
+        observed: &Observed,
+    ) -> anyhow::Result<Self> {
+        let mut surroundings = Surroundings {
+            observed,
+            host_id: host_id(),
+            random: &mut random_bytes,
+            now: Instant::now(),
+        };
+        let layout = layout(project, &mut surroundings)?;
+        // Bound before any change to the host.
+        let ports = open_ports(project)?;
+        let mut namespaces: BTreeMap<String, Namespace> = BTreeMap::new();
+        let mut adopted = BTreeMap::new();
+        for service in &project.services {
+            let namespace = match &service.run {
+                Run::Command(_) => host_context
+                    .create_for_service()
+                    .with_context(|| format!("service {:?}", service.name))?,
+                Run::Adopt(path) => {
+                    adopted.insert(service.name.clone(), path.clone());
+                    Namespace::from_path(path)
+                        .with_context(|| format!("service {:?}", service.name))?
+                }
+            };
+            let shared = |(_, other): &(&String, &Namespace)| other.id() == namespace.id();
+            if let Some((other, _)) = namespaces.iter().find(shared) {
+                bail!(
+                    "services {other:?} and {:?} are in the same namespace, {}; adopt it once",
+                    service.name,
+                    namespace.id()
+                );
+            }
+            namespaces.insert(service.name.clone(), namespace);
+        }
+        let networks = project.networks.iter();
+        let services = project.services.iter();
+        Ok(Self {
+            layout,
+            networks: networks.map(|(name, one)| (name.clone(), NetworkDns::of(one))).collect(),
+            endpoints: services.map(|one| (one.name.clone(), EndpointDns::of(one))).collect(),
+            namespaces,
+            adopted,
+            ports,
+            project: Some(project),
+        })
+    }
+}
+
+/// Random bytes for MAC addresses and interface names. Without random bytes, names collide, and
+/// creating the second interface fails.
+fn random_bytes() -> [u8; 6] {
+    let mut bytes = [0; 6];
+    let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+    bytes
+}
+
 /// Input of [`Up::start`].
 struct Resources<'a> {
     host_context: &'a HostContext,
+    /// Owner of the rules: the name of the project.
+    owner: &'a str,
     front_end: &'a FrontEnd,
     chosen: &'a Chosen,
     /// The TUN device of the NAT engine. `None` with a firewall.
@@ -223,8 +311,9 @@ impl Up {
 
     async fn run_on(&self, host_context: &HostContext) -> anyhow::Result<bool> {
         let (started, begun) = (SystemTime::now(), Instant::now());
-        let mut project = tidegate_compose::load(&self.file)?;
-        if let Some(name) = &self.project {
+        let Source::Project { file, name } = &self.source;
+        let mut project = tidegate_compose::load(file)?;
+        if let Some(name) = name {
             project.name.clone_from(name);
         }
         // After reading the file: it can be a pipe without a writer, and Ctrl-C then still has to
@@ -262,7 +351,7 @@ impl Up {
         }
         let device = match &chosen.firewall {
             Some(_) => None,
-            None => egress::Device::open(host_context, &project)
+            None => egress::Device::open(host_context, &project.name, has_v6(&project))
                 .inspect_err(|error| {
                     tracing::warn!(
                         "containers have no egress: {error}; run tidegate doctor for remedies"
@@ -305,6 +394,7 @@ impl Up {
             .context("listen for network changes")?;
         let resources = Resources {
             host_context,
+            owner: &project.name,
             front_end: &front_end,
             chosen: &chosen,
             device,
@@ -326,11 +416,11 @@ impl Up {
         let (orders, received) = mpsc::channel(ORDER_QUEUE);
         let name = project.name.clone();
         let view = View {
-            compose_file: std::path::absolute(&self.file).unwrap_or_else(|_| self.file.clone()),
+            compose_file: std::path::absolute(file).unwrap_or_else(|_| file.clone()),
             started,
             begun,
             isolation: setup.isolation().name(),
-            desired: up.layout.desired.clone(),
+            desired: up.shown.subscribe(),
             services: project.services.iter().map(|service| service.name.clone()).collect(),
             observer: up.supervisor.observer(),
             publisher: Arc::clone(&up.publisher),
@@ -385,7 +475,7 @@ impl Up {
         setup: &mut Setup,
         signals: &mut Signals,
     ) -> anyhow::Result<Option<Running>> {
-        let Resources { host_context, front_end, chosen, device, guards, run } = resources;
+        let Resources { host_context, owner, front_end, chosen, device, guards, run } = resources;
         let mut observed = setup.surroundings().await?;
         if host_context.is_rootless() {
             // The host's routes are in another namespace and do not conflict with the bridges. A
@@ -394,30 +484,19 @@ impl Up {
             observed.routes.extend(host.routes);
             observed.bridges.extend(host.bridges);
         }
-        let mut random = || {
-            let mut bytes = [0; 6];
-            // Without random bytes, interface names collide, and creating the second one fails.
-            let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
-            bytes
-        };
-        let mut surroundings = Surroundings {
-            observed: &observed,
-            host_id: host_id(),
-            random: &mut random,
-            now: Instant::now(),
-        };
-        let mut layout = layout(project, &mut surroundings)?;
-        layout.desired.guards = port_guards::attachment(guards.as_deref(), &project.name);
+        let initial = Initial::of_project(project, host_context, &observed)?;
+        let Initial { mut layout, networks, endpoints, namespaces, adopted, ports, project } =
+            initial;
+        layout.desired.guards = port_guards::attachment(guards.as_deref(), owner);
         layout.desired.rules_ahead = rules_ahead(&observed);
         let preceding_rule = preceding_rule(&observed, chosen.firewall.as_ref());
         if let Some(priority) = preceding_rule {
             warn_of_preceding_rule(priority);
         }
-        let ports = open_ports(project)?;
         if let Some(firewall) = &chosen.firewall {
             layout.desired.uplinks = uplinks(&observed, &layout.desired);
             if chosen.publish == PublishBy::Kernel {
-                layout.desired.reply_paths = reply_paths(&observed, &project.name);
+                layout.desired.reply_paths = reply_paths(&observed, owner);
             }
             let _ = firewall
                 .set_uplinks(&layout.desired.uplinks, foreign_bridges(&observed, &layout.desired));
@@ -427,25 +506,8 @@ impl Up {
         let recorder = self.metrics.map(Recorder::install).transpose()?;
         let metrics = recorder.as_ref().map(Recorder::status);
 
-        let mut namespaces = BTreeMap::new();
-        for service in &project.services {
-            let namespace = match &service.run {
-                Run::Command(_) => host_context
-                    .create_for_service()
-                    .with_context(|| format!("service {:?}", service.name))?,
-                Run::Adopt(path) => Namespace::from_path(path)
-                    .with_context(|| format!("service {:?}", service.name))?,
-            };
-            let shared = |(_, other): &(&String, &Namespace)| other.id() == namespace.id();
-            if let Some((other, _)) = namespaces.iter().find(shared) {
-                bail!(
-                    "services {other:?} and {:?} are in the same namespace, {}; adopt it once",
-                    service.name,
-                    namespace.id()
-                );
-            }
-            setup.kernel().add_endpoint(&service.name, namespace.clone());
-            namespaces.insert(service.name.clone(), namespace);
+        for (name, namespace) in &namespaces {
+            setup.kernel().add_endpoint(name, namespace.clone());
         }
         setup.apply(&layout.desired).await?;
         let start = |device: egress::Device| -> anyhow::Result<_> {
@@ -497,6 +559,7 @@ impl Up {
         if let Some(egress) = &egress {
             publisher.use_nat_engine(Arc::clone(egress.nat()));
         }
+        let shown = watch::Sender::new(Arc::new(layout.desired.clone()));
         // Set once the supervisor runs, which starts after the metrics endpoint.
         let observer: Arc<OnceLock<tidegate_services::Observer>> = Arc::default();
         let starting = async {
@@ -508,18 +571,19 @@ impl Up {
             )?;
             names.resolver().set_bridges(bridges.into_values());
             for network in &layout.desired.networks {
-                let dns = project.networks.get(&network.name).map(NetworkDns::of);
+                let dns = networks.get(&network.name).cloned().unwrap_or_default();
                 let verified = layout.desired.verifies_sources(&network.name);
-                names.add_network(network, &dns.unwrap_or_default(), verified)?;
+                names.add_network(network, &dns, verified)?;
             }
-            for (endpoint, service) in layout.desired.endpoints.iter().zip(&project.services) {
-                names.add_endpoint(endpoint, &EndpointDns::of(service))?;
+            for endpoint in &layout.desired.endpoints {
+                let dns = endpoints.get(&endpoint.name).cloned().unwrap_or_default();
+                names.add_endpoint(endpoint, &dns)?;
             }
             let mut resolvers = names.resolver().host_servers();
             if let Some(egress) = &mut egress {
                 egress.set_resolvers(&resolvers.borrow_and_update());
             }
-            names.serve_all(project, &namespaces)?;
+            names.serve_all(&namespaces, |name| adopted.contains_key(name))?;
             for ((service, protocol), listeners) in ports {
                 publisher.adopt(&service, protocol, listeners)?;
             }
@@ -529,26 +593,26 @@ impl Up {
                     // Writing to text cannot fail.
                     let _ = describe_engine(&reported.snapshot(), &reported.usage(), page);
                 });
-                let (desired, reported) = (layout.desired.clone(), Arc::clone(&publisher));
+                let (desired, reported) = (shown.subscribe(), Arc::clone(&publisher));
                 let services = Arc::clone(&observer);
                 let recorder = recorder.with(move |page| {
-                    metrics::families(&desired, &reported, services.get(), page);
+                    metrics::families(&snapshot(&desired), &reported, services.get(), page);
                 });
                 let firewall = chosen.firewall.clone();
                 let recorder =
                     recorder.with(move |page| metrics::ruleset_families(firewall.as_deref(), page));
                 let nat =
-                    egress.as_ref().map(|nat| (project.name.clone(), nat.nat().figures().clone()));
+                    egress.as_ref().map(|nat| (owner.to_owned(), nat.nat().figures().clone()));
                 let recorder = recorder.with(move |page| {
                     let engines: Vec<_> =
                         nat.iter().map(|(name, figures)| (name.as_str(), figures)).collect();
                     let _ = tidegate_nat::describe(&engines, page);
                 });
                 let host = host_context.networks().clone();
-                let desired = layout.desired.clone();
+                let desired = shown.subscribe();
                 let recorder = recorder.with(move |page| {
                     if let Some(guards) = &guards {
-                        metrics::spoofed_families(&desired, guards, &host, page);
+                        metrics::spoofed_families(&snapshot(&desired), guards, &host, page);
                     }
                 });
                 let resolver = names.resolver();
@@ -565,7 +629,8 @@ impl Up {
                     .context("metrics endpoint")?;
             }
             let mut supervisor = Supervisor::new(run, StandardOutput, self.grace);
-            let specs = specs(project, &layout, &namespaces);
+            let specs = project.map(|project| specs(project, &layout, &namespaces));
+            let specs = specs.unwrap_or_default();
             let interrupted = {
                 let starting = supervisor.start(specs);
                 tokio::pin!(starting);
@@ -590,12 +655,9 @@ impl Up {
             publisher.close(Duration::ZERO);
             return Ok(None);
         };
-        let adopted = project.services.iter().filter_map(|service| match &service.run {
-            Run::Adopt(path) => Some((service.name.clone(), path.clone())),
-            Run::Command(_) => None,
-        });
         Ok(Some(Running {
             layout,
+            shown,
             gateway_networks,
             preceding_rule,
             publisher,
@@ -607,6 +669,14 @@ impl Up {
             metrics,
         }))
     }
+}
+
+/// Whether a network of `project` has egress over IPv6.
+fn has_v6(project: &Project) -> bool {
+    project.networks.values().any(|network| {
+        let given = network.subnets.iter().any(|one| one.subnet.addr().is_ipv6());
+        !network.internal && (network.enable_ipv6 || given)
+    })
 }
 
 /// DNAT targets of the endpoint `name`.

@@ -9,7 +9,7 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
-use tidegate_compose::{Names, NetworkConfig, Project, Run, Service};
+use tidegate_compose::{Names, NetworkConfig, Project, Service};
 use tidegate_dns::{
     EndpointSpec, NetworkSpec, PORT, ResolvConf, Resolver, ResolverSettings, SERVER, ServeOptions,
     Serving,
@@ -282,22 +282,21 @@ impl NameServers {
         servers.start(&self.resolver, network, &self.host)
     }
 
-    /// Starts the server of each service in its namespace.
+    /// Starts the server of each endpoint in its namespace.
     ///
     /// # Errors
     /// The server of a service that tidegate runs cannot be started. That of an adopted container
     /// is only logged, since the container can have its own server at the address.
     pub(super) fn serve_all(
         &mut self,
-        project: &Project,
         namespaces: &BTreeMap<String, Namespace>,
+        is_adopted: impl Fn(&str) -> bool,
     ) -> anyhow::Result<()> {
-        for service in &project.services {
-            let Some(namespace) = namespaces.get(&service.name) else { continue };
-            let Some(server) = self.new_server(&service.name, namespace) else { continue };
-            match (server.start(), &service.run) {
-                (Err(error), Run::Adopt(_)) => tracing::warn!(endpoint = service.name, "{error:#}"),
-                (started, _) => self.give_back(&service.name, started?),
+        for (endpoint, namespace) in namespaces {
+            let Some(server) = self.new_server(endpoint, namespace) else { continue };
+            match server.start() {
+                Err(error) if is_adopted(endpoint) => tracing::warn!(endpoint, "{error:#}"),
+                started => self.give_back(endpoint, started?),
             }
         }
         Ok(())

@@ -10,6 +10,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
 use tidegate_model::{Protocol, registry};
 use tidegate_netfilter::{
     Action, Base, Chain, Change, Connection, Element, Field, Hook, Key, Kind, Match, Rule, Set,
@@ -97,13 +98,15 @@ impl Backend for Nftables {
             kept: registry::USER_CHAIN.to_owned(),
         };
         let changes = [replace, part];
-        for _ in 0..ATTEMPTS {
+        for attempt in 1..=ATTEMPTS {
             // The fingerprint is read immediately. Without it, a concurrent change by another
             // program, such as an instance that starts, would be taken for a change of these rules.
             // Their restoration would in turn look like a change to that instance, and so on.
             if self.commit_exclusively(&changes)? && self.read_unmodified(&ruleset.owner)? {
                 break;
             }
+            // Instances that start together would otherwise interfere with each other in step.
+            std::thread::sleep(BACKOFF * (1 + std::process::id() % 7) * attempt);
         }
         // After persistent interference, `holds` returns false, and the rules are applied again.
         Ok(())
@@ -191,7 +194,10 @@ impl Backend for Nftables {
 }
 
 /// Maximum attempts to apply rules while other programs change the ruleset.
-const ATTEMPTS: u32 = 5;
+const ATTEMPTS: u32 = 12;
+
+/// Unit of the time between two attempts.
+const BACKOFF: Duration = Duration::from_micros(200);
 
 /// Returns whether `element` of a target set is `target`.
 fn is_to(element: &Element, target: SocketAddr) -> bool {

@@ -51,6 +51,11 @@ pub(super) enum ProgramError {
     /// The program did not exit within [`TIMEOUT`] and was killed.
     #[error("{0}: timed out after {seconds} s and was killed", seconds = TIMEOUT.tv_sec)]
     TimedOut(String),
+    /// Another program has held the lock for [`LOCK_WAIT`].
+    #[error(
+        "{0}: another program has held the xtables lock for {LOCK_WAIT} s; retry when it has ended"
+    )]
+    Locked(String),
     /// The program did not respond within [`TIMEOUT`].
     #[error(
         "{0} -S: no response within {seconds} s; another program may hold the xtables lock",
@@ -69,8 +74,15 @@ pub(super) enum ProgramError {
 }
 
 impl From<ProgramError> for io::Error {
+    /// [`io::ErrorKind::TimedOut`] if a retry may succeed.
     fn from(error: ProgramError) -> Self {
-        Self::other(error)
+        let kind = match error {
+            ProgramError::TimedOut(_) | ProgramError::NoResponse(_) | ProgramError::Locked(_) => {
+                io::ErrorKind::TimedOut
+            }
+            _ => io::ErrorKind::Other,
+        };
+        Self::new(kind, error)
     }
 }
 
@@ -154,6 +166,9 @@ impl Program {
     pub(super) fn restore(&self, text: &str) -> io::Result<()> {
         run(&self.restore, &["--noflush", "--wait", LOCK_WAIT], text).map(drop).map_err(|error| {
             // The error refers to a line by number; append that line.
+            if error.kind() == io::ErrorKind::TimedOut {
+                return error;
+            }
             let message = error.to_string();
             let number = message.split("line").nth(1).and_then(|rest| {
                 rest.trim_start_matches([':', ' '])
@@ -220,10 +235,13 @@ fn run(program: &Path, args: &[&str], input: &str) -> io::Result<String> {
             Some(status) if status.success() => Ok(output),
             Some(status) => {
                 let message = errors.lines().map(str::trim).find(|line| !line.is_empty());
-                let error = message.map_or_else(
-                    || failed(&status.to_string()),
-                    |message| ProgramError::Message(message.to_owned()),
-                );
+                // The text is the same in all versions, and the exit status 4 also means others.
+                let is_locked = |message: &str| message.contains("holding the xtables lock");
+                let error = match message {
+                    Some(message) if is_locked(message) => ProgramError::Locked(name.clone()),
+                    Some(message) => ProgramError::Message(message.to_owned()),
+                    None => failed(&status.to_string()),
+                };
                 Err(error.into())
             }
         }
