@@ -1,0 +1,134 @@
+//! Names of networks and endpoints.
+
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+/// Maximum length of a part of a name, in bytes: a DNS label (RFC 1035, section 2.3.4), because the
+/// name of an endpoint is resolved.
+const MAX_LENGTH: usize = 63;
+
+/// The name of a network or an endpoint: `name`, or `project/name` for a part of a project.
+///
+/// Both parts match `[a-zA-Z0-9][a-zA-Z0-9_.-]*` and have at most 63 characters. Clones share the
+/// text.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct Name {
+    project: Option<Arc<str>>,
+    name: Arc<str>,
+}
+
+/// A text that is not a [`Name`], or not a part of one.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "invalid name {0:?}: use NAME or PROJECT/NAME, each of 1 to {MAX_LENGTH} letters, digits, \
+     dots, hyphens and underscores, with a letter or digit first"
+)]
+pub struct NameError(pub String);
+
+impl Name {
+    /// Creates a name from its parts.
+    ///
+    /// # Errors
+    /// [`NameError`] with the invalid part.
+    pub fn new(project: Option<&str>, name: &str) -> Result<Self, NameError> {
+        Ok(Self { project: project.map(part).transpose()?, name: part(name)? })
+    }
+
+    /// Returns the project, `None` for an object that belongs to no project.
+    #[must_use]
+    pub fn project(&self) -> Option<&str> {
+        self.project.as_deref()
+    }
+
+    /// Returns the name within the project.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+fn part(text: &str) -> Result<Arc<str>, NameError> {
+    let follows = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
+    let first = text.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric());
+    if first && text.len() <= MAX_LENGTH && text.bytes().all(follows) {
+        Ok(text.into())
+    } else {
+        Err(NameError(text.to_owned()))
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(project) = &self.project {
+            write!(f, "{project}/")?;
+        }
+        f.write_str(&self.name)
+    }
+}
+
+impl FromStr for Name {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        let (project, name) = match text.split_once('/') {
+            Some((project, name)) => (Some(project), name),
+            None => (None, text),
+        };
+        Self::new(project, name).map_err(|_| NameError(text.to_owned()))
+    }
+}
+
+impl From<Name> for String {
+    fn from(name: Name) -> Self {
+        name.to_string()
+    }
+}
+
+impl TryFrom<String> for Name {
+    type Error = NameError;
+
+    fn try_from(text: String) -> Result<Self, NameError> {
+        text.parse()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn valid_names_print_and_parse_back(
+            text in "([a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}/)?[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}"
+        ) {
+            let name: Name = text.parse().unwrap();
+            prop_assert_eq!(name.to_string(), text.as_str());
+            prop_assert_eq!(Name::new(name.project(), name.name()), Ok(name.clone()));
+            let json = serde_json::to_string(&name).unwrap();
+            prop_assert_eq!(&json, &format!("{text:?}"));
+            prop_assert_eq!(serde_json::from_str::<Name>(&json).unwrap(), name);
+        }
+    }
+
+    #[test]
+    fn invalid_names_are_rejected_with_the_whole_text() {
+        let long = "a".repeat(64);
+        for text in
+            ["", "/", "a/", "/a", "a/b/c", "-a", ".a", "_a", "a b", "a\n", "ä", "p/-a", &long]
+        {
+            assert_eq!(text.parse::<Name>(), Err(NameError(text.to_owned())), "{text:?}");
+            assert!(serde_json::from_str::<Name>(&format!("{text:?}")).is_err());
+        }
+        assert_eq!(
+            "a b".parse::<Name>().unwrap_err().to_string(),
+            "invalid name \"a b\": use NAME or PROJECT/NAME, each of 1 to 63 letters, digits, dots, \
+             hyphens and underscores, with a letter or digit first"
+        );
+    }
+}

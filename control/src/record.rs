@@ -1,0 +1,303 @@
+//! The on-disk form of the state.
+//!
+//! A record is a JSON object, stored under the text of the [`Name`] of its network or endpoint. This
+//! module describes the form completely: its types are separate from those of the state, so that a
+//! change of the state does not change the form by accident.
+//!
+//! A change of the form increments [`FORMAT`], including a new optional field: an older version
+//! would drop it when it writes the record. `testdata/format-N.jsonl` has samples of format N, which
+//! remain readable.
+
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
+use crate::{Endpoint, Name, Network, PublishedPort, State};
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use tidegate_model::{MacAddress, Protocol};
+use tidegate_netsetup::{self as netsetup, Attachment, Interface, Subnet};
+
+/// The format that this version writes. It reads this format only.
+pub(crate) const FORMAT: u32 = 1;
+
+/// A network.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NetworkRecord {
+    bridge: InterfaceRecord,
+    /// IPv4 before IPv6.
+    subnets: Vec<SubnetRecord>,
+    internal: bool,
+    inter_container: bool,
+    /// In bytes.
+    mtu: u32,
+    dns: Vec<IpAddr>,
+    names_at_gateway: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SubnetRecord {
+    subnet: IpNet,
+    gateway: IpAddr,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct InterfaceRecord {
+    name: String,
+    mac: MacAddress,
+}
+
+/// An endpoint.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EndpointRecord {
+    /// Absolute path.
+    namespace: String,
+    hostname: Option<String>,
+    /// In the order of the interfaces.
+    attachments: Vec<AttachmentRecord>,
+    /// Sorted.
+    ports: Vec<PortRecord>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AttachmentRecord {
+    network: Name,
+    aliases: Vec<String>,
+    host_end: InterfaceRecord,
+    inside: InterfaceRecord,
+    /// With the prefix length of the subnet.
+    addresses: Vec<IpNet>,
+    default_route: bool,
+    any_source: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PortRecord {
+    address: IpAddr,
+    host_port: u16,
+    container_port: u16,
+    /// `tcp`, `udp` or `sctp`.
+    protocol: String,
+}
+
+/// A record that is not valid.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RecordError {
+    #[error("{0}")]
+    Name(#[from] crate::NameError),
+    #[error("{0}")]
+    Json(#[from] serde_json::Error),
+    #[error("{0}")]
+    Protocol(#[from] tidegate_model::UnknownProtocol),
+    #[error("namespace path {0:?} is not UTF-8")]
+    Path(std::path::PathBuf),
+    #[error("network {0:?} does not exist")]
+    UnknownNetwork(Name),
+}
+
+/// A value with a record.
+pub(crate) trait Record: PartialEq + Sized {
+    /// Returns the value with `name` from its record.
+    fn read(name: Name, record: &[u8]) -> Result<Self, RecordError>;
+    /// Returns the record.
+    fn write(&self) -> Result<Vec<u8>, RecordError>;
+    /// Returns the key of the record.
+    fn name(&self) -> &Name;
+}
+
+impl Record for Network {
+    fn read(name: Name, record: &[u8]) -> Result<Self, RecordError> {
+        let record: NetworkRecord = serde_json::from_slice(record)?;
+        let subnet = |one: SubnetRecord| Subnet { subnet: one.subnet, gateway: one.gateway };
+        Ok(Self {
+            setup: netsetup::Network {
+                name: name.to_string(),
+                bridge: record.bridge.into(),
+                subnets: record.subnets.into_iter().map(subnet).collect(),
+                internal: record.internal,
+                inter_container: record.inter_container,
+                mtu: record.mtu,
+            },
+            name,
+            dns: record.dns,
+            names_at_gateway: record.names_at_gateway,
+        })
+    }
+
+    fn write(&self) -> Result<Vec<u8>, RecordError> {
+        // Complete patterns, so that a new field of the state is not forgotten here.
+        let Self { name: _, setup, dns, names_at_gateway } = self;
+        let netsetup::Network { name: _, bridge, subnets, internal, inter_container, mtu } = setup;
+        let subnet = |one: &Subnet| SubnetRecord { subnet: one.subnet, gateway: one.gateway };
+        Ok(serde_json::to_vec(&NetworkRecord {
+            bridge: bridge.into(),
+            subnets: subnets.iter().map(subnet).collect(),
+            internal: *internal,
+            inter_container: *inter_container,
+            mtu: *mtu,
+            dns: dns.clone(),
+            names_at_gateway: *names_at_gateway,
+        })?)
+    }
+
+    fn name(&self) -> &Name {
+        &self.name
+    }
+}
+
+impl Record for Endpoint {
+    fn read(name: Name, record: &[u8]) -> Result<Self, RecordError> {
+        let record: EndpointRecord = serde_json::from_slice(record)?;
+        let mut aliases = BTreeMap::new();
+        let mut attachments = Vec::new();
+        for one in record.attachments {
+            attachments.push(Attachment {
+                network: one.network.to_string(),
+                host_end: one.host_end.into(),
+                inside: one.inside.into(),
+                addresses: one.addresses,
+                default_route: one.default_route,
+                any_address: one.any_source,
+            });
+            aliases.insert(one.network, one.aliases);
+        }
+        let port = |one: PortRecord| -> Result<PublishedPort, RecordError> {
+            Ok(PublishedPort {
+                protocol: one.protocol.parse::<Protocol>()?,
+                address: one.address,
+                host_port: one.host_port,
+                container_port: one.container_port,
+            })
+        };
+        let mut ports: Vec<PublishedPort> =
+            record.ports.into_iter().map(port).collect::<Result<_, _>>()?;
+        ports.sort();
+        Ok(Self {
+            setup: netsetup::Endpoint { name: name.to_string(), attachments },
+            name,
+            aliases,
+            hostname: record.hostname,
+            namespace: record.namespace.into(),
+            ports,
+        })
+    }
+
+    fn write(&self) -> Result<Vec<u8>, RecordError> {
+        let Self { name: _, setup, aliases, hostname, namespace, ports } = self;
+        let netsetup::Endpoint { name: _, attachments } = setup;
+        let attachment = |one: &Attachment| -> Result<AttachmentRecord, RecordError> {
+            let Attachment { network, host_end, inside, addresses, default_route, any_address } =
+                one;
+            let network: Name = network.parse()?;
+            Ok(AttachmentRecord {
+                aliases: aliases.get(&network).cloned().unwrap_or_default(),
+                network,
+                host_end: host_end.into(),
+                inside: inside.into(),
+                addresses: addresses.clone(),
+                default_route: *default_route,
+                any_source: *any_address,
+            })
+        };
+        let port = |one: &PublishedPort| {
+            let PublishedPort { protocol, address, host_port, container_port } = *one;
+            PortRecord { address, host_port, container_port, protocol: protocol.to_string() }
+        };
+        let path = namespace.to_str().ok_or_else(|| RecordError::Path(namespace.clone()))?;
+        Ok(serde_json::to_vec(&EndpointRecord {
+            namespace: path.to_owned(),
+            hostname: hostname.clone(),
+            attachments: attachments.iter().map(attachment).collect::<Result<_, _>>()?,
+            ports: ports.iter().map(port).collect(),
+        })?)
+    }
+
+    fn name(&self) -> &Name {
+        &self.name
+    }
+}
+
+impl From<&Interface> for InterfaceRecord {
+    fn from(interface: &Interface) -> Self {
+        Self { name: interface.name.clone(), mac: interface.mac }
+    }
+}
+
+impl From<InterfaceRecord> for Interface {
+    fn from(record: InterfaceRecord) -> Self {
+        Self { name: record.name, mac: record.mac }
+    }
+}
+
+/// Adds the value of a record to `values`.
+pub(crate) fn read_into<T: Record>(
+    values: &mut BTreeMap<Name, Arc<T>>,
+    key: &str,
+    record: &[u8],
+) -> Result<(), RecordError> {
+    let value = T::read(key.parse()?, record)?;
+    values.insert(value.name().clone(), Arc::new(value));
+    Ok(())
+}
+
+/// Checks that the networks of every endpoint exist. Returns the first endpoint without one, and
+/// its network.
+pub(crate) fn dangling(state: &State) -> Option<(&Name, RecordError)> {
+    state.endpoints.values().find_map(|endpoint| {
+        let mut networks = endpoint.aliases.keys();
+        let missing = networks.find(|network| !state.networks.contains_key(*network))?;
+        Some((&endpoint.name, RecordError::UnknownNetwork(missing.clone())))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Deserialize)]
+    struct Sample {
+        table: String,
+        key: String,
+        record: serde_json::Value,
+    }
+
+    fn round_trip<T: Record>(key: &str, record: &[u8]) -> Vec<u8> {
+        T::read(key.parse().unwrap(), record).unwrap().write().unwrap()
+    }
+
+    /// Every record of the format is read, and written as the same JSON.
+    #[test]
+    fn samples_of_format_1_are_read_completely() {
+        let mut count = 0;
+        for line in include_str!("testdata/format-1.jsonl").lines() {
+            let Sample { table, key, record } = serde_json::from_str(line).unwrap();
+            let bytes = serde_json::to_vec(&record).unwrap();
+            let written = match table.as_str() {
+                "networks" => round_trip::<Network>(&key, &bytes),
+                "endpoints" => round_trip::<Endpoint>(&key, &bytes),
+                _ => panic!("table {table}"),
+            };
+            assert_eq!(serde_json::from_slice::<serde_json::Value>(&written).unwrap(), record);
+            count += 1;
+        }
+        assert_eq!(count, 5);
+        assert_eq!(FORMAT, 1, "add samples of the new format");
+    }
+
+    #[test]
+    fn an_unknown_field_is_an_error_instead_of_being_dropped() {
+        let line = include_str!("testdata/format-1.jsonl").lines().next().unwrap();
+        let mut sample: Sample = serde_json::from_str(line).unwrap();
+        sample.record["colour"] = "blue".into();
+        let record = serde_json::to_vec(&sample.record).unwrap();
+        let error = Network::read(sample.key.parse().unwrap(), &record).unwrap_err();
+        assert!(error.to_string().contains("unknown field `colour`"), "{error}");
+    }
+}

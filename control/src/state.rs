@@ -1,0 +1,147 @@
+//! The desired state: networks and endpoints, with all names, addresses and ports resolved.
+
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
+use crate::Name;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tidegate_model::{Protocol, bracketed};
+use tidegate_netsetup::{self as netsetup, Desired};
+
+/// The desired state of a host.
+///
+/// Only [`apply`](crate::apply) creates a changed state. The values are shared between states, so a
+/// clone is a snapshot: its cost is a pointer per object.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct State {
+    pub(crate) networks: BTreeMap<Name, Arc<Network>>,
+    pub(crate) endpoints: BTreeMap<Name, Arc<Endpoint>>,
+}
+
+/// A network of the state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Network {
+    /// Its name.
+    pub name: Name,
+    /// The bridge and its subnets. Their network is named by the text of `name`.
+    pub setup: netsetup::Network,
+    /// Upstream DNS servers of its endpoints. If empty, those of the host.
+    pub dns: Vec<IpAddr>,
+    /// DNS is served at the gateway addresses, instead of in each container.
+    pub names_at_gateway: bool,
+}
+
+/// A network namespace that is attached to networks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Its name.
+    pub name: Name,
+    /// The attachments: veth pairs and addresses. Their endpoint and networks are named by the text
+    /// of their [`Name`]s.
+    pub setup: netsetup::Endpoint,
+    /// Additional DNS names of the endpoint on each of its networks. Contains all of its networks.
+    pub aliases: BTreeMap<Name, Vec<String>>,
+    /// Host name, an additional DNS name on all of its networks.
+    pub hostname: Option<String>,
+    /// Absolute path of the network namespace, in UTF-8.
+    pub namespace: PathBuf,
+    /// The published ports, sorted.
+    pub ports: Vec<PublishedPort>,
+}
+
+/// A published port of an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PublishedPort {
+    /// Transport protocol on both sides.
+    pub protocol: Protocol,
+    /// Address of the host, or the wildcard address of a family. Never an IPv4-mapped address.
+    pub address: IpAddr,
+    /// Port of the host, 1..=65535.
+    pub host_port: u16,
+    /// Port of the container, 1..=65535.
+    pub container_port: u16,
+}
+
+impl PublishedPort {
+    /// Returns whether both need the same socket of the host. A wildcard address includes all
+    /// addresses of its family.
+    #[must_use]
+    pub fn conflicts(&self, other: &Self) -> bool {
+        self.socket() == other.socket()
+            && (self.address == other.address
+                || self.address.is_ipv4() == other.address.is_ipv4()
+                    && (self.address.is_unspecified() || other.address.is_unspecified()))
+    }
+
+    /// Returns the protocol and the port on the host.
+    pub(crate) fn socket(&self) -> (Protocol, u16) {
+        (self.protocol, self.host_port)
+    }
+}
+
+/// The host's side in the format of the `publish` label: `0.0.0.0:8080/tcp`.
+impl fmt::Display for PublishedPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}/{}", bracketed(self.address), self.host_port, self.protocol)
+    }
+}
+
+impl Endpoint {
+    /// Returns the addresses on the network, IPv4 before IPv6.
+    pub fn addresses_on(&self, network: &Name) -> impl Iterator<Item = IpAddr> {
+        let text = network.to_string();
+        let attachment = self.setup.attachments.iter().find(|one| one.network == text);
+        attachment.into_iter().flat_map(|one| one.addresses.iter().map(ipnet::IpNet::addr))
+    }
+}
+
+impl State {
+    /// Returns the networks by name.
+    #[must_use]
+    pub fn networks(&self) -> &BTreeMap<Name, Arc<Network>> {
+        &self.networks
+    }
+
+    /// Returns the endpoints by name.
+    #[must_use]
+    pub fn endpoints(&self) -> &BTreeMap<Name, Arc<Endpoint>> {
+        &self.endpoints
+    }
+
+    /// Returns the endpoints on the network.
+    pub fn members<'a>(&'a self, network: &Name) -> impl Iterator<Item = &'a Arc<Endpoint>> {
+        self.endpoints.values().filter(|endpoint| endpoint.aliases.contains_key(network))
+    }
+
+    /// Returns all published ports with their endpoints.
+    pub fn ports(&self) -> impl Iterator<Item = (&Arc<Endpoint>, &PublishedPort)> {
+        self.endpoints
+            .values()
+            .flat_map(|endpoint| endpoint.ports.iter().map(move |port| (endpoint, port)))
+    }
+
+    /// Returns the part that netsetup implements. Uplinks, reply paths, priorities and guards have
+    /// their defaults: they follow from the observed state of the host.
+    #[must_use]
+    pub fn desired(&self) -> Desired {
+        Desired {
+            networks: self.networks.values().map(|network| network.setup.clone()).collect(),
+            endpoints: self.endpoints.values().map(|endpoint| endpoint.setup.clone()).collect(),
+            ..Desired::default()
+        }
+    }
+
+    /// Returns the interfaces on the host: bridges and the host's ends of veth pairs.
+    pub(crate) fn host_interfaces(&self) -> impl Iterator<Item = &netsetup::Interface> {
+        let bridges = self.networks.values().map(|network| &network.setup.bridge);
+        bridges.chain(self.attachments().map(|attachment| &attachment.host_end))
+    }
+
+    /// Returns all attachments of all endpoints.
+    pub(crate) fn attachments(&self) -> impl Iterator<Item = &netsetup::Attachment> {
+        self.endpoints.values().flat_map(|endpoint| &endpoint.setup.attachments)
+    }
+}
