@@ -2,11 +2,12 @@
 
 use crate::socket::{self, SocketError, explain_connect};
 use crate::types::ErrorBody;
-use http_body_util::{BodyExt, Empty, Limited};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper::client::conn::http1::handshake;
-use hyper::{Request, StatusCode};
+use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io;
 use std::path::PathBuf;
@@ -15,7 +16,7 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 /// Timeout of a request.
-const TIMEOUT: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Maximum size of a response in bytes, enough for the maximum number of ports.
 const MAX_ANSWER: usize = 128 << 20;
@@ -87,16 +88,52 @@ impl Client {
     /// # Panics
     /// If `target` is not the path of a URL.
     pub async fn get<T: DeserializeOwned>(&self, target: &str) -> Result<T, ClientError> {
+        self.send(Method::GET, target, Bytes::new()).await
+    }
+
+    /// Posts `body` to `target`.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    ///
+    /// # Panics
+    /// As for [`get`](Self::get).
+    pub async fn post<T: DeserializeOwned>(
+        &self,
+        target: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body).expect("API types can be serialized");
+        self.send(Method::POST, target, body.into()).await
+    }
+
+    /// Deletes `target`.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    ///
+    /// # Panics
+    /// As for [`get`](Self::get).
+    pub async fn delete(&self, target: &str) -> Result<(), ClientError> {
+        self.send::<Option<()>>(Method::DELETE, target, Bytes::new()).await.map(drop)
+    }
+
+    async fn send<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        target: &str,
+        body: Bytes,
+    ) -> Result<T, ClientError> {
         let connected = UnixStream::connect(&self.path).await;
         let stream =
             connected.map_err(|source| ClientError::Connect { path: self.path.clone(), source })?;
-        let answer = timeout(TIMEOUT, request(stream, target)).await;
+        let answer = timeout(TIMEOUT, request(stream, method, target, body)).await;
         let answer = answer.unwrap_or(Err(ResponseError::Timeout));
         let parsed = answer.and_then(|(status, body)| {
-            Ok(if status.is_success() {
-                Ok(serde_json::from_slice(&body)?)
-            } else {
-                Err(serde_json::from_slice::<ErrorBody>(&body)?.error)
+            Ok(match status {
+                StatusCode::NO_CONTENT => Ok(serde_json::from_slice(b"null")?),
+                status if status.is_success() => Ok(serde_json::from_slice(&body)?),
+                _ => Err(serde_json::from_slice::<ErrorBody>(&body)?.error),
             })
         });
         match parsed {
@@ -106,12 +143,18 @@ impl Client {
     }
 }
 
-/// Fetches `target` over `stream`: the status, and the body.
-async fn request(stream: UnixStream, target: &str) -> Result<(StatusCode, Bytes), ResponseError> {
+/// Sends a request over `stream`. Returns the status and the body of the response.
+async fn request(
+    stream: UnixStream,
+    method: Method,
+    target: &str,
+    body: Bytes,
+) -> Result<(StatusCode, Bytes), ResponseError> {
     let (mut sender, connection) = handshake(TokioIo::new(stream)).await?;
     tokio::spawn(connection);
-    let request = Request::get(target).header("host", "tidegate").body(Empty::<Bytes>::new());
-    let answer = sender.send_request(request.expect("`target` is a path")).await?;
+    let request = Request::builder().method(method).uri(target).header("host", "tidegate");
+    let request = request.body(Full::new(body)).expect("`target` is a path");
+    let answer = sender.send_request(request).await?;
     let status = answer.status();
     let body = Limited::new(answer.into_body(), MAX_ANSWER).collect().await;
     Ok((status, body.map_err(ResponseError::Body)?.to_bytes()))

@@ -13,12 +13,15 @@ pub struct Status {
     pub version: String,
     /// Commit of the build, or "unknown".
     pub commit: String,
-    /// Name of the project.
+    /// Name of the project; "daemon" for a daemon.
     #[schema(example = "hello")]
     pub project: String,
-    /// Path of the Compose file.
+    /// Path of the Compose file; null for a daemon.
     #[schema(example = "/srv/hello/compose.yaml")]
-    pub compose_file: String,
+    pub compose_file: Option<String>,
+    /// Path of the state file of a daemon; null for a project in the foreground.
+    #[schema(example = "/var/lib/tidegate/state.redb")]
+    pub state_file: Option<String>,
     /// Process id.
     pub pid: u32,
     /// Start time (RFC 3339, UTC).
@@ -357,4 +360,89 @@ pub struct ErrorBody {
     /// One line that names the object, the cause and the remedy.
     #[schema(example = "there is no endpoint \"wbe\"")]
     pub error: String,
+}
+
+/// A network to create.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewNetwork {
+    /// The name of the network, 1 to 63 characters.
+    #[schema(example = "front")]
+    pub name: String,
+    /// Subnets, at most one per address family. A missing one is chosen.
+    #[serde(default)]
+    pub subnets: Vec<NewSubnet>,
+    /// The network has an IPv6 subnet. Implied by a subnet of that family.
+    #[serde(default)]
+    pub ipv6: bool,
+    /// The network has no egress.
+    #[serde(default)]
+    pub internal: bool,
+    /// Its endpoints cannot connect to each other.
+    #[serde(default)]
+    pub isolated: bool,
+    /// The MTU in bytes. If null, that of the host's default route.
+    #[serde(default)]
+    pub mtu: Option<u32>,
+    /// The name of the bridge. If null, it is derived from the name of the network.
+    #[serde(default)]
+    pub bridge: Option<String>,
+    /// Upstream DNS servers. If empty, those of the host.
+    #[serde(default)]
+    #[schema(value_type = Vec<String>)]
+    pub dns: Vec<IpAddr>,
+}
+
+/// A subnet of a network to create.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewSubnet {
+    /// The prefix.
+    #[schema(value_type = String, example = "10.9.0.0/24")]
+    pub subnet: IpNet,
+    /// The gateway address. If null, the first address.
+    #[serde(default)]
+    #[schema(value_type = Option<String>, example = "10.9.0.1")]
+    pub gateway: Option<IpAddr>,
+}
+
+/// A network namespace to attach to networks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewEndpoint {
+    /// The name of the endpoint, 1 to 63 characters.
+    #[schema(example = "web")]
+    pub name: String,
+    /// The absolute path of the network namespace.
+    #[schema(example = "/run/netns/web")]
+    pub netns: String,
+    /// Its networks, in the order of its interfaces. The first one that is not internal provides the
+    /// default route.
+    pub networks: Vec<NewAttachment>,
+    /// An additional DNS name on all networks.
+    #[serde(default)]
+    pub hostname: Option<String>,
+    /// Ports to publish, in the syntax of `docker run -p`.
+    #[serde(default)]
+    #[schema(example = json!(["8080:80"]))]
+    pub ports: Vec<String>,
+}
+
+/// An attachment to create.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewAttachment {
+    /// The name of the network.
+    #[schema(example = "front")]
+    pub network: String,
+    /// Fixed addresses, at most one per address family. The others are chosen.
+    #[serde(default)]
+    #[schema(value_type = Vec<String>)]
+    pub addresses: Vec<IpAddr>,
+    /// Additional DNS names on this network.
+    #[serde(default)]
+    pub aliases: Vec<String>,
+    /// The endpoint may also send from other addresses (routers, VRRP).
+    #[serde(default)]
+    pub any_source: bool,
 }

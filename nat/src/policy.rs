@@ -17,7 +17,7 @@ use tidegate_model::CidrSet;
 pub(crate) const DNS: u16 = 53;
 
 /// A network and its subnets. Its endpoints share a budget.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PolicyNetwork {
     /// The name in the log.
     pub name: String,
@@ -26,7 +26,7 @@ pub struct PolicyNetwork {
 }
 
 /// Egress policy of an engine.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
     /// Source addresses to accept: the subnets of the containers. Empty: any.
     pub sources: Vec<IpNet>,

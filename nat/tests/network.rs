@@ -291,6 +291,37 @@ fn rejected_destinations_are_reported() {
     assert!(eventually(Duration::from_secs(2), connects), "the policy can change at run time");
 }
 
+/// A container can open flows to an address before another program uses it for its containers.
+#[test]
+fn flows_to_destinations_that_a_new_policy_rejects_end() {
+    let options = Options::default();
+    let net = Net::with(&options, |_| {});
+    for family in [0, 1] {
+        let _echo = EchoServer::tcp(&net.server, server(family, 80));
+        let _udp = EchoServer::udp(&net.server, server(family, 53));
+        let mut stream = net.container.run(|| TcpStream::connect(server(family, 80))).unwrap();
+        let socket = udp(&net, server(family, 53));
+        stream.write_all(b"x").unwrap();
+        stream.read_exact(&mut [0]).unwrap();
+        socket.send(b"x").unwrap();
+        assert!(answer(&socket).is_ok());
+
+        let mut policy = options.policy.clone();
+        policy.refused = CidrSet::parse(["198.51.100.0/24"]).unwrap();
+        net.nat.set_policy(policy.clone());
+        stream.write_all(b"x").unwrap();
+        stream.read_exact(&mut [0]).unwrap();
+
+        policy.refused = CidrSet::parse(["192.0.2.2", "2001:db8::2"]).unwrap();
+        net.nat.set_policy(policy);
+        let ended = || stream.write_all(b"x").and_then(|()| stream.read_exact(&mut [0])).is_err();
+        assert!(eventually(Duration::from_secs(2), ended));
+        let _ = socket.send(b"x");
+        assert!(answer(&socket).is_err());
+        net.nat.set_policy(options.policy.clone());
+    }
+}
+
 #[test]
 fn the_host_is_reachable_only_as_permitted() {
     let listen =

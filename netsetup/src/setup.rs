@@ -497,9 +497,14 @@ impl Setup {
     }
 
     async fn execute_or_roll_back(&mut self, ops: &[Op]) -> Result<(), SetupError> {
+        // An operation that renews an owned fact, such as the rules of the firewall, is not undone:
+        // removing the fact would remove more than the operation has added.
+        let added: BTreeSet<&Fact> = ops.iter().filter_map(Op::added).collect();
+        let renewed: BTreeSet<Fact> =
+            self.journal.facts().iter().filter(|fact| added.contains(fact)).cloned().collect();
         let failed = self.execute(ops, false).await?;
         let Some((at, source)) = failed.into_iter().next() else { return Ok(()) };
-        let left = self.roll_back(ops, at).await?;
+        let left = self.roll_back(ops, at, &renewed).await?;
         Err(ApplyError { op: Box::new(ops[at].clone()), source, left }.into())
     }
 
@@ -552,13 +557,17 @@ impl Setup {
         &mut self,
         ops: &[Op],
         failed: usize,
+        renewed: &BTreeSet<Fact>,
     ) -> Result<Vec<KernelError>, JournalError> {
-        let back = rollback(&ops[..failed], &ops[failed]);
+        let mut back = rollback(&ops[..failed], &ops[failed]);
+        back.retain(|op| !renewed.contains(op.fact()));
         let left = self.execute(&back, true).await?;
         // Facts on removed links, and facts that were never attempted, no longer hold.
         let kept: BTreeSet<&Fact> = left.iter().map(|(at, _)| back[*at].fact()).collect();
         let absent: Vec<Op> =
             ops.iter().map(Op::inverse).filter(|op| !kept.contains(op.fact())).collect();
+        let absent: Vec<Op> =
+            absent.into_iter().filter(|op| !renewed.contains(op.fact())).collect();
         self.record(&absent, true)?;
         Ok(left.into_iter().map(|(_, error)| error).collect())
     }

@@ -25,7 +25,9 @@ pub(crate) struct View {
     /// The name of the project.
     pub(crate) project: String,
     /// The path of its Compose file.
-    pub(crate) compose_file: PathBuf,
+    pub(crate) compose_file: Option<PathBuf>,
+    /// The path of the state file of a daemon.
+    pub(crate) state_file: Option<PathBuf>,
     /// The start time by the wall clock.
     pub(crate) started: SystemTime,
     /// The start time by a monotonic clock.
@@ -122,7 +124,8 @@ impl View {
             version: VERSION.to_owned(),
             commit: COMMIT.to_owned(),
             project: self.project.clone(),
-            compose_file: self.compose_file.display().to_string(),
+            compose_file: self.compose_file.as_ref().map(|path| path.display().to_string()),
+            state_file: self.state_file.as_ref().map(|path| path.display().to_string()),
             pid: std::process::id(),
             started: time(self.started),
             isolation: self.isolation.to_owned(),

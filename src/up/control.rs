@@ -23,8 +23,8 @@ use super::layout::foreign_networks;
 use super::names::{NameServers, NewServer};
 use super::repair_schedule::{Check, SETTLE};
 use super::{
-    Instance, Signals, bridge_indexes, foreign_bridges, preceding_rule, reply_paths, rules_ahead,
-    uplinks, warn_of_preceding_rule,
+    Instance, Outside, Signals, bridge_indexes, foreign_bridges, preceding_rule, reply_paths,
+    rules_ahead, uplinks, warn_of_preceding_rule,
 };
 use crate::api::{Order, Problem};
 use anyhow::Context;
@@ -186,6 +186,9 @@ impl Instance {
                     if has_changed {
                         self.schedule.host_changed(Instant::now());
                     }
+                },
+                () = outside_changed(self.outside.as_ref()), if !self.schedule.awaits_host() => {
+                    self.schedule.host_changed(Instant::now());
                 },
                 () = rules.changed(), if !self.schedule.awaits_host() => {
                     self.schedule.host_changed(Instant::now());
@@ -539,8 +542,12 @@ impl Instance {
                 self.setup.update(desired).await?;
             }
         }
-        if let Some(egress) = self.up.egress.as_mut().filter(|_| !self.rootless) {
+        if let Some(egress) = &mut self.up.egress {
             // Other software may have added container networks, to which the engine denies access.
+            let mut observed = observed;
+            if let Some(outside) = &mut self.outside {
+                outside.add_to(&mut observed).await?;
+            }
             egress.update_policy(&self.up.layout, &observed);
         }
         Ok(())
@@ -715,6 +722,15 @@ impl Instance {
                 }
             }
         }
+    }
+}
+
+/// Waits for a change of `outside`.
+async fn outside_changed(outside: Option<&Outside>) {
+    let Some(outside) = outside else { return std::future::pending().await };
+    if let Ok(mut changed) = outside.changes.readable().await {
+        changed.get_inner().drain();
+        changed.clear_ready();
     }
 }
 

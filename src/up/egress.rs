@@ -192,22 +192,31 @@ impl Egress {
     /// Adapts to the networks of `layout`, and denies access to the container networks of other
     /// software that were `observed`.
     pub(super) fn update_policy(&mut self, layout: &Layout, observed: &Observed) {
-        let Policy { host_loopback, resolvers, .. } = std::mem::take(&mut self.policy);
+        let Policy { host_loopback, resolvers, .. } = self.policy.clone();
         self.set(Policy { host_loopback, resolvers, ..policy(layout, observed) });
-        if let Some(floods) = &self.floods {
-            floods.set_ports(&layout.desired);
-        }
+        self.update_ports(layout);
     }
 
     /// Sets the host's DNS servers.
     pub(super) fn set_resolvers(&mut self, resolvers: &[SocketAddr]) {
-        let policy = std::mem::take(&mut self.policy);
+        let policy = self.policy.clone();
         self.set(Policy { resolvers: resolvers.to_vec(), ..policy });
     }
 
     fn set(&mut self, policy: Policy) {
+        // The engine checks all flows against a new policy.
+        if self.policy == policy {
+            return;
+        }
         self.policy = policy;
         self.nat.set_policy(self.policy.clone());
+    }
+
+    /// Adapts the policing of floods to the endpoints of `layout`.
+    pub(super) fn update_ports(&self, layout: &Layout) {
+        if let Some(floods) = &self.floods {
+            floods.set_ports(&layout.desired);
+        }
     }
 }
 

@@ -53,7 +53,7 @@ use tidegate_netns::HostContext;
 use tidegate_netns::{ChangeListener, Namespace, Topic, interface_index, run_directory};
 use tidegate_netsetup::{
     BridgePrograms, DefaultRoute, Desired, Firewall, FirewallIsolation, Journal, JournalError,
-    Kernel, Observed, Opening, ReplyPath, RuleIsolation, Setup, Uplink,
+    Kernel, KernelError, Observed, Opening, ReplyPath, RuleIsolation, Setup, Uplink,
 };
 use tidegate_process::raise_descriptor_limit;
 use tidegate_proxy::{GatewayAcl, GatewayNetworks, Listener, Settings, describe_engine};
@@ -138,6 +138,8 @@ struct Instance {
     orders: mpsc::Receiver<Order>,
     /// Changes on the host that can affect the isolation of the networks.
     changes: AsyncFd<ChangeListener>,
+    /// The host, if the networks are in a namespace of their own.
+    outside: Option<Outside>,
     /// Changes in the namespaces of endpoints.
     watch: EndpointWatch,
     /// When the host and each endpoint are checked next.
@@ -150,6 +152,31 @@ struct Instance {
     unhealthy: BTreeMap<String, String>,
     /// Counters of restored objects.
     repairs: metrics::Repairs,
+}
+
+/// The host's own namespace, in rootless mode. The NAT engine reaches its container networks, and
+/// has to deny access to them.
+struct Outside {
+    kernel: Kernel,
+    changes: AsyncFd<ChangeListener>,
+}
+
+impl Outside {
+    fn of(host_context: &HostContext) -> anyhow::Result<Self> {
+        let topics = [Topic::Links, Topic::Addresses, Topic::Routes];
+        let changes = ChangeListener::of(host_context.ports(), &topics)?;
+        // SAFETY: the listener owns its descriptor and returns the same one until it is dropped.
+        let changes = unsafe { AsyncFd::register_with_interest(changes, Interest::READABLE) }?;
+        Ok(Self { kernel: Kernel::new(host_context.ports().clone()), changes })
+    }
+
+    /// Adds the routes and bridges of the host to `observed`.
+    async fn add_to(&mut self, observed: &mut Observed) -> Result<(), KernelError> {
+        let host = self.kernel.observe(&[]).await?;
+        observed.routes.extend(host.routes);
+        observed.bridges.extend(host.bridges);
+        Ok(())
+    }
 }
 
 /// The parts that run on the networks.
@@ -249,6 +276,7 @@ fn random_bytes() -> [u8; 6] {
 /// Input of [`Up::start`].
 struct Resources<'a> {
     host_context: &'a HostContext,
+    outside: Option<&'a mut Outside>,
     /// Owner of the rules: the name of the project.
     owner: &'a str,
     front_end: &'a FrontEnd,
@@ -392,8 +420,13 @@ impl Up {
         // SAFETY: the listener owns its descriptor and returns the same one until it is dropped.
         let changes = unsafe { AsyncFd::register_with_interest(changes, Interest::READABLE) }
             .context("listen for network changes")?;
+        let mut outside = host_context
+            .is_rootless()
+            .then(|| Outside::of(host_context).context("listen for network changes of the host"))
+            .transpose()?;
         let resources = Resources {
             host_context,
+            outside: outside.as_mut(),
             owner: &project.name,
             front_end: &front_end,
             chosen: &chosen,
@@ -416,7 +449,8 @@ impl Up {
         let (orders, received) = mpsc::channel(ORDER_QUEUE);
         let name = project.name.clone();
         let view = View {
-            compose_file: std::path::absolute(file).unwrap_or_else(|_| file.clone()),
+            compose_file: Some(std::path::absolute(file).unwrap_or_else(|_| file.clone())),
+            state_file: None,
             started,
             begun,
             isolation: setup.isolation().name(),
@@ -447,6 +481,7 @@ impl Up {
             server,
             orders: received,
             changes,
+            outside,
             watch: EndpointWatch::default(),
             schedule: RepairSchedule::new(),
             work: EndpointWork::new(),
@@ -475,14 +510,14 @@ impl Up {
         setup: &mut Setup,
         signals: &mut Signals,
     ) -> anyhow::Result<Option<Running>> {
-        let Resources { host_context, owner, front_end, chosen, device, guards, run } = resources;
+        let Resources { host_context, outside, owner, front_end, chosen, device, guards, run } =
+            resources;
         let mut observed = setup.surroundings().await?;
-        if host_context.is_rootless() {
+        let foreign = foreign_networks(&observed);
+        if let Some(outside) = outside {
             // The host's routes are in another namespace and do not conflict with the bridges. A
             // subnet that overlaps one of them would still hide it from the containers.
-            let host = Kernel::new(host_context.ports().clone()).observe(&[]).await?;
-            observed.routes.extend(host.routes);
-            observed.bridges.extend(host.bridges);
+            outside.add_to(&mut observed).await?;
         }
         let initial = Initial::of_project(project, host_context, &observed)?;
         let Initial { mut layout, networks, endpoints, namespaces, adopted, ports, project } =
@@ -543,7 +578,7 @@ impl Up {
         let bridges = bridge_indexes(&layout, host_context.networks())
             .context("read the indexes of the bridges")?;
         let gateway_networks = Arc::new(GatewayNetworks::new(layout.gateway_networks(&bridges)));
-        gateway_networks.set_foreign_networks(foreign_networks(&observed));
+        gateway_networks.set_foreign_networks(foreign);
         let gateways = layout.desired.networks.iter().flat_map(|network| &network.subnets);
         let gateways = gateways.map(|subnet| subnet.gateway).collect();
         let publisher =

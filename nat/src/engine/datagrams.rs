@@ -126,8 +126,19 @@ impl<D> Session<D> {
         }
     }
 
-    fn is_shared(&self) -> bool {
+    pub(super) fn is_shared(&self) -> bool {
         self.kind == DatagramKind::SharedUdp
+    }
+
+    /// Removes the peers that do not satisfy `keep`: their datagrams are no longer accepted, and new
+    /// ones to them are checked by the policy.
+    pub(super) fn retain_peers(&mut self, keep: impl Fn(IpAddr) -> bool) {
+        self.peers.retain(|peer| keep(*peer));
+    }
+
+    /// Whether the session belongs to a client of a published port.
+    pub(super) fn is_of_published_port(&self) -> bool {
+        matches!(self.via, SessionSocket::Port { .. })
     }
 
     /// Accepts datagrams from `peer` from now on.

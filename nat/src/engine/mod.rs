@@ -42,7 +42,7 @@ use crate::fragments::{FragmentOutcome, Reassembly};
 use crate::gso_batch::GsoBatch;
 use crate::host::{Host, Ready};
 use crate::metrics::{DropReason, FlowKind, Stats};
-use crate::policy::Policy;
+use crate::policy::{Policy, Verdict};
 use crate::settings::Settings;
 use crate::siphash::{HashKey, SipHasher};
 use crate::tcp::{Connection, Io, Opening, Params};
@@ -53,7 +53,7 @@ use classify::Parsed;
 use datagrams::Session;
 use published::{Clients, GatewayPorts, PublishedPorts};
 use std::hash::{Hash, Hasher};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_model::LogInterval;
@@ -181,9 +181,36 @@ impl<H: Host> Engine<H> {
         &mut self.host
     }
 
-    /// Sets the policy for new flows. Existing flows continue.
+    /// Sets the policy. Flows of containers to destinations that it rejects end, also those that are
+    /// still connecting; all others continue.
     pub fn set_policy(&mut self, policy: Policy) {
         self.settings.policy = policy;
+        let policy = &self.settings.policy;
+        let host = &self.host;
+        let rejects = |outside: SocketAddr| {
+            policy.verdict(outside, |ip| host.is_local(ip)) == Verdict::Reject
+        };
+        let mut ended = Vec::new();
+        for key in self.flows.keys() {
+            let Some((five_tuple, flow)) = self.flows.get_mut(key) else { continue };
+            let is_rejected = match flow {
+                // The other side is the client of a published port.
+                Flow::Tcp(connection) if connection.inbound.is_some() => false,
+                Flow::Datagrams(session) if session.is_of_published_port() => false,
+                Flow::Datagrams(session) if session.is_shared() => {
+                    session.retain_peers(|peer| !rejects(SocketAddr::new(peer, 0)));
+                    false
+                }
+                _ => rejects(five_tuple.outside),
+            };
+            if is_rejected {
+                ended.push(key);
+            }
+        }
+        for key in ended {
+            self.stats.count_drop(DropReason::Policy);
+            self.end(key, true);
+        }
     }
 
     /// Number of flows.
