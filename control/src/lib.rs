@@ -40,6 +40,10 @@ mod refusal;
 mod state;
 mod store;
 mod subnet;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 
 pub use apply::{
     MAX_ALIASES, MAX_DNS_SERVERS, MAX_ENDPOINTS, MAX_ENDPOINTS_OF_NETWORK, MAX_NETWORKS,

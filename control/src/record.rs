@@ -98,7 +98,7 @@ pub(crate) enum RecordError {
     Protocol(#[from] tidegate_model::UnknownProtocol),
     #[error("namespace path {0:?} is not UTF-8")]
     Path(std::path::PathBuf),
-    #[error("network {0:?} does not exist")]
+    #[error("network {0} does not exist")]
     UnknownNetwork(Name),
 }
 
