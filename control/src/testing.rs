@@ -36,7 +36,7 @@ impl Environment {
             default_mtu: Some(1_400),
             ..Observed::default()
         };
-        Self { observed, quarantine: Quarantine::new(), now: Instant::now(), count: 0, period: 97 }
+        Self { observed, quarantine: Quarantine::new(), now: Instant::now(), count: 0, period: 53 }
     }
 
     /// Random names and MAC addresses differ.
@@ -44,7 +44,16 @@ impl Environment {
         Self { period: u32::MAX, ..Self::new() }
     }
 
+    /// Applies a command on a host that has the bridges of `state`.
     pub(crate) fn apply(&mut self, state: &State, command: &Command) -> Result<State, Refusal> {
+        let mut observed = self.observed.clone();
+        for network in state.networks.values().map(|network| &network.setup) {
+            let bridge = &network.bridge;
+            let links = observed.links.get_mut(&Place::Host).unwrap();
+            links.insert(bridge.name.clone(), Some(bridge.mac));
+            let routes = network.subnets.iter().map(|one| (one.subnet, bridge.name.clone()));
+            observed.routes.extend(routes);
+        }
         let (count, period) = (&mut self.count, self.period);
         let mut random = || {
             *count = (*count + 1) % period;
@@ -55,7 +64,7 @@ impl Environment {
             state,
             command,
             &mut Surroundings {
-                observed: &self.observed,
+                observed: &observed,
                 host_id: [1, 2, 3, 4, 5],
                 random: &mut random,
                 now: self.now,
@@ -149,7 +158,13 @@ fn ports() -> impl Strategy<Value = Vec<PublishedPort>> {
 
 fn network() -> impl Strategy<Value = NetworkSpec> {
     let subnets = prop_oneof![
-        3 => Just(vec![]), 5 => prop::collection::vec(subnet(), 1), 1 => prop::collection::vec(subnet(), 2),
+        3 => Just(vec![]),
+        4 => Just(vec![
+            ("10.9.0.128/30".parse().unwrap(), None),
+            ("fd09::/126".parse().unwrap(), None),
+        ]),
+        5 => prop::collection::vec(subnet(), 1),
+        1 => prop::collection::vec(subnet(), 2),
     ];
     let bridge = prop_oneof![
         8 => Just(None),
@@ -175,10 +190,14 @@ fn network() -> impl Strategy<Value = NetworkSpec> {
 
 fn attachment() -> impl Strategy<Value = NetworkAttachment> {
     let addresses = prop_oneof![
-        5 => Just(vec![]), 3 => prop::collection::vec(address(), 1), 1 => prop::collection::vec(address(), 2),
+        5 => Just(vec![]),
+        3 => prop::collection::vec(address(), 1),
+        1 => prop::collection::vec(address(), 2),
     ];
     let aliases = prop_oneof![
-        4 => Just(vec![]), 4 => Just(vec!["www".to_owned(), "_a.b".to_owned()]), 1 => Just(vec!["a b".to_owned()]),
+        4 => Just(vec![]),
+        4 => Just(vec!["www".to_owned(), "_a.b".to_owned()]),
+        1 => Just(vec!["a b".to_owned()]),
     ];
     (network_name(), addresses, aliases, any::<bool>()).prop_map(
         |(network, addresses, aliases, any_source)| NetworkAttachment {

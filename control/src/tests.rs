@@ -208,6 +208,14 @@ impl Model {
                     (one.network.clone(), endpoint.addresses_on(&one.network).collect())
                 };
                 let addresses: BTreeMap<Name, Vec<IpAddr>> = spec.networks.iter().map(of).collect();
+                let rests = |ip: &IpAddr| {
+                    self.released.iter().any(|(one, since)| one == ip && now < *since + QUARANTINE)
+                };
+                for one in &spec.networks {
+                    let mut chosen =
+                        addresses[&one.network].iter().filter(|ip| !one.addresses.contains(ip));
+                    assert!(!chosen.any(rests), "chosen from the quarantine");
+                }
                 self.released.retain(|(one, _)| !addresses.values().flatten().any(|ip| ip == one));
                 let attachments = &endpoint.setup.attachments;
                 self.endpoints.insert(
@@ -700,4 +708,43 @@ fn a_moved_endpoint_keeps_its_ports_open_unless_namespaces_are_exchanged() {
     let steps = changes(&old, &new);
     assert_eq!(steps.len(), 8, "both are removed and added, with their ports");
     assert!(!steps.iter().any(|step| matches!(step, Change::MoveEndpoint { .. })));
+}
+
+/// A network that was removed and created again, while the endpoint has the same value.
+#[test]
+fn endpoints_of_a_replaced_network_are_removed_and_added() {
+    let mut environment = Environment::new();
+    let old = apply_all(
+        &mut environment,
+        &[
+            Command::CreateNetwork(NetworkSpec::new(name("a"))),
+            Command::CreateNetwork(NetworkSpec::new(name("b"))),
+            Command::Attach(AttachSpec {
+                ports: vec![port("0.0.0.0", 1, 80)],
+                ..attach("one", &["a", "b"])
+            }),
+            Command::Attach(attach("two", &["b"])),
+        ],
+    );
+    let mut new = old.clone();
+    Arc::make_mut(new.networks.get_mut(&name("a")).unwrap()).setup.mtu = 1_280;
+    let one = Arc::clone(&old.endpoints[&name("one")]);
+    let port = one.ports[0];
+    let expected = [
+        Change::ClosePort { endpoint: Arc::clone(&one), port },
+        Change::RemoveEndpoint(Arc::clone(&one)),
+        Change::RemoveNetwork(Arc::clone(&old.networks[&name("a")])),
+        Change::AddNetwork(Arc::clone(&new.networks[&name("a")])),
+        Change::AddEndpoint(Arc::clone(&one)),
+        Change::OpenPort { endpoint: one, port },
+    ];
+    assert_eq!(changes(&old, &new), expected);
+
+    // Together with another namespace and without the port.
+    let endpoint = Arc::make_mut(new.endpoints.get_mut(&name("one")).unwrap());
+    endpoint.namespace = "/run/netns/new".into();
+    endpoint.ports.clear();
+    let steps = changes(&old, &new);
+    assert_eq!(steps[..4], expected[..4]);
+    assert_eq!(steps[4..], [Change::AddEndpoint(Arc::clone(&new.endpoints[&name("one")]))]);
 }
