@@ -120,7 +120,7 @@ fn create_network(
     let default_mtu = with.observed.default_mtu.unwrap_or(DEFAULT_MTU).clamp(lowest, *MTU.end());
     let bridge = Interface {
         name: bridge(state, spec, with.observed)?,
-        mac: unused_mac(state, &[], name, with.random)?,
+        mac: unused_mac(state, &mut Vec::new(), name, with.random)?,
     };
     let network = Network {
         name: name.clone(),
@@ -172,7 +172,7 @@ fn subnets(
             continue;
         }
         let others = state.networks.values().flat_map(|network| &network.setup.subnets);
-        let in_use: Vec<IpNet> = foreign_routes(state, with.observed)
+        let in_use: Vec<IpNet> = routes(with.observed)
             .map(|(route, _)| *route)
             .chain(others.map(|other| other.subnet))
             .collect();
@@ -201,7 +201,7 @@ fn check_overlap(
             });
         }
     }
-    match foreign_routes(state, observed).find(|(route, _)| overlap(route, &subnet)) {
+    match routes(observed).find(|(route, _)| overlap(route, &subnet)) {
         Some((route, link)) => Err(Refusal::RouteOverlaps {
             network: spec.name.clone(),
             subnet,
@@ -212,16 +212,10 @@ fn check_overlap(
     }
 }
 
-/// Returns the routes and addresses of the host that a subnet must not overlap. Those on bridges of
-/// the state are compared as subnets of the state.
-fn foreign_routes<'a>(
-    state: &'a State,
-    observed: &'a Observed,
-) -> impl Iterator<Item = &'a (IpNet, String)> {
-    let own: BTreeSet<&str> =
-        state.networks.values().map(|network| network.setup.bridge.name.as_str()).collect();
-    let routes = observed.routes.iter();
-    routes.filter(move |(net, link)| !is_default(net) && !own.contains(link.as_str()))
+/// Returns the routes and addresses of the host that a subnet must not overlap. Those of networks of
+/// the state are among them, and overlap the subnets of the state as well.
+fn routes(observed: &Observed) -> impl Iterator<Item = &(IpNet, String)> {
+    observed.routes.iter().filter(|(net, _)| !is_default(net))
 }
 
 /// Returns the configured name of the bridge, or derives it from the name of the network.
@@ -290,19 +284,20 @@ fn veth_name(random: [u8; 6]) -> String {
     name
 }
 
+/// Returns a random MAC address that is neither in the state nor in `new`, and adds it to `new`.
 fn unused_mac(
     state: &State,
-    new: &[Attachment],
+    new: &mut Vec<MacAddress>,
     object: &Name,
     random: &mut dyn FnMut() -> [u8; 6],
 ) -> Result<MacAddress, Refusal> {
     for _ in 0..ATTEMPTS {
         let mac = MacAddress::local(random());
-        let in_use = |one: &Attachment| one.host_end.mac == mac || one.inside.mac == mac;
         if !state.networks.values().any(|network| network.setup.bridge.mac == mac)
-            && !state.attachments().any(in_use)
-            && !new.iter().any(in_use)
+            && !state.attachments().any(|one| one.host_end.mac == mac || one.inside.mac == mac)
+            && !new.contains(&mac)
         {
+            new.push(mac);
             return Ok(mac);
         }
     }
@@ -386,28 +381,21 @@ fn attach(state: &State, spec: &AttachSpec, with: &mut Surroundings<'_>) -> Resu
         networks.push((wanted, &**network));
     }
     let egress = networks.iter().position(|(_, network)| !network.setup.internal);
-    let (mut attachments, mut assigned) = (Vec::new(), Vec::new());
+    let (mut attachments, mut assigned, mut macs) = (Vec::new(), Vec::new(), Vec::new());
     for (number, (wanted, network)) in networks.into_iter().enumerate() {
         let addresses = addresses(state, name, wanted, network, with)?;
         let host_end = Interface {
             name: unused_veth_name(state, &attachments, name, with)?,
-            mac: unused_mac(state, &attachments, name, with.random)?,
+            mac: unused_mac(state, &mut macs, name, with.random)?,
         };
-        // `unused_mac` does not know the address of the other end yet.
-        let mut inside = unused_mac(state, &attachments, name, with.random)?;
-        for _ in 0..ATTEMPTS {
-            if inside != host_end.mac {
-                break;
-            }
-            inside = unused_mac(state, &attachments, name, with.random)?;
-        }
-        if inside == host_end.mac {
-            return Err(Refusal::NoInterfaceName(name.clone()));
-        }
+        let inside = Interface {
+            name: format!("eth{number}"),
+            mac: unused_mac(state, &mut macs, name, with.random)?,
+        };
         attachments.push(Attachment {
             network: wanted.network.to_string(),
             host_end,
-            inside: Interface { name: format!("eth{number}"), mac: inside },
+            inside,
             addresses: addresses
                 .iter()
                 .filter_map(|one| IpNet::new(one.address, one.subnet.prefix_len()).ok())

@@ -17,6 +17,9 @@ use tidegate_netsetup::{Observed, Place};
 pub(crate) const HOST_LINK: &str = "eth0";
 pub(crate) const HOST_ROUTE: &str = "192.168.7.0/24";
 
+/// Number of different random values.
+const PERIOD: u32 = 31;
+
 /// The surroundings of a host with one link.
 pub(crate) struct Environment {
     pub(crate) observed: Observed,
@@ -36,7 +39,18 @@ impl Environment {
             default_mtu: Some(1_400),
             ..Observed::default()
         };
-        Self { observed, quarantine: Quarantine::new(), now: Instant::now(), count: 0, period: 53 }
+        Self {
+            observed,
+            quarantine: Quarantine::new(),
+            now: Instant::now(),
+            count: 0,
+            period: PERIOD,
+        }
+    }
+
+    /// Returns whether all random values can be in use after the attachment to three networks.
+    pub(crate) fn exhausted(state: &State) -> bool {
+        state.networks.len() + 2 * (state.attachments().count() + 3) >= PERIOD as usize
     }
 
     /// Random names and MAC addresses differ.
@@ -56,8 +70,9 @@ impl Environment {
         }
         let (count, period) = (&mut self.count, self.period);
         let mut random = || {
-            *count = (*count + 1) % period;
-            let [a, b, c, d] = count.to_be_bytes();
+            *count += 1;
+            // Every fifth value is repeated at once.
+            let [a, b, c, d] = ((*count - *count / 5) % period).to_be_bytes();
             [0, 0, a, b, c, d]
         };
         apply(
@@ -84,7 +99,7 @@ pub(crate) fn port(text: &str, host_port: u16, container_port: u16) -> Published
 }
 
 fn network_name() -> impl Strategy<Value = Name> {
-    select(vec!["a", "b", "p/a", "p/b", "q/default", "r/default"]).prop_map(name)
+    select(vec!["a", "p/a", "q/default", "r/default"]).prop_map(name)
 }
 
 fn endpoint_name() -> impl Strategy<Value = Name> {
@@ -92,8 +107,8 @@ fn endpoint_name() -> impl Strategy<Value = Name> {
 }
 
 fn path() -> impl Strategy<Value = std::path::PathBuf> {
-    let paths: Vec<String> = (0..7).map(|number| format!("/run/netns/{number}")).collect();
-    prop_oneof![30 => select(paths), 1 => Just("relative".to_owned())].prop_map(Into::into)
+    let paths: Vec<String> = (0..9).map(|number| format!("/run/netns/{number}")).collect();
+    prop_oneof![100 => select(paths), 1 => Just("relative".to_owned())].prop_map(Into::into)
 }
 
 fn subnet() -> impl Strategy<Value = (IpNet, Option<IpAddr>)> {
@@ -144,7 +159,7 @@ fn published() -> impl Strategy<Value = PublishedPort> {
     let address =
         select(vec!["0.0.0.0", "::", "127.0.0.1", "::ffff:127.0.0.1", "192.0.2.1", "::1"]);
     let protocol = select(Protocol::ALL.to_vec());
-    (address, 0_u16..9, 0_u16..40, protocol).prop_map(
+    (address, 0_u16..30, 0_u16..99, protocol).prop_map(
         |(text, host_port, container_port, protocol)| PublishedPort {
             protocol,
             ..port(text, host_port, container_port)
@@ -153,24 +168,24 @@ fn published() -> impl Strategy<Value = PublishedPort> {
 }
 
 fn ports() -> impl Strategy<Value = Vec<PublishedPort>> {
-    prop::collection::vec(published(), 0..3)
+    prop_oneof![3 => Just(vec![]), 2 => prop::collection::vec(published(), 1..3)]
 }
 
 fn network() -> impl Strategy<Value = NetworkSpec> {
     let subnets = prop_oneof![
-        3 => Just(vec![]),
-        4 => Just(vec![
+        9 => Just(vec![]),
+        6 => Just(vec![
             ("10.9.0.128/30".parse().unwrap(), None),
             ("fd09::/126".parse().unwrap(), None),
         ]),
-        5 => prop::collection::vec(subnet(), 1),
+        6 => prop::collection::vec(subnet(), 1),
         1 => prop::collection::vec(subnet(), 2),
     ];
     let bridge = prop_oneof![
-        8 => Just(None),
-        4 => select(vec!["br-a", "br-b", "br-c", HOST_LINK, "tgv000000000001", "bad name"]).prop_map(Some),
+        20 => Just(None),
+        3 => select(vec!["br-a", "br-b", "br-c", HOST_LINK, "tgv000000000001", "bad name"]).prop_map(Some),
     ];
-    let mtu = prop_oneof![5 => Just(None), 1 => select(vec![67, 68, 1_279, 1_280, 9_000, 65_536]).prop_map(Some)];
+    let mtu = prop_oneof![20 => Just(None), 1 => select(vec![67, 68, 1_279, 1_280, 9_000, 65_536]).prop_map(Some)];
     (network_name(), subnets, any::<[bool; 4]>(), bridge, mtu).prop_map(
         |(name, subnets, [ipv6, internal, inter_container, names_at_gateway], bridge, mtu)| {
             NetworkSpec {
@@ -190,13 +205,13 @@ fn network() -> impl Strategy<Value = NetworkSpec> {
 
 fn attachment() -> impl Strategy<Value = NetworkAttachment> {
     let addresses = prop_oneof![
-        5 => Just(vec![]),
+        30 => Just(vec![]),
         3 => prop::collection::vec(address(), 1),
         1 => prop::collection::vec(address(), 2),
     ];
     let aliases = prop_oneof![
-        4 => Just(vec![]),
-        4 => Just(vec!["www".to_owned(), "_a.b".to_owned()]),
+        30 => Just(vec![]),
+        30 => Just(vec!["www".to_owned(), "_a.b".to_owned()]),
         1 => Just(vec!["a b".to_owned()]),
     ];
     (network_name(), addresses, aliases, any::<bool>()).prop_map(
@@ -211,10 +226,10 @@ fn attachment() -> impl Strategy<Value = NetworkAttachment> {
 
 fn attach() -> impl Strategy<Value = AttachSpec> {
     let networks = prop_oneof![
-        8 => prop::collection::vec(attachment(), 1), 3 => prop::collection::vec(attachment(), 0..4),
+        4 => prop::collection::vec(attachment(), 1), 3 => prop::collection::vec(attachment(), 0..4),
     ];
     let hostname = prop_oneof![
-        8 => Just(None), 4 => Just(Some("host.example")), 1 => Just(Some("-bad")),
+        30 => Just(None), 30 => Just(Some("host.example")), 1 => Just(Some("-bad")),
     ];
     (endpoint_name(), path(), networks, hostname, ports()).prop_map(
         |(name, namespace, networks, hostname, ports)| AttachSpec {
@@ -230,9 +245,9 @@ fn attach() -> impl Strategy<Value = AttachSpec> {
 pub(crate) fn command() -> impl Strategy<Value = Command> {
     prop_oneof![
         6 => network().prop_map(Command::CreateNetwork),
-        2 => network_name().prop_map(Command::RemoveNetwork),
-        9 => attach().prop_map(Command::Attach),
-        4 => endpoint_name().prop_map(Command::Detach),
+        1 => network_name().prop_map(Command::RemoveNetwork),
+        20 => attach().prop_map(Command::Attach),
+        3 => endpoint_name().prop_map(Command::Detach),
         3 => (endpoint_name(), ports())
             .prop_map(|(endpoint, ports)| Command::Publish { endpoint, ports }),
         2 => published().prop_map(|port| Command::Unpublish {

@@ -3,7 +3,7 @@
 use crate::testing::{Environment, HOST_LINK, HOST_ROUTE, command, name, port, states};
 use crate::{
     AttachSpec, Change, Command, Endpoint, MAX_ENDPOINTS_OF_NETWORK, MAX_PORTS, Name, Network,
-    NetworkAttachment, NetworkSpec, PublishedPort, State, changes,
+    NetworkAttachment, NetworkSpec, PublishedPort, Refusal, State, changes,
 };
 use ipnet::IpNet;
 use proptest::prelude::*;
@@ -398,11 +398,11 @@ impl Host {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(ProptestConfig::with_cases(1_000))]
 
     #[test]
     fn commands_follow_the_model(
-        steps in prop::collection::vec((command(), 0_u64..20, any::<bool>()), 1..80)
+        steps in prop::collection::vec((command(), 0_u64..20, any::<bool>()), 1..150)
     ) {
         let mut environment = Environment::new();
         let (mut state, mut model) = (State::default(), Model::default());
@@ -416,6 +416,9 @@ proptest! {
                     check_invariants(&next);
                     model.follow(&command, &next, environment.now);
                     state = next;
+                }
+                Err(Refusal::NoInterfaceName(_)) => {
+                    prop_assert!(Environment::exhausted(&state), "no value for {:?}", command);
                 }
                 Err(refusal) => {
                     prop_assert!(!allowed, "{:?} was refused: {}", command, refusal);
