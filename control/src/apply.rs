@@ -61,7 +61,6 @@ const MTU_V6: u32 = 1_280;
 const ATTEMPTS: u32 = 100;
 
 /// Inputs of [`apply`] from outside the state.
-#[expect(missing_debug_implementations, reason = "contains a closure")]
 pub struct Surroundings<'a> {
     /// Routes, links and MTU of the host. Observed after the last state was applied: links and
     /// routes of removed networks would still count as foreign.
@@ -212,8 +211,8 @@ fn check_overlap(
     }
 }
 
-/// Returns the routes and addresses of the host that a subnet must not overlap. Those of networks of
-/// the state are among them, and overlap the subnets of the state as well.
+/// Returns the routes and addresses of the host that a subnet must not overlap. Those of networks
+/// of the state are among them, and overlap the subnets of the state as well.
 fn routes(observed: &Observed) -> impl Iterator<Item = &(IpNet, String)> {
     observed.routes.iter().filter(|(net, _)| !is_default(net))
 }

@@ -45,8 +45,8 @@ pub enum Change {
 /// Returns the steps from `old` to `new`, in an order that is safe to execute.
 ///
 /// Depends only on the two states, not on the commands between them. First ports close, and
-/// endpoints and networks are removed, so that names, addresses, namespaces and ports are free. Then
-/// networks and endpoints are created, and ports open.
+/// endpoints and networks are removed, so that names, addresses, namespaces and ports are free.
+/// Then networks and endpoints are created, and ports open.
 ///
 /// A network that differs is removed and created again, and so are its endpoints. An endpoint whose
 /// attachments differ is removed and created again, and its ports close for that time.
@@ -135,8 +135,8 @@ fn open(endpoint: &Arc<Endpoint>, port: PublishedPort) -> Change {
     Change::OpenPort { endpoint: Arc::clone(endpoint), port }
 }
 
-/// Returns the values of `old` that `new` does not contain, and the reverse. Shared values are equal
-/// without a comparison.
+/// Returns the values of `old` that `new` does not contain, and the reverse. Shared values are
+/// equal without a comparison.
 pub(crate) fn difference<'a, T: PartialEq>(
     old: &'a BTreeMap<Name, Arc<T>>,
     new: &'a BTreeMap<Name, Arc<T>>,

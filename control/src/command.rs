@@ -47,7 +47,6 @@ pub enum Command {
 
 /// A network to create.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[expect(clippy::struct_excessive_bools, reason = "independent options of a network")]
 pub struct NetworkSpec {
     /// Its name.
     pub name: Name,

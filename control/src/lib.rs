@@ -1,5 +1,5 @@
-//! The desired state of the networks of a host: its only owner, the commands that change it, and the
-//! store that keeps it.
+//! The desired state of the networks of a host: its only owner, the commands that change it, and
+//! the store that keeps it.
 //!
 //! # Theory of operation
 //!

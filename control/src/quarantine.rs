@@ -13,8 +13,8 @@ const MAX_RELEASED: usize = 65_536;
 
 /// Addresses that were released less than [`QUARANTINE`] ago, and are not chosen again until then.
 ///
-/// Not a part of the state: it is empty after a restart, and it remains changed if the store rejects
-/// the new state. Both affect only which address is chosen next.
+/// Not a part of the state: it is empty after a restart, and it remains changed if the store
+/// rejects the new state. Both affect only which address is chosen next.
 #[derive(Clone, Debug, Default)]
 pub struct Quarantine {
     /// End of the quarantine. Subnets do not overlap, so the address identifies the subnet.

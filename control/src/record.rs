@@ -1,12 +1,12 @@
 //! The on-disk form of the state.
 //!
-//! A record is a JSON object, stored under the text of the [`Name`] of its network or endpoint. This
-//! module describes the form completely: its types are separate from those of the state, so that a
-//! change of the state does not change the form by accident.
+//! A record is a JSON object, stored under the text of the [`Name`] of its network or endpoint.
+//! This module describes the form completely: its types are separate from those of the state, so
+//! that a change of the state does not change the form by accident.
 //!
 //! A change of the form increments [`FORMAT`], including a new optional field: an older version
-//! would drop it when it writes the record. `testdata/format-N.jsonl` has samples of format N, which
-//! remain readable.
+//! would drop it when it writes the record. `testdata/format-N.jsonl` has samples of format N,
+//! which remain readable.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 

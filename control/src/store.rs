@@ -3,17 +3,17 @@
 //! # Theory of operation
 //!
 //! The tables `networks` and `endpoints` have a record per object; `meta` has the number of the
-//! format. A commit is one durable transaction with the records that differ. redb writes it to unused
-//! pages, then switches the header, and syncs. After a crash it uses the last header whose pages have
-//! correct checksums, so the file has either the old or the new state.
+//! format. A commit is one durable transaction with the records that differ. redb writes it to
+//! unused pages, then switches the header, and syncs. After a crash it uses the last header whose
+//! pages have correct checksums, so the file has either the old or the new state.
 //!
-//! A failed sync leaves open which of the two states the disk has. The page cache cannot tell: Linux
-//! reports a failed write once, and then treats the pages as clean. After a failure, the store
-//! therefore reopens the database and writes all records of the old state to new pages. If this fails
-//! as well, the next commit repeats it with its new state.
+//! A failed sync leaves open which of the two states the disk has. The page cache cannot tell:
+//! Linux reports a failed write once, and then treats the pages as clean. After a failure, the
+//! store therefore reopens the database and writes all records of the old state to new pages. If
+//! this fails as well, the next commit repeats it with its new state.
 //!
-//! The file is locked with flock(2) for the lifetime of the store, also while the database is closed
-//! after a failure. The kernel releases the lock when the process ends for any reason.
+//! The file is locked with flock(2) for the lifetime of the store, also while the database is
+//! closed after a failure. The kernel releases the lock when the process ends for any reason.
 
 use crate::changes::difference;
 use crate::record::{FORMAT, Record, RecordError, dangling, read_into};
@@ -91,7 +91,9 @@ pub enum StoreError {
         cause: String,
     },
     /// A system call failed.
-    #[error("state file {}: {}{}", .path.display(), without_errno(&.source.to_string()), remedy(.source))]
+    #[error(
+        "state file {}: {}{}", .path.display(), without_errno(&.source.to_string()), remedy(.source)
+    )]
     Io {
         /// The path.
         path: PathBuf,
@@ -139,8 +141,8 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`]. `old` remains the state of the store, and the next commit can succeed.
-    /// Exception: if the device fails while the file is synced and also fails the attempt to restore
-    /// `old`, the disk may have `new` until the next successful commit.
+    /// Exception: if the device fails while the file is synced and also fails the attempt to
+    /// restore `old`, the disk may have `new` until the next successful commit.
     pub fn commit(&mut self, old: &State, new: &State) -> Result<(), StoreError> {
         let result = match &self.database {
             Some(database) => write_difference(database, old, new),

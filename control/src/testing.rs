@@ -183,9 +183,13 @@ fn network() -> impl Strategy<Value = NetworkSpec> {
     ];
     let bridge = prop_oneof![
         20 => Just(None),
-        3 => select(vec!["br-a", "br-b", "br-c", HOST_LINK, "tgv000000000001", "bad name"]).prop_map(Some),
+        3 => select(vec!["br-a", "br-b", "br-c", HOST_LINK, "tgv000000000001", "bad name"])
+            .prop_map(Some),
     ];
-    let mtu = prop_oneof![20 => Just(None), 1 => select(vec![67, 68, 1_279, 1_280, 9_000, 65_536]).prop_map(Some)];
+    let mtu = prop_oneof![
+        20 => Just(None),
+        1 => select(vec![67, 68, 1_279, 1_280, 9_000, 65_536]).prop_map(Some),
+    ];
     (network_name(), subnets, any::<[bool; 4]>(), bridge, mtu).prop_map(
         |(name, subnets, [ipv6, internal, inter_container, names_at_gateway], bridge, mtu)| {
             NetworkSpec {

@@ -368,7 +368,7 @@ impl Host {
         }
         for other in self.endpoints.values() {
             assert_ne!(other.namespace, endpoint.namespace, "namespace in use");
-            for attachment in other.setup.attachments.iter() {
+            for attachment in &other.setup.attachments {
                 for new in &endpoint.setup.attachments {
                     assert_ne!(attachment.host_end.name, new.host_end.name);
                     assert!(
@@ -423,7 +423,7 @@ proptest! {
                 Err(refusal) => {
                     prop_assert!(!allowed, "{:?} was refused: {}", command, refusal);
                     let text = refusal.to_string();
-                    prop_assert!(!text.contains('\n') && text.contains("; "), "no remedy: {}", text);
+                    prop_assert!(!text.contains('\n') && text.contains("; "), "{}", text);
                 }
             }
             model.check(&state);

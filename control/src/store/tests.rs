@@ -154,8 +154,8 @@ impl Random {
     }
 }
 
-/// Contents that the disk may have after a power loss: without and with all pending writes, and with
-/// random sectors of them.
+/// Contents that the disk may have after a power loss: without and with all pending writes, and
+/// with random sectors of them.
 fn after_power_loss(disk: &Disk, random: &mut Random) -> Vec<Vec<u8>> {
     let mut contents = vec![disk.synced.clone(), disk.synced.clone()];
     for (offset, data) in &disk.pending {
@@ -165,7 +165,7 @@ fn after_power_loss(disk: &Disk, random: &mut Random) -> Vec<Vec<u8>> {
         let mut content = disk.synced.clone();
         for (offset, data) in &disk.pending {
             for (number, sector) in data.chunks(512).enumerate() {
-                if random.next() % 2 == 0 {
+                if random.next().is_multiple_of(2) {
                     put(&mut content, offset + number * 512, sector);
                 }
             }
