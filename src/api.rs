@@ -16,10 +16,12 @@
 //! the routes. `docs/openapi.json` is a copy; a test compares the two.
 
 mod problem;
+mod reserve;
 mod routes;
 mod server;
 mod view;
 
 pub(crate) use problem::Problem;
+pub(crate) use reserve::{Reserved, reserve_port};
 pub(crate) use server::{MAX_CLIENTS, Server};
 pub(crate) use view::{Adopted, Order, View, snapshot};

@@ -4,8 +4,8 @@ use crate::kernel::End;
 use crate::plan::{check_links, plan_extension, plan_update, removals};
 use crate::repair::{causes, with_derived};
 use crate::{
-    ApplyError, ConflictError, Desired, Fact, Interface, Isolation, Journal, JournalError, Kernel,
-    KernelError, KernelModel, Observed, Op, Place, Repaired, plan,
+    ApplyError, ConflictError, Desired, Fact, FirewallKind, Interface, Isolation, Journal,
+    JournalError, Kernel, KernelError, KernelModel, Observed, Op, Place, Repaired, plan,
 };
 use std::collections::BTreeSet;
 use std::io;
@@ -79,6 +79,14 @@ impl Setup {
     #[must_use]
     pub fn owned(&self) -> &[Fact] {
         self.journal.facts()
+    }
+
+    /// Returns whether rules of this owner in `firewall` may be in force.
+    #[must_use]
+    pub fn owns_rules_of(&self, firewall: FirewallKind) -> bool {
+        let is_one =
+            |fact: &Fact| matches!(fact, Fact::Ruleset { firewall: kind, .. } if *kind == firewall);
+        self.journal.facts().iter().any(is_one)
     }
 
     /// Observes the host, for the choice of names and subnets.

@@ -42,6 +42,11 @@ impl Problem {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, line)
     }
 
+    /// The request is valid, and a retry may succeed.
+    pub(crate) fn unavailable(line: &dyn Display) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, line)
+    }
+
     /// An error with any other status.
     pub(super) fn of(status: StatusCode, line: &dyn Display) -> Self {
         Self::new(status, line)
@@ -65,7 +70,7 @@ impl From<PublishError> for Problem {
             PublishError::Firewall(source) | PublishError::DockerUser(source)
                 if source.kind() == io::ErrorKind::TimedOut =>
             {
-                Self::of(StatusCode::SERVICE_UNAVAILABLE, &error)
+                Self::unavailable(&error)
             }
             PublishError::NoDescriptors(_)
             | PublishError::DockerUser(_)

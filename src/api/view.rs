@@ -1,6 +1,7 @@
 //! The state of the running project, converted to the types of the API.
 
 use super::problem::Problem;
+use super::reserve::Reserved;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,6 +10,7 @@ use tidegate_api::types::{
     Attachment, Endpoint, Exit, Figures, Fill, Metrics, NatFigures, Network, NetworkFigures, Port,
     PortFigures, Service, State, Status, Subnet, Transport, UpstreamFigures,
 };
+use tidegate_control::Command;
 use tidegate_dns::Resolver;
 use tidegate_model::{Direction, Protocol};
 use tidegate_nat as nat;
@@ -69,6 +71,14 @@ pub(crate) enum Order {
         /// Receives the result.
         done: oneshot::Sender<Result<(), Problem>>,
     },
+    /// A command to the owner of the state.
+    Command {
+        command: Command,
+        /// The sockets of the ports that it publishes.
+        reserved: Reserved,
+        /// Receives the result.
+        done: oneshot::Sender<Result<(), Problem>>,
+    },
 }
 
 impl Adopted {
@@ -85,6 +95,11 @@ impl Adopted {
     /// Returns the path of `endpoint`, and whether its namespace is gone.
     pub(crate) fn get(&self, endpoint: &str) -> Option<(PathBuf, bool)> {
         self.all().get(endpoint).cloned()
+    }
+
+    /// Forgets `endpoint`.
+    pub(crate) fn remove(&self, endpoint: &str) {
+        self.all().remove(endpoint);
     }
 
     /// Records the path of the namespace of `endpoint`, and whether the namespace is gone.

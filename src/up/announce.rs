@@ -1,6 +1,6 @@
 //! Log events and the table on standard output once a project is up.
 
-use super::Running;
+use super::{Instance, Running};
 use crate::table::table;
 use anyhow::bail;
 use std::collections::BTreeMap;
@@ -8,10 +8,43 @@ use std::io::Write;
 use std::sync::mpsc;
 use std::time::Duration;
 use tidegate_model::PublishLabel;
+use tidegate_netsetup::Desired;
 use tidegate_publish::bind::runs;
 
 /// Maximum wait until the table is written, so that it precedes the output of services.
 const WRITE_TIMEOUT: Duration = Duration::from_millis(500);
+
+impl Instance {
+    /// Prints on standard output that the daemon is up, and how to use it.
+    ///
+    /// # Errors
+    /// Standard output is closed, or its reader does not read.
+    pub(super) fn announce_daemon(&self) -> anyhow::Result<()> {
+        let Desired { networks, endpoints, .. } = &self.up.layout.desired;
+        let text = format!(
+            "tidegate daemon is up with {} networks and {} endpoints. Add more with tidegate network create NAME and \
+             tidegate attach.\n",
+            networks.len(),
+            endpoints.len()
+        );
+        print(text)
+    }
+}
+
+/// Writes `text` to standard output. On a separate thread: a write to a full pipe blocks, and must
+/// not block signals and the API.
+fn print(text: String) -> anyhow::Result<()> {
+    let (done, is_done) = mpsc::channel();
+    std::thread::Builder::new().name("tidegate-announce".into()).spawn(move || {
+        let mut out = std::io::stdout().lock();
+        // Fails if the caller has timed out.
+        let _ = done.send(out.write_all(text.as_bytes()).and_then(|()| out.flush()));
+    })?;
+    match is_done.recv_timeout(WRITE_TIMEOUT) {
+        Ok(written) => Ok(written?),
+        Err(_) => bail!("write timed out"),
+    }
+}
 
 impl Running {
     /// Logs networks, attachments and published ports.
@@ -61,17 +94,6 @@ impl Running {
             }
         }
         let text = table(&rows) + "Ctrl-C takes all of it down again.\n";
-        // On a separate thread: a write to a full pipe blocks, and must not block signals and the
-        // API.
-        let (done, is_done) = mpsc::channel();
-        std::thread::Builder::new().name("tidegate-announce".into()).spawn(move || {
-            let mut out = std::io::stdout().lock();
-            // Fails if the caller has timed out.
-            let _ = done.send(out.write_all(text.as_bytes()).and_then(|()| out.flush()));
-        })?;
-        match is_done.recv_timeout(WRITE_TIMEOUT) {
-            Ok(written) => Ok(written?),
-            Err(_) => bail!("write timed out"),
-        }
+        print(text)
     }
 }

@@ -424,12 +424,12 @@ impl Instance {
     }
 
     /// Starts `work` in the namespace of `endpoint`, which is not repaired until that is done.
-    fn start_work(&mut self, endpoint: &str, work: impl FnOnce() -> Outcome + Send + 'static) {
+    pub(super) fn start_work(&mut self, endpoint: &str, work: impl FnOnce() -> Outcome + Send + 'static) {
         self.schedule.hold(endpoint);
         self.work.start(endpoint, work);
     }
 
-    fn note_progress(&mut self, progress: Progress<Outcome>) {
+    pub(super) fn note_progress(&mut self, progress: Progress<Outcome>) {
         let (endpoint, outcome) = match progress {
             Progress::Overdue { endpoint } => return warn_of_slow_namespace(&endpoint),
             Progress::Done { endpoint, outcome } => (endpoint, outcome),
@@ -564,6 +564,10 @@ impl Instance {
                     Err(problem) => drop(done.send(Err(problem))),
                 }
             }
+            Order::Command { command, reserved, done } => {
+                let result = self.command(&command, reserved).await;
+                let _ = done.send(result);
+            }
         }
     }
 
@@ -657,6 +661,7 @@ impl Instance {
             return self.note_failed_attachment(endpoint, problem, done);
         }
         self.up.adopted.set(endpoint, path.clone(), false);
+        self.record_path(endpoint, &path);
         watch(&mut self.watch, endpoint, &namespace);
         tracing::info!(endpoint, path = %path.display(), namespace = %namespace.id(), "re-attached");
         self.note_health(endpoint.to_owned(), None);
@@ -681,7 +686,7 @@ impl Instance {
 
     /// Records the health of `endpoint`: `None`, or the problem of its container. A problem is
     /// logged once, not with every poll.
-    fn note_health(&mut self, endpoint: String, unhealthy: Option<String>) {
+    pub(super) fn note_health(&mut self, endpoint: String, unhealthy: Option<String>) {
         match unhealthy {
             None => drop(self.unhealthy.remove(&endpoint)),
             Some(reason) if self.unhealthy.get(&endpoint) == Some(&reason) => {}
@@ -695,6 +700,7 @@ impl Instance {
     /// Polls the paths of adopted namespaces. Re-attaches endpoints whose containers were restarted
     /// and starts missing DNS servers.
     async fn poll_adopted(&mut self) {
+        self.attach_absent().await;
         for (endpoint, path) in self.up.adopted.paths() {
             if self.attaching.contains_key(&endpoint) {
                 continue;
@@ -811,7 +817,7 @@ pub(super) async fn end_servers(mut work: EndpointWork<Outcome>, mut names: Name
 }
 
 /// Watches `namespace` as that of `endpoint`.
-fn watch(watch: &mut EndpointWatch, endpoint: &str, namespace: &Namespace) {
+pub(super) fn watch(watch: &mut EndpointWatch, endpoint: &str, namespace: &Namespace) {
     if let Err(error) = watch.watch(endpoint, namespace) {
         tracing::warn!(endpoint, %error, "endpoint's namespace not watched; removed objects are not restored");
     }

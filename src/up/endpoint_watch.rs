@@ -55,6 +55,13 @@ impl EndpointWatch {
         Ok(())
     }
 
+    /// Ends the watch of `endpoint`.
+    pub(super) fn unwatch(&mut self, endpoint: &str) {
+        if let Some(task) = self.tasks.remove(endpoint) {
+            task.abort();
+        }
+    }
+
     /// Waits for changes. Returns the changed endpoints. Cancel safe.
     pub(super) async fn changed(&self) -> BTreeSet<String> {
         loop {

@@ -12,6 +12,7 @@
 //! time.
 
 mod announce;
+mod commands;
 mod control;
 mod egress;
 mod endpoint_watch;
@@ -27,6 +28,7 @@ mod tracked_flows;
 use crate::api::{Adopted, MAX_CLIENTS, Order, Server, View, snapshot};
 use crate::port_guards::{self, bridge_programs, has_internal_guards};
 use anyhow::{Context, anyhow, bail};
+use commands::Owner;
 use control::{Attaching, Outcome, end_servers};
 use egress::Egress;
 pub use egress::NatLimits;
@@ -47,6 +49,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 use tidegate_api::socket::{self, Socket};
 use tidegate_compose::{self, Project, Run};
+use tidegate_control::{Name, State, Store};
 use tidegate_model::{PortSpec, Protocol, registry};
 use tidegate_netfilter::PortGuards;
 use tidegate_netns::HostContext;
@@ -91,7 +94,18 @@ pub enum Source {
         /// Project name. Default: `name` in the file, or the name of its directory.
         name: Option<String>,
     },
+    /// The state file of a daemon, whose networks outlive the process.
+    Daemon {
+        /// Directory of the state file.
+        state: PathBuf,
+    },
 }
+
+/// The owner of the rules of a daemon. Names of Compose projects have no capitals.
+const DAEMON: &str = "Daemon";
+
+/// The state file below the directory of [`Source::Daemon`].
+const STATE_FILE: &str = "state.redb";
 
 /// Arguments of `tidegate up`.
 #[derive(Debug)]
@@ -152,6 +166,7 @@ struct Instance {
     unhealthy: BTreeMap<String, String>,
     /// Counters of restored objects.
     repairs: metrics::Repairs,
+    owner: Owner,
 }
 
 /// The host's own namespace, in rootless mode. The NAT engine reaches its container networks, and
@@ -265,6 +280,12 @@ impl<'a> Initial<'a> {
     }
 }
 
+/// Where [`Initial`] comes from.
+enum InitialSource<'a> {
+    Project(&'a Project),
+    State(&'a State),
+}
+
 /// Random bytes for MAC addresses and interface names. Without random bytes, names collide, and
 /// creating the second interface fails.
 fn random_bytes() -> [u8; 6] {
@@ -339,30 +360,45 @@ impl Up {
 
     async fn run_on(&self, host_context: &HostContext) -> anyhow::Result<bool> {
         let (started, begun) = (SystemTime::now(), Instant::now());
-        let Source::Project { file, name } = &self.source;
-        let mut project = tidegate_compose::load(file)?;
-        if let Some(name) = name {
-            project.name.clone_from(name);
-        }
+        let project = match &self.source {
+            Source::Project { file, name } => {
+                let mut project = tidegate_compose::load(file)?;
+                if let Some(name) = name {
+                    project.name.clone_from(name);
+                }
+                Some(project)
+            }
+            Source::Daemon { .. } => None,
+        };
+        let owner = project.as_ref().map_or(DAEMON, |project| &project.name).to_owned();
         // After reading the file: it can be a pipe without a writer, and Ctrl-C then still has to
         // end the process.
         let mut signals = Signals::new().context("signal handlers")?;
-        for warning in &project.warnings {
+        for warning in project.iter().flat_map(|project| &project.warnings) {
             tracing::warn!("{warning}");
         }
         let run = run_directory()
             .context("no directory for runtime files: set XDG_RUNTIME_DIR or TIDEGATE_RUN_DIR")?;
-        let run = run.join("projects").join(&project.name);
+        let run = match &project {
+            Some(project) => run.join("projects").join(&project.name),
+            None => run.join("daemon"),
+        };
         let front_end = FrontEnd::start().context("thread of DNS and the API")?;
         let socket = {
             let _runtime = front_end.runtime().enter();
             Socket::open(socket::path()?)?
         };
+        let stored = match &self.source {
+            Source::Project { .. } => None,
+            Source::Daemon { state } => Some(Store::open(&state.join(STATE_FILE))?),
+        };
         let journal = Journal::open(&run.join("network.journal")).map_err(|error| match error {
+            JournalError::InUse { holder, .. } if stored.is_some() => {
+                anyhow!("a daemon is running already (process {holder}); stop that one first")
+            }
             JournalError::InUse { holder, .. } => {
                 anyhow!(
-                    "project {:?} is up already (process {holder}); stop that one, or choose another name",
-                    project.name
+                    "project {owner:?} is up already (process {holder}); stop that one, or choose another name"
                 )
             }
             error => error.into(),
@@ -370,7 +406,7 @@ impl Up {
         tidegate_services::sweep(&run).context("files of services that were killed")?;
         sweep_stale_owners();
         raise_descriptor_limit();
-        let chosen = choose(self.firewall, self.publish, host_context, &project.name)?;
+        let chosen = choose(self.firewall, self.publish, host_context, &owner)?;
         chosen.tell();
         if self.allow_host_loopback && chosen.firewall.is_some() {
             bail!(
@@ -379,17 +415,21 @@ impl Up {
         }
         let device = match &chosen.firewall {
             Some(_) => None,
-            None => egress::Device::open(host_context, &project.name, has_v6(&project))
-                .inspect_err(|error| {
-                    tracing::warn!(
-                        "containers have no egress: {error}; run tidegate doctor for remedies"
-                    );
-                })
-                .ok(),
+            None => egress::Device::open(
+                host_context,
+                &owner,
+                project.as_ref().map_or_else(is_v6_available, has_v6),
+            )
+            .inspect_err(|error| {
+                tracing::warn!(
+                    "containers have no egress: {error}; run tidegate doctor for remedies"
+                );
+            })
+            .ok(),
         };
         let mut setup =
             setup_with(host_context, journal, chosen.firewall.as_ref(), device.as_ref());
-        let guards = port_guards::port_guards(&project.name)
+        let guards = port_guards::port_guards(&owner)
             .inspect_err(|error| {
                 tracing::warn!(
                     "source addresses of containers are not checked and can be spoofed: {error}; {}; run tidegate \
@@ -402,10 +442,20 @@ impl Up {
             tracing::debug!(mechanism = %guards.mechanism(), "port guards");
             setup.kernel().use_guards(Arc::clone(guards));
         }
-        let left = setup.clear().await?;
-        if left > 0 {
-            tracing::info!(steps = left, "rolled back a killed instance");
+        if stored.is_none() {
+            let left = setup.clear().await?;
+            if left > 0 {
+                tracing::info!(steps = left, "rolled back a killed instance");
+            }
+        } else if let Some(firewall) = &chosen.firewall
+            && setup.owns_rules_of(firewall.kind())
+        {
+            firewall.adopt();
         }
+        let (state, mut store) = match stored {
+            Some((store, state)) => (state, Some(store)),
+            None => (State::default(), None),
+        };
 
         let topics = [
             Topic::Links,
@@ -427,15 +477,23 @@ impl Up {
         let resources = Resources {
             host_context,
             outside: outside.as_mut(),
-            owner: &project.name,
+            owner: &owner,
             front_end: &front_end,
             chosen: &chosen,
             device,
             guards,
             run: &run,
         };
-        let up = match self.start(resources, &project, &mut setup, &mut signals).await {
+        let source = match &project {
+            Some(project) => InitialSource::Project(project),
+            None => InitialSource::State(&state),
+        };
+        let (up, absent) = match self.start(resources, source, &mut setup, &mut signals).await {
             Ok(Some(up)) => up,
+            failed_or_interrupted if store.is_some() => {
+                // Networks of a daemon outlive it.
+                return failed_or_interrupted.map(|_| true);
+            }
             failed_or_interrupted => {
                 // The first error is returned. The journal keeps what could not be rolled back for
                 // the next start.
@@ -447,15 +505,20 @@ impl Up {
             }
         };
         let (orders, received) = mpsc::channel(ORDER_QUEUE);
-        let name = project.name.clone();
+        let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
+        let (compose_file, state_file) = match &self.source {
+            Source::Project { file, .. } => (Some(absolute(file.clone())), None),
+            Source::Daemon { state } => (None, Some(absolute(state.join(STATE_FILE)))),
+        };
+        let services = project.iter().flat_map(|project| &project.services);
         let view = View {
-            compose_file: Some(std::path::absolute(file).unwrap_or_else(|_| file.clone())),
-            state_file: None,
+            compose_file,
+            state_file,
             started,
             begun,
             isolation: setup.isolation().name(),
             desired: up.shown.subscribe(),
-            services: project.services.iter().map(|service| service.name.clone()).collect(),
+            services: services.map(|service| service.name.clone()).collect(),
             observer: up.supervisor.observer(),
             publisher: Arc::clone(&up.publisher),
             names: up.names.resolver(),
@@ -463,7 +526,7 @@ impl Up {
             adopted: Arc::clone(&up.adopted),
             metrics: up.metrics.clone(),
             orders,
-            project: project.name,
+            project: project.as_ref().map_or("daemon", |project| &project.name).to_owned(),
         };
         let server = {
             let _runtime = front_end.runtime().enter();
@@ -477,7 +540,7 @@ impl Up {
             host,
             rootless,
             up,
-            project: name,
+            project: owner,
             server,
             orders: received,
             changes,
@@ -488,14 +551,23 @@ impl Up {
             attaching: BTreeMap::new(),
             unhealthy: BTreeMap::new(),
             repairs,
+            owner: Owner::new(state, store.take(), absent),
         };
         instance.watch_endpoints();
         instance.up.log();
-        if let Err(error) = instance.up.announce() {
+        let announced = match &project {
+            Some(_) => instance.up.announce(),
+            None => instance.announce_daemon(),
+        };
+        if let Err(error) = announced {
             // The reader of standard output has closed it or does not read.
             tracing::debug!(%error, "standard output");
         }
         let success = instance.supervise(&mut signals).await;
+        if project.is_none() {
+            instance.leave().await;
+            return Ok(success);
+        }
         instance.take_down(&mut signals).await?;
         let _ = fs::remove_dir_all(&run);
         Ok(success)
@@ -506,10 +578,10 @@ impl Up {
     async fn start(
         &self,
         resources: Resources<'_>,
-        project: &Project,
+        source: InitialSource<'_>,
         setup: &mut Setup,
         signals: &mut Signals,
-    ) -> anyhow::Result<Option<Running>> {
+    ) -> anyhow::Result<Option<(Running, BTreeSet<Name>)>> {
         let Resources { host_context, outside, owner, front_end, chosen, device, guards, run } =
             resources;
         let mut observed = setup.surroundings().await?;
@@ -519,7 +591,12 @@ impl Up {
             // subnet that overlaps one of them would still hide it from the containers.
             outside.add_to(&mut observed).await?;
         }
-        let initial = Initial::of_project(project, host_context, &observed)?;
+        let (initial, absent) = match source {
+            InitialSource::Project(project) => {
+                (Initial::of_project(project, host_context, &observed)?, BTreeSet::new())
+            }
+            InitialSource::State(state) => Initial::of_state(state),
+        };
         let Initial { mut layout, networks, endpoints, namespaces, adopted, ports, project } =
             initial;
         layout.desired.guards = port_guards::attachment(guards.as_deref(), owner);
@@ -690,7 +767,7 @@ impl Up {
             publisher.close(Duration::ZERO);
             return Ok(None);
         };
-        Ok(Some(Running {
+        let running = Running {
             layout,
             shown,
             gateway_networks,
@@ -702,8 +779,14 @@ impl Up {
             resolvers,
             supervisor,
             metrics,
-        }))
+        };
+        Ok(Some((running, absent)))
     }
+}
+
+/// Whether the kernel has IPv6.
+fn is_v6_available() -> bool {
+    Path::new("/proc/sys/net/ipv6").exists()
 }
 
 /// Whether a network of `project` has egress over IPv6.
@@ -760,6 +843,27 @@ impl Instance {
             tracing::info!(connections = drained.cut, "connections cut");
         }
         Ok(self.setup.finish().await?)
+    }
+}
+
+impl Instance {
+    /// Ends a daemon. Its networks continue to exist, with their rules; the next daemon takes them
+    /// over.
+    async fn leave(self) {
+        self.server.close();
+        let Running { publisher, names, egress, layout, .. } = self.up;
+        end_servers(self.work, names).await;
+        publisher.close(DRAIN);
+        // After the publisher, whose UDP ports can use the engine.
+        drop(egress);
+        let (networks, endpoints) = (layout.desired.networks.len(), layout.desired.endpoints.len());
+        if networks > 0 {
+            tracing::info!(
+                networks,
+                endpoints,
+                "networks stay up without published ports and names; start tidegate daemon to manage or remove them"
+            );
+        }
     }
 }
 

@@ -1,0 +1,523 @@
+//! Commands on the networks of a running instance.
+//!
+//! ```text
+//! command ─► control::apply ─► changes ─► executed one by one ─► committed to the store ─► answered
+//!                 │ refused                    │ failed                  │ failed
+//!                 ▼                            ▼                         ▼
+//!               error                   executed changes are reverted: error
+//! ```
+//!
+//! A command that is answered is in force and durable. After a crash before the commit, the next
+//! process removes what the journal lists beyond the stored state.
+
+use super::endpoint_work::Progress;
+use super::names::{EndpointDns, NetworkDns};
+use super::{
+    Initial, Instance, Layout, OpenPorts, bridge_indexes, egress, host_id, random_bytes, targets_of,
+};
+use crate::api::{Problem, Reserved, reserve_port};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tidegate_control::{
+    self as control, Change, Command, Endpoint, Name, Network, PublishedPort, Quarantine, Refusal,
+    State, Store, Surroundings,
+};
+use tidegate_model::PublishLabel;
+use tidegate_netns::{Namespace, drop_in_background};
+use tidegate_netsetup::{Observed, SetupError};
+use tidegate_proxy::{GatewayAcl, Listener};
+use tidegate_publish::firewall::zones;
+use tidegate_publish::publisher::{OpenPort, PublishTarget};
+use tokio::time::timeout;
+
+/// Maximum time that the answer to a command waits for the DNS server of a new endpoint. Root in
+/// the endpoint can delay it, and it starts later then.
+const DNS_WAIT: Duration = Duration::from_secs(1);
+
+/// The state of the networks, and where it is kept.
+pub(super) struct Owner {
+    pub(super) state: State,
+    /// `None` for a project in the foreground, whose networks end with the process.
+    store: Option<Store>,
+    quarantine: Quarantine,
+    /// Endpoints of the state whose namespace does not exist.
+    pub(super) absent: BTreeSet<Name>,
+}
+
+impl Owner {
+    pub(super) fn new(state: State, store: Option<Store>, absent: BTreeSet<Name>) -> Self {
+        Self { state, store, quarantine: Quarantine::new(), absent }
+    }
+}
+
+impl Initial<'_> {
+    /// The networks and endpoints of `state`. An endpoint whose namespace does not exist, and a
+    /// port that is in use, are logged and left out. Returns the names of such endpoints, too.
+    pub(super) fn of_state(state: &State) -> (Self, BTreeSet<Name>) {
+        let mut desired = state.desired();
+        let (mut namespaces, mut adopted) = (BTreeMap::new(), BTreeMap::new());
+        let (mut addresses, mut absent) = (BTreeMap::new(), BTreeSet::new());
+        let mut ports = OpenPorts::new();
+        for (name, endpoint) in state.endpoints() {
+            let text = name.to_string();
+            let namespace = match Namespace::from_path(&endpoint.namespace) {
+                Ok(namespace) => namespace,
+                Err(error) => {
+                    tracing::warn!(endpoint = text, "endpoint not attached: {error}");
+                    desired.endpoints.retain(|one| one.name != text);
+                    absent.insert(name.clone());
+                    continue;
+                }
+            };
+            for port in &endpoint.ports {
+                match reserve_port(port) {
+                    Ok(listener) => ports
+                        .entry((text.clone(), port.protocol))
+                        .or_default()
+                        .push((listener, port.container_port)),
+                    Err(problem) => {
+                        tracing::error!(endpoint = text, publish = %port, "not published: {problem}");
+                    }
+                }
+            }
+            addresses.insert(text.clone(), addresses_of(endpoint));
+            adopted.insert(text.clone(), endpoint.namespace.clone());
+            namespaces.insert(text, namespace);
+        }
+        let networks = state.networks().iter();
+        let networks = networks.map(|(name, one)| (name.to_string(), network_dns(one))).collect();
+        let endpoints = state.endpoints().iter();
+        let endpoints =
+            endpoints.map(|(name, one)| (name.to_string(), endpoint_dns(one))).collect();
+        let layout = Layout { desired, addresses };
+        let initial =
+            Self { layout, networks, endpoints, namespaces, adopted, ports, project: None };
+        (initial, absent)
+    }
+}
+
+impl Instance {
+    /// Executes `command`. `reserved` are the sockets of the ports that it publishes.
+    ///
+    /// # Errors
+    /// The command was refused or failed, and changed nothing.
+    pub(super) async fn command(
+        &mut self,
+        command: &Command,
+        mut reserved: Reserved,
+    ) -> Result<(), Problem> {
+        if self.owner.store.is_none() {
+            return Err(Problem::conflict(&format!(
+                "project {:?} runs in the foreground and is changed by its Compose file only; networks and endpoints \
+                 are added at run time to a daemon (tidegate daemon)",
+                self.project
+            )));
+        }
+        let observed = match command {
+            Command::CreateNetwork(_) => {
+                self.setup.surroundings().await.map_err(|error| Problem::failed(&error))?
+            }
+            _ => Observed::default(),
+        };
+        let old = self.owner.state.clone();
+        let mut surroundings = Surroundings {
+            observed: &observed,
+            host_id: host_id(),
+            random: &mut random_bytes,
+            now: Instant::now(),
+            quarantine: &mut self.owner.quarantine,
+        };
+        let new = control::apply(&old, command, &mut surroundings)
+            .map_err(|refusal| refused(&refusal))?;
+        let mut executed = Vec::new();
+        let mut result = Ok(());
+        for change in control::changes(&old, &new) {
+            result = self.execute_change(&change, &mut reserved).await;
+            if result.is_err() {
+                break;
+            }
+            executed.push(change);
+        }
+        if result.is_ok()
+            && let Some(store) = &mut self.owner.store
+        {
+            result = store.commit(&old, &new).map_err(|error| Problem::failed(&error));
+        }
+        if result.is_err() {
+            for change in executed.iter().rev().filter_map(inverse) {
+                if let Err(problem) = self.execute_change(&change, &mut Reserved::new()).await {
+                    tracing::error!("a failed command could not be reverted: {problem}");
+                }
+            }
+            self.show();
+            return result;
+        }
+        self.owner.state = new;
+        self.show();
+        Ok(())
+    }
+
+    /// Records that the namespace of `endpoint` is at `path` now.
+    pub(super) fn record_path(&mut self, endpoint: &str, path: &Path) {
+        let old = self.owner.state.clone();
+        let known = old.endpoints().iter().find(|(_, known)| known.setup.name == endpoint);
+        let Some((name, _)) = known.filter(|(_, known)| known.namespace != path) else { return };
+        let command = Command::Relocate { endpoint: name.clone(), namespace: path.to_owned() };
+        let mut surroundings = Surroundings {
+            observed: &Observed::default(),
+            host_id: host_id(),
+            random: &mut random_bytes,
+            now: Instant::now(),
+            quarantine: &mut self.owner.quarantine,
+        };
+        let recorded = control::apply(&old, &command, &mut surroundings)
+            .map_err(|refusal| refusal.to_string())
+            .and_then(|new| {
+                let committed = self.owner.store.as_mut().map(|store| store.commit(&old, &new));
+                committed.transpose().map_err(|error| error.to_string())?;
+                Ok(new)
+            });
+        match recorded {
+            Ok(new) => self.owner.state = new,
+            Err(error) => tracing::error!(endpoint, error, "path of the namespace not recorded"),
+        }
+    }
+
+    /// Publishes the current networks for the API and the metrics.
+    fn show(&self) {
+        self.up.shown.send_replace(Arc::new(self.up.layout.desired.clone()));
+    }
+
+    async fn execute_change(
+        &mut self,
+        change: &Change,
+        reserved: &mut Reserved,
+    ) -> Result<(), Problem> {
+        match change {
+            Change::AddNetwork(network) => self.add_network(network).await,
+            Change::RemoveNetwork(network) => self.remove_network(&network.setup.name).await,
+            Change::AddEndpoint(endpoint) => self.add_endpoint(endpoint).await,
+            Change::RemoveEndpoint(endpoint) => self.remove_endpoint(endpoint).await,
+            Change::OpenPort { endpoint, port } => {
+                let listener = reserved.remove(port);
+                self.open_port(endpoint, *port, listener).await
+            }
+            Change::ClosePort { port, .. } => {
+                self.close_port(*port).await;
+                Ok(())
+            }
+            // Only its path is recorded: the endpoint has been moved before.
+            Change::MoveEndpoint { new, .. } => {
+                let name = new.setup.name.as_str();
+                self.up.adopted.set(name, new.namespace.clone(), false);
+                Ok(())
+            }
+        }
+    }
+
+    async fn add_network(&mut self, network: &Network) -> Result<(), Problem> {
+        let setup = &network.setup;
+        self.up.layout.desired.networks.push(setup.clone());
+        let added = self.add_network_parts(network).await;
+        if added.is_err() {
+            self.remove_network(&setup.name).await?;
+        } else {
+            tracing::info!(network = setup.name, bridge = setup.bridge.name, "network is up");
+        }
+        added
+    }
+
+    async fn add_network_parts(&mut self, network: &Network) -> Result<(), Problem> {
+        self.extend(&[]).await?;
+        let verified = self.up.layout.desired.verifies_sources(&network.setup.name);
+        self.refresh_networks().await?;
+        let dns = network_dns(network);
+        let added = self.up.names.add_network(&network.setup, &dns, verified);
+        added.map_err(|error| Problem::failed(&format!("{error:#}")))
+    }
+
+    async fn remove_network(&mut self, name: &str) -> Result<(), Problem> {
+        self.up.names.remove_network(name);
+        let before = self.up.layout.desired.clone();
+        self.up.layout.desired.networks.retain(|network| network.name != name);
+        let retracted = self.setup.retract(&before, &self.up.layout.desired).await;
+        let extended = self.extend(&[]).await;
+        self.refresh_networks().await?;
+        retracted.map_err(setup_problem)?;
+        extended?;
+        tracing::info!(network = name, "network removed");
+        Ok(())
+    }
+
+    /// Creates what the networks and the endpoints in `names` lack, after the rules of the firewall
+    /// were adapted to the networks.
+    async fn extend(&mut self, names: &[&str]) -> Result<(), Problem> {
+        let desired = &self.up.layout.desired;
+        if let Some(firewall) = &self.chosen.firewall {
+            firewall.set_zones(zones(desired));
+        }
+        let names = names.iter().map(|name| (*name).to_owned()).collect();
+        self.setup.extend(desired, &names).await.map(drop).map_err(setup_problem)
+    }
+
+    /// Adapts access checks, gateways of published ports and the engine to the networks.
+    async fn refresh_networks(&mut self) -> Result<(), Problem> {
+        let layout = &self.up.layout;
+        let indexes = bridge_indexes(layout, &self.host);
+        let indexes = indexes.map_err(|error| Problem::failed(&error))?;
+        self.up.names.resolver().set_bridges(indexes.values().copied());
+        self.up.gateway_networks.set_networks(layout.gateway_networks(&indexes));
+        if let Some(egress) = &mut self.up.egress {
+            let observed = self.setup.surroundings().await;
+            egress.update_policy(layout, &observed.map_err(|error| Problem::failed(&error))?);
+        }
+        let subnets = layout.desired.networks.iter().flat_map(|network| &network.subnets);
+        let gateways = subnets.map(|subnet| subnet.gateway).collect();
+        let publisher = Arc::clone(&self.up.publisher);
+        blocking(move || publisher.set_gateways(gateways)).await?.map_err(Problem::from)
+    }
+
+    async fn add_endpoint(&mut self, endpoint: &Endpoint) -> Result<(), Problem> {
+        let namespace = Namespace::from_path(&endpoint.namespace);
+        let namespace = namespace.map_err(|error| Problem::bad_request(&error))?;
+        let taken = |one: &tidegate_netsetup::Endpoint| {
+            let other = self.up.publisher.namespace(&one.name);
+            other.is_some_and(|other| other.id() == namespace.id())
+        };
+        if let Some(other) = self.up.layout.desired.endpoints.iter().find(|one| taken(one)) {
+            return Err(Problem::conflict(&format!(
+                "endpoint {}: its network namespace is attached as {} already; detach that first",
+                endpoint.name, other.name
+            )));
+        }
+        let name = endpoint.setup.name.clone();
+        self.setup.kernel().add_endpoint(&name, namespace.clone());
+        self.up.layout.desired.endpoints.push(endpoint.setup.clone());
+        self.up.layout.addresses.insert(name.clone(), addresses_of(endpoint));
+        let added = self.add_endpoint_parts(endpoint, &namespace).await;
+        if added.is_err() {
+            self.remove_endpoint(endpoint).await?;
+            return added;
+        }
+        for attachment in &endpoint.setup.attachments {
+            tracing::info!(endpoint = name, network = attachment.network, "attached");
+        }
+        Ok(())
+    }
+
+    async fn add_endpoint_parts(
+        &mut self,
+        endpoint: &Endpoint,
+        namespace: &Namespace,
+    ) -> Result<(), Problem> {
+        let name = &endpoint.setup.name;
+        self.extend(&[name]).await?;
+        self.verify_sources(endpoint);
+        let added = self.up.names.add_endpoint(&endpoint.setup, &endpoint_dns(endpoint));
+        added.map_err(|error| Problem::failed(&format!("{error:#}")))?;
+        let networks: Vec<String> = self.up.layout.networks_of(name).collect();
+        let acl = GatewayAcl::new(Arc::clone(&self.up.gateway_networks), networks);
+        let target = PublishTarget::new(namespace.clone(), &addresses_of(endpoint), acl)
+            .translated_to(targets_of(&self.up.layout, name));
+        let behind_engine = egress::addresses_behind_engine(&self.up.layout, name);
+        self.up.publisher.add_endpoint(name, target.behind_engine(behind_engine));
+        self.up.adopted.set(name, endpoint.namespace.clone(), false);
+        if let Some(egress) = &self.up.egress {
+            egress.update_ports(&self.up.layout);
+        }
+        super::control::watch(&mut self.watch, name, namespace);
+        if let Some(server) = self.up.names.new_server(name, namespace) {
+            self.start_work(name, || super::control::Outcome::Served(server.start()));
+            let _ = timeout(DNS_WAIT, self.await_work(name)).await;
+        }
+        Ok(())
+    }
+
+    /// Handles results of work until none is running for `endpoint`.
+    async fn await_work(&mut self, endpoint: &str) {
+        while self.work.is_busy(endpoint) {
+            let progress: Progress<_> = self.work.next().await;
+            self.note_progress(progress);
+        }
+    }
+
+    async fn remove_endpoint(&mut self, endpoint: &Endpoint) -> Result<(), Problem> {
+        let name = &endpoint.setup.name;
+        self.watch.unwatch(name);
+        self.work.abandon(name);
+        self.attaching.remove(name);
+        self.up.adopted.remove(name);
+        let (publisher, of) = (Arc::clone(&self.up.publisher), name.clone());
+        // Removes state from the namespace of the endpoint.
+        blocking(move || publisher.remove_endpoint(&of)).await?;
+        if let Some(serving) = self.up.names.remove_endpoint(&endpoint.setup) {
+            drop_in_background(serving);
+        }
+        let is_attached = self.up.layout.desired.endpoints.iter().any(|one| one.name == *name);
+        self.up.layout.desired.endpoints.retain(|one| one.name != *name);
+        self.up.layout.addresses.remove(name);
+        self.owner.absent.remove(&endpoint.name);
+        if !is_attached {
+            return Ok(());
+        }
+        self.verify_sources(endpoint);
+        let removed = self.setup.remove_endpoint(name).await;
+        if endpoint.setup.attachments.iter().any(|attachment| attachment.any_address) {
+            self.extend(&[]).await?;
+        }
+        removed.map_err(setup_problem)?;
+        tracing::info!(endpoint = name, "detached");
+        Ok(())
+    }
+
+    /// Records whether source addresses on the networks of `endpoint` identify endpoints.
+    fn verify_sources(&self, endpoint: &Endpoint) {
+        for attachment in &endpoint.setup.attachments {
+            let verified = self.up.layout.desired.verifies_sources(&attachment.network);
+            self.up.names.resolver().set_sources_verified(&attachment.network, verified);
+        }
+    }
+
+    async fn open_port(
+        &mut self,
+        endpoint: &Endpoint,
+        port: PublishedPort,
+        listener: Option<Listener>,
+    ) -> Result<(), Problem> {
+        let listener = match listener {
+            Some(listener) => listener,
+            None => reserve_port(&port)?,
+        };
+        let (publisher, name) = (Arc::clone(&self.up.publisher), endpoint.setup.name.clone());
+        let listeners = vec![(listener, port.container_port)];
+        let opened = blocking(move || publisher.adopt(&name, port.protocol, listeners)).await?;
+        opened?;
+        let to = port.container_port;
+        tracing::info!(publish = %port, endpoint = endpoint.setup.name, to, "published");
+        Ok(())
+    }
+
+    async fn close_port(&mut self, port: PublishedPort) {
+        let label = label_of(&port);
+        let open = self.up.publisher.ports().into_iter().find(|open| open.label == label);
+        let Some(OpenPort { id, .. }) = open else { return };
+        let publisher = Arc::clone(&self.up.publisher);
+        if blocking(move || publisher.unpublish(id)).await.is_ok() {
+            tracing::info!(publish = %port, "port closed");
+        }
+    }
+
+    /// Attaches endpoints whose namespace has appeared.
+    pub(super) async fn attach_absent(&mut self) {
+        for name in self.owner.absent.clone() {
+            let Some(endpoint) = self.owner.state.endpoints().get(&name).map(Arc::clone) else {
+                self.owner.absent.remove(&name);
+                continue;
+            };
+            if Namespace::from_path(&endpoint.namespace).is_err() {
+                continue;
+            }
+            let attached = self.add_endpoint(&endpoint).await;
+            let text = name.to_string();
+            if let Err(problem) = attached {
+                self.note_health(text, Some(problem.to_string()));
+                // `add_endpoint` has removed it from the set.
+                self.owner.absent.insert(name);
+                continue;
+            }
+            self.owner.absent.remove(&name);
+            for port in &endpoint.ports {
+                if let Err(problem) = self.open_port(&endpoint, *port, None).await {
+                    tracing::error!(endpoint = text, publish = %port, "not published: {problem}");
+                }
+            }
+            self.show();
+        }
+    }
+}
+
+/// The change that reverts `change`. `None` if it cannot be reverted: a closed port of a command
+/// that failed is opened again by the next start.
+fn inverse(change: &Change) -> Option<Change> {
+    Some(match change {
+        Change::AddNetwork(network) => Change::RemoveNetwork(Arc::clone(network)),
+        Change::RemoveNetwork(network) => Change::AddNetwork(Arc::clone(network)),
+        Change::AddEndpoint(endpoint) => Change::RemoveEndpoint(Arc::clone(endpoint)),
+        Change::RemoveEndpoint(endpoint) => Change::AddEndpoint(Arc::clone(endpoint)),
+        Change::OpenPort { endpoint, port } => {
+            Change::ClosePort { endpoint: Arc::clone(endpoint), port: *port }
+        }
+        Change::ClosePort { endpoint, port } => {
+            Change::OpenPort { endpoint: Arc::clone(endpoint), port: *port }
+        }
+        Change::MoveEndpoint { old, new } => {
+            Change::MoveEndpoint { old: Arc::clone(new), new: Arc::clone(old) }
+        }
+    })
+}
+
+fn refused(refusal: &Refusal) -> Problem {
+    match refusal {
+        Refusal::UnknownNetwork(_) | Refusal::UnknownEndpoint(_) | Refusal::NotPublished { .. } => {
+            Problem::not_found(refusal)
+        }
+        Refusal::NetworkExists(_)
+        | Refusal::EndpointExists(_)
+        | Refusal::NetworkInUse { .. }
+        | Refusal::TooMany { .. }
+        | Refusal::SubnetsOverlap { .. }
+        | Refusal::RouteOverlaps { .. }
+        | Refusal::NoSubnet { .. }
+        | Refusal::BridgeTaken { .. }
+        | Refusal::AddressTaken { .. }
+        | Refusal::NoAddress { .. }
+        | Refusal::NamespaceTaken { .. }
+        | Refusal::NoInterfaceName(_)
+        | Refusal::PortTaken { .. } => Problem::conflict(refusal),
+        _ => Problem::bad_request(refusal),
+    }
+}
+
+fn setup_problem(error: SetupError) -> Problem {
+    match error {
+        SetupError::Conflict(_) => Problem::conflict(&error),
+        SetupError::Apply(ref failed)
+            if failed.source.source.kind() == std::io::ErrorKind::TimedOut =>
+        {
+            Problem::unavailable(&error)
+        }
+        error => Problem::failed(&error),
+    }
+}
+
+fn network_dns(network: &Network) -> NetworkDns {
+    NetworkDns { servers: network.dns.clone(), at_gateway: network.names_at_gateway }
+}
+
+fn endpoint_dns(endpoint: &Endpoint) -> EndpointDns {
+    let aliases = endpoint.aliases.iter();
+    EndpointDns {
+        hostname: endpoint.hostname.clone(),
+        servers: Vec::new(),
+        aliases: aliases.map(|(network, names)| (network.to_string(), names.clone())).collect(),
+    }
+}
+
+fn addresses_of(endpoint: &Endpoint) -> Vec<IpAddr> {
+    let attachments = endpoint.setup.attachments.iter();
+    attachments.flat_map(|one| &one.addresses).map(ipnet::IpNet::addr).collect()
+}
+
+fn label_of(port: &PublishedPort) -> PublishLabel {
+    PublishLabel::new(SocketAddr::new(port.address, port.host_port), port.protocol)
+}
+
+/// Runs `work`, which may block, on another thread.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Problem> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Problem::failed(&error))
+}
