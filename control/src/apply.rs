@@ -15,7 +15,7 @@ use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 use tidegate_model::{MacAddress, Protocol, registry};
@@ -362,7 +362,7 @@ fn attach(state: &State, spec: &AttachSpec, with: &mut Surroundings<'_>) -> Resu
         let hostname = hostname.clone();
         return Err(Refusal::InvalidHostname { endpoint: name.clone(), hostname });
     }
-    check_namespace(state, name, &spec.namespace)?;
+    let namespace = check_namespace(state, name, &spec.namespace)?;
     let ports = check_ports(state, name, &spec.ports)?;
 
     let mut aliases = BTreeMap::new();
@@ -412,7 +412,7 @@ fn attach(state: &State, spec: &AttachSpec, with: &mut Surroundings<'_>) -> Resu
         setup: netsetup::Endpoint { name: name.to_string(), attachments },
         aliases,
         hostname: spec.hostname.clone(),
-        namespace: spec.namespace.clone(),
+        namespace,
         ports,
     };
     let mut state = state.clone();
@@ -486,19 +486,24 @@ fn addresses(
     subnets.iter().map(assign).collect()
 }
 
-fn check_namespace(state: &State, endpoint: &Name, path: &Path) -> Result<(), Refusal> {
+/// Checks the namespace of an endpoint, and returns its path without repeated slashes and `.`.
+fn check_namespace(state: &State, endpoint: &Name, path: &Path) -> Result<PathBuf, Refusal> {
     let text = path.to_str().filter(|text| text.len() <= MAX_PATH && !text.contains('\0'));
     if text.is_none() || !path.is_absolute() {
         return Err(Refusal::InvalidNamespace { endpoint: endpoint.clone(), path: path.into() });
     }
-    let holds = |other: &&Arc<Endpoint>| other.namespace == path && other.name != *endpoint;
+    let path: PathBuf = path.components().collect();
+    // As text: a comparison of paths is several times slower.
+    let holds = |other: &&Arc<Endpoint>| {
+        other.namespace.as_os_str() == path.as_os_str() && other.name != *endpoint
+    };
     match state.endpoints.values().find(holds) {
         Some(holder) => Err(Refusal::NamespaceTaken {
             endpoint: endpoint.clone(),
-            path: path.into(),
+            path,
             holder: holder.name.clone(),
         }),
-        None => Ok(()),
+        None => Ok(path),
     }
 }
 
@@ -508,6 +513,9 @@ fn check_ports(
     endpoint: &Name,
     new: &[PublishedPort],
 ) -> Result<Vec<PublishedPort>, Refusal> {
+    if new.is_empty() {
+        return Ok(Vec::new());
+    }
     if new.iter().any(|port| port.host_port == 0 || port.container_port == 0) {
         return Err(Refusal::PortZero { endpoint: endpoint.clone() });
     }
@@ -533,9 +541,7 @@ fn check_ports(
             return Err(taken(*port, &holder.name));
         }
     }
-    if !new.is_empty() {
-        limit("published ports", count, MAX_PORTS)?;
-    }
+    limit("published ports", count, MAX_PORTS)?;
     let mut ports: Vec<PublishedPort> = by_socket.into_values().flatten().collect();
     ports.sort();
     Ok(ports)
@@ -580,8 +586,7 @@ fn unpublish(
 
 fn relocate(state: &State, name: &Name, namespace: &Path) -> Result<State, Refusal> {
     let mut endpoint = Endpoint::clone(endpoint(state, name)?);
-    check_namespace(state, name, namespace)?;
-    endpoint.namespace = namespace.into();
+    endpoint.namespace = check_namespace(state, name, namespace)?;
     Ok(with_endpoint(state, endpoint))
 }
 

@@ -26,7 +26,7 @@ use redb::{
 use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::io::Errno;
 use std::collections::BTreeMap;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -52,6 +52,8 @@ type Records = TableDefinition<'static, &'static str, &'static [u8]>;
 #[derive(Debug)]
 pub struct Store {
     path: PathBuf,
+    /// Device and inode number of the file.
+    file: Option<(u64, u64)>,
     storage: Storage,
     /// `None` after a failure, until a transaction has written all records again.
     database: Option<Database>,
@@ -90,6 +92,12 @@ pub enum StoreError {
         /// The cause.
         cause: String,
     },
+    /// The file was moved, deleted or replaced while the store was open.
+    #[error(
+        "state file {} was moved or deleted while in use; move it back and retry, or restart \
+         tidegate", .0.display()
+    )]
+    Moved(PathBuf),
     /// A system call failed.
     #[error(
         "state file {}: {}{}", .path.display(), without_errno(&.source.to_string()), remedy(.source)
@@ -123,7 +131,7 @@ impl Store {
     /// [`StoreError`]. The state is not changed.
     pub fn open(path: &Path) -> Result<(Self, State), StoreError> {
         let failed = |source| StoreError::Io { path: path.to_owned(), source };
-        match fs::metadata(path) {
+        match fs::symlink_metadata(path) {
             Ok(found) if !found.is_file() => return Err(StoreError::NotAFile(path.to_owned())),
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => create(path)?,
@@ -134,7 +142,10 @@ impl Store {
             // redb would create a database in it. The file is never empty, see `create`.
             return Err(Failure::Corrupt("content", "the file is empty".to_owned()).at(path));
         }
-        Self::load(path, storage(file).map_err(|failure| failure.at(path))?)
+        let identity = identity(&file.metadata().map_err(failed)?);
+        let storage = storage(file).map_err(|failure| failure.at(path))?;
+        let (store, state) = Self::load(path, storage)?;
+        Ok((Self { file: Some(identity), ..store }, state))
     }
 
     /// Makes `new` durable. `old` is the last committed state.
@@ -144,6 +155,11 @@ impl Store {
     /// Exception: if the device fails while the file is synced and also fails the attempt to
     /// restore `old`, the disk may have `new` until the next successful commit.
     pub fn commit(&mut self, old: &State, new: &State) -> Result<(), StoreError> {
+        if let Some(file) = self.file
+            && !fs::symlink_metadata(&self.path).is_ok_and(|there| identity(&there) == file)
+        {
+            return Err(StoreError::Moved(self.path.clone()));
+        }
         let result = match &self.database {
             Some(database) => write_difference(database, old, new),
             None => self.rewrite(new),
@@ -166,7 +182,7 @@ impl Store {
             Ok((database, state))
         };
         let (database, state) = load().map_err(|failure: Failure| failure.at(path))?;
-        Ok((Self { path: path.to_owned(), storage, database: Some(database) }, state))
+        Ok((Self { path: path.to_owned(), file: None, storage, database: Some(database) }, state))
     }
 
     /// Reopens the database, and writes all records of `state`.
@@ -241,13 +257,16 @@ fn open_locked(path: &Path, create: bool) -> Result<File, StoreError> {
             Err(errno) => return Err(failed(errno.into())),
         }
         // The file may have been renamed before it was locked.
-        if fs::metadata(path)
-            .is_ok_and(|there| (there.dev(), there.ino()) == (opened.dev(), opened.ino()))
-        {
+        if fs::metadata(path).is_ok_and(|there| identity(&there) == identity(&opened)) {
             return Ok(file);
         }
     }
     Err(StoreError::InUse(path.to_owned()))
+}
+
+/// Returns the device and inode number.
+fn identity(file: &Metadata) -> (u64, u64) {
+    (file.dev(), file.ino())
 }
 
 /// A storage that can be opened again after a failure, unlike redb's file backend, which closes the

@@ -445,8 +445,26 @@ fn other_files_and_paths_are_errors_and_not_changed() {
     }
     let error = Store::open(directory.path()).unwrap_err();
     assert!(error.to_string().ends_with("is not a regular file; use another path"), "{error}");
+    let link = directory.path().join("link");
+    std::os::unix::fs::symlink(directory.path().join("missing"), &link).unwrap();
+    assert!(matches!(Store::open(&link).unwrap_err(), StoreError::NotAFile(_)));
     let error = Store::open(&file.join("state.redb")).unwrap_err();
     assert!(error.to_string().ends_with("; use a path below a directory"), "{error}");
+}
+
+#[test]
+fn a_moved_file_is_an_error_until_it_is_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let [path, other] = ["state.redb", "other"].map(|name| directory.path().join(name));
+    let states = history();
+    let (mut store, _) = Store::open(&path).unwrap();
+    fs::rename(&path, &other).unwrap();
+    let error = store.commit(&states[0], &states[1]).unwrap_err();
+    assert!(error.to_string().contains("was moved or deleted while in use; move it back"));
+    fs::rename(&other, &path).unwrap();
+    store.commit(&states[0], &states[1]).unwrap();
+    drop(store);
+    assert_eq!(Store::open(&path).unwrap().1, states[1]);
 }
 
 /// A crash during the creation leaves a file under the other name only.
