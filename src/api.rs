@@ -22,6 +22,6 @@ mod server;
 mod view;
 
 pub(crate) use problem::Problem;
-pub(crate) use reserve::{Reserved, reserve_port};
+pub(crate) use reserve::{Reserved, label_of, reserve_port};
 pub(crate) use server::{MAX_CLIENTS, Server};
 pub(crate) use view::{Adopted, Order, View, snapshot};

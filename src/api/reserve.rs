@@ -4,7 +4,7 @@ use super::problem::Problem;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use tidegate_control::PublishedPort;
-use tidegate_model::{HostPort, PortMapping, PortSpec, Protocol};
+use tidegate_model::{HostPort, PortMapping, PortSpec, Protocol, PublishLabel};
 use tidegate_proxy::Listener;
 use tidegate_publish::bind::reserve;
 use tidegate_publish::publisher::PublishError;
@@ -55,6 +55,11 @@ pub(crate) fn reserve_port(port: &PublishedPort) -> Result<Listener, Problem> {
     let at = SocketAddr::new(port.address, port.host_port);
     let unbound = || Problem::failed(&format!("port {at}/{}: no socket", port.protocol));
     bind(&mapping)?.pop().ok_or_else(unbound)
+}
+
+/// The label of `port`.
+pub(crate) fn label_of(port: &PublishedPort) -> PublishLabel {
+    PublishLabel::new(SocketAddr::new(port.address, port.host_port), port.protocol)
 }
 
 fn bind(mapping: &PortMapping) -> Result<Vec<Listener>, Problem> {

@@ -1,6 +1,7 @@
 //! The routes of the API and their handlers.
 
 use super::problem::Problem;
+use super::reserve::{Reserved, label_of, reserve_specs};
 use super::view::{Order, View, port_of};
 use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, PathRejection};
@@ -12,9 +13,11 @@ use serde::de::DeserializeOwned;
 use std::path::PathBuf;
 use std::sync::Arc;
 use tidegate_api::types::{
-    Endpoint, ErrorBody, Figures, Network, NewNamespace, NewPorts, Port, Status,
+    Endpoint, ErrorBody, Figures, Network, NewAttachment, NewEndpoint, NewNamespace, NewNetwork,
+    NewPorts, Port, Status,
 };
-use tidegate_model::{PortSpec, Protocol};
+use tidegate_control::{AttachSpec, Command, Name, NetworkAttachment, NetworkSpec, PublishedPort};
+use tidegate_model::{PortSpec, Protocol, PublishLabel};
 use tidegate_publish::bind::runs;
 use tidegate_publish::publisher::{PortId, PublishError};
 use tokio::sync::oneshot;
@@ -33,9 +36,13 @@ const MAX_BODY: usize = 64 << 10;
     paths(
         status,
         networks,
+        add_network,
         network,
+        remove_network,
         endpoints,
+        attach,
         endpoint,
+        detach,
         set_namespace,
         ports,
         add_ports,
@@ -55,10 +62,10 @@ type Body = Result<Bytes, BytesRejection>;
 pub(super) fn router(view: Arc<View>) -> Router {
     Router::new()
         .route("/v1/status", get(status))
-        .route("/v1/networks", get(networks))
-        .route("/v1/networks/{name}", get(network))
-        .route("/v1/endpoints", get(endpoints))
-        .route("/v1/endpoints/{name}", get(endpoint))
+        .route("/v1/networks", get(networks).post(add_network))
+        .route("/v1/networks/{name}", get(network).delete(remove_network))
+        .route("/v1/endpoints", get(endpoints).post(attach))
+        .route("/v1/endpoints/{name}", get(endpoint).delete(detach))
         .route("/v1/endpoints/{name}/namespace", put(set_namespace))
         .route("/v1/ports", get(ports).post(add_ports))
         .route("/v1/ports/{id}", delete(remove_port))
@@ -90,9 +97,52 @@ async fn networks(State(view): State<Arc<View>>) -> Json<Vec<Network>> {
     responses((status = 200, body = Network), (status = 404, body = ErrorBody))
 )]
 async fn network(State(view): State<Arc<View>>, name: Named) -> Response<Network> {
-    let name = text(name)?;
-    let found = view.networks().into_iter().find(|network| network.name == name);
-    found.map(Json).ok_or_else(|| Problem::not_found(&format!("there is no network {name:?}")))
+    find_network(&view, &text(name)?)
+}
+
+/// Create a network
+///
+/// Networks and endpoints are added to a daemon. A project in the foreground is changed by its
+/// Compose file only.
+#[utoipa::path(
+    post,
+    path = "/v1/networks",
+    request_body = NewNetwork,
+    responses(
+        (status = 201, body = Network),
+        (status = 400, body = ErrorBody),
+        (status = 409, body = ErrorBody, description = "The name or the subnet is in use, or this is not a daemon."),
+        (status = 413, body = ErrorBody),
+        (status = 500, body = ErrorBody),
+        (status = 503, body = ErrorBody, description = "The firewall is busy; a retry may succeed.")
+    )
+)]
+async fn add_network(
+    State(view): State<Arc<View>>,
+    body: Body,
+) -> Result<(StatusCode, Json<Network>), Problem> {
+    let new = json::<NewNetwork>(body)?;
+    let name = new.name.clone();
+    order(&view, Command::CreateNetwork(network_spec(new)?), Reserved::new()).await?;
+    Ok((StatusCode::CREATED, find_network(&view, &name)?))
+}
+
+/// Remove a network without endpoints
+#[utoipa::path(
+    delete,
+    path = "/v1/networks/{name}",
+    params(("name" = String, Path)),
+    responses(
+        (status = 204),
+        (status = 404, body = ErrorBody),
+        (status = 409, body = ErrorBody, description = "The network has endpoints, or this is not a daemon."),
+        (status = 500, body = ErrorBody)
+    )
+)]
+async fn remove_network(State(view): State<Arc<View>>, name: Named) -> Result<StatusCode, Problem> {
+    let name = parse_name(&text(name)?)?;
+    order(&view, Command::RemoveNetwork(name), Reserved::new()).await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// All endpoints, with their attachments and published ports
@@ -110,6 +160,52 @@ async fn endpoints(State(view): State<Arc<View>>) -> Json<Vec<Endpoint>> {
 )]
 async fn endpoint(State(view): State<Arc<View>>, name: Named) -> Response<Endpoint> {
     find_endpoint(&view, text(name)?)
+}
+
+/// Attach a network namespace to networks
+#[utoipa::path(
+    post,
+    path = "/v1/endpoints",
+    request_body = NewEndpoint,
+    responses(
+        (status = 201, body = Endpoint),
+        (status = 400, body = ErrorBody, description = "The path is not a network namespace, or an address or a port is invalid."),
+        (status = 404, body = ErrorBody, description = "A network does not exist."),
+        (status = 409, body = ErrorBody, description = "A name, an address, a port or the namespace is in use, or this is not a daemon."),
+        (status = 413, body = ErrorBody),
+        (status = 500, body = ErrorBody),
+        (status = 503, body = ErrorBody, description = "The firewall is busy; a retry may succeed.")
+    )
+)]
+async fn attach(
+    State(view): State<Arc<View>>,
+    body: Body,
+) -> Result<(StatusCode, Json<Endpoint>), Problem> {
+    let new = json::<NewEndpoint>(body)?;
+    let name = new.name.clone();
+    let specs = new.ports.clone();
+    let reserved = blocking(move || reserve_specs(&specs)).await??;
+    let command = Command::Attach(attach_spec(new, reserved.keys().copied().collect())?);
+    order(&view, command, reserved).await?;
+    Ok((StatusCode::CREATED, find_endpoint(&view, name)?))
+}
+
+/// Detach an endpoint, and close its published ports
+#[utoipa::path(
+    delete,
+    path = "/v1/endpoints/{name}",
+    params(("name" = String, Path)),
+    responses(
+        (status = 204),
+        (status = 404, body = ErrorBody),
+        (status = 409, body = ErrorBody, description = "This is not a daemon."),
+        (status = 500, body = ErrorBody)
+    )
+)]
+async fn detach(State(view): State<Arc<View>>, name: Named) -> Result<StatusCode, Problem> {
+    let name = parse_name(&text(name)?)?;
+    order(&view, Command::Detach(name), Reserved::new()).await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// Attach an adopted endpoint to another namespace
@@ -144,11 +240,8 @@ async fn set_namespace(
             netns.display()
         )));
     }
-    let (done, is_done) = oneshot::channel();
-    let order = Order::Reattach { endpoint: name.clone(), netns, done };
-    let closed = || Problem::from(PublishError::Closed);
-    view.orders.send(order).await.map_err(|_| closed())?;
-    is_done.await.map_err(|_| closed())??;
+    let endpoint = name.clone();
+    send(&view, |done| Order::Reattach { endpoint, netns, done }).await?;
     find_endpoint(&view, name)
 }
 
@@ -181,6 +274,9 @@ async fn add_ports(
     if spec.protocol() == Protocol::Sctp {
         return Err(Problem::bad_request(&format!("port spec \"{spec}\": protocol not supported")));
     }
+    if view.state_file.is_some() {
+        return publish_durably(&view, new).await;
+    }
     // Binding sockets is fast; finding the holder of a port in use is slow.
     let endpoint = new.endpoint.clone();
     let opened = blocking(move || view.publisher.publish(&endpoint, &spec)).await??;
@@ -202,6 +298,14 @@ async fn remove_port(State(view): State<Arc<View>>, id: Named) -> Result<StatusC
     let id = text(id)?;
     let not_there = || Problem::not_found(&format!("there is no published port {id:?}"));
     let number = id.parse().map_err(|_| not_there())?;
+    if view.state_file.is_some() {
+        let open = view.publisher.ports().into_iter().find(|port| port.id == PortId(number));
+        let label = open.ok_or_else(not_there)?.label;
+        let (address, port) = (label.address().ip(), label.address().port());
+        let command = Command::Unpublish { address, port, protocol: label.protocol() };
+        order(&view, command, Reserved::new()).await?;
+        return Ok(StatusCode::NO_CONTENT);
+    }
     let removed = blocking(move || view.publisher.unpublish(PortId(number))).await?;
     let port = removed.ok_or_else(not_there)?;
     tracing::info!(publish = %port.label, endpoint = port.endpoint, "port closed");
@@ -228,6 +332,80 @@ async fn no_such_path(uri: Uri) -> Problem {
 async fn method_not_allowed(uri: Uri) -> Problem {
     let line = format!("{} does not support this method; see /v1/openapi.json", uri.path());
     Problem::of(StatusCode::METHOD_NOT_ALLOWED, &line)
+}
+
+/// Publishes ports by a command to the owner of the state.
+async fn publish_durably(
+    view: &View,
+    new: NewPorts,
+) -> Result<(StatusCode, Json<Vec<Port>>), Problem> {
+    let spec = [new.spec];
+    let reserved = blocking(move || reserve_specs(&spec)).await??;
+    let ports: Vec<PublishedPort> = reserved.keys().copied().collect();
+    let labels: Vec<PublishLabel> = ports.iter().map(label_of).collect();
+    let command = Command::Publish { endpoint: parse_name(&new.endpoint)?, ports };
+    order(view, command, reserved).await?;
+    let opened = view.publisher.ports();
+    let opened = opened.iter().filter(|port| labels.contains(&port.label)).map(port_of);
+    Ok((StatusCode::CREATED, Json(opened.collect())))
+}
+
+/// Sends `command` to the owner of the state, and waits until it is in force and durable.
+async fn order(view: &View, command: Command, reserved: Reserved) -> Result<(), Problem> {
+    send(view, |done| Order::Command { command, reserved, done }).await
+}
+
+/// Sends an order to the task that changes networks, and waits for its result.
+async fn send(
+    view: &View,
+    order: impl FnOnce(oneshot::Sender<Result<(), Problem>>) -> Order,
+) -> Result<(), Problem> {
+    let (done, is_done) = oneshot::channel();
+    let closed = || Problem::from(PublishError::Closed);
+    view.orders.send(order(done)).await.map_err(|_| closed())?;
+    is_done.await.map_err(|_| closed())?
+}
+
+fn parse_name(name: &str) -> Result<Name, Problem> {
+    Name::new(None, name).map_err(|error| Problem::bad_request(&error))
+}
+
+fn network_spec(new: NewNetwork) -> Result<NetworkSpec, Problem> {
+    let subnets: Vec<_> = new.subnets.iter().map(|one| (one.subnet, one.gateway)).collect();
+    let has_v6 = subnets.iter().any(|(subnet, _)| subnet.addr().is_ipv6());
+    Ok(NetworkSpec {
+        subnets,
+        ipv6: new.ipv6 || has_v6,
+        internal: new.internal,
+        inter_container: !new.isolated,
+        mtu: new.mtu,
+        bridge: new.bridge,
+        dns: new.dns,
+        ..NetworkSpec::new(parse_name(&new.name)?)
+    })
+}
+
+fn attach_spec(new: NewEndpoint, ports: Vec<PublishedPort>) -> Result<AttachSpec, Problem> {
+    let attachment = |one: NewAttachment| {
+        Ok(NetworkAttachment {
+            addresses: one.addresses,
+            aliases: one.aliases,
+            any_source: one.any_source,
+            ..NetworkAttachment::new(parse_name(&one.network)?)
+        })
+    };
+    Ok(AttachSpec {
+        name: parse_name(&new.name)?,
+        namespace: new.netns.into(),
+        networks: new.networks.into_iter().map(attachment).collect::<Result<_, Problem>>()?,
+        hostname: new.hostname,
+        ports,
+    })
+}
+
+fn find_network(view: &View, name: &str) -> Response<Network> {
+    let found = view.networks().into_iter().find(|network| network.name == name);
+    found.map(Json).ok_or_else(|| Problem::not_found(&format!("there is no network {name:?}")))
 }
 
 fn find_endpoint(view: &View, name: String) -> Response<Endpoint> {

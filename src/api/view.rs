@@ -148,8 +148,17 @@ impl View {
                 address: metrics.wanted().to_string(),
                 served: metrics.served().map(|address| address.to_string()),
             }),
-            services: self.services.iter().map(service).collect(),
+            services: self.service_names().iter().map(service).collect(),
         }
+    }
+
+    /// The services of a project, or the endpoints of a daemon.
+    fn service_names(&self) -> Vec<String> {
+        if self.state_file.is_none() {
+            return self.services.clone();
+        }
+        let desired = snapshot(&self.desired);
+        desired.endpoints.iter().map(|endpoint| endpoint.name.clone()).collect()
     }
 
     pub(super) fn networks(&self) -> Vec<Network> {

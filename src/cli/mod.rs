@@ -1,9 +1,12 @@
 //! The command line of `tidegate`.
 
 mod completion;
+mod daemon;
 mod doctor;
 mod duration;
 mod hello;
+mod instance;
+mod network;
 mod ps;
 mod publish;
 mod top;
@@ -42,6 +45,10 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Up(up::Up),
+    Daemon(Box<daemon::Daemon>),
+    Network(network::Networks),
+    Attach(network::Attach),
+    Detach(network::Detach),
     Ps(ps::Ps),
     Top(top::Top),
     Publish(Box<publish::Publish>),
@@ -128,6 +135,10 @@ impl Command {
         let done = |()| true;
         match self {
             Self::Up(up) => up.run(),
+            Self::Daemon(daemon) => daemon.run(),
+            Self::Network(network) => network.run().map(done),
+            Self::Attach(attach) => attach.run().map(done),
+            Self::Detach(detach) => detach.run().map(done),
             Self::Ps(ps) => ps.run().map(done),
             Self::Top(top) => top.run().map(done),
             Self::Publish(publish) => publish.run().map(done),

@@ -70,7 +70,7 @@ fn not_served(status: &Status) -> String {
 }
 
 /// One row per network of each service. The first row also has the columns of the service itself.
-fn services_table(services: &[Service], endpoints: &[Endpoint]) -> String {
+pub(super) fn services_table(services: &[Service], endpoints: &[Endpoint]) -> String {
     let mut rows = vec![["SERVICE", "STATE", "NETWORK", "ADDRESS", "PUBLISHED"].map(str::to_owned)];
     for endpoint in endpoints {
         let state = services.iter().find(|service| service.name == endpoint.name).map(state);
@@ -85,7 +85,7 @@ fn services_table(services: &[Service], endpoints: &[Endpoint]) -> String {
     table(&rows)
 }
 
-fn networks_table(networks: &[Network]) -> String {
+pub(super) fn networks_table(networks: &[Network]) -> String {
     let mut rows = vec![["NETWORK", "SUBNET", "GATEWAY", "INTERNAL", "BRIDGE"].map(str::to_owned)];
     for network in networks {
         let list = |of: fn(&tidegate_api::types::Subnet) -> String| {

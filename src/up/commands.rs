@@ -15,9 +15,9 @@ use super::names::{EndpointDns, NetworkDns};
 use super::{
     Initial, Instance, Layout, OpenPorts, bridge_indexes, egress, host_id, random_bytes, targets_of,
 };
-use crate::api::{Problem, Reserved, reserve_port};
+use crate::api::{Problem, Reserved, label_of, reserve_port};
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -25,7 +25,6 @@ use tidegate_control::{
     self as control, Change, Command, Endpoint, Name, Network, PublishedPort, Quarantine, Refusal,
     State, Store, Surroundings,
 };
-use tidegate_model::PublishLabel;
 use tidegate_netns::{Namespace, drop_in_background};
 use tidegate_netsetup::{Observed, SetupError};
 use tidegate_proxy::{GatewayAcl, Listener};
@@ -509,10 +508,6 @@ fn endpoint_dns(endpoint: &Endpoint) -> EndpointDns {
 fn addresses_of(endpoint: &Endpoint) -> Vec<IpAddr> {
     let attachments = endpoint.setup.attachments.iter();
     attachments.flat_map(|one| &one.addresses).map(ipnet::IpNet::addr).collect()
-}
-
-fn label_of(port: &PublishedPort) -> PublishLabel {
-    PublishLabel::new(SocketAddr::new(port.address, port.host_port), port.protocol)
 }
 
 /// Runs `work`, which may block, on another thread.

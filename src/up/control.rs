@@ -424,7 +424,11 @@ impl Instance {
     }
 
     /// Starts `work` in the namespace of `endpoint`, which is not repaired until that is done.
-    pub(super) fn start_work(&mut self, endpoint: &str, work: impl FnOnce() -> Outcome + Send + 'static) {
+    pub(super) fn start_work(
+        &mut self,
+        endpoint: &str,
+        work: impl FnOnce() -> Outcome + Send + 'static,
+    ) {
         self.schedule.hold(endpoint);
         self.work.start(endpoint, work);
     }
