@@ -55,8 +55,8 @@ use tidegate_netfilter::PortGuards;
 use tidegate_netns::HostContext;
 use tidegate_netns::{ChangeListener, Namespace, Topic, interface_index, run_directory};
 use tidegate_netsetup::{
-    BridgePrograms, DefaultRoute, Desired, Firewall, FirewallIsolation, Journal, JournalError,
-    Kernel, KernelError, Observed, Opening, ReplyPath, RuleIsolation, Setup, Uplink,
+    BridgePrograms, DefaultRoute, Desired, Fact, Firewall, FirewallIsolation, Journal,
+    JournalError, Kernel, KernelError, Observed, Opening, ReplyPath, RuleIsolation, Setup, Uplink,
 };
 use tidegate_process::raise_descriptor_limit;
 use tidegate_proxy::{GatewayAcl, GatewayNetworks, Listener, Settings, describe_engine};
@@ -585,6 +585,12 @@ impl Up {
         let Resources { host_context, outside, owner, front_end, chosen, device, guards, run } =
             resources;
         let mut observed = setup.surroundings().await?;
+        // A killed daemon enabled forwarding on these links, which did not forward before.
+        for fact in setup.owned() {
+            if let Fact::Forwarding { link, v6 } = fact {
+                observed.forwarding.remove(&(link.clone(), *v6));
+            }
+        }
         let foreign = foreign_networks(&observed);
         if let Some(outside) = outside {
             // The host's routes are in another namespace and do not conflict with the bridges. A

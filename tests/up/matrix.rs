@@ -270,6 +270,8 @@ services:
   isolated: { x-netns: ISOLATED, networks: [ inside ] }
 "#;
 
+const NETWORKS: [&str; 3] = ["home", "away", "inside"];
+
 pub(super) const ENDPOINTS: [&str; 4] = ["server", "neighbour", "stranger", "isolated"];
 
 /// The project on a host with two uplinks, and all clients of the table.
@@ -288,6 +290,58 @@ struct Matrix {
 impl Matrix {
     #[track_caller]
     fn new(mode: Mode) -> Self {
+        Self::with(mode, |scene| scene.up_with_services(FILE, ENDPOINTS, mode.rootless, mode.flags))
+    }
+
+    /// The same networks, created at run time in a daemon.
+    #[track_caller]
+    fn of_daemon(mode: Mode) -> Self {
+        Self::with(mode, |scene| {
+            let daemon = scene.daemon(mode.flags);
+            for (name, number) in NETWORKS.into_iter().zip(1..) {
+                let (v4, v6) = (format!("10.77.{number}.0/24"), format!("fd77:{number}::/64"));
+                let mut create = vec!["network", "create", name, "--subnet", &v4, "--subnet", &v6];
+                create.extend(["--internal"].iter().filter(|_| name == "inside"));
+                scene.succeeds(&create);
+            }
+            let endpoints = ENDPOINTS.map(|_| Namespace::new());
+            for ((name, network), namespace) in
+                ENDPOINTS.into_iter().zip(["home", "home", "away", "inside"]).zip(&endpoints)
+            {
+                let path = namespace.path();
+                let path = path.to_str().unwrap();
+                let mut attach = vec!["attach", network, "--name", name, "--netns", path];
+                if name == "server" {
+                    attach.extend(["--ip", "10.77.1.10", "--ip", "fd77:1::10"]);
+                    attach.extend(["-p", "8080:80", "-p", "8080:80/udp"]);
+                    for at in ["127.0.0.1:9090:80", "[::1]:9090:80"] {
+                        attach.extend(["-p", at]);
+                    }
+                }
+                scene.succeeds(&attach);
+            }
+            // Ports of an endpoint can be added later.
+            let body = |at: &str| format!("{{\"endpoint\":\"server\",\"spec\":\"{at}/udp\"}}");
+            for at in ["127.0.0.1:9090:80", "[::1]:9090:80"] {
+                let socket = scene.socket();
+                let socket = socket.to_str().unwrap();
+                let args = [
+                    "-sS",
+                    "--fail",
+                    "--unix-socket",
+                    socket,
+                    "-d",
+                    &body(at),
+                    "http://x/v1/ports",
+                ];
+                scene.net.host.exec("curl", &args);
+            }
+            (daemon, endpoints)
+        })
+    }
+
+    #[track_caller]
+    fn with(mode: Mode, start: impl FnOnce(&Scene) -> (Process, [Namespace; 4])) -> Self {
         let scene = match mode {
             Mode { legacy: true, .. } => Scene::with_legacy_iptables(),
             Mode { rootless: true, lacks, .. } => Scene::lacking(lacks).with_open_tun(),
@@ -298,7 +352,7 @@ impl Matrix {
         scene.net.host.sysctl("net.ipv4.ip_forward", on);
         scene.net.host.sysctl("net.ipv6.conf.all.forwarding", on);
         let before = state(&scene.net.host);
-        let (up, endpoints) = scene.up_with_services(FILE, ENDPOINTS, mode.rootless, mode.flags);
+        let (up, endpoints) = start(&scene);
         // Root on the internal network adds default routes.
         endpoints[3].ip_all(
             "route add default via 10.77.3.1
@@ -845,6 +899,56 @@ fn with_iptables_backed_by_policy_rules() {
 fn with_legacy_iptables_published_by_the_kernel() {
     assert_isolation(LEGACY_KERNEL);
     assert_isolation(LEGACY_KERNEL.forwarding());
+}
+
+/// The networks are created one by one in a daemon. After kill -9, the next daemon adopts them.
+#[track_caller]
+fn assert_isolation_in_a_daemon(mode: Mode) {
+    let mut matrix = Matrix::of_daemon(mode);
+    for round in ["created at run time", "adopted after kill -9"] {
+        let round = format!("{mode:?}: {round}");
+        assert_eq!(matrix.deviations(mode.expected()), [""; 0], "{round}");
+        assert_eq!(matrix.delivered_spoofed_probes(), [""; 0], "{round}");
+        assert_eq!(matrix.echo_deviations(), [""; 0], "{round}");
+        assert_eq!(matrix.egress_deviations(), [""; 0], "{round}");
+        let links = matrix.scene.net.host.exec("ip", &["-o", "link"]);
+        matrix.up.signal(Signal::KILL);
+        matrix.up.wait(SOON);
+        matrix.up = matrix.scene.daemon(mode.flags);
+        let after = matrix.scene.net.host.exec("ip", &["-o", "link"]);
+        let ours = |links: &str| {
+            let ours =
+                links.lines().filter(|line| line.contains(": tg-") || line.contains(": tgv"));
+            ours.map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(ours(&after), ours(&links), "the same links");
+    }
+    for name in ENDPOINTS {
+        matrix.scene.succeeds(&["detach", name]);
+    }
+    for name in NETWORKS {
+        matrix.scene.succeeds(&["network", "rm", name]);
+    }
+    matrix.up.stop(Signal::INT, SOON);
+    // The rules of a daemon without networks continue to exist, and permit nothing.
+    assert!(!state(&matrix.scene.net.host).contains("10.77."));
+}
+
+#[test]
+fn in_a_daemon_without_a_firewall() {
+    assert_isolation_in_a_daemon(ROOT);
+}
+
+#[test]
+fn in_a_daemon_with_nftables() {
+    assert_isolation_in_a_daemon(NFTABLES.forwarding());
+    assert_isolation_in_a_daemon(NFTABLES_KERNEL);
+}
+
+#[test]
+fn in_a_daemon_with_iptables() {
+    assert_isolation_in_a_daemon(IPTABLES);
+    assert_isolation_in_a_daemon(IPTABLES_KERNEL.forwarding());
 }
 
 #[test]

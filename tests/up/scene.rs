@@ -146,6 +146,38 @@ impl Scene {
         tidegate
     }
 
+    /// Starts the daemon, and waits until it is up.
+    #[track_caller]
+    pub(crate) fn daemon(&self, flags: &[&str]) -> Process {
+        let mut command = self.tidegate();
+        command.args(["daemon", "--metrics", self.metrics, "--state"]);
+        let daemon = Process::spawn(command.arg(self.run.path().join("state")).args(flags));
+        daemon.wait_for_line("tidegate daemon is up", Duration::from_secs(10));
+        daemon
+    }
+
+    /// Runs `tidegate` with `args`, which must succeed, and returns its standard output.
+    #[track_caller]
+    pub(crate) fn succeeds(&self, args: &[&str]) -> String {
+        let output = self.tidegate().args(args).output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{args:?}: {error}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Runs `tidegate` with `args`, which must fail with exit code 1 and one line, and returns that
+    /// line without `tidegate: error: `.
+    #[track_caller]
+    pub(crate) fn fails(&self, args: &[&str]) -> String {
+        let output = self.tidegate().args(args).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {error}");
+        let line = error.strip_prefix("tidegate: error: ").and_then(|line| line.strip_suffix('\n'));
+        let line = line.unwrap_or_else(|| panic!("{args:?}: {error:?}"));
+        assert!(!line.contains('\n'), "{line}");
+        line.to_owned()
+    }
+
     /// Starts to bring `file` up as a second project besides that of [`up`](Self::up).
     pub(crate) fn up_beside(&self, file: &str, flags: &[&str]) -> Process {
         self.up_in("beside", file, flags)

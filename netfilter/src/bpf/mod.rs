@@ -208,7 +208,8 @@ impl LinkProgram {
     /// `ENODEV` if the link does not exist.
     pub(crate) fn attach(&self, index: u32) -> io::Result<()> {
         if self.tcx {
-            return self.program.attach_tcx(index, self.direction);
+            self.program.attach_tcx(index, self.direction)?;
+            return detach_stale(index, self.direction, self.name, self.program.id);
         }
         let code = Code::Descriptor(self.program.descriptor());
         Clsact::open()?.attach(index, self.direction, self.name, code)
@@ -234,12 +235,43 @@ pub(crate) fn detach_tcx(index: u32, direction: Direction, id: u32) -> io::Resul
     unsafe { bpf(command::DETACH, &mut attributes) }.map(drop)
 }
 
+/// Detaches the programs named `name` other than `current` from the link with interface index
+/// `index`: programs of a process that was killed, or with an earlier policy. All programs at a hook
+/// run, so the strictest one would prevail.
+///
+/// # Errors
+/// Errors of the kernel, except for a program that is removed concurrently.
+pub(crate) fn detach_stale(
+    index: u32,
+    direction: Direction,
+    name: &str,
+    current: u32,
+) -> io::Result<()> {
+    for id in tcx_programs(index, direction)? {
+        let is_named = |loaded: &Loaded| {
+            let end = loaded.name.iter().position(|byte| *byte == 0).unwrap_or(loaded.name.len());
+            loaded.name[..end] == *name.as_bytes()
+        };
+        if id != current && info_of(id).is_ok_and(|loaded| is_named(&loaded)) {
+            match detach_tcx(index, direction, id) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                detached => detached?,
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Returns the tag of the program with ID `id`. Needs CAP_SYS_ADMIN.
 fn tag_of(id: u32) -> io::Result<Tag> {
+    info_of(id).map(|loaded| loaded.tag)
+}
+
+fn info_of(id: u32) -> io::Result<Loaded> {
     let mut attributes = ById { id, ..ById::default() };
     // SAFETY: `ById` is the head of `union bpf_attr` for this command.
     let program = unsafe { open(command::BY_ID, &mut attributes) }?;
-    info(&program).map(|loaded| loaded.tag)
+    info(&program)
 }
 
 /// An array map of counters that a program increments.
@@ -501,4 +533,7 @@ struct Loaded {
     kind: u32,
     id: u32,
     tag: Tag,
+    /// Lengths and buffers for instructions, load time, owner, and maps. Not requested.
+    _unused: [u64; 6],
+    name: [u8; 16],
 }

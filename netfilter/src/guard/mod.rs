@@ -21,7 +21,7 @@ mod nftables;
 mod rules;
 
 use crate::bpf::clsact::{Attached, Classic, Clsact, Code, bytes_of};
-use crate::bpf::{Counters, Direction, LinkProgram, Program, detach_tcx, tcx_programs};
+use crate::bpf::{Counters, Direction, LinkProgram, Program, detach_stale, tcx_programs};
 use crate::wire::open_socket;
 use ipnet::IpNet;
 pub use rules::{PortPolicy, SpoofReason};
@@ -230,12 +230,7 @@ impl PortGuards {
                 let program = Program::load(NAME, &code)?;
                 if self.mechanism == Mechanism::Tcx {
                     program.attach_tcx(index, Direction::Ingress)?;
-                    let earlier = installed.get(link).map(|earlier| earlier.program);
-                    for id in tcx_programs(index, Direction::Ingress)? {
-                        if earlier == Some(id) {
-                            detach_tcx(index, Direction::Ingress, id)?;
-                        }
-                    }
+                    detach_stale(index, Direction::Ingress, NAME, program.id)?;
                 } else {
                     let code = Code::Descriptor(program.descriptor());
                     Clsact::open()?.attach(index, Direction::Ingress, NAME, code)?;
