@@ -22,6 +22,9 @@ use tokio::runtime::Handle;
 /// File descriptors of a service's DNS server: a UDP and a TCP socket, twice during relocation.
 pub(super) const DESCRIPTORS: usize = 4;
 
+/// DNS servers that are started at the same time, each on a thread.
+const STARTS_AT_ONCE: usize = 128;
+
 /// Source ports of queries to upstream servers. Each uses a file descriptor.
 const SOURCE_PORTS: usize = 448;
 
@@ -292,11 +295,29 @@ impl NameServers {
         namespaces: &BTreeMap<String, Namespace>,
         is_adopted: impl Fn(&str) -> bool,
     ) -> anyhow::Result<()> {
-        for (endpoint, namespace) in namespaces {
-            let Some(server) = self.new_server(endpoint, namespace) else { continue };
-            match server.start() {
-                Err(error) if is_adopted(endpoint) => tracing::warn!(endpoint, "{error:#}"),
-                started => self.give_back(endpoint, started?),
+        let servers = namespaces.iter().filter_map(|(endpoint, namespace)| {
+            Some((endpoint, self.new_server(endpoint, namespace)?))
+        });
+        let mut servers: Vec<_> = servers.collect();
+        // Replacing the table of a killed process takes an RCU grace period, tens of milliseconds.
+        // Servers that start at the same time share it.
+        while !servers.is_empty() {
+            let next = servers.split_off(servers.len().saturating_sub(STARTS_AT_ONCE));
+            let started: Vec<_> = std::thread::scope(|scope| {
+                let starts: Vec<_> = next
+                    .into_iter()
+                    .map(|(endpoint, server)| (endpoint, scope.spawn(|| server.start())))
+                    .collect();
+                let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
+                    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+                };
+                starts.into_iter().map(|(endpoint, thread)| (endpoint, join(thread))).collect()
+            });
+            for (endpoint, started) in started {
+                match started {
+                    Err(error) if is_adopted(endpoint) => tracing::warn!(endpoint, "{error:#}"),
+                    started => self.give_back(endpoint, started?),
+                }
             }
         }
         Ok(())

@@ -26,6 +26,7 @@ mod command {
     pub(super) const DETACH: libc::c_long = 9;
     pub(super) const TEST_RUN: libc::c_long = 10;
     pub(super) const BY_ID: libc::c_long = 13;
+    pub(super) const MAP_BY_ID: libc::c_long = 14;
     pub(super) const INFO: libc::c_long = 15;
     pub(super) const QUERY: libc::c_long = 16;
 }
@@ -248,11 +249,7 @@ pub(crate) fn detach_stale(
     current: u32,
 ) -> io::Result<()> {
     for id in tcx_programs(index, direction)? {
-        let is_named = |loaded: &Loaded| {
-            let end = loaded.name.iter().position(|byte| *byte == 0).unwrap_or(loaded.name.len());
-            loaded.name[..end] == *name.as_bytes()
-        };
-        if id != current && info_of(id).is_ok_and(|loaded| is_named(&loaded)) {
+        if id != current && info_of(id).is_ok_and(|loaded| loaded.is_named(name)) {
             match detach_tcx(index, direction, id) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 detached => detached?,
@@ -260,6 +257,33 @@ pub(crate) fn detach_stale(
         }
     }
     Ok(())
+}
+
+/// Finds a program with the instructions of `program`, named `name`, at the link with interface
+/// index `index`, and its counters: that of a process that was killed.
+///
+/// # Errors
+/// Errors of the kernel.
+pub(crate) fn find_same(
+    index: u32,
+    direction: Direction,
+    name: &str,
+    program: &Program,
+) -> io::Result<Option<(u32, Counters)>> {
+    for id in tcx_programs(index, direction)? {
+        let Ok(loaded) = info_of(id) else { continue };
+        // The tag covers neither the name nor the descriptor of the map.
+        if id == program.id || loaded.tag != program.tag || !loaded.is_named(name) {
+            continue;
+        }
+        if let Some(map) = loaded.map {
+            let mut attributes = ById { id: map, ..ById::default() };
+            // SAFETY: `ById` is the head of `union bpf_attr` for this command.
+            let map = unsafe { open(command::MAP_BY_ID, &mut attributes) }?;
+            return Ok(Some((id, Counters(map))));
+        }
+    }
+    Ok(None)
 }
 
 /// Returns the tag of the program with ID `id`. Needs CAP_SYS_ADMIN.
@@ -334,16 +358,19 @@ impl Counters {
 }
 
 fn info(program: &OwnedFd) -> io::Result<Loaded> {
-    let mut loaded = Loaded::default();
+    let mut map = 0_u32;
+    let mut loaded =
+        ProgramInfo { maps: 1, map_ids: (&raw mut map) as u64, ..ProgramInfo::default() };
     let mut attributes = Info {
         program: program.as_raw_fd() as u32,
-        length: size_of::<Loaded>() as u32,
+        length: size_of::<ProgramInfo>() as u32,
         info: (&raw mut loaded) as u64,
     };
-    // SAFETY: `Info` is the head of `union bpf_attr` for this command, and `loaded` has the length
-    // it states.
+    // SAFETY: `Info` is the head of `union bpf_attr` for this command, `loaded` has the length it
+    // states, and `map` has room for `maps` IDs.
     unsafe { bpf(command::INFO, &mut attributes) }?;
-    Ok(loaded)
+    let ProgramInfo { id, tag, name, maps, .. } = loaded;
+    Ok(Loaded { id, tag, name, map: Some(map).filter(|_| maps > 0) })
 }
 
 /// An instruction (`struct bpf_insn`).
@@ -526,14 +553,33 @@ struct Info {
     info: u64,
 }
 
+/// Properties of a loaded program.
+struct Loaded {
+    id: u32,
+    tag: Tag,
+    name: [u8; 16],
+    /// ID of its first map.
+    map: Option<u32>,
+}
+
+impl Loaded {
+    fn is_named(&self, name: &str) -> bool {
+        let end = self.name.iter().position(|byte| *byte == 0).unwrap_or(self.name.len());
+        self.name[..end] == *name.as_bytes()
+    }
+}
+
 /// The head of `struct bpf_prog_info`.
 #[derive(Default)]
 #[repr(C)]
-struct Loaded {
+struct ProgramInfo {
     kind: u32,
     id: u32,
     tag: Tag,
-    /// Lengths and buffers for instructions, load time, owner, and maps. Not requested.
-    _unused: [u64; 6],
+    /// Lengths and buffers for instructions, and the load time. Not requested.
+    _unused: [u64; 4],
+    _owner: u32,
+    maps: u32,
+    map_ids: u64,
     name: [u8; 16],
 }

@@ -21,7 +21,9 @@ mod nftables;
 mod rules;
 
 use crate::bpf::clsact::{Attached, Classic, Clsact, Code, bytes_of};
-use crate::bpf::{Counters, Direction, LinkProgram, Program, detach_stale, tcx_programs};
+use crate::bpf::{
+    Counters, Direction, LinkProgram, Program, detach_stale, find_same, tcx_programs,
+};
 use crate::wire::open_socket;
 use ipnet::IpNet;
 pub use rules::{PortPolicy, SpoofReason};
@@ -228,14 +230,20 @@ impl PortGuards {
                 let counters = Counters::new(COUNTERS, compile::COUNTERS)?;
                 let code = compile::extended(&rules, &policed(policy), counters.descriptor());
                 let program = Program::load(NAME, &code)?;
+                let (mut id, mut counters) = (program.id, counters);
                 if self.mechanism == Mechanism::Tcx {
-                    program.attach_tcx(index, Direction::Ingress)?;
-                    detach_stale(index, Direction::Ingress, NAME, program.id)?;
+                    // Detaching a program takes an RCU grace period, tens of milliseconds. The
+                    // guard of a process that was killed is therefore kept if it is the same.
+                    match find_same(index, Direction::Ingress, NAME, &program)? {
+                        Some(same) => (id, counters) = same,
+                        None => program.attach_tcx(index, Direction::Ingress)?,
+                    }
+                    detach_stale(index, Direction::Ingress, NAME, id)?;
                 } else {
                     let code = Code::Descriptor(program.descriptor());
                     Clsact::open()?.attach(index, Direction::Ingress, NAME, code)?;
                 }
-                new = Installed { program: program.id, counters: Some(counters), ..new };
+                new = Installed { program: id, counters: Some(counters), ..new };
                 new.set_policer()?;
             }
             Mechanism::Nftables => {
