@@ -36,6 +36,9 @@ use tokio::time::timeout;
 /// the endpoint can delay it, and it starts later then.
 const DNS_WAIT: Duration = Duration::from_secs(1);
 
+/// Time between a command and the check of the host.
+const VERIFY_DELAY: Duration = Duration::from_millis(300);
+
 /// The state of the networks, and where it is kept.
 pub(super) struct Owner {
     pub(super) state: State,
@@ -156,6 +159,11 @@ impl Instance {
         }
         self.owner.state = new;
         self.show();
+        // The check of the host verifies the changes. It follows a burst of commands, because its
+        // cost depends on the number of all objects.
+        if !self.schedule.awaits_host() {
+            self.schedule.host_changed(tokio::time::Instant::now() + VERIFY_DELAY);
+        }
         Ok(())
     }
 

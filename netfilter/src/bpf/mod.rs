@@ -236,20 +236,21 @@ pub(crate) fn detach_tcx(index: u32, direction: Direction, id: u32) -> io::Resul
     unsafe { bpf(command::DETACH, &mut attributes) }.map(drop)
 }
 
-/// Detaches the programs named `name` other than `current` from the link with interface index
-/// `index`: programs of a process that was killed, or with an earlier policy. All programs at a hook
-/// run, so the strictest one would prevail.
+/// Detaches the programs other than `current` whose names start with `prefix` from the link with
+/// interface index `index`: programs of a process that was killed, or with an earlier policy. All
+/// programs at a hook run, so the strictest one would prevail.
 ///
 /// # Errors
 /// Errors of the kernel, except for a program that is removed concurrently.
 pub(crate) fn detach_stale(
     index: u32,
     direction: Direction,
-    name: &str,
+    prefix: &str,
     current: u32,
 ) -> io::Result<()> {
     for id in tcx_programs(index, direction)? {
-        if id != current && info_of(id).is_ok_and(|loaded| loaded.is_named(name)) {
+        let is_stale = |loaded: Loaded| loaded.name().starts_with(prefix.as_bytes());
+        if id != current && info_of(id).is_ok_and(is_stale) {
             match detach_tcx(index, direction, id) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 detached => detached?,
@@ -259,21 +260,19 @@ pub(crate) fn detach_stale(
     Ok(())
 }
 
-/// Finds a program with the instructions of `program`, named `name`, at the link with interface
-/// index `index`, and its counters: that of a process that was killed.
+/// Finds the program named `name` at the link with interface index `index`, and its counters: that
+/// of a process that was killed.
 ///
 /// # Errors
 /// Errors of the kernel.
-pub(crate) fn find_same(
+pub(crate) fn find_named(
     index: u32,
     direction: Direction,
     name: &str,
-    program: &Program,
 ) -> io::Result<Option<(u32, Counters)>> {
     for id in tcx_programs(index, direction)? {
         let Ok(loaded) = info_of(id) else { continue };
-        // The tag covers neither the name nor the descriptor of the map.
-        if id == program.id || loaded.tag != program.tag || !loaded.is_named(name) {
+        if loaded.name() != name.as_bytes() {
             continue;
         }
         if let Some(map) = loaded.map {
@@ -385,6 +384,12 @@ pub(crate) struct Instruction {
 }
 
 impl Instruction {
+    /// The bytes of the instruction.
+    pub(crate) fn bytes(&self) -> [u8; 8] {
+        let ([a, b], [c, d, e, f]) = (self.offset.to_le_bytes(), self.immediate.to_le_bytes());
+        [self.code, self.registers, a, b, c, d, e, f]
+    }
+
     /// Builds an instruction. `code` is `BPF_CLASS | BPF_OP | BPF_SRC`.
     pub(crate) const fn new(
         code: u8,
@@ -563,9 +568,9 @@ struct Loaded {
 }
 
 impl Loaded {
-    fn is_named(&self, name: &str) -> bool {
+    fn name(&self) -> &[u8] {
         let end = self.name.iter().position(|byte| *byte == 0).unwrap_or(self.name.len());
-        self.name[..end] == *name.as_bytes()
+        &self.name[..end]
     }
 }
 

@@ -22,7 +22,7 @@ mod rules;
 
 use crate::bpf::clsact::{Attached, Classic, Clsact, Code, bytes_of};
 use crate::bpf::{
-    Counters, Direction, LinkProgram, Program, detach_stale, find_same, tcx_programs,
+    Counters, Direction, Instruction, LinkProgram, Program, detach_stale, find_named, tcx_programs,
 };
 use crate::wire::open_socket;
 use ipnet::IpNet;
@@ -39,6 +39,9 @@ use tidegate_model::{Feature, LOOPBACK_INDEX, MacAddress, registry};
 
 /// Names of the programs and counters in bpftool(8), and of the classifier.
 const NAME: &str = "tg_port_guard";
+
+/// Start of the name of a program, before the hash of its instructions.
+const PROGRAM_PREFIX: &str = "tg_pg_";
 const COUNTERS: &str = "tg_port_drops";
 const INTERNAL_NAME: &str = "tg_internal";
 
@@ -120,6 +123,14 @@ struct Installed {
     earlier: Dropped,
     /// Policer rate, in frames per second.
     rate: Option<NonZeroU32>,
+}
+
+/// Returns the name of the program with the instructions `code`, in which the descriptor of the
+/// counters is 0: at most 15 bytes, with 36 bits of a hash.
+fn program_name(code: &[Instruction]) -> String {
+    let bytes: Vec<u8> = code.iter().flat_map(Instruction::bytes).collect();
+    let hash = registry::fnv1a(&bytes) & 0xf_ffff_ffff;
+    format!("{PROGRAM_PREFIX}{hash:09x}")
 }
 
 impl Installed {
@@ -227,23 +238,32 @@ impl PortGuards {
             Installed { index, policy: policy_of_link, program: 0, counters: None, earlier, rate };
         match self.mechanism {
             Mechanism::Tcx | Mechanism::Clsact => {
-                let counters = Counters::new(COUNTERS, compile::COUNTERS)?;
-                let code = compile::extended(&rules, &policed(policy), counters.descriptor());
-                let program = Program::load(NAME, &code)?;
-                let (mut id, mut counters) = (program.id, counters);
-                if self.mechanism == Mechanism::Tcx {
-                    // Detaching a program takes an RCU grace period, tens of milliseconds. The
-                    // guard of a process that was killed is therefore kept if it is the same.
-                    match find_same(index, Direction::Ingress, NAME, &program)? {
-                        Some(same) => (id, counters) = same,
-                        None => program.attach_tcx(index, Direction::Ingress)?,
+                let compile = |counters| compile::extended(&rules, &policed(policy), counters);
+                let name = program_name(&compile(0));
+                // The guard of a process that was killed is kept if it is the same. Loading one
+                // takes milliseconds, and detaching one an RCU grace period.
+                let kept = match self.mechanism {
+                    Mechanism::Tcx => find_named(index, Direction::Ingress, &name)?,
+                    _ => None,
+                };
+                let (program, counters) = match kept {
+                    Some(kept) => kept,
+                    None => {
+                        let counters = Counters::new(COUNTERS, compile::COUNTERS)?;
+                        let program = Program::load(&name, &compile(counters.descriptor()))?;
+                        if self.mechanism == Mechanism::Tcx {
+                            program.attach_tcx(index, Direction::Ingress)?;
+                        } else {
+                            let code = Code::Descriptor(program.descriptor());
+                            Clsact::open()?.attach(index, Direction::Ingress, NAME, code)?;
+                        }
+                        (program.id, counters)
                     }
-                    detach_stale(index, Direction::Ingress, NAME, id)?;
-                } else {
-                    let code = Code::Descriptor(program.descriptor());
-                    Clsact::open()?.attach(index, Direction::Ingress, NAME, code)?;
+                };
+                if self.mechanism == Mechanism::Tcx {
+                    detach_stale(index, Direction::Ingress, PROGRAM_PREFIX, program)?;
                 }
-                new = Installed { program: id, counters: Some(counters), ..new };
+                new = Installed { program, counters: Some(counters), ..new };
                 new.set_policer()?;
             }
             Mechanism::Nftables => {
