@@ -4,6 +4,12 @@
 
 CARGO ?= cargo
 PREFIX ?= /usr/local
+# Prepended to the paths of `make install`, for packages.
+DESTDIR ?=
+DEST = $(DESTDIR)$(PREFIX)
+PROGRAMS = tidegate docker-proxy slirp4netns
+# Where `make build` puts the programs.
+RELEASE ?= $(or $(CARGO_TARGET_DIR),target)/release
 # The port that `make run` publishes.
 RUN_PORT ?= 8080
 BENCH_ARGS ?=
@@ -19,7 +25,7 @@ help:
 	@echo "make bench    compare with the peers installed here; results in benches/results/"
 	@echo "make lint     formatting, columns, clippy, documentation, licences and sources of dependencies"
 	@echo "make audit    advisories about dependencies (needs cargo-deny and its database)"
-	@echo "make install  PREFIX=DIR: tidegate, docker-proxy, slirp4netns, manual pages, completion (default /usr/local)"
+	@echo "make install  PREFIX=DIR: tidegate, docker-proxy, slirp4netns, systemd units, manual pages, completion (default /usr/local); DESTDIR=DIR for packages"
 	@echo "make fuzz     each fuzz target for FUZZ_SECONDS=$(FUZZ_SECONDS) (needs cargo-fuzz and a nightly)"
 
 build:
@@ -71,14 +77,27 @@ audit:
 	@command -v cargo-deny >/dev/null || { echo "make audit needs cargo-deny: cargo install --locked cargo-deny" >&2; exit 1; }
 	$(CARGO) deny --locked check advisories
 
-install: build
-	install -d "$(PREFIX)/bin" "$(PREFIX)/share/man/man1" "$(PREFIX)/share/bash-completion/completions" \
-	  "$(PREFIX)/share/zsh/site-functions" "$(PREFIX)/share/fish/vendor_completions.d"
-	install -m 755 target/release/tidegate target/release/docker-proxy target/release/slirp4netns "$(PREFIX)/bin/"
-	target/release/tidegate man "$(PREFIX)/share/man/man1"
-	target/release/tidegate completion bash > "$(PREFIX)/share/bash-completion/completions/tidegate"
-	target/release/tidegate completion zsh > "$(PREFIX)/share/zsh/site-functions/_tidegate"
-	target/release/tidegate completion fish > "$(PREFIX)/share/fish/vendor_completions.d/tidegate.fish"
+# Does not build, so that `sudo make install` after `make build` runs no compiler as root. Programs
+# that are missing are built.
+install: $(addprefix $(RELEASE)/,$(PROGRAMS))
+	@newer=$$(find . -name target -prune -o -name '*.rs' -newer $(RELEASE)/tidegate -print -quit); \
+	[ -z "$$newer" ] || echo "note: $$newer is newer than $(RELEASE)/tidegate; run make build to include it" >&2
+	install -d "$(DEST)/bin" "$(DEST)/share/man/man1" "$(DEST)/share/bash-completion/completions" \
+	  "$(DEST)/share/zsh/site-functions" "$(DEST)/share/fish/vendor_completions.d" \
+	  "$(DEST)/lib/systemd/system" "$(DEST)/lib/systemd/user"
+	install -m 755 $^ "$(DEST)/bin/"
+	$(RELEASE)/tidegate man "$(DEST)/share/man/man1"
+	$(RELEASE)/tidegate completion bash > "$(DEST)/share/bash-completion/completions/tidegate"
+	$(RELEASE)/tidegate completion zsh > "$(DEST)/share/zsh/site-functions/_tidegate"
+	$(RELEASE)/tidegate completion fish > "$(DEST)/share/fish/vendor_completions.d/tidegate.fish"
+	install -m 644 packaging/systemd/tidegate.service packaging/systemd/tidegate.socket "$(DEST)/lib/systemd/system/"
+	install -m 644 packaging/systemd/user/tidegate.service packaging/systemd/user/tidegate.socket "$(DEST)/lib/systemd/user/"
+	@# Units name programs by absolute path, and DESTDIR is not part of it.
+	sed -i 's|/usr/bin/tidegate|$(abspath $(PREFIX))/bin/tidegate|' \
+	  "$(DEST)/lib/systemd/system/tidegate.service" "$(DEST)/lib/systemd/user/tidegate.service"
+
+$(addprefix $(RELEASE)/,$(PROGRAMS)):
+	$(MAKE) build
 
 fuzz:
 	@command -v cargo-fuzz >/dev/null || { echo "make fuzz needs cargo-fuzz: cargo install cargo-fuzz" >&2; exit 1; }

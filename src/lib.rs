@@ -9,6 +9,7 @@ pub mod doctor;
 #[doc(hidden)]
 pub mod fuzz;
 mod port_guards;
+mod service_manager;
 mod table;
 mod top;
 pub mod up;

@@ -3,16 +3,21 @@
 //! A killed instance leaves its socket behind. A lock file beside the socket records the owner: the
 //! owner holds a lock on it (flock(2)) and writes its pid into it. A process that gets the lock may
 //! take over the socket.
+//!
+//! A socket inherited from a service manager belongs to that manager: there is no lock file, and
+//! the path stays when this process ends.
 
 use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;
+use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
 };
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
-use std::os::unix::net::UnixStream as StdUnixStream;
+use std::os::unix::net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream};
 use std::path::{Path, PathBuf};
 use tidegate_netns::{Lock, lock_file, run_directory};
 use tokio::net::UnixListener;
@@ -23,7 +28,7 @@ pub const VARIABLE: &str = "TIDEGATE_SOCKET";
 /// The backlog of the socket.
 const BACKLOG: i32 = 64;
 
-/// Why the socket cannot be created. Nothing was changed.
+/// Why there is no socket. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
     /// There is no run directory.
@@ -43,6 +48,22 @@ pub enum SocketError {
     /// The path is taken by another file.
     #[error("{} exists and is not a socket of tidegate; set {VARIABLE} to another path", .0.display())]
     Foreign(PathBuf),
+    /// Another process listens at the path, without the lock file of an instance.
+    #[error(
+        "another process listens on {}; if that is tidegate.socket of systemd, run systemctl start tidegate; otherwise set {VARIABLE} to another path",
+        .0.display()
+    )]
+    Listening(PathBuf),
+    /// An inherited descriptor is not a listening Unix stream socket.
+    #[error(
+        "inherited descriptor {descriptor} is {found} instead of a listening Unix stream socket; use ListenStream=PATH and Accept=no in the socket unit"
+    )]
+    Unsuitable {
+        /// The number of the descriptor.
+        descriptor: RawFd,
+        /// What it is.
+        found: String,
+    },
     /// The path exceeds the 107 bytes of `sun_path`.
     #[error("socket path {} is longer than 107 bytes; set {VARIABLE} to a shorter one", .0.display())]
     TooLong(PathBuf),
@@ -72,8 +93,9 @@ pub fn path() -> Result<PathBuf, SocketError> {
 pub struct Socket {
     /// Accepts clients.
     pub listener: UnixListener,
-    /// The path of the socket.
-    pub place: SocketPath,
+    /// The path of the socket. `None` for an inherited socket, whose path belongs to the service
+    /// manager.
+    pub place: Option<SocketPath>,
 }
 
 /// A path owned by this instance. The drop removes the socket and the lock file.
@@ -112,13 +134,32 @@ impl Socket {
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
                     fs::remove_file(&path).map_err(failed)?;
                 }
-                _ => return Err(SocketError::Foreign(path)),
+                Ok(_) => return Err(SocketError::Listening(path)),
+                Err(_) => return Err(SocketError::Foreign(path)),
             },
             _ => return Err(SocketError::Foreign(path)),
         }
         let listener = listen_at(&address).map_err(failed)?;
         let socket = inode(&path).map_err(failed)?;
-        Ok(Self { listener, place: SocketPath { path, socket, _owner: owner } })
+        Ok(Self { listener, place: Some(SocketPath { path, socket, _owner: owner }) })
+    }
+
+    /// Uses `descriptor`, a listening socket that a service manager has passed to this process.
+    /// Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// [`SocketError::Unsuitable`].
+    pub fn inherited(descriptor: OwnedFd) -> Result<Self, SocketError> {
+        let number = descriptor.as_raw_fd();
+        let unsuitable = |found| SocketError::Unsuitable { descriptor: number, found };
+        let failed =
+            |error: io::Error| unsuitable(format!("a socket that cannot be used ({error})"));
+        if let Some(found) = deviation(&descriptor) {
+            return Err(unsuitable(found.to_owned()));
+        }
+        let listener = StdUnixListener::from(descriptor);
+        listener.set_nonblocking(true).map_err(failed)?;
+        Ok(Self { listener: UnixListener::from_std(listener).map_err(failed)?, place: None })
     }
 }
 
@@ -191,6 +232,25 @@ fn listen_at(address: &SocketAddrUnix) -> io::Result<UnixListener> {
     UnixListener::from_std(socket.into())
 }
 
+/// Returns what `descriptor` is if it is not a listening Unix stream socket.
+fn deviation(descriptor: impl AsFd) -> Option<&'static str> {
+    match socket_domain(&descriptor) {
+        Err(_) => return Some("not a socket"),
+        Ok(AddressFamily::UNIX) => {}
+        Ok(AddressFamily::INET | AddressFamily::INET6) => return Some("an internet socket"),
+        Ok(_) => return Some("a socket of another address family"),
+    }
+    match socket_type(&descriptor) {
+        Ok(SocketType::STREAM) => {}
+        Ok(SocketType::DGRAM) => return Some("a Unix datagram socket"),
+        _ => return Some("a Unix socket of another type"),
+    }
+    match socket_acceptconn(&descriptor) {
+        Ok(true) => None,
+        _ => Some("a Unix socket that does not listen"),
+    }
+}
+
 fn inode(path: &Path) -> io::Result<Inode> {
     let metadata = fs::symlink_metadata(path)?;
     Ok((metadata.dev(), metadata.ino()))
@@ -222,7 +282,7 @@ pub fn explain_connect(path_given: &Path, error: &io::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::net::UnixListener as StdUnixListener;
+    use std::os::unix::net::UnixDatagram;
 
     fn socket_path() -> (tempfile::TempDir, PathBuf) {
         let directory = tempfile::tempdir().unwrap();
@@ -250,12 +310,40 @@ mod tests {
         drop(StdUnixListener::bind(&path).unwrap());
         drop(Socket::open(path.clone()).unwrap());
         let other = StdUnixListener::bind(&path).unwrap();
-        assert!(matches!(Socket::open(path.clone()), Err(SocketError::Foreign(_))));
+        assert!(matches!(Socket::open(path.clone()), Err(SocketError::Listening(_))));
         drop(other);
         fs::remove_file(&path).unwrap();
         fs::write(&path, "precious").unwrap();
         assert!(matches!(Socket::open(path.clone()), Err(SocketError::Foreign(_))));
         assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
+    }
+
+    #[tokio::test]
+    async fn an_inherited_socket_is_served_and_stays() {
+        let (directory, path) = socket_path();
+        let socket = Socket::inherited(StdUnixListener::bind(&path).unwrap().into()).unwrap();
+        let _client = StdUnixStream::connect(&path).unwrap();
+        socket.listener.accept().await.unwrap();
+        drop(socket);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[tokio::test]
+    async fn other_descriptors_are_not_inherited() {
+        let (_directory, path) = socket_path();
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let (connected, _peer) = StdUnixStream::pair().unwrap();
+        for (descriptor, expected) in [
+            (OwnedFd::from(File::open("/dev/null").unwrap()), "not a socket"),
+            (tcp.into(), "an internet socket"),
+            (UnixDatagram::bind(&path).unwrap().into(), "a Unix datagram socket"),
+            (connected.into(), "a Unix socket that does not listen"),
+        ] {
+            let number = descriptor.as_raw_fd();
+            let error = Socket::inherited(descriptor).unwrap_err().to_string();
+            let start = format!("inherited descriptor {number} is {expected} instead of ");
+            assert!(error.starts_with(&start), "{error}");
+        }
     }
 
     #[tokio::test]

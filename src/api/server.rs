@@ -33,7 +33,8 @@ const MAX_HEADERS: usize = 64;
 /// Serves clients until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Server {
-    place: SocketPath,
+    /// `None` for the socket of a service manager, which outlives this process.
+    place: Option<SocketPath>,
     task: JoinHandle<()>,
 }
 
@@ -46,7 +47,9 @@ impl Server {
 
     /// Disconnects all clients and stops accepting. The socket path stays reserved until the drop.
     pub(crate) fn close(&self) {
-        self.place.close();
+        if let Some(place) = &self.place {
+            place.close();
+        }
         self.task.abort();
     }
 }

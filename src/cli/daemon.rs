@@ -2,6 +2,7 @@
 
 use super::UsageError;
 use super::instance::InstanceOptions;
+use crate::service_manager::ServiceManager;
 use crate::up::Source;
 use clap::Args;
 use std::path::PathBuf;
@@ -11,8 +12,9 @@ use std::time::Duration;
 ///
 /// Networks are created with `tidegate network create`, and network namespaces are attached to them
 /// with `tidegate attach`. They are stored in a state file, and continue to exist when the daemon
-/// ends or is killed; the next daemon takes them over. While no daemon runs, published ports and DNS
-/// are not served, and without a firewall containers have no egress.
+/// ends or is killed; the next daemon takes them over. While no daemon runs, published ports and
+/// DNS are not served, and without a firewall containers have no egress. A service manager is
+/// notified (NOTIFY_SOCKET), and may pass the socket of the API (LISTEN_FDS).
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  tidegate daemon\n  tidegate network create front --subnet 10.9.0.0/24\n  tidegate attach front --netns /run/netns/web --name web -p 8080:80"
@@ -29,6 +31,9 @@ pub(super) struct Daemon {
 
 impl Daemon {
     pub(super) fn run(&self) -> anyhow::Result<bool> {
+        // SAFETY: only the main thread exists, because no command has started another one, and
+        // nothing else uses inherited descriptors above standard error.
+        let manager = unsafe { ServiceManager::from_environment() }?;
         let state = match &self.state {
             Some(directory) => directory.clone(),
             None => default_state().ok_or_else(|| {
@@ -37,7 +42,7 @@ impl Daemon {
                 )
             })?,
         };
-        self.options.instance(Source::Daemon { state }, Duration::ZERO)?.run()
+        self.options.instance(Source::Daemon { state }, Duration::ZERO)?.run(manager)
     }
 }
 

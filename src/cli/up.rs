@@ -3,6 +3,7 @@
 use super::UsageError;
 use super::duration::optional_timeout;
 use super::instance::InstanceOptions;
+use crate::service_manager::ServiceManager;
 use crate::up::Source;
 use clap::Args;
 use std::path::PathBuf;
@@ -62,6 +63,6 @@ impl Up {
             }
         }
         let source = Source::Project { file, name: self.project_name.clone() };
-        self.options.instance(source, self.timeout)?.run()
+        self.options.instance(source, self.timeout)?.run(ServiceManager::default())
     }
 }

@@ -27,6 +27,7 @@ mod tracked_flows;
 
 use crate::api::{Adopted, MAX_CLIENTS, Order, Server, View, snapshot};
 use crate::port_guards::{self, bridge_programs, has_internal_guards};
+use crate::service_manager::ServiceManager;
 use anyhow::{Context, anyhow, bail};
 use commands::Owner;
 use control::{Attaching, Outcome, end_servers};
@@ -341,12 +342,13 @@ impl Signals {
 
 impl Up {
     /// Runs the project until all services have ended or a signal arrives. Returns whether every
-    /// service ended successfully or was stopped.
+    /// service ended successfully or was stopped. `manager` is notified, and its socket is that of
+    /// the API.
     ///
     /// # Errors
     /// The project could not be brought up or rolled back. The text has one line. After an error
     /// at startup, all changes have been rolled back, unless the log says `rollback incomplete`.
-    pub fn run(&self) -> anyhow::Result<bool> {
+    pub(crate) fn run(&self, manager: ServiceManager) -> anyhow::Result<bool> {
         // Creating a user namespace requires a single-threaded process (unshare(2)).
         let host_context = HostContext::for_networks()?;
         // One thread starts all children: PR_SET_PDEATHSIG kills a child when the thread that
@@ -355,10 +357,14 @@ impl Up {
             .enable_all()
             .build()
             .context("event loop")?;
-        runtime.block_on(self.run_on(&host_context))
+        runtime.block_on(self.run_on(&host_context, manager))
     }
 
-    async fn run_on(&self, host_context: &HostContext) -> anyhow::Result<bool> {
+    async fn run_on(
+        &self,
+        host_context: &HostContext,
+        mut manager: ServiceManager,
+    ) -> anyhow::Result<bool> {
         let (started, begun) = (SystemTime::now(), Instant::now());
         let project = match &self.source {
             Source::Project { file, name } => {
@@ -386,7 +392,10 @@ impl Up {
         let front_end = FrontEnd::start().context("thread of DNS and the API")?;
         let socket = {
             let _runtime = front_end.runtime().enter();
-            Socket::open(socket::path()?)?
+            match manager.take_socket() {
+                Some(socket) => Socket::inherited(socket)?,
+                None => Socket::open(socket::path()?)?,
+            }
         };
         let stored = match &self.source {
             Source::Project { .. } => None,
@@ -555,6 +564,7 @@ impl Up {
         };
         instance.watch_endpoints();
         instance.up.log();
+        manager.notify("READY=1\nSTATUS=Networks are up, and the API is served");
         let announced = match &project {
             Some(_) => instance.up.announce(),
             None => instance.announce_daemon(),
@@ -564,6 +574,7 @@ impl Up {
             tracing::debug!(%error, "standard output");
         }
         let success = instance.supervise(&mut signals).await;
+        manager.notify("STOPPING=1\nSTATUS=Closing published ports");
         if project.is_none() {
             instance.leave().await;
             return Ok(success);
