@@ -416,8 +416,8 @@ pub struct NewEndpoint {
     /// The absolute path of the network namespace.
     #[schema(example = "/run/netns/web")]
     pub netns: String,
-    /// Its networks, in the order of its interfaces. The first one that is not internal provides the
-    /// default route.
+    /// Its networks, in the order of its interfaces. The first one that is not internal provides
+    /// the default route.
     pub networks: Vec<NewAttachment>,
     /// An additional DNS name on all networks.
     #[serde(default)]

@@ -165,7 +165,8 @@ impl Nat {
         is_done.recv().map_err(|_| StartError::Ended)?.map_err(StartError::Loop)
     }
 
-    /// Sets the policy. Flows of containers to destinations that it rejects end; all others continue.
+    /// Sets the policy. Flows of containers to destinations that it rejects end; all others
+    /// continue.
     pub fn set_policy(&self, policy: Policy) {
         self.published().gateways.clone_from(&policy.gateways);
         // A loop that has ended has no flows.

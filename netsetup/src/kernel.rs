@@ -141,7 +141,7 @@ impl Kernel {
     }
 
     /// Forgets the namespace of the endpoint `name`.
-    pub(crate) fn remove_endpoint(&mut self, name: &str) {
+    pub fn remove_endpoint(&mut self, name: &str) {
         self.connections.remove(&Place::Endpoint(name.to_owned()));
         self.endpoints.remove(name);
     }
@@ -328,8 +328,11 @@ impl Kernel {
 
     /// Returns whether the gate for `passes` is attached to the link with interface index `index`.
     fn has_gate(&mut self, index: u32, passes: &Passes) -> Result<bool, KernelError> {
-        let attached = self.with_gate(passes, |gate| gate.is_attached(index));
-        found(attached, "gate of a bridge")
+        match self.with_gate(passes, |gate| gate.is_attached(index)) {
+            // A gate of a firewall that is no longer used. The new gate replaces it.
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(false),
+            attached => found(attached, "gate of a bridge"),
+        }
     }
 
     /// Calls `f` in the host namespace with the gate for `passes`.

@@ -175,6 +175,24 @@ impl Setup {
         self.remove_facts(&stale).await
     }
 
+    /// Returns whether the registered namespace of the endpoint `name` has all its interfaces.
+    ///
+    /// # Errors
+    /// [`KernelError`].
+    pub async fn has_interfaces(
+        &mut self,
+        desired: &Desired,
+        name: &str,
+    ) -> Result<bool, KernelError> {
+        let part = desired.with_endpoints(&BTreeSet::from([name.to_owned()]));
+        for pair in part.facts(&*self.isolation).iter().filter(|fact| fact.is_link()) {
+            if pair.is_of_endpoint(name) && self.kernel.find_end(pair).await? != End::InPlace {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Removes the facts of the endpoint `name`, whose namespace may no longer exist, and forgets
     /// the namespace.
     ///

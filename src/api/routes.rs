@@ -136,7 +136,8 @@ async fn add_network(
         (status = 204),
         (status = 404, body = ErrorBody),
         (status = 409, body = ErrorBody, description = "The network has endpoints, or this is not a daemon."),
-        (status = 500, body = ErrorBody)
+        (status = 500, body = ErrorBody),
+        (status = 503, body = ErrorBody, description = "The firewall is busy; a retry may succeed.")
     )
 )]
 async fn remove_network(State(view): State<Arc<View>>, name: Named) -> Result<StatusCode, Problem> {
@@ -199,7 +200,8 @@ async fn attach(
         (status = 204),
         (status = 404, body = ErrorBody),
         (status = 409, body = ErrorBody, description = "This is not a daemon."),
-        (status = 500, body = ErrorBody)
+        (status = 500, body = ErrorBody),
+        (status = 503, body = ErrorBody, description = "The firewall is busy; a retry may succeed.")
     )
 )]
 async fn detach(State(view): State<Arc<View>>, name: Named) -> Result<StatusCode, Problem> {
@@ -262,7 +264,8 @@ async fn ports(State(view): State<Arc<View>>) -> Json<Vec<Port>> {
         (status = 404, body = ErrorBody, description = "The endpoint does not exist."),
         (status = 409, body = ErrorBody, description = "A port is in use; the error names the holder."),
         (status = 413, body = ErrorBody),
-        (status = 500, body = ErrorBody)
+        (status = 500, body = ErrorBody),
+        (status = 503, body = ErrorBody, description = "The firewall is busy; a retry may succeed.")
     )
 )]
 async fn add_ports(
@@ -292,7 +295,12 @@ async fn add_ports(
     delete,
     path = "/v1/ports/{id}",
     params(("id" = u32, Path)),
-    responses((status = 204), (status = 404, body = ErrorBody))
+    responses(
+        (status = 204),
+        (status = 404, body = ErrorBody),
+        (status = 500, body = ErrorBody),
+        (status = 503, body = ErrorBody, description = "The firewall is busy; a retry may succeed.")
+    )
 )]
 async fn remove_port(State(view): State<Arc<View>>, id: Named) -> Result<StatusCode, Problem> {
     let id = text(id)?;
@@ -367,7 +375,11 @@ async fn send(
 }
 
 fn parse_name(name: &str) -> Result<Name, Problem> {
-    Name::new(None, name).map_err(|error| Problem::bad_request(&error))
+    Name::new(None, name).map_err(|_| {
+        Problem::bad_request(&format!(
+            "invalid name {name:?}: use 1 to 63 letters, digits, dots, hyphens and underscores, with a letter or digit first"
+        ))
+    })
 }
 
 fn network_spec(new: NewNetwork) -> Result<NetworkSpec, Problem> {

@@ -97,6 +97,14 @@ impl Adopted {
         self.all().get(endpoint).cloned()
     }
 
+    /// Records that the namespaces of `endpoints` are gone.
+    pub(crate) fn set_gone(&self, endpoints: impl Iterator<Item = String>) {
+        let mut all = self.all();
+        for name in endpoints {
+            all.entry(name).and_modify(|(_, gone)| *gone = true);
+        }
+    }
+
     /// Forgets `endpoint`.
     pub(crate) fn remove(&self, endpoint: &str) {
         self.all().remove(endpoint);
@@ -157,8 +165,7 @@ impl View {
         if self.state_file.is_none() {
             return self.services.clone();
         }
-        let desired = snapshot(&self.desired);
-        desired.endpoints.iter().map(|endpoint| endpoint.name.clone()).collect()
+        self.adopted.paths().into_keys().collect()
     }
 
     pub(super) fn networks(&self) -> Vec<Network> {
@@ -182,7 +189,19 @@ impl View {
             attachments: attachments(&desired, endpoint),
             ports: ports.remove(&endpoint.name).unwrap_or_default(),
         };
-        desired.endpoints.iter().map(endpoint).collect()
+        let mut all: Vec<Endpoint> = desired.endpoints.iter().map(endpoint).collect();
+        if self.state_file.is_some() {
+            let known: BTreeSet<String> = all.iter().map(|one| one.name.clone()).collect();
+            let absent = self.adopted.paths().into_iter().filter(|(name, _)| !known.contains(name));
+            all.extend(absent.map(|(name, path)| Endpoint {
+                name,
+                namespace: String::new(),
+                netns: Some(path.display().to_string()),
+                attachments: Vec::new(),
+                ports: Vec::new(),
+            }));
+        }
+        all
     }
 
     pub(super) fn figures(&self) -> Figures {

@@ -85,8 +85,9 @@ struct Create {
 
 /// Attach a network namespace to networks of the daemon
 ///
-/// The endpoint gets an interface and addresses on each network, and names: its own and its aliases.
-/// It is attached again when its path refers to a new namespace, after its container was restarted.
+/// The endpoint gets an interface and addresses on each network, and names: its own and its
+/// aliases. It is attached again when its path refers to a new namespace, after its container was
+/// restarted.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  tidegate attach front --netns /run/netns/web --name web -p 8080:80\n  tidegate attach front back --pid 4711 --name db --ip 10.9.0.5 --alias database"

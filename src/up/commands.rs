@@ -25,8 +25,9 @@ use tidegate_control::{
     self as control, Change, Command, Endpoint, Name, Network, PublishedPort, Quarantine, Refusal,
     State, Store, Surroundings,
 };
+use tidegate_netns::HostContext;
 use tidegate_netns::{Namespace, drop_in_background};
-use tidegate_netsetup::{Observed, SetupError};
+use tidegate_netsetup::{Observed, Setup, SetupError};
 use tidegate_proxy::{GatewayAcl, Listener};
 use tidegate_publish::firewall::zones;
 use tidegate_publish::publisher::{OpenPort, PublishTarget};
@@ -56,21 +57,48 @@ impl Owner {
 }
 
 impl Initial<'_> {
-    /// The networks and endpoints of `state`. An endpoint whose namespace does not exist, and a
-    /// port that is in use, are logged and left out. Returns the names of such endpoints, too.
-    pub(super) fn of_state(state: &State) -> (Self, BTreeSet<Name>) {
+    /// The networks and endpoints of `state`. An endpoint whose namespace does not exist, or is
+    /// that of the host or of another endpoint, and a port that is in use, are logged and left out.
+    /// Returns the names of such endpoints, too.
+    ///
+    /// A path below `/proc` refers to a process, whose ID may have been reused. The namespace there
+    /// is only taken if it has the interfaces of the endpoint.
+    pub(super) async fn of_state(
+        state: &State,
+        host_context: &HostContext,
+        setup: &mut Setup,
+    ) -> (Self, BTreeSet<Name>) {
         let mut desired = state.desired();
         let (mut namespaces, mut adopted) = (BTreeMap::new(), BTreeMap::new());
         let (mut addresses, mut absent) = (BTreeMap::new(), BTreeSet::new());
         let mut ports = OpenPorts::new();
         for (name, endpoint) in state.endpoints() {
             let text = name.to_string();
-            let namespace = match Namespace::from_path(&endpoint.namespace) {
+            let found = match Namespace::from_path(&endpoint.namespace) {
+                Ok(namespace) => {
+                    let shared = |other: &Namespace| other.id() == namespace.id();
+                    setup.kernel().add_endpoint(&text, namespace.clone());
+                    if shared(host_context.networks()) || namespaces.values().any(shared) {
+                        Err("its path leads to the namespace of the host or of another endpoint"
+                            .to_owned())
+                    } else if is_of_a_process(&endpoint.namespace)
+                        && !setup.has_interfaces(&desired, &text).await.unwrap_or(false)
+                    {
+                        Err("its process has ended, or has another network namespace".to_owned())
+                    } else {
+                        Ok(namespace)
+                    }
+                }
+                Err(error) => Err(error.to_string()),
+            };
+            let namespace = match found {
                 Ok(namespace) => namespace,
-                Err(error) => {
-                    tracing::warn!(endpoint = text, "endpoint not attached: {error}");
+                Err(reason) => {
+                    tracing::warn!(endpoint = text, "endpoint not attached: {reason}");
+                    setup.kernel().remove_endpoint(&text);
                     desired.endpoints.retain(|one| one.name != text);
                     absent.insert(name.clone());
+                    adopted.insert(text, endpoint.namespace.clone());
                     continue;
                 }
             };
@@ -149,7 +177,7 @@ impl Instance {
             result = store.commit(&old, &new).map_err(|error| Problem::failed(&error));
         }
         if result.is_err() {
-            for change in executed.iter().rev().filter_map(inverse) {
+            for change in executed.iter().rev().map(inverse) {
                 if let Err(problem) = self.execute_change(&change, &mut Reserved::new()).await {
                     tracing::error!("a failed command could not be reverted: {problem}");
                 }
@@ -168,10 +196,15 @@ impl Instance {
     }
 
     /// Records that the namespace of `endpoint` is at `path` now.
-    pub(super) fn record_path(&mut self, endpoint: &str, path: &Path) {
+    ///
+    /// # Errors
+    /// It could not be recorded durably.
+    pub(super) fn record_path(&mut self, endpoint: &str, path: &Path) -> Result<(), Problem> {
         let old = self.owner.state.clone();
         let known = old.endpoints().iter().find(|(_, known)| known.setup.name == endpoint);
-        let Some((name, _)) = known.filter(|(_, known)| known.namespace != path) else { return };
+        let Some((name, _)) = known.filter(|(_, known)| known.namespace != path) else {
+            return Ok(());
+        };
         let command = Command::Relocate { endpoint: name.clone(), namespace: path.to_owned() };
         let mut surroundings = Surroundings {
             observed: &Observed::default(),
@@ -180,17 +213,17 @@ impl Instance {
             now: Instant::now(),
             quarantine: &mut self.owner.quarantine,
         };
-        let recorded = control::apply(&old, &command, &mut surroundings)
-            .map_err(|refusal| refusal.to_string())
-            .and_then(|new| {
-                let committed = self.owner.store.as_mut().map(|store| store.commit(&old, &new));
-                committed.transpose().map_err(|error| error.to_string())?;
-                Ok(new)
-            });
-        match recorded {
-            Ok(new) => self.owner.state = new,
-            Err(error) => tracing::error!(endpoint, error, "path of the namespace not recorded"),
+        let new = control::apply(&old, &command, &mut surroundings);
+        let new = new.map_err(|refusal| refused(&refusal))?;
+        if let Some(store) = &mut self.owner.store {
+            store.commit(&old, &new).map_err(|error| {
+                Problem::failed(&format!(
+                    "endpoint {endpoint} is attached, but its path was not stored: {error}"
+                ))
+            })?;
         }
+        self.owner.state = new;
+        Ok(())
     }
 
     /// Publishes the current networks for the API and the metrics.
@@ -424,32 +457,75 @@ impl Instance {
                 self.owner.absent.remove(&name);
                 continue;
             };
-            if Namespace::from_path(&endpoint.namespace).is_err() {
+            if is_of_a_process(&endpoint.namespace)
+                || Namespace::from_path(&endpoint.namespace).is_err()
+            {
                 continue;
             }
             let attached = self.add_endpoint(&endpoint).await;
             let text = name.to_string();
             if let Err(problem) = attached {
-                self.note_health(text, Some(problem.to_string()));
-                // `add_endpoint` has removed it from the set.
+                self.note_health(text.clone(), Some(problem.to_string()));
+                // `add_endpoint` has removed it from both.
                 self.owner.absent.insert(name);
+                self.up.adopted.set(&text, endpoint.namespace.clone(), true);
                 continue;
             }
             self.owner.absent.remove(&name);
-            for port in &endpoint.ports {
-                if let Err(problem) = self.open_port(&endpoint, *port, None).await {
-                    tracing::error!(endpoint = text, publish = %port, "not published: {problem}");
-                }
-            }
             self.show();
         }
+        self.open_missing_ports().await;
+    }
+
+    /// Opens ports of the state that are not open: those of endpoints that were absent, and those
+    /// that another program used.
+    async fn open_missing_ports(&mut self) {
+        if self.owner.store.is_none() {
+            return;
+        }
+        let open = self.up.publisher.ports();
+        if open.len() >= self.owner.state.ports().count() {
+            return;
+        }
+        let open: BTreeSet<_> = open.into_iter().map(|port| port.label).collect();
+        let missing = self.owner.state.ports().filter(|(endpoint, port)| {
+            !self.owner.absent.contains(&endpoint.name) && !open.contains(&label_of(port))
+        });
+        let missing: Vec<_> =
+            missing.map(|(endpoint, port)| (Arc::clone(endpoint), *port)).collect();
+        for (endpoint, port) in missing {
+            if let Err(problem) = self.open_port(&endpoint, port, None).await {
+                tracing::debug!(endpoint = %endpoint.name, publish = %port, "not published: {problem}");
+            }
+        }
+    }
+
+    /// Attaches the endpoint `name`, whose namespace did not exist, in the namespace at `path`.
+    pub(super) async fn attach_at(
+        &mut self,
+        name: &str,
+        path: &Path,
+    ) -> Option<Result<(), Problem>> {
+        let name = self.owner.absent.iter().find(|absent| absent.to_string() == name)?.clone();
+        let endpoint = self.owner.state.endpoints().get(&name).map(Arc::clone)?;
+        let moved = Endpoint { namespace: path.to_owned(), ..(*endpoint).clone() };
+        let attached = self.add_endpoint(&moved).await;
+        if attached.is_err() {
+            self.owner.absent.insert(name);
+            self.up.adopted.set(&moved.setup.name, endpoint.namespace.clone(), true);
+            return Some(attached);
+        }
+        self.owner.absent.remove(&name);
+        self.show();
+        let recorded = self.record_path(&moved.setup.name, path);
+        self.open_missing_ports().await;
+        Some(recorded)
     }
 }
 
-/// The change that reverts `change`. `None` if it cannot be reverted: a closed port of a command
-/// that failed is opened again by the next start.
-fn inverse(change: &Change) -> Option<Change> {
-    Some(match change {
+/// The change that reverts `change`.
+fn inverse(change: &Change) -> Change {
+    match change {
         Change::AddNetwork(network) => Change::RemoveNetwork(Arc::clone(network)),
         Change::RemoveNetwork(network) => Change::AddNetwork(Arc::clone(network)),
         Change::AddEndpoint(endpoint) => Change::RemoveEndpoint(Arc::clone(endpoint)),
@@ -463,7 +539,12 @@ fn inverse(change: &Change) -> Option<Change> {
         Change::MoveEndpoint { old, new } => {
             Change::MoveEndpoint { old: Arc::clone(new), new: Arc::clone(old) }
         }
-    })
+    }
+}
+
+/// Whether `path` refers to a process, not to a container.
+fn is_of_a_process(path: &Path) -> bool {
+    path.starts_with("/proc")
 }
 
 fn refused(refusal: &Refusal) -> Problem {

@@ -560,6 +560,10 @@ impl Instance {
     async fn execute(&mut self, order: Order) {
         match order {
             Order::Reattach { endpoint, netns, done } => {
+                if let Some(attached) = self.attach_at(&endpoint, &netns).await {
+                    let _ = done.send(attached);
+                    return;
+                }
                 match self.namespace_to_attach(&endpoint, &netns) {
                     Ok(namespace) => {
                         self.reattach(&endpoint, netns, namespace, Some(done)).await;
@@ -665,12 +669,14 @@ impl Instance {
             return self.note_failed_attachment(endpoint, problem, done);
         }
         self.up.adopted.set(endpoint, path.clone(), false);
-        self.record_path(endpoint, &path);
+        let recorded = self.record_path(endpoint, &path);
         watch(&mut self.watch, endpoint, &namespace);
         tracing::info!(endpoint, path = %path.display(), namespace = %namespace.id(), "re-attached");
         self.note_health(endpoint.to_owned(), None);
-        if let Some(done) = done {
-            let _ = done.send(Ok(()));
+        match (recorded, done) {
+            (recorded, Some(done)) => drop(done.send(recorded)),
+            (Err(problem), None) => tracing::error!(endpoint, "{problem}"),
+            (Ok(()), None) => {}
         }
     }
 

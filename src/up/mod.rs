@@ -612,7 +612,7 @@ impl Up {
             InitialSource::Project(project) => {
                 (Initial::of_project(project, host_context, &observed)?, BTreeSet::new())
             }
-            InitialSource::State(state) => Initial::of_state(state),
+            InitialSource::State(state) => Initial::of_state(state, host_context, setup).await,
         };
         let Initial { mut layout, networks, endpoints, namespaces, adopted, ports, project } =
             initial;
@@ -638,7 +638,12 @@ impl Up {
         for (name, namespace) in &namespaces {
             setup.kernel().add_endpoint(name, namespace.clone());
         }
-        setup.apply(&layout.desired).await?;
+        if project.is_some() {
+            setup.apply(&layout.desired).await?;
+        } else {
+            // Networks of a daemon are in use: routes that were added since are no conflict.
+            setup.update(&layout.desired).await?;
+        }
         let start = |device: egress::Device| -> anyhow::Result<_> {
             let rate = NonZeroU32::new(self.nat_limits.unanswered).unwrap_or(NonZeroU32::MIN);
             let guards = guards.as_ref();
@@ -790,7 +795,11 @@ impl Up {
             gateway_networks,
             preceding_rule,
             publisher,
-            adopted: Arc::new(Adopted::new(adopted)),
+            adopted: {
+                let adopted = Adopted::new(adopted);
+                adopted.set_gone(absent.iter().map(ToString::to_string));
+                Arc::new(adopted)
+            },
             names,
             egress,
             resolvers,
@@ -874,7 +883,7 @@ impl Instance {
         // After the publisher, whose UDP ports can use the engine.
         drop(egress);
         let (networks, endpoints) = (layout.desired.networks.len(), layout.desired.endpoints.len());
-        if networks > 0 {
+        if networks > 0 && !self.rootless {
             tracing::info!(
                 networks,
                 endpoints,

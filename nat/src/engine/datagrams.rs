@@ -130,8 +130,8 @@ impl<D> Session<D> {
         self.kind == DatagramKind::SharedUdp
     }
 
-    /// Removes the peers that do not satisfy `keep`: their datagrams are no longer accepted, and new
-    /// ones to them are checked by the policy.
+    /// Removes the peers that do not satisfy `keep`: their datagrams are no longer accepted, and
+    /// new ones to them are checked by the policy.
     pub(super) fn retain_peers(&mut self, keep: impl Fn(IpAddr) -> bool) {
         self.peers.retain(|peer| keep(*peer));
     }

@@ -181,8 +181,8 @@ impl<H: Host> Engine<H> {
         &mut self.host
     }
 
-    /// Sets the policy. Flows of containers to destinations that it rejects end, also those that are
-    /// still connecting; all others continue.
+    /// Sets the policy. Flows of containers to destinations that it rejects end, also those that
+    /// are still connecting; all others continue.
     pub fn set_policy(&mut self, policy: Policy) {
         self.settings.policy = policy;
         let policy = &self.settings.policy;
