@@ -162,25 +162,34 @@ impl Instance {
         };
         let new = control::apply(&old, command, &mut surroundings)
             .map_err(|refusal| refused(&refusal))?;
+        let changes = control::changes(&old, &new);
+        // After a crash, the next daemon removes from the host what the store lacks, but it cannot
+        // attach an endpoint again whose process may have been replaced. So the store never
+        // contains an object that is being removed.
+        let removes = changes.iter().all(is_removal);
+        if removes {
+            self.commit(&old, &new)?;
+        }
         let mut executed = Vec::new();
         let mut result = Ok(());
-        for change in control::changes(&old, &new) {
+        for change in changes {
             result = self.execute_change(&change, &mut reserved).await;
             if result.is_err() {
                 break;
             }
             executed.push(change);
         }
-        if result.is_ok()
-            && let Some(store) = &mut self.owner.store
-        {
-            result = store.commit(&old, &new).map_err(|error| Problem::failed(&error));
+        if result.is_ok() && !removes {
+            result = self.commit(&old, &new);
         }
         if result.is_err() {
             for change in executed.iter().rev().map(inverse) {
                 if let Err(problem) = self.execute_change(&change, &mut Reserved::new()).await {
                     tracing::error!("a failed command could not be reverted: {problem}");
                 }
+            }
+            if removes && let Err(problem) = self.commit(&new, &old) {
+                tracing::error!("a failed command could not be reverted: {problem}");
             }
             self.show();
             return result;
@@ -224,6 +233,12 @@ impl Instance {
         }
         self.owner.state = new;
         Ok(())
+    }
+
+    /// Records the change from `old` to `new` durably.
+    fn commit(&mut self, old: &State, new: &State) -> Result<(), Problem> {
+        let Some(store) = &mut self.owner.store else { return Ok(()) };
+        store.commit(old, new).map_err(|error| Problem::failed(&error))
     }
 
     /// Publishes the current networks for the API and the metrics.
@@ -521,6 +536,13 @@ impl Instance {
         self.open_missing_ports().await;
         Some(recorded)
     }
+}
+
+fn is_removal(change: &Change) -> bool {
+    matches!(
+        change,
+        Change::ClosePort { .. } | Change::RemoveEndpoint(_) | Change::RemoveNetwork(_)
+    )
 }
 
 /// The change that reverts `change`.

@@ -235,8 +235,12 @@ fn run(program: &Path, args: &[&str], input: &str) -> io::Result<String> {
             Some(status) if status.success() => Ok(output),
             Some(status) => {
                 let message = errors.lines().map(str::trim).find(|line| !line.is_empty());
-                // The text is the same in all versions, and the exit status 4 also means others.
-                let is_locked = |message: &str| message.contains("holding the xtables lock");
+                // The texts are the same in all versions (the second one is that of the legacy
+                // programs), and the exit status 4 also means others.
+                let is_locked = |message: &str| {
+                    message.contains("holding the xtables lock")
+                        || message.starts_with("Can't lock ")
+                };
                 let error = match message {
                     Some(message) if is_locked(message) => ProgramError::Locked(name.clone()),
                     Some(message) => ProgramError::Message(message.to_owned()),

@@ -1,0 +1,407 @@
+//! `tidegate daemon`: commands at run time, durability, and crashes at any time.
+
+#[path = "up/scene.rs"]
+mod scene;
+
+mod api {
+    pub(crate) mod ask;
+}
+
+use api::ask::{ask, get};
+use scene::{Scene, state};
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+use tidegate_testbed::server::{EchoServer, PeerServer};
+use tidegate_testbed::{Mounts, Namespace, Process, Signal, eventually};
+
+const SOON: Duration = Duration::from_secs(10);
+
+/// A daemon with the network `front`.
+fn daemon(scene: &Scene, flags: &[&str]) -> Process {
+    let daemon = scene.daemon(flags);
+    scene.succeeds(&["network", "create", "front", "--subnet", "10.9.0.0/24"]);
+    daemon
+}
+
+/// Attaches a new namespace to `front`.
+#[track_caller]
+fn attach(scene: &Scene, name: &str, more: &[&str]) -> Namespace {
+    let namespace = Namespace::new();
+    let path = namespace.path();
+    let mut args = vec!["attach", "front", "--name", name, "--netns", path.to_str().unwrap()];
+    args.extend(more);
+    scene.succeeds(&args);
+    namespace
+}
+
+/// Networks, and endpoints with the addresses and ports of each.
+fn objects(scene: &Scene) -> (BTreeSet<String>, BTreeSet<String>) {
+    let names =
+        |target: &str| -> Vec<Value> { get(&scene.socket(), target).1.as_array().unwrap().clone() };
+    let networks = names("/v1/networks").iter().map(|one| one["name"].to_string()).collect();
+    let endpoint = |one: &Value| {
+        let ports: BTreeSet<String> = one["ports"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|port| port["publish"].to_string())
+            .collect();
+        format!("{} {} {ports:?}", one["name"], one["attachments"])
+    };
+    (networks, names("/v1/endpoints").iter().map(endpoint).collect())
+}
+
+#[test]
+fn endpoints_are_attached_named_published_and_detached() {
+    for flags in [["--firewall=nftables"], ["--firewall=iptables"], ["--firewall=none"]] {
+        let scene = Scene::new();
+        let mut daemon = daemon(&scene, &flags);
+        let web = attach(&scene, "web", &["--alias", "site", "-p", "8080:80"]);
+        let db = attach(&scene, "db", &["--ip", "10.9.0.77"]);
+        let _server = PeerServer::tcp(&web, "10.9.0.2:80".parse().unwrap());
+        let answers = |address: &str| {
+            scene.net.client.run(|| {
+                let mut stream = TcpStream::connect(address)?;
+                stream.write_all(b"?")?;
+                stream.read(&mut [0; 100])
+            })
+        };
+        assert!(answers("203.0.113.1:8080").is_ok_and(|length| length > 0), "{flags:?}");
+        let name = db.exec("dig", &["+short", "@127.0.0.11", "site"]);
+        assert_eq!(name, "10.9.0.2\n", "{flags:?}");
+        assert!(scene.succeeds(&["ps"]).contains("0.0.0.0:8080/tcp->80"), "{flags:?}");
+
+        scene.succeeds(&["detach", "web"]);
+        assert!(answers("203.0.113.1:8080").is_err(), "{flags:?}");
+        assert_eq!(db.exec("dig", &["+short", "@127.0.0.11", "site"]), "", "{flags:?}");
+        assert!(!web.exec("ip", &["-o", "link"]).contains("eth0"), "{flags:?}");
+        scene.succeeds(&["detach", "db"]);
+        scene.succeeds(&["network", "rm", "front"]);
+        assert_eq!(objects(&scene), (BTreeSet::new(), BTreeSet::new()));
+        daemon.stop(Signal::INT, SOON);
+        assert!(!state(&scene.net.host).contains("10.9.0."), "{flags:?}");
+    }
+}
+
+#[test]
+fn errors_name_the_object_and_change_nothing() {
+    let scene = Scene::new();
+    let _daemon = daemon(&scene, &["--firewall=nftables"]);
+    let web = attach(&scene, "web", &["-p", "8080:80"]);
+    let path = web.path().to_str().unwrap().to_owned();
+    let free = Namespace::new();
+    let other = free.path().to_str().unwrap().to_owned();
+    let _holder = scene.net.host.run(|| std::net::TcpListener::bind("0.0.0.0:9999")).unwrap();
+    let before = (objects(&scene), state(&scene.net.host));
+    let attach = |netns: &str, more: &[&str]| -> Vec<String> {
+        let args = ["attach", "front", "--netns", netns, "--name", "new"];
+        args.iter().chain(more).map(|arg| (*arg).to_owned()).collect()
+    };
+    let create = |more: &[&str]| -> Vec<String> {
+        ["network", "create"].iter().chain(more).map(|arg| (*arg).to_owned()).collect()
+    };
+    for (args, error) in [
+        (create(&["front"]), "network front already exists; "),
+        (create(&["new", "--subnet", "10.9.0.128/25"]), "overlaps 10.9.0.0/24 of network front"),
+        (create(&["new", "--subnet", "203.0.113.0/24"]), "which the host reaches through"),
+        (create(&["new", "--subnet", "127.0.0.0/8"]), "subnet 127.0.0.0/8 is not usable"),
+        (create(&["a/b"]), "invalid name \"a/b\""),
+        (vec!["network".into(), "rm".into(), "front".into()], "is in use by endpoint web"),
+        (vec!["network".into(), "rm".into(), "nope".into()], "network nope does not exist"),
+        (vec!["detach".into(), "nope".into()], "endpoint nope does not exist"),
+        (attach("/nowhere", &[]), "no such namespace /nowhere"),
+        (attach("/proc/self/ns/net", &[]), "its network namespace is the host's own"),
+        (attach(&path, &[]), "is already attached as endpoint web"),
+        (attach(&other, &["--ip", "10.9.0.2"]), "10.9.0.2"),
+        (attach(&other, &["--ip", "192.0.2.1"]), "192.0.2.1"),
+        (attach(&other, &["-p", "9999:80"]), "port 9999/tcp on 0.0.0.0 is in use by "),
+        (attach(&other, &["-p", "8080:80"]), "port 8080/tcp on 0.0.0.0 is in use by "),
+    ] {
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let line = scene.fails(&args);
+        assert!(line.contains(error), "{args:?}: {line}");
+        assert_eq!((objects(&scene), state(&scene.net.host)), before, "{args:?}");
+    }
+    assert!(!free.exec("ip", &["-o", "link"]).contains("eth0"));
+}
+
+#[test]
+fn a_project_in_the_foreground_refuses_commands() {
+    let scene = Scene::new();
+    let up = scene.up("name: demo\nservices: { job: { command: [ sleep, '60' ] } }\n");
+    up.wait_for_line("Ctrl-C takes", SOON);
+    let line = scene.fails(&["network", "create", "front"]);
+    assert!(line.starts_with("project \"demo\" runs in the foreground"), "{line}");
+}
+
+/// Every command is in force after a kill that follows its answer.
+#[test]
+fn a_command_is_durable_when_it_is_answered() {
+    let scene = Scene::new();
+    let mut daemon = daemon(&scene, &["--firewall=nftables"]);
+    let mut namespaces = Vec::new();
+    let check = |daemon: &mut Process, what: &str| {
+        let before = objects(&scene);
+        daemon.signal(Signal::KILL);
+        daemon.wait(SOON);
+        *daemon = scene.daemon(&["--firewall=nftables"]);
+        assert_eq!(objects(&scene), before, "{what}");
+    };
+    check(&mut daemon, "network create");
+    namespaces.push(attach(&scene, "web", &["-p", "8080:80"]));
+    check(&mut daemon, "attach");
+    let ports = json!({ "endpoint": "web", "spec": "127.0.0.1:9090:90/udp" });
+    let (status, opened) = ask(&scene.socket(), "POST", "/v1/ports", &ports.to_string());
+    assert_eq!(status, 201, "{opened}");
+    check(&mut daemon, "publish");
+    let id = get(&scene.socket(), "/v1/ports").1[0]["id"].as_u64().unwrap();
+    assert_eq!(ask(&scene.socket(), "DELETE", &format!("/v1/ports/{id}"), "").0, 204);
+    check(&mut daemon, "unpublish");
+    scene.succeeds(&["detach", "web"]);
+    check(&mut daemon, "detach");
+    scene.succeeds(&["network", "rm", "front"]);
+    check(&mut daemon, "network rm");
+}
+
+/// The daemon is killed at many points during a command. Afterwards the command was executed, or
+/// not, and the host matches the state.
+#[test]
+fn a_kill_during_a_command_leaves_it_executed_or_not() {
+    let scene = Scene::new();
+    let mut daemon = daemon(&scene, &["--firewall=nftables"]);
+    let keeper = attach(&scene, "keeper", &["-p", "8081:80"]);
+    let boxed = Namespace::new();
+    let path = boxed.path().to_str().unwrap().to_owned();
+    let add = ["attach", "front", "--name", "new", "--netns", &path, "-p", "8080:80"];
+    let links = || {
+        let links = scene.net.host.exec("ip", &["-o", "link"]);
+        links.lines().filter(|line| line.contains(": tgv")).count()
+    };
+    let mut outcomes = BTreeSet::new();
+    for step in 0..24_u64 {
+        let is_attached = || objects(&scene).1.iter().any(|one| one.starts_with("\"new\""));
+        let attached = is_attached();
+        let args: &[&str] = if attached { &["detach", "new"] } else { &add };
+        let mut command = scene.tidegate();
+        let mut client = command.args(args).stdout(std::process::Stdio::null());
+        client = client.stderr(std::process::Stdio::null());
+        let mut client = client.spawn().unwrap();
+        thread::sleep(Duration::from_millis(4 + step * 2));
+        daemon.signal(Signal::KILL);
+        daemon.wait(SOON);
+        let answered = client.wait().unwrap().success();
+        daemon = scene.daemon(&["--firewall=nftables"]);
+        let now = is_attached();
+        assert!(!answered || now != attached, "step {step}: an answered command is lost");
+        outcomes.insert((attached, now));
+        let expected = 1 + usize::from(now);
+        assert!(
+            eventually(SOON, || links() == expected),
+            "step {step}: {} links; {:?}\n{}",
+            links(),
+            objects(&scene),
+            daemon.output()
+        );
+        assert_eq!(boxed.exec("ip", &["-o", "link"]).contains("eth0"), now, "step {step}");
+        assert!(keeper.exec("ip", &["-o", "addr"]).contains("10.9.0.2"));
+    }
+    assert!(outcomes.len() >= 2, "{outcomes:?}");
+}
+
+/// Traffic between containers continues while the daemon is killed and started again.
+#[test]
+fn traffic_between_containers_survives_a_kill() {
+    let scene = Scene::new();
+    let mut daemon = daemon(&scene, &["--firewall=nftables"]);
+    let [a, b] = ["a", "b"].map(|name| attach(&scene, name, &[]));
+    let lost = thread::scope(|scope| {
+        let ping = scope.spawn(|| {
+            let args = ["-i", "0.02", "-c", "150", "-q", "10.9.0.3"];
+            a.command("ping").args(args).output().unwrap()
+        });
+        for _ in 0..3 {
+            thread::sleep(Duration::from_millis(300));
+            daemon.signal(Signal::KILL);
+            daemon.wait(SOON);
+            thread::sleep(Duration::from_millis(200));
+            daemon = scene.daemon(&["--firewall=nftables"]);
+        }
+        String::from_utf8(ping.join().unwrap().stdout).unwrap()
+    });
+    assert!(lost.contains("150 received"), "{lost}");
+    drop(b);
+}
+
+/// Attaches and detaches endpoints while connections of others transfer data.
+#[test]
+fn changes_do_not_affect_the_flows_of_others() {
+    const CHANGES: usize = 60;
+    let scene = Scene::new();
+    let _daemon = daemon(&scene, &["--firewall=nftables"]);
+    let server = attach(&scene, "server", &["-p", "8080:80"]);
+    let client = attach(&scene, "client", &[]);
+    let _echo = EchoServer::tcp(&server, "10.9.0.2:80".parse().unwrap());
+    let ends = AtomicBool::new(false);
+    let talk = |namespace: &Namespace, to: &str| {
+        namespace.run(|| {
+            let mut stream = TcpStream::connect(to).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+            let mut rounds = 0;
+            while !ends.load(Ordering::Relaxed) {
+                stream.write_all(&[7; 1000]).unwrap();
+                stream.read_exact(&mut [0; 1000]).unwrap();
+                rounds += 1;
+                thread::sleep(Duration::from_millis(1));
+            }
+            rounds
+        })
+    };
+    thread::scope(|scope| {
+        let direct = scope.spawn(|| talk(&client, "10.9.0.2:80"));
+        let published = scope.spawn(|| talk(&scene.net.client, "203.0.113.1:8080"));
+        let boxed = Namespace::new();
+        let path = boxed.path();
+        let path = path.to_str().unwrap();
+        for number in 0..CHANGES {
+            let name = format!("e{number}");
+            let port = format!("{}:80", 20_000 + number);
+            scene.succeeds(&["attach", "front", "--name", &name, "--netns", path, "-p", &port]);
+            scene.succeeds(&["detach", &name]);
+        }
+        ends.store(true, Ordering::Relaxed);
+        assert!(direct.join().unwrap() > 100 && published.join().unwrap() > 100);
+    });
+}
+
+/// The networks of the state come up with each firewall, whatever the previous one was.
+#[test]
+fn a_restart_with_another_firewall_replaces_the_rules() {
+    let scene = Scene::new();
+    let mut before = daemon(&scene, &["--firewall=nftables"]);
+    let web = attach(&scene, "web", &["-p", "8080:80"]);
+    let neighbour = attach(&scene, "neighbour", &[]);
+    let _server = PeerServer::tcp(&web, "10.9.0.2:80".parse().unwrap());
+    let answers = |from: &Namespace, address: &str| {
+        from.run(|| {
+            let mut stream = TcpStream::connect(address)?;
+            stream.write_all(b"?")?;
+            stream.read(&mut [0; 100])
+        })
+    };
+    for (number, firewall) in
+        ["none", "iptables", "nftables", "iptables", "none", "nftables"].into_iter().enumerate()
+    {
+        let end = if number % 2 == 0 { Signal::KILL } else { Signal::INT };
+        before.stop(end, SOON);
+        before = scene.daemon(&[&format!("--firewall={firewall}")]);
+        for (from, address) in [
+            (&scene.net.client, "203.0.113.1:8080"),
+            (&neighbour, "10.9.0.2:80"),
+            (&neighbour, "203.0.113.1:8080"),
+        ] {
+            let length = answers(from, address);
+            assert!(length.is_ok_and(|length| length > 0), "{firewall}: {address}");
+        }
+        let tables = scene.net.host.exec("nft", &["list", "tables"]);
+        assert_eq!(tables.contains("tidegate"), firewall == "nftables", "{firewall}: {tables}");
+        let rules = scene.net.host.exec("iptables-save", &[]);
+        assert_eq!(rules.contains("TIDEGATE"), firewall == "iptables", "{firewall}: {rules}");
+    }
+}
+
+/// While another program holds the xtables lock, a publish waits, and fails with 503. Status,
+/// metrics and DNS are served meanwhile.
+#[test]
+fn a_held_xtables_lock_delays_a_publish_only() {
+    let mut scene = Scene::with_legacy_iptables().with_metrics();
+    // iptables-legacy takes flock(2) on this file.
+    let lock = tempfile::NamedTempFile::new().unwrap();
+    let mounts = Mounts::builder().bind(lock.path(), "/run/xtables.lock").build(&scene.net.host);
+    scene.net.host = scene.net.host.with_mounts(mounts);
+    let _daemon = daemon(&scene, &["--firewall=iptables"]);
+    let web = attach(&scene, "web", &[]);
+    lock.as_file().lock().unwrap();
+    let publish = thread::scope(|scope| {
+        let publish = scope.spawn(|| {
+            let body = json!({ "endpoint": "web", "spec": "8080:80" }).to_string();
+            let begun = Instant::now();
+            let (status, body) = ask(&scene.socket(), "POST", "/v1/ports", &body);
+            (status, body, begun.elapsed())
+        });
+        thread::sleep(Duration::from_millis(500));
+        let begun = Instant::now();
+        assert_eq!(get(&scene.socket(), "/v1/status").0, 200);
+        assert_eq!(get(&scene.socket(), "/v1/ports").0, 200);
+        assert!(scene.figures().contains("tidegate_network_endpoints"));
+        assert_eq!(web.exec("dig", &["+short", "@127.0.0.11", "web"]), "10.9.0.2\n");
+        assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+        publish.join().unwrap()
+    });
+    lock.as_file().unlock().unwrap();
+    let (status, body, took) = publish;
+    assert_eq!(status, 503, "{body} after {took:?}");
+    assert!(body["error"].as_str().unwrap().contains("xtables lock"), "{body}");
+    assert!(took < Duration::from_secs(15), "{took:?}");
+    scene.succeeds(&["ps"]);
+    let body = json!({ "endpoint": "web", "spec": "8080:80" }).to_string();
+    assert_eq!(ask(&scene.socket(), "POST", "/v1/ports", &body).0, 201, "a retry succeeds");
+}
+
+/// A container that returns in another namespace is attached again, also while no daemon runs.
+#[test]
+fn containers_return_in_another_namespace() {
+    let scene = Scene::new();
+    let mut daemon = daemon(&scene, &["--firewall=nftables"]);
+    let place = scene.directory.path().join("web");
+    let put = |namespace: &Namespace| {
+        let link = scene.directory.path().join("next");
+        std::os::unix::fs::symlink(namespace.path(), &link).unwrap();
+        fs::rename(&link, &place).unwrap();
+    };
+    let [first, second, third] = [(); 3].map(|()| Namespace::new());
+    put(&first);
+    let path = place.to_str().unwrap();
+    scene.succeeds(&["attach", "front", "--name", "web", "--netns", path, "-p", "8080:80"]);
+    let is_in = |namespace: &Namespace| namespace.exec("ip", &["-o", "addr"]).contains("10.9.0.2");
+    assert!(is_in(&first));
+    put(&second);
+    assert!(eventually(SOON, || is_in(&second)));
+    daemon.signal(Signal::KILL);
+    daemon.wait(SOON);
+    fs::remove_file(&place).unwrap();
+    daemon = scene.daemon(&["--firewall=nftables"]);
+    let shown = || get(&scene.socket(), "/v1/status").1["services"][0]["state"].to_string();
+    assert_eq!(shown(), "\"gone\"");
+    put(&third);
+    assert!(eventually(SOON, || is_in(&third)), "{}", daemon.output());
+    let ports = || get(&scene.socket(), "/v1/ports").1.as_array().unwrap().len();
+    assert!(eventually(SOON, || ports() == 2 && shown() == "\"adopted\""), "{}", shown());
+}
+
+#[test]
+fn two_daemons_and_bad_state_files_are_one_line() {
+    let scene = Scene::new();
+    let mut daemon = daemon(&scene, &["--firewall=nftables"]);
+    let file = scene.run.path().join("state/state.redb");
+    let state_directory = scene.run.path().join("state");
+    let start = |socket: &str| {
+        let mut command = scene.tidegate();
+        command.args(["daemon", "--metrics", "none", "--state"]).arg(&state_directory);
+        scene::refused(command.env("TIDEGATE_SOCKET", scene.run.path().join(socket)))
+    };
+    let line = start("other.sock");
+    assert!(line.contains("is in use by another process"), "{line}");
+    daemon.stop(Signal::INT, SOON);
+    fs::write(&file, b"not a database").unwrap();
+    let before = state(&scene.net.host);
+    let line = start("api.sock");
+    assert!(line.starts_with("tidegate: error: state file ") && line.contains("corrupt"), "{line}");
+    assert_eq!(line.lines().count(), 1, "{line}");
+    assert_eq!(state(&scene.net.host), before, "what exists is left alone");
+}
