@@ -261,14 +261,14 @@ pub fn explain_connect(path_given: &Path, error: &io::Error) -> String {
     let path = path_given.display();
     match Errno::from_io_error(error) {
         Some(Errno::NOENT | Errno::NOTDIR) => format!(
-            "tidegate is not running: socket {path} does not exist (start tidegate up, or set {VARIABLE})"
+            "tidegate is not running: socket {path} does not exist (start tidegate up or tidegate daemon, or set {VARIABLE})"
         ),
         Some(Errno::CONNREFUSED) => format!(
-            "tidegate is not running: no listener on socket {path} (the next tidegate up takes it over)"
+            "tidegate is not running: no listener on socket {path} (the next tidegate up or daemon takes it over)"
         ),
         Some(Errno::ACCESS | Errno::PERM) => {
             format!(
-                "permission denied for socket {path}; only the user who started tidegate up and root may connect"
+                "permission denied for socket {path}; only the user who started tidegate and root may connect"
             )
         }
         // The standard library rejects a path that is too long before any system call.

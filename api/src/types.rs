@@ -33,7 +33,7 @@ pub struct Status {
     pub isolation: String,
     /// The metrics endpoint; null if it is disabled.
     pub metrics: Option<Metrics>,
-    /// The services, in the order of the Compose file.
+    /// The services, in the order of the Compose file, or the endpoints of a daemon.
     pub services: Vec<Service>,
 }
 

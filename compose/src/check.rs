@@ -4,12 +4,13 @@
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
 use super::error::{Fault, Site};
-use super::network::{self, unusable};
+use super::network;
 use super::project::SubnetConfig;
 use super::service::{AttachmentSites, Draft};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use tidegate_model::validity::address_problem;
 use tidegate_model::{PortSpec, bracketed, overlap};
 
 /// Maximum number of ports that a project may publish: the full range of each protocol, twice.
@@ -97,7 +98,7 @@ fn fixed_address(address: IpAddr, network: &str, subnets: &[SubnetConfig]) -> Re
             "networks.{network} has no {family} subnet for {address}; add one under ipam.config"
         ));
     };
-    if let Some(problem) = unusable(address, &subnet.subnet) {
+    if let Some(problem) = address_problem(address, &subnet.subnet) {
         return Err(format!("{address} is not usable on networks.{network}: {problem}"));
     }
     if address == subnet.gateway_address() {

@@ -6,9 +6,11 @@ use super::error::{Fault, Site};
 use super::project::{Names, NetworkConfig, SubnetConfig};
 use super::service::addresses;
 use super::value::{Field, Value};
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use tidegate_model::registry;
+use ipnet::IpNet;
+use std::net::IpAddr;
+use tidegate_model::validity::{
+    INTERFACE_NAME, address_problem, is_interface_name, subnet_problem,
+};
 
 const BRIDGE_NAME: &str = "com.docker.network.bridge.name";
 const BRIDGE_ICC: &str = "com.docker.network.bridge.enable_icc";
@@ -19,9 +21,6 @@ const MTU: std::ops::RangeInclusive<u32> = 68..=65_535;
 
 /// The minimum MTU of IPv6 (RFC 8200, section 5).
 const MTU_V6: u32 = 1280;
-
-/// Maximum length of an interface name, in bytes (`IFNAMSIZ` less the terminating NUL).
-const INTERFACE_NAME: usize = 15;
 
 /// A network, with the positions of the parts that are checked against other networks.
 pub(super) struct Draft {
@@ -141,10 +140,7 @@ fn read_options(
 
 fn interface_name(value: &Value<'_>) -> Result<String, Fault> {
     let name = value.string()?;
-    let allowed = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '%');
-    // iptables reads a `+` at the end as a wildcard.
-    let special = matches!(name.as_str(), "." | ".." | "all" | "default") || name.ends_with('+');
-    if name.is_empty() || name.len() > INTERFACE_NAME || special || !name.chars().all(allowed) {
+    if !is_interface_name(&name) {
         return Err(value.fault(format!(
             "{name:?} is not a valid interface name: use 1 to {INTERFACE_NAME} characters without spaces, slashes or colons, and without a + at the end"
         )));
@@ -193,7 +189,7 @@ fn read_subnet(item: &Value<'_>, draft: &mut Draft) -> Result<(), Fault> {
         return Err(item.fault("no subnet is set; add one, for example subnet: 10.9.0.0/24"));
     };
     if let Some((gateway, value)) = &gateway
-        && let Some(problem) = unusable(*gateway, &subnet)
+        && let Some(problem) = address_problem(*gateway, &subnet)
     {
         return Err(value.fault(format!("{gateway} is not usable as the gateway: {problem}")));
     }
@@ -216,46 +212,8 @@ fn read_subnet(item: &Value<'_>, draft: &mut Draft) -> Result<(), Fault> {
 
 fn parse_subnet(value: &Value<'_>) -> Result<IpNet, Fault> {
     let subnet: IpNet = value.parsed("a subnet such as 10.9.0.0/24 or fd09::/64")?;
-    if subnet.trunc() != subnet {
-        return Err(value.fault(format!("{subnet} has host bits set; use {}", subnet.trunc())));
-    }
-    // A subnet holds the network address, a gateway, a service and, for IPv4, the broadcast
-    // address.
-    if subnet.max_prefix_len() - subnet.prefix_len() < 2 {
-        return Err(value.fault(format!("{subnet} is too small for a gateway and a service")));
-    }
-    let overlaps = |other: IpNet| subnet.contains(&other) || other.contains(&subnet);
-    if NO_HOSTS.into_iter().any(overlaps) {
-        return Err(value.fault(format!("{subnet} has no host addresses; use a private range")));
-    }
-    if let Some(engine) = registry::ENGINE_ADDRESSES.into_iter().find(|ip| subnet.contains(ip)) {
-        return Err(value.fault(format!(
-            "{subnet} contains {engine}, the address of the NAT engine; use another subnet"
-        )));
-    }
-    Ok(subnet)
-}
-
-/// Ranges without addresses of hosts on a network of containers: this host, loopback, multicast and
-/// reserved addresses (RFC 6890), and link-local IPv6 addresses, which every link has.
-const NO_HOSTS: [IpNet; 6] = [
-    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(0, 0, 0, 0), 8)),
-    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8)),
-    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(224, 0, 0, 0), 3)),
-    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 127)),
-    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 10)),
-    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0), 8)),
-];
-
-/// Returns the reason why a host in `subnet` cannot use `address`; `None` if it can.
-pub(super) fn unusable(address: IpAddr, subnet: &IpNet) -> Option<String> {
-    if !subnet.contains(&address) {
-        Some(format!("it is outside {subnet}"))
-    } else if address == subnet.network() {
-        Some(format!("it is the network address of {subnet}"))
-    } else if address.is_ipv4() && address == subnet.broadcast() {
-        Some(format!("it is the broadcast address of {subnet}"))
-    } else {
-        None
+    match subnet_problem(&subnet) {
+        Some(problem) => Err(value.fault(format!("{subnet} is not usable: {problem}"))),
+        None => Ok(subnet),
     }
 }

@@ -10,15 +10,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::Path;
 use tidegate_model::Restart;
-
-/// Maximum length of a host name for sethostname(2), in bytes (`__NEW_UTS_LEN`).
-const HOST_NAME: usize = 64;
-
-/// Maximum length of a DNS label, in bytes (RFC 1035, section 2.3.4).
-const LABEL: usize = 63;
-
-/// Maximum length of a DNS name in text form, in bytes.
-const DOMAIN_NAME: usize = 253;
+use tidegate_model::validity::{HOST_NAME, is_alias, is_host_name};
 
 /// Keys that apply only to services with a command.
 const KEYS_OF_COMMANDS: [&str; 3] = ["environment", "hostname", "restart"];
@@ -248,13 +240,7 @@ fn read_environment(value: &Value<'_>) -> Result<BTreeMap<String, String>, Fault
 
 fn read_hostname(value: &Value<'_>) -> Result<String, Fault> {
     let name = value.string()?;
-    let allowed = |label: &str| {
-        (1..=LABEL).contains(&label.len())
-            && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
-            && !label.starts_with('-')
-            && !label.ends_with('-')
-    };
-    if name.len() > HOST_NAME || !name.split('.').all(allowed) {
+    if !is_host_name(&name) {
         return Err(value.fault(format!(
             "{name:?} is not a valid host name: use at most {HOST_NAME} letters, digits, hyphens and dots"
         )));
@@ -329,11 +315,7 @@ fn read_attachment(
 
 fn read_alias(value: &Value<'_>) -> Result<String, Fault> {
     let alias = value.string()?;
-    let allowed = |label: &str| {
-        (1..=LABEL).contains(&label.len())
-            && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
-    };
-    if alias.len() > DOMAIN_NAME || !alias.split('.').all(allowed) {
+    if !is_alias(&alias) {
         return Err(value.fault(format!(
             "{alias:?} is not a valid DNS name: use letters, digits, hyphens and underscores, separated by dots"
         )));

@@ -4,9 +4,6 @@
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
 use crate::quarantine::Quarantine;
-use crate::subnet::{
-    address_problem, is_alias, is_default, is_host_name, is_interface_name, overlap, subnet_problem,
-};
 use crate::{
     AttachSpec, Command, Endpoint, Name, Network, NetworkAttachment, NetworkSpec, PublishedPort,
     Refusal, State,
@@ -18,6 +15,9 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
+use tidegate_model::validity::{
+    address_problem, is_alias, is_host_name, is_interface_name, subnet_problem, subnets_overlap,
+};
 use tidegate_model::{MacAddress, Protocol, registry};
 use tidegate_netsetup::{
     self as netsetup, Attachment, Interface, Observed, Place, Pools, Subnet, gateway,
@@ -191,7 +191,9 @@ fn check_overlap(
     observed: &Observed,
 ) -> Result<(), Refusal> {
     for other in state.networks.values() {
-        if let Some(taken) = other.setup.subnets.iter().find(|one| overlap(&one.subnet, &subnet)) {
+        if let Some(taken) =
+            other.setup.subnets.iter().find(|one| subnets_overlap(&one.subnet, &subnet))
+        {
             return Err(Refusal::SubnetsOverlap {
                 network: spec.name.clone(),
                 subnet,
@@ -200,7 +202,7 @@ fn check_overlap(
             });
         }
     }
-    match routes(observed).find(|(route, _)| overlap(route, &subnet)) {
+    match routes(observed).find(|(route, _)| subnets_overlap(route, &subnet)) {
         Some((route, link)) => Err(Refusal::RouteOverlaps {
             network: spec.name.clone(),
             subnet,
@@ -255,32 +257,14 @@ fn interface_holder(state: &State, observed: &Observed, interface: &str) -> Opti
     links.contains_key(interface).then(|| "another interface of the host".to_owned())
 }
 
-/// Returns the bridge name: `tg-`, up to seven characters of the network's name, and four
-/// hexadecimal digits of a hash of the full name. It stays the same across restarts, for packet
-/// captures.
+/// Returns the bridge name. It stays the same across restarts.
 fn bridge_name(network: &Name, attempt: u32) -> String {
-    let readable = network.name().chars().filter(char::is_ascii_alphanumeric).take(7);
     let mut text = network.to_string();
     if attempt > 0 {
         // A space is not part of a name, so no other network has this text.
         let _ = write!(text, " {attempt}");
     }
-    let hash = registry::fnv1a(text.as_bytes());
-    let id = (hash ^ (hash >> 32)) as u16;
-    format!(
-        "{}{}-{id:04x}",
-        registry::BRIDGE_PREFIX,
-        readable.collect::<String>().to_ascii_lowercase()
-    )
-}
-
-/// `tgv` and twelve random hexadecimal digits: 15 bytes, the maximum (`IFNAMSIZ` - 1).
-fn veth_name(random: [u8; 6]) -> String {
-    let mut name = format!("{}v", registry::INTERFACE_PREFIX);
-    for byte in random {
-        let _ = write!(name, "{byte:02x}");
-    }
-    name
+    registry::bridge_name(network.name(), &text)
 }
 
 /// Returns a random MAC address that is neither in the state nor in `new`, and adds it to `new`.
@@ -311,7 +295,7 @@ fn unused_veth_name(
 ) -> Result<String, Refusal> {
     let links = with.observed.links.get(&Place::Host);
     for _ in 0..ATTEMPTS {
-        let name = veth_name((with.random)());
+        let name = registry::veth_name((with.random)());
         if !state.host_interfaces().any(|interface| interface.name == name)
             && !new.iter().any(|attachment| attachment.host_end.name == name)
             && !links.is_some_and(|links| links.contains_key(&name))
@@ -608,4 +592,11 @@ fn limit_of(
     most: usize,
 ) -> Result<(), Refusal> {
     limit(&format!("{what} of {kind} {holder}"), count, most)
+}
+
+/// Returns whether `route` is a default route or a part of one. VPNs add routes for halves
+/// (0.0.0.0/1, 128.0.0.0/1), quarters or eighths of the address space. These take precedence over a
+/// default route without replacing it.
+fn is_default(route: &IpNet) -> bool {
+    route.prefix_len() <= 3
 }

@@ -39,7 +39,6 @@ mod record;
 mod refusal;
 mod state;
 mod store;
-mod subnet;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -56,4 +55,3 @@ pub use quarantine::Quarantine;
 pub use refusal::Refusal;
 pub use state::{Endpoint, Network, PublishedPort, State};
 pub use store::{Store, StoreError};
-pub use subnet::subnet_problem;

@@ -22,6 +22,7 @@
 //! | [`Restart`] | restart policy of a service |
 //! | [`bracketed`], [`without_errno`] | addresses and kernel errors in messages |
 //! | [`Feature`] | kernel features that are optional, and their overrides |
+//! | [`validity`] | rules for subnets, addresses, and names of interfaces and hosts |
 //! | [`registry`] | identifiers that tidegate claims on the host, and the ranges of other software that it avoids |
 
 #![forbid(unsafe_code)]
@@ -43,6 +44,7 @@ mod protocol;
 pub mod registry;
 mod restart;
 mod share;
+pub mod validity;
 
 pub use cidr_set::{CidrSet, CidrSetError};
 pub use direction::{Direction, PerDirection};

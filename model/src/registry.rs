@@ -288,6 +288,31 @@ pub fn fnv1a(bytes: &[u8]) -> u64 {
     })
 }
 
+/// [`fnv1a`] for callers that truncate the hash: the upper half is folded into the lower one.
+#[must_use]
+pub fn folded_hash(bytes: &[u8]) -> u64 {
+    let hash = fnv1a(bytes);
+    hash ^ (hash >> 32)
+}
+
+/// Returns the name of a bridge for packet captures: [`BRIDGE_PREFIX`], up to seven characters of
+/// the `readable` name of the network, and four hexadecimal digits of a hash of `full`, which
+/// identifies the network on the host. At most 15 bytes, the maximum (`IFNAMSIZ` - 1).
+#[must_use]
+pub fn bridge_name(readable: &str, full: &str) -> String {
+    let readable: String = readable.chars().filter(char::is_ascii_alphanumeric).take(7).collect();
+    let id = folded_hash(full.as_bytes()) as u16;
+    format!("{BRIDGE_PREFIX}{}-{id:04x}", readable.to_ascii_lowercase())
+}
+
+/// Returns the name of the host end of a veth pair: `tgv` and twelve `random` hexadecimal digits,
+/// 15 bytes.
+#[must_use]
+pub fn veth_name(random: [u8; 6]) -> String {
+    let [a, b, c, d, e, f] = random;
+    format!("{INTERFACE_PREFIX}v{a:02x}{b:02x}{c:02x}{d:02x}{e:02x}{f:02x}")
+}
+
 fn offset(value: u32, first: u32) -> Option<OwnerSlot> {
     value.checked_sub(first).and_then(|index| u8::try_from(index).ok()).map(OwnerSlot)
 }
@@ -319,6 +344,16 @@ mod tests {
             assert_ne!(MARK & mask, value, "{owner}");
         }
         assert_eq!(MARK & 0x8b98_0f00, 0, "Calico, with the mask recommended at MARK");
+    }
+
+    #[test]
+    fn interface_names_have_15_bytes_at_most_and_differ_between_projects() {
+        for network in ["a", "default", "a-very-long-name-of-a-network"] {
+            let [one, other] = ["demo", "other"]
+                .map(|project| bridge_name(network, &format!("{project}/{network}")));
+            assert!(one.len() <= 15 && one != other, "{one} {other}");
+        }
+        assert_eq!(veth_name([1, 2, 3, 4, 5, 0xff]), "tgv0102030405ff");
     }
 
     /// Test vectors of the authors of the algorithm.

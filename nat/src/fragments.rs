@@ -166,6 +166,17 @@ impl Reassembly {
 }
 
 impl Partial {
+    /// Discards the fragments. All further fragments of the packet are rejected until the deadline.
+    fn invalidate(&mut self) {
+        *self = Self {
+            deadline: self.deadline,
+            fragments: BTreeMap::new(),
+            bytes: 0,
+            length: None,
+            invalid: true,
+        };
+    }
+
     fn add(&mut self, fragment: Fragment, payload: &[u8]) -> bool {
         let end = fragment.offset + payload.len();
         let valid = !self.invalid
@@ -185,13 +196,7 @@ impl Partial {
             {
                 return true;
             }
-            *self = Self {
-                deadline: self.deadline,
-                fragments: BTreeMap::new(),
-                bytes: 0,
-                length: None,
-                invalid: true,
-            };
+            self.invalidate();
             return false;
         }
         if !fragment.more {
@@ -200,13 +205,7 @@ impl Partial {
                 .last_key_value()
                 .is_some_and(|(at, fragment_bytes)| at + fragment_bytes.len() > end);
             if beyond {
-                *self = Self {
-                    deadline: self.deadline,
-                    fragments: BTreeMap::new(),
-                    bytes: 0,
-                    length: None,
-                    invalid: true,
-                };
+                self.invalidate();
                 return false;
             }
             self.length = Some(end);

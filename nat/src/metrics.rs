@@ -56,7 +56,7 @@ pub enum DropReason {
     /// The datagram came from an address that the container has not sent to.
     Unsolicited,
     /// At a published port: the access guard denied the client, or the source address is spoofed.
-    ShutOut,
+    Denied,
     /// At a published port: all five-tuples that could identify the flow are in use.
     Conflict,
     /// At a published port: the client has reached its limit of connections.
@@ -86,7 +86,7 @@ impl DropReason {
         Self::HopLimit,
         Self::Device,
         Self::Unsolicited,
-        Self::ShutOut,
+        Self::Denied,
         Self::Conflict,
         Self::ClientLimit,
     ];
@@ -115,7 +115,7 @@ impl DropReason {
             Self::HopLimit => "hop_limit",
             Self::Device => "device",
             Self::Unsolicited => "unsolicited",
-            Self::ShutOut => "shut_out",
+            Self::Denied => "denied",
             Self::Conflict => "conflict",
             Self::ClientLimit => "client_limit",
         }

@@ -598,7 +598,7 @@ fn a_denied_client_is_reset_without_a_flow() {
     let stats = bench.publish(protocol, GUEST, ForwardSource::Client, Port::Tcp(0), Some(guard));
     bench.client(0, CLIENT);
     assert_eq!((next_syn(&mut bench), stats.refused(), bench.engine.flows()), (None, 1, 0));
-    assert_eq!(bench.dropped(DropReason::ShutOut), 1);
+    assert_eq!(bench.dropped(DropReason::Denied), 1);
     assert!(bench.host().streams[0].aborted);
 }
 

@@ -357,7 +357,7 @@ fn a_guard_controls_access() {
     };
     assert!(tcp_answers("192.0.2.3") && !tcp_answers("192.0.2.2"));
     assert!(udp_answers("192.0.2.3") && !udp_answers("192.0.2.2"));
-    assert_eq!(net.nat.stats().dropped(DropReason::ShutOut), 2);
+    assert_eq!(net.nat.stats().dropped(DropReason::Denied), 2);
 }
 
 #[test]

@@ -94,7 +94,7 @@ impl NatPort {
         let mut dropped = [0; DatagramDrop::ALL.len()];
         for reason in DropReason::ALL {
             let proxy_reason = match reason {
-                DropReason::ShutOut | DropReason::Malformed => DatagramDrop::NotAllowed,
+                DropReason::Denied | DropReason::Malformed => DatagramDrop::NotAllowed,
                 DropReason::NoRoom => DatagramDrop::NoRoom,
                 DropReason::TooBig => DatagramDrop::TooLong,
                 DropReason::Policy | DropReason::Unreachable => DatagramDrop::BackendUnreachable,

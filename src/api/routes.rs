@@ -31,7 +31,7 @@ const MAX_BODY: usize = 64 << 10;
 #[openapi(
     info(
         title = "tidegate",
-        description = "The project that `tidegate up` runs on this host. HTTP over a Unix socket, for the user who started it and for root."
+        description = "The networks and endpoints of `tidegate daemon`, or the project of `tidegate up`, on this host. HTTP over a Unix socket, for the user who started it and for root."
     ),
     paths(
         status,

@@ -31,7 +31,7 @@ use tracing_subscriber::filter::LevelFilter;
 #[command(name = "tidegate", version, about, max_term_width = 100)]
 #[command(
     after_help = "Environment:\n  TIDEGATE_LOG         filter of the log on standard error: a level (info, debug, trace), \
-    or target=level,...\n  TIDEGATE_LOG_FORMAT  human or json; --log-format overrides it\n  TIDEGATE_SOCKET      path of the API socket of tidegate up, used by tidegate ps and top\n\nExit status: 0 for success, 1 for failure, 2 for an invalid command line."
+    or target=level,...\n  TIDEGATE_LOG_FORMAT  human or json; --log-format overrides it\n  TIDEGATE_SOCKET      path of the API socket of tidegate up and daemon, and of the\n                       commands that query or change it\n\nExit status: 0 for success, 1 for failure, 2 for an invalid command line."
 )]
 pub struct Cli {
     /// Format of the log on standard error [default: TIDEGATE_LOG_FORMAT, or human]

@@ -1,4 +1,4 @@
-//! `tidegate ps`: lists the running project.
+//! `tidegate ps`: lists services, endpoints and networks of the running instance.
 
 use crate::table::table;
 use anyhow::Context;
@@ -9,7 +9,7 @@ use tidegate_api::types::{Endpoint, Network, Service, State, Status};
 use tidegate_model::PublishLabel;
 use tidegate_publish::bind::runs;
 
-/// List the services of tidegate up with their addresses and published ports, and the networks
+/// List services, endpoints and networks with their addresses and published ports
 ///
 /// Queries the instance on the socket TIDEGATE_SOCKET, or on the default socket. Exits with 1 if no
 /// instance is running.

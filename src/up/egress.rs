@@ -6,7 +6,7 @@
 //! ([`NatPublisher`](tidegate_publish::nat_publish::NatPublisher)).
 
 use super::flood_control::FloodControl;
-use super::layout::{Layout, fnv};
+use super::layout::Layout;
 use crate::port_guards::bridge_programs;
 use rustix::process::{Resource, getrlimit};
 use std::io;
@@ -107,7 +107,7 @@ impl Device {
         if Feature::Tun.is_forced_off() {
             return Err(StartError::Device(io::ErrorKind::NotFound.into()));
         }
-        let hash = fnv(owner.as_bytes());
+        let hash = registry::folded_hash(owner.as_bytes());
         let name = format!("{}t-{:08x}", registry::INTERFACE_PREFIX, hash as u32);
         let default_routes = if v6 { Family::ALL.to_vec() } else { vec![Family::V4] };
         let mut number = hash % u64::from(registry::EGRESS_TABLES);

@@ -5,7 +5,6 @@
 
 use ipnet::IpNet;
 use std::collections::BTreeMap;
-use std::fmt::Write;
 use std::net::IpAddr;
 use std::time::Instant;
 use tidegate_compose::{self, Project};
@@ -106,7 +105,7 @@ pub(super) fn layout(
             attachments.push(Attachment {
                 network: attachment.network.clone(),
                 host_end: Interface {
-                    name: veth_name(random),
+                    name: registry::veth_name(random),
                     mac: MacAddress::local((with.random)()),
                 },
                 inside: Interface {
@@ -183,8 +182,9 @@ fn networks(
         subnets.sort_by_key(|subnet| subnet.gateway.is_ipv6());
         let pools = subnets.iter().map(|subnet| Ipam::new(subnet.subnet, subnet.gateway)).collect();
         addresses.insert(network.name.clone(), pools);
-        let name =
-            network.bridge.clone().unwrap_or_else(|| bridge_name(&project.name, &network.name));
+        let name = network.bridge.clone().unwrap_or_else(|| {
+            registry::bridge_name(&network.name, &format!("{}/{}", project.name, network.name))
+        });
         networks.push(Network {
             name: network.name.clone(),
             bridge: Interface { name, mac: MacAddress::local((with.random)()) },
@@ -219,34 +219,6 @@ fn pool_for<'a>(
 
 fn no_address(service: &str, network: &str, source: IpamError) -> LayoutError {
     LayoutError::NoAddress { service: service.to_owned(), network: network.to_owned(), source }
-}
-
-/// Returns the bridge name: `tg-`, up to seven characters of the network's name, and four
-/// hexadecimal digits of a hash of project and network. It stays the same across restarts, for
-/// packet captures.
-fn bridge_name(project: &str, network: &str) -> String {
-    let readable = network.chars().filter(char::is_ascii_alphanumeric).take(7);
-    let id = fnv(format!("{project}/{network}").as_bytes()) as u16;
-    format!(
-        "{}{}-{id:04x}",
-        registry::BRIDGE_PREFIX,
-        readable.collect::<String>().to_ascii_lowercase()
-    )
-}
-
-/// `tgv` and twelve random hexadecimal digits: 15 bytes, the maximum (IFNAMSIZ - 1).
-fn veth_name(random: [u8; 6]) -> String {
-    let mut name = format!("{}v", registry::INTERFACE_PREFIX);
-    for byte in random {
-        let _ = write!(name, "{byte:02x}");
-    }
-    name
-}
-
-/// FNV-1a, with the upper half folded into the lower one for callers that truncate the hash.
-pub(super) fn fnv(bytes: &[u8]) -> u64 {
-    let hash = registry::fnv1a(bytes);
-    hash ^ (hash >> 32)
 }
 
 #[cfg(test)]
@@ -362,15 +334,6 @@ services:
             assert_eq!(!denies(endpoint, from, client), allowed, "{endpoint} from {}", from.name);
         }
         assert!(!denies("outside", internal, internal.subnets[0].gateway), "the host itself");
-    }
-
-    #[test]
-    fn interface_names_have_15_bytes_at_most_and_differ_between_projects() {
-        for network in ["a", "default", "a-very-long-name-of-a-network"] {
-            assert!(bridge_name("demo", network).len() <= 15);
-            assert_ne!(bridge_name("demo", network), bridge_name("other", network));
-        }
-        assert_eq!(veth_name([1, 2, 3, 4, 5, 6]).len(), 15);
     }
 
     #[test]

@@ -36,7 +36,7 @@ pub use egress::NatLimits;
 use endpoint_watch::EndpointWatch;
 use endpoint_work::EndpointWork;
 use front_end::FrontEnd;
-use layout::{Layout, Surroundings, fnv, foreign_networks, layout};
+use layout::{Layout, Surroundings, foreign_networks, layout};
 use names::{EndpointDns, NameServers, NetworkDns};
 use repair_schedule::RepairSchedule;
 use rustix::io::Errno;
@@ -1110,6 +1110,7 @@ fn specs(
 /// must not be exposed itself (machine-id(5)).
 fn host_id() -> [u8; 5] {
     let id = fs::read_to_string("/etc/machine-id").unwrap_or_default();
-    let [.., a, b, c, d, e] = fnv(format!("tidegate {}", id.trim()).as_bytes()).to_be_bytes();
+    let [.., a, b, c, d, e] =
+        registry::folded_hash(format!("tidegate {}", id.trim()).as_bytes()).to_be_bytes();
     [a, b, c, d, e]
 }

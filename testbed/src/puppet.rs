@@ -5,6 +5,10 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
+
+/// The instruction `syscall`.
+const SYSCALL: [u8; 2] = [0x0f, 0x05];
 
 /// Returns the paths `/proc/PID/task/TID` of all threads of process `pid`.
 ///
@@ -63,22 +67,30 @@ impl Puppet {
     pub fn seize(task: &str) -> Self {
         let thread: libc::pid_t =
             task.rsplit('/').next().unwrap_or_default().parse().expect("a thread id");
-        // SAFETY: these requests affect only the other process; its registers are written to a live
-        // variable.
-        let saved = unsafe {
-            checked(libc::ptrace(libc::PTRACE_ATTACH, thread, 0, 0)).expect("ptrace");
-            assert_eq!(libc::waitpid(thread, std::ptr::null_mut(), libc::__WALL), thread);
-            registers(thread)
-        };
         let memory = OpenOptions::new()
             .read(true)
             .write(true)
             .open(format!("{task}/mem"))
             .expect("open its memory");
-        let mut instruction = [0; 2];
-        memory.read_exact_at(&mut instruction, saved.rip - 2).expect("read its code");
-        assert_eq!(instruction, [0x0f, 0x05], "not stopped after a `syscall` instruction");
-        Self { thread, saved, memory }
+        // A thread that has just become ready may still run.
+        for _ in 0..100 {
+            // SAFETY: these requests affect only the other process; its registers are written to a
+            // live variable.
+            let saved = unsafe {
+                checked(libc::ptrace(libc::PTRACE_ATTACH, thread, 0, 0)).expect("ptrace");
+                assert_eq!(libc::waitpid(thread, std::ptr::null_mut(), libc::__WALL), thread);
+                registers(thread)
+            };
+            let mut instruction = [0; 2];
+            memory.read_exact_at(&mut instruction, saved.rip - 2).expect("read its code");
+            if instruction == SYSCALL {
+                return Self { thread, saved, memory };
+            }
+            // SAFETY: as above.
+            unsafe { checked(libc::ptrace(libc::PTRACE_DETACH, thread, 0, 0)).expect("ptrace") };
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("{task} does not stop after a `syscall` instruction");
     }
 
     /// Makes a system call in the thread and returns its result.

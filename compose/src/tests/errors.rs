@@ -175,27 +175,27 @@ fn errors_in_networks() {
         ),
         (
             "ipam: {config: [{subnet: 10.0.0.1/24}]}",
-            "3:30: networks.n.ipam.config[0].subnet: 10.0.0.1/24 has host bits set; use 10.0.0.0/24",
+            "3:30: networks.n.ipam.config[0].subnet: 10.0.0.1/24 is not usable: it has host bits set; use 10.0.0.0/24",
         ),
         (
             "ipam: {config: [{subnet: 10.0.0.0/31}]}",
-            "3:30: networks.n.ipam.config[0].subnet: 10.0.0.0/31 is too small for a gateway and a service",
+            "3:30: networks.n.ipam.config[0].subnet: 10.0.0.0/31 is not usable: it is too small for a gateway and an endpoint; use a prefix length of at most 30",
         ),
         (
             "ipam: {config: [{subnet: 127.0.0.0/8}]}",
-            "3:30: networks.n.ipam.config[0].subnet: 127.0.0.0/8 has no host addresses; use a private range",
+            "3:30: networks.n.ipam.config[0].subnet: 127.0.0.0/8 is not usable: it has no host addresses; use a private range",
         ),
         (
             "ipam: {config: [{subnet: 126.0.0.0/7}]}",
-            "3:30: networks.n.ipam.config[0].subnet: 126.0.0.0/7 has no host addresses; use a private range",
+            "3:30: networks.n.ipam.config[0].subnet: 126.0.0.0/7 is not usable: it has no host addresses; use a private range",
         ),
         (
             "ipam: {config: [{subnet: 'fe80::/64'}]}",
-            "3:30: networks.n.ipam.config[0].subnet: fe80::/64 has no host addresses; use a private range",
+            "3:30: networks.n.ipam.config[0].subnet: fe80::/64 is not usable: it has no host addresses; use a private range",
         ),
         (
             "ipam: {config: [{subnet: 169.254.0.0/16}]}",
-            "3:30: networks.n.ipam.config[0].subnet: 169.254.0.0/16 contains 169.254.116.103, the address of the NAT \
+            "3:30: networks.n.ipam.config[0].subnet: 169.254.0.0/16 is not usable: it contains 169.254.116.103, the address of the NAT \
              engine; use another subnet",
         ),
         (

@@ -131,18 +131,18 @@ impl<H: Host> Engine<H> {
         let client = canonical(client);
         let host = &self.host;
         let admits = |guard: &Arc<dyn Guard>| {
-            let told = host.ingress(&stream);
+            let ingress = host.ingress(&stream);
             guard.admits(&Ingress {
                 client,
-                destination: told.map(|told| told.local),
+                destination: ingress.map(|ingress| ingress.local),
                 to_group: false,
-                interface: told.map_or(0, |told| told.interface),
+                interface: ingress.map_or(0, |ingress| ingress.interface),
                 handshake: true,
             })
         };
         let admitted = published.guard.as_ref().is_none_or(admits);
         let five_tuple = match self.is_at_client_limit(client.ip()) {
-            _ if !admitted => Err(DropReason::ShutOut),
+            _ if !admitted => Err(DropReason::Denied),
             true => Err(DropReason::ClientLimit),
             false => self.five_tuple(&forward, &stats, client, now),
         };
@@ -191,7 +191,7 @@ impl<H: Host> Engine<H> {
         }
         if client == guest {
             // Its replies would loop back to the guest.
-            return Err(DropReason::ShutOut);
+            return Err(DropReason::Denied);
         }
         if !self.settings.policy.accepts_source(guest.ip()) {
             return Err(DropReason::Policy);
@@ -312,7 +312,7 @@ impl<H: Host> Engine<H> {
     /// Counts a refusal. Refusals caused by a limit are also logged.
     fn count_refused_client(&mut self, reason: DropReason, now: Instant) {
         match reason {
-            DropReason::ShutOut | DropReason::Malformed | DropReason::Policy => {
+            DropReason::Denied | DropReason::Malformed | DropReason::Policy => {
                 self.stats.count_drop(reason);
             }
             limit => self.count_limit_drop(limit, None, now),
@@ -349,14 +349,14 @@ impl<H: Host> Engine<H> {
     ) -> Result<Key, DropReason> {
         let &Arrival { local, destination, to_group, interface } = arrival;
         let client = (port, address, local);
-        let published = self.ports.get(port).ok_or(DropReason::ShutOut)?;
+        let published = self.ports.get(port).ok_or(DropReason::Denied)?;
         let ingress =
             Ingress { client: address, destination, to_group, interface, handshake: false };
         let admits = |guard: &Arc<dyn Guard>| guard.admits(&ingress);
         // Existing sessions are checked as well: a spoofed datagram may differ only by its
         // interface.
         if !published.guard.as_ref().is_none_or(admits) {
-            return Err(DropReason::ShutOut);
+            return Err(DropReason::Denied);
         }
         if let Some(flow) = self.clients.session(&client) {
             return Ok(flow);

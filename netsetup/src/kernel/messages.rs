@@ -63,8 +63,8 @@ pub(super) fn link_of(message: &LinkMessage) -> Link {
             }
             LinkAttribute::AfSpecUnspec(families) => {
                 for family in families {
-                    let AfSpecUnspec::Inet6(told) = family else { continue };
-                    link.without_ipv6 = told.iter().find_map(|one| match one {
+                    let AfSpecUnspec::Inet6(attributes) = family else { continue };
+                    link.without_ipv6 = attributes.iter().find_map(|one| match one {
                         AfSpecInet6::DevConf(settings) => Some(settings.disable_ipv6 != 0),
                         _ => None,
                     });

@@ -1,16 +1,16 @@
-//! Validity of subnets, addresses and names of interfaces and hosts.
+//! Validity of subnets, addresses, and names of interfaces and hosts, for all front ends.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
+use crate::registry;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use tidegate_model::registry;
 
 /// Maximum length of an interface name, in bytes (`IFNAMSIZ` less the terminating NUL).
-const INTERFACE_NAME: usize = 15;
+pub const INTERFACE_NAME: usize = 15;
 
 /// Maximum length of a host name for sethostname(2), in bytes (`__NEW_UTS_LEN`).
-const HOST_NAME: usize = 64;
+pub const HOST_NAME: usize = 64;
 
 /// Maximum length of a DNS label, in bytes (RFC 1035, section 2.3.4).
 const LABEL: usize = 63;
@@ -44,7 +44,7 @@ pub fn subnet_problem(subnet: &IpNet) -> Option<String> {
             "it is too small for a gateway and an endpoint; use a prefix length of at most {largest}"
         ));
     }
-    if NO_HOSTS.iter().any(|range| overlap(range, subnet)) {
+    if NO_HOSTS.iter().any(|range| subnets_overlap(range, subnet)) {
         return Some("it has no host addresses; use a private range".to_owned());
     }
     let engine = registry::ENGINE_ADDRESSES.into_iter().find(|ip| subnet.contains(ip))?;
@@ -52,7 +52,8 @@ pub fn subnet_problem(subnet: &IpNet) -> Option<String> {
 }
 
 /// Returns the reason why a host in `subnet` cannot use `address`; `None` if it can.
-pub(crate) fn address_problem(address: IpAddr, subnet: &IpNet) -> Option<String> {
+#[must_use]
+pub fn address_problem(address: IpAddr, subnet: &IpNet) -> Option<String> {
     if !subnet.contains(&address) {
         Some(format!("it is outside {subnet}"))
     } else if address == subnet.network() {
@@ -65,18 +66,15 @@ pub(crate) fn address_problem(address: IpAddr, subnet: &IpNet) -> Option<String>
     }
 }
 
-pub(crate) fn overlap(one: &IpNet, other: &IpNet) -> bool {
+/// Returns whether two subnets have addresses in common.
+#[must_use]
+pub fn subnets_overlap(one: &IpNet, other: &IpNet) -> bool {
     one.contains(other) || other.contains(one)
 }
 
-/// Returns whether `route` is a default route or a part of one. VPNs add routes for halves
-/// (0.0.0.0/1, 128.0.0.0/1), quarters or eighths of the address space. These take precedence over a
-/// default route without replacing it.
-pub(crate) fn is_default(route: &IpNet) -> bool {
-    route.prefix_len() <= 3
-}
-
-pub(crate) fn is_interface_name(name: &str) -> bool {
+/// Returns whether the kernel and iptables accept `name` for an interface.
+#[must_use]
+pub fn is_interface_name(name: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'/' | b':' | b'%');
     // `all` and `default` are directories of sysctls. iptables reads a `+` at the end as a
     // wildcard.
@@ -84,7 +82,9 @@ pub(crate) fn is_interface_name(name: &str) -> bool {
     (1..=INTERFACE_NAME).contains(&name.len()) && !special && name.bytes().all(allowed)
 }
 
-pub(crate) fn is_host_name(name: &str) -> bool {
+/// Returns whether `name` is a host name in the sense of hostname(7) that sethostname(2) accepts.
+#[must_use]
+pub fn is_host_name(name: &str) -> bool {
     let allowed = |label: &str| {
         (1..=LABEL).contains(&label.len())
             && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
@@ -94,7 +94,9 @@ pub(crate) fn is_host_name(name: &str) -> bool {
     name.len() <= HOST_NAME && name.split('.').all(allowed)
 }
 
-pub(crate) fn is_alias(alias: &str) -> bool {
+/// Returns whether `alias` can be a DNS name of an endpoint. Underscores are permitted.
+#[must_use]
+pub fn is_alias(alias: &str) -> bool {
     let allowed = |label: &str| {
         (1..=LABEL).contains(&label.len())
             && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
