@@ -1,7 +1,7 @@
 //! Handles to network namespaces, and execution of code inside.
 
 use crate::{system, user};
-use rustix::fs::fstat;
+use rustix::fs::{Mode, OFlags, fstat, open, openat};
 use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::cell::RefCell;
@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// Path of the calling thread's network namespace.
 const CURRENT: &str = "/proc/thread-self/ns/net";
@@ -78,6 +78,11 @@ struct Inner {
     file: File,
     id: NamespaceId,
     path: Option<PathBuf>,
+    /// `/proc/sys/net/ipv4` and `/proc/sys/net/ipv6` as seen inside. Those of all namespaces are in
+    /// the same directory, and thus in the same chain of the dentry cache. A lookup from
+    /// `/proc/sys/net` takes time in proportion to the number of namespaces (`proc_sys_compare`,
+    /// fs/proc/proc_sysctl.c).
+    sysctls: [OnceLock<OwnedFd>; 2],
 }
 
 /// The known location of a thread.
@@ -181,7 +186,7 @@ impl Namespace {
     fn from_file(file: File, path: Option<PathBuf>) -> io::Result<Self> {
         let stat = fstat(&file)?;
         let id = NamespaceId { device: stat.st_dev, inode: stat.st_ino };
-        Ok(Self(Arc::new(Inner { file, id, path })))
+        Ok(Self(Arc::new(Inner { file, id, path, sysctls: Default::default() })))
     }
 
     /// Returns the ID of the namespace.
@@ -294,8 +299,7 @@ impl Namespace {
     /// # Errors
     /// `ENOENT` if the kernel lacks the sysctl, `EINVAL` if it is not per-namespace.
     pub fn sysctl(&self, name: &str) -> io::Result<String> {
-        let path = sysctl_path(name)?;
-        let text = self.with(|| fs::read_to_string(path))??;
+        let text = io::read_to_string(self.open_sysctl(name, OFlags::RDONLY)?)?;
         Ok(text.trim_end().to_owned())
     }
 
@@ -305,21 +309,30 @@ impl Namespace {
     /// Same as [`sysctl`](Self::sysctl); `EPERM` or `EACCES` without `CAP_NET_ADMIN` in the
     /// namespace, `EROFS` if `/proc/sys` is mounted read-only, as in most containers.
     pub fn set_sysctl(&self, name: &str, value: &str) -> io::Result<()> {
-        let path = sysctl_path(name)?;
-        // fs::write would create or truncate, which these files do not support.
-        self.with(|| {
-            OpenOptions::new()
-                .write(true)
-                .open(path)
-                .and_then(|mut file| io::Write::write_all(&mut file, value.as_bytes()))
-        })?
+        let mut file = self.open_sysctl(name, OFlags::WRONLY)?;
+        io::Write::write_all(&mut file, value.as_bytes())
     }
 
-    /// Opens a sysctl for reading and writing. Opening once for both matters: with a thousand
-    /// namespaces, the path lookup is the most expensive part.
-    pub(crate) fn open_sysctl(&self, name: &str) -> io::Result<File> {
+    /// Opens a sysctl with the access mode `mode`. The file can then be used from any namespace.
+    pub(crate) fn open_sysctl(&self, name: &str, mode: OFlags) -> io::Result<File> {
         let path = sysctl_path(name)?;
-        self.with(|| OpenOptions::new().read(true).write(true).open(path))?
+        let mode = mode | OFlags::CLOEXEC;
+        self.with(|| {
+            let families = ["/proc/sys/net/ipv4/", "/proc/sys/net/ipv6/"].into_iter();
+            for (family, known) in families.zip(&self.0.sysctls) {
+                let Some(rest) = path.strip_prefix(family) else { continue };
+                let directory = match known.get() {
+                    Some(directory) => directory,
+                    None => {
+                        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+                        let directory = open(family, flags, Mode::empty())?;
+                        known.get_or_init(|| directory)
+                    }
+                };
+                return Ok(openat(directory, rest, mode, Mode::empty())?.into());
+            }
+            Ok(open(&*path, mode, Mode::empty())?.into())
+        })?
     }
 }
 
@@ -373,7 +386,7 @@ fn current_id() -> io::Result<NamespaceId> {
 
 /// Restricts names to per-namespace sysctls, which are all below `net`. Others would change the
 /// whole host.
-fn sysctl_path(name: &str) -> io::Result<PathBuf> {
+fn sysctl_path(name: &str) -> io::Result<String> {
     let swapped = name.chars().map(|c| match c {
         '.' => '/',
         '/' => '.',
@@ -384,7 +397,7 @@ fn sysctl_path(name: &str) -> io::Result<PathBuf> {
     if !sound || !path.starts_with("net/") {
         return Err(Errno::INVAL.into());
     }
-    Ok(Path::new("/proc/sys").join(path))
+    Ok(format!("/proc/sys/{path}"))
 }
 
 #[cfg(test)]
@@ -422,7 +435,7 @@ mod tests {
     #[test]
     fn sysctl_names_have_the_syntax_of_sysctl_8() {
         let path = sysctl_path("net.ipv4.conf.eth0/7.rp_filter").unwrap();
-        assert_eq!(path, Path::new("/proc/sys/net/ipv4/conf/eth0.7/rp_filter"));
+        assert_eq!(path, "/proc/sys/net/ipv4/conf/eth0.7/rp_filter");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Temporary changes of sysctls.
 
 use crate::Namespace;
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::fs::File;
@@ -40,7 +41,7 @@ pub(super) struct Saved {
 impl Saved {
     /// Restores the original value, unless the sysctl has been changed externally since.
     pub(super) fn restore(&self, namespace: &Namespace) -> io::Result<()> {
-        let mut file = namespace.open_sysctl(&self.name)?;
+        let mut file = namespace.open_sysctl(&self.name, OFlags::RDWR)?;
         if read(&mut file)? != self.ours {
             tracing::debug!(sysctl = self.name, "sysctl changed externally; not restored");
             return Ok(());
@@ -58,8 +59,9 @@ pub(super) struct Change {
 impl Change {
     /// Compares the current value with `sysctl`. Returns `None` if they are equal.
     pub(super) fn needed(namespace: &Namespace, sysctl: &Sysctl) -> io::Result<Option<Self>> {
-        let opened =
-            namespace.open_sysctl(&sysctl.name).and_then(|mut file| Ok((read(&mut file)?, file)));
+        let opened = namespace
+            .open_sysctl(&sysctl.name, OFlags::RDWR)
+            .and_then(|mut file| Ok((read(&mut file)?, file)));
         let (now, file) = match opened {
             Ok(opened) => opened,
             // A read-only sysctl may already have the required value.
