@@ -16,6 +16,9 @@ use std::sync::{Arc, OnceLock};
 /// Path of the calling thread's network namespace.
 const CURRENT: &str = "/proc/thread-self/ns/net";
 
+/// Directories of sysctls that each namespace keeps open.
+const SYSCTLS: [&str; 2] = ["/proc/sys/net/ipv4/", "/proc/sys/net/ipv6/"];
+
 /// The ID of a network namespace: device and inode of its file in `nsfs`.
 ///
 /// Two handles have the same ID if and only if they refer to the same namespace. An ID is
@@ -78,11 +81,11 @@ struct Inner {
     file: File,
     id: NamespaceId,
     path: Option<PathBuf>,
-    /// `/proc/sys/net/ipv4` and `/proc/sys/net/ipv6` as seen inside. Those of all namespaces are in
+    /// The directories [`SYSCTLS`] as seen inside. Those of all namespaces are in
     /// the same directory, and thus in the same chain of the dentry cache. A lookup from
     /// `/proc/sys/net` takes time in proportion to the number of namespaces (`proc_sys_compare`,
     /// fs/proc/proc_sysctl.c).
-    sysctls: [OnceLock<OwnedFd>; 2],
+    sysctls: [OnceLock<OwnedFd>; SYSCTLS.len()],
 }
 
 /// The known location of a thread.
@@ -318,18 +321,11 @@ impl Namespace {
         let path = sysctl_path(name)?;
         let mode = mode | OFlags::CLOEXEC;
         self.with(|| {
-            let families = ["/proc/sys/net/ipv4/", "/proc/sys/net/ipv6/"].into_iter();
-            for (family, known) in families.zip(&self.0.sysctls) {
-                let Some(rest) = path.strip_prefix(family) else { continue };
-                let directory = match known.get() {
-                    Some(directory) => directory,
-                    None => {
-                        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-                        let directory = open(family, flags, Mode::empty())?;
-                        known.get_or_init(|| directory)
-                    }
-                };
-                return Ok(openat(directory, rest, mode, Mode::empty())?.into());
+            for (family, known) in SYSCTLS.into_iter().zip(&self.0.sysctls) {
+                if let Some(rest) = path.strip_prefix(family) {
+                    let directory = directory(family, known)?;
+                    return Ok(openat(directory, rest, mode, Mode::empty())?.into());
+                }
             }
             Ok(open(&*path, mode, Mode::empty())?.into())
         })?
@@ -382,6 +378,16 @@ fn current_location() -> io::Result<Location> {
 fn current_id() -> io::Result<NamespaceId> {
     let metadata = fs::metadata(CURRENT)?;
     Ok(NamespaceId { device: metadata.dev(), inode: metadata.ino() })
+}
+
+/// Returns the directory at `path`, opened by the first caller.
+fn directory<'a>(path: &str, known: &'a OnceLock<OwnedFd>) -> io::Result<&'a OwnedFd> {
+    if let Some(directory) = known.get() {
+        return Ok(directory);
+    }
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = open(path, flags, Mode::empty())?;
+    Ok(known.get_or_init(|| directory))
 }
 
 /// Restricts names to per-namespace sysctls, which are all below `net`. Others would change the
