@@ -194,20 +194,24 @@ impl Desired {
         };
         let mut facts: Vec<Fact> = table.into_iter().chain(isolation.shared_facts(self)).collect();
         facts.extend(self.networks.iter().flat_map(|network| network.facts(isolation)));
-        for endpoint in &self.endpoints {
-            let place = Place::Endpoint(endpoint.name.clone());
-            facts.push(Fact::Up { place: place.clone(), link: "lo".into() });
-            for attachment in &endpoint.attachments {
-                if let Some(network) =
-                    self.networks.iter().find(|network| network.name == attachment.network)
-                {
-                    facts.extend(attachment.facts(&place, &endpoint.name, network, &self.guards));
-                }
-            }
-        }
+        facts.extend(self.endpoints.iter().flat_map(|endpoint| self.facts_of(endpoint)));
         for fact in &mut facts {
             if let Fact::Rule(rule) = fact {
                 rule.priority = rule.priority.saturating_sub(self.rules_ahead);
+            }
+        }
+        facts
+    }
+
+    /// Returns the facts of `endpoint`, in order of creation.
+    pub(crate) fn facts_of(&self, endpoint: &Endpoint) -> Vec<Fact> {
+        let place = Place::Endpoint(endpoint.name.clone());
+        let mut facts = vec![Fact::Up { place: place.clone(), link: "lo".into() }];
+        for attachment in &endpoint.attachments {
+            if let Some(network) =
+                self.networks.iter().find(|network| network.name == attachment.network)
+            {
+                facts.extend(attachment.facts(&place, &endpoint.name, network, &self.guards));
             }
         }
         facts

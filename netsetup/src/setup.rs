@@ -184,8 +184,9 @@ impl Setup {
         desired: &Desired,
         name: &str,
     ) -> Result<bool, KernelError> {
-        let part = desired.with_endpoints(&BTreeSet::from([name.to_owned()]));
-        for pair in part.facts(&*self.isolation).iter().filter(|fact| fact.is_link()) {
+        let endpoint = desired.endpoints.iter().find(|endpoint| endpoint.name == name);
+        let facts = endpoint.map(|endpoint| desired.facts_of(endpoint)).unwrap_or_default();
+        for pair in facts.iter().filter(|fact| fact.is_link()) {
             if pair.is_of_endpoint(name) && self.kernel.find_end(pair).await? != End::InPlace {
                 return Ok(false);
             }
