@@ -1,9 +1,9 @@
 //! Shell completion and manual pages, generated from the definition of the command line.
 
+use super::output::print;
 use anyhow::Context;
 use clap::{Args, Command};
 use clap_complete::Shell;
-use std::io::Write;
 use std::path::PathBuf;
 
 /// Print a completion script for a shell
@@ -17,11 +17,7 @@ impl Completion {
     pub(super) fn run(&self, command: &mut Command) -> anyhow::Result<()> {
         let mut script = Vec::new();
         clap_complete::generate(self.shell, command, "tidegate", &mut script);
-        match std::io::stdout().write_all(&script) {
-            // A closed pipe, as in `tidegate completion bash | head`, is not an error.
-            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-            result => result.context("standard output"),
-        }
+        print(&String::from_utf8(script).context("completion script")?)
     }
 }
 

@@ -1,9 +1,9 @@
 //! `tidegate doctor`: checks the host.
 
+use super::output::print;
 use crate::doctor::examine;
 use anyhow::Context;
 use clap::Args;
-use std::io::Write;
 
 /// Check what this host supports, with a fix for each limitation
 ///
@@ -25,18 +25,13 @@ impl Doctor {
     /// Prints the report. True if nothing that tidegate requires is missing.
     pub(super) fn run(&self) -> anyhow::Result<bool> {
         let report = examine();
-        let mut out = std::io::stdout().lock();
-        let written = if self.json {
-            let json = serde_json::to_string(&report).context("JSON")?;
-            writeln!(out, "{json}")
+        let text = if self.json {
+            format!("{}\n", serde_json::to_string(&report).context("JSON")?)
         } else {
-            write!(out, "{report}")
+            report.to_string()
         };
-        match written.and_then(|()| out.flush()) {
-            // The reader closed the pipe; the exit status still carries the result.
-            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
-            result => result.context("standard output")?,
-        }
+        // If the reader closed the pipe, the exit status still carries the result.
+        print(&text)?;
         Ok(report.is_sufficient())
     }
 }

@@ -7,12 +7,14 @@ mod duration;
 mod hello;
 mod instance;
 mod network;
+mod output;
 mod ps;
 mod publish;
 mod top;
 mod up;
 
 use crate::doctor::{TRIAL, trial};
+use anyhow::Context;
 use clap::{CommandFactory, Parser, Subcommand};
 use std::ffi::OsString;
 use std::io::Write;
@@ -151,6 +153,11 @@ impl Command {
             Self::Man(man) => man.run(Cli::command()).map(done),
         }
     }
+}
+
+/// Creates an event loop on this thread, for requests to a running instance.
+fn event_loop() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("event loop")
 }
 
 /// Returns the error and its causes. A cause that its error already contains is not repeated.

@@ -1,12 +1,12 @@
 //! `tidegate network`, `attach` and `detach`: changes of a running daemon.
 
-use super::UsageError;
+use super::output::print;
 use super::ps::networks_table;
+use super::{UsageError, event_loop};
 use anyhow::Context;
 use clap::{Args, Subcommand};
 use ipnet::IpNet;
 use std::future::Future;
-use std::io::{self, Write};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use tidegate_api::client::{Client, ClientError};
@@ -239,15 +239,5 @@ fn checked(name: &str) -> Result<&str, UsageError> {
 }
 
 fn wait<T>(response: impl Future<Output = Result<T, ClientError>>) -> anyhow::Result<T> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    Ok(runtime.context("event loop")?.block_on(response)?)
-}
-
-fn print(text: &str) -> anyhow::Result<()> {
-    let mut out = io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        // The reader closed the pipe.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        result => result.context("standard output"),
-    }
+    Ok(event_loop()?.block_on(response)?)
 }

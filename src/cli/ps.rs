@@ -1,9 +1,9 @@
 //! `tidegate ps`: lists services, endpoints and networks of the running instance.
 
+use super::event_loop;
+use super::output::print;
 use crate::table::table;
-use anyhow::Context;
 use clap::Args;
-use std::io::{self, Write};
 use tidegate_api::client::Client;
 use tidegate_api::types::{Endpoint, Network, Service, State, Status};
 use tidegate_model::PublishLabel;
@@ -25,11 +25,7 @@ pub(super) struct Ps {
 
 impl Ps {
     pub(super) fn run(&self) -> anyhow::Result<()> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .context("event loop")?;
-        let (status, networks, endpoints): (Status, Vec<Network>, Vec<Endpoint>) = runtime
+        let (status, networks, endpoints): (Status, Vec<Network>, Vec<Endpoint>) = event_loop()?
             .block_on(async {
                 let client = Client::new()?;
                 let status = client.get("/v1/status").await?;
@@ -47,12 +43,7 @@ impl Ps {
             );
             tables + &not_served(&status)
         };
-        let mut out = io::stdout().lock();
-        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-            // The reader closed the pipe.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            result => result.context("standard output"),
-        }
+        print(&text)
     }
 }
 

@@ -1,13 +1,13 @@
 //! `tidegate publish`: publishes ports of a container in the foreground, without a daemon.
 
 use super::duration::{optional_timeout, timeout};
+use super::output::print;
 use super::{UsageError, metrics_address};
 use anyhow::{Context, anyhow, bail};
 use clap::{ArgGroup, Args};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -298,8 +298,7 @@ impl Publish {
         target: &Target,
         metrics: Option<SocketAddr>,
     ) -> anyhow::Result<()> {
-        let mut out = std::io::stdout().lock();
-        let result = if self.json {
+        let text = if self.json {
             let ports: Vec<_> = published
                 .iter()
                 .map(|(label, container_port)| {
@@ -313,23 +312,19 @@ impl Publish {
                 })
                 .collect();
             let metrics = metrics.map(|address| format!("http://{address}/metrics"));
-            writeln!(out, "{}", serde_json::json!({ "published": ports, "metrics": metrics }))
+            format!("{}\n", serde_json::json!({ "published": ports, "metrics": metrics }))
         } else {
             let runs = runs(published);
             let width = runs.iter().map(|(from, _)| from.len()).max().unwrap_or(0);
             let to = target.to_string();
-            runs.iter()
-                .try_for_each(|(from, ports)| writeln!(out, "{from:width$}  ->  {to} port {ports}"))
-                .and_then(|()| match metrics {
-                    Some(address) => writeln!(out, "metrics at http://{address}/metrics"),
-                    None => Ok(()),
-                })
+            let ports = runs.iter();
+            let ports =
+                ports.map(|(from, ports)| format!("{from:width$}  ->  {to} port {ports}\n"));
+            let metrics = metrics.map(|address| format!("metrics at http://{address}/metrics\n"));
+            ports.chain(metrics).collect()
         };
-        match result.and_then(|()| out.flush()) {
-            // The reader closed the pipe; the ports stay published.
-            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-            result => result.context("standard output"),
-        }
+        // If the reader closed the pipe, the ports stay published.
+        print(&text)
     }
 }
 

@@ -1,11 +1,12 @@
 //! `tidegate top`: live rates.
 
-use super::UsageError;
 use super::duration::timeout;
+use super::output::print;
+use super::{UsageError, event_loop};
 use crate::top::{Order, Rates, State, View, frame, screen};
 use anyhow::Context;
 use clap::Args;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::time::Duration;
 use tidegate_api::client::Client;
 
@@ -72,10 +73,7 @@ impl Top {
             return Err(UsageError(line.to_owned()).into());
         }
         let client = Client::new()?;
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .context("event loop")?;
+        let runtime = event_loop()?;
         // Before the terminal is set up, so that an error is printed as plain text.
         let first = runtime.block_on(screen::fetch(&client))?;
         let order = Order { reversed: self.reverse, ..self.sort };
@@ -93,12 +91,7 @@ impl Top {
         } else {
             frame(&rates, order, &self.filter)
         };
-        let mut out = io::stdout().lock();
-        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-            // The reader closed the pipe.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            result => result.context("standard output"),
-        }
+        print(&text)
     }
 }
 
