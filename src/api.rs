@@ -21,7 +21,7 @@ mod routes;
 mod server;
 mod view;
 
-pub(crate) use problem::Problem;
+pub(crate) use problem::{Problem, blocking};
 pub(crate) use reserve::{Reserved, label_of, reserve_port};
 pub(crate) use server::{MAX_CLIENTS, Server};
 pub(crate) use view::{Adopted, Order, View, snapshot};

@@ -87,6 +87,16 @@ impl IntoResponse for Problem {
     }
 }
 
+/// Runs `work`, which may block, on another thread.
+///
+/// # Errors
+/// It panicked.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Problem> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Problem::failed(&error))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

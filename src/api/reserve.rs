@@ -12,6 +12,19 @@ use tidegate_publish::publisher::PublishError;
 /// Sockets that are bound and do not accept yet, by the port that they publish.
 pub(crate) type Reserved = BTreeMap<PublishedPort, Listener>;
 
+/// Parses a port spec.
+///
+/// # Errors
+/// It is invalid, or for SCTP.
+pub(super) fn parse_spec(text: &str) -> Result<PortSpec, Problem> {
+    let spec: PortSpec = text.parse().map_err(|error| Problem::bad_request(&error))?;
+    if spec.protocol() == Protocol::Sctp {
+        let line = format!("port spec \"{spec}\": protocol not supported");
+        return Err(Problem::bad_request(&line));
+    }
+    Ok(spec)
+}
+
 /// Binds the sockets of `specs`. Without a host port, a free one is chosen. Finding the holder of a
 /// port in use is slow.
 ///
@@ -20,12 +33,7 @@ pub(crate) type Reserved = BTreeMap<PublishedPort, Listener>;
 pub(crate) fn reserve_specs(specs: &[String]) -> Result<Reserved, Problem> {
     let mut reserved = Reserved::new();
     for text in specs {
-        let spec: PortSpec = text.parse().map_err(|error| Problem::bad_request(&error))?;
-        if spec.protocol() == Protocol::Sctp {
-            let line = format!("port spec \"{spec}\": protocol not supported");
-            return Err(Problem::bad_request(&line));
-        }
-        for mapping in spec.mappings() {
+        for mapping in parse_spec(text)?.mappings() {
             for listener in bind(&mapping)? {
                 let address = listener.label().address();
                 let port = PublishedPort {

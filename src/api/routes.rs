@@ -1,7 +1,7 @@
 //! The routes of the API and their handlers.
 
-use super::problem::Problem;
-use super::reserve::{Reserved, label_of, reserve_specs};
+use super::problem::{Problem, blocking};
+use super::reserve::{Reserved, label_of, parse_spec, reserve_specs};
 use super::view::{Order, View, port_of};
 use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, PathRejection};
@@ -17,7 +17,7 @@ use tidegate_api::types::{
     NewPorts, Port, Status,
 };
 use tidegate_control::{AttachSpec, Command, Name, NetworkAttachment, NetworkSpec, PublishedPort};
-use tidegate_model::{PortSpec, Protocol, PublishLabel};
+use tidegate_model::PublishLabel;
 use tidegate_publish::bind::runs;
 use tidegate_publish::publisher::{PortId, PublishError};
 use tokio::sync::oneshot;
@@ -273,13 +273,10 @@ async fn add_ports(
     body: Body,
 ) -> Result<(StatusCode, Json<Vec<Port>>), Problem> {
     let new = json::<NewPorts>(body)?;
-    let spec: PortSpec = new.spec.parse().map_err(|error| Problem::bad_request(&error))?;
-    if spec.protocol() == Protocol::Sctp {
-        return Err(Problem::bad_request(&format!("port spec \"{spec}\": protocol not supported")));
-    }
     if view.state_file.is_some() {
         return publish_durably(&view, new).await;
     }
+    let spec = parse_spec(&new.spec)?;
     // Binding sockets is fast; finding the holder of a port in use is slow.
     let endpoint = new.endpoint.clone();
     let opened = blocking(move || view.publisher.publish(&endpoint, &spec)).await??;
@@ -441,13 +438,6 @@ fn json<T: DeserializeOwned>(body: Body) -> Result<T, Problem> {
     })?;
     serde_json::from_slice(&body)
         .map_err(|error| Problem::bad_request(&format!("request body: {error}")))
-}
-
-/// Runs a slow operation on a blocking thread.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, Problem> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| Problem::failed(&error))
 }
 
 #[cfg(test)]

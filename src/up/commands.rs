@@ -7,15 +7,16 @@
 //!               error                   executed changes are reverted: error
 //! ```
 //!
-//! A command that is answered is in force and durable. After a crash before the commit, the next
-//! process removes what the journal lists beyond the stored state.
+//! A command that is answered is in force and durable. One that only removes is committed before it
+//! is executed. After a crash in between, the next process removes what the journal lists beyond
+//! the stored state.
 
 use super::endpoint_work::Progress;
 use super::names::{EndpointDns, NetworkDns};
 use super::{
     Initial, Instance, Layout, OpenPorts, bridge_indexes, egress, host_id, random_bytes, targets_of,
 };
-use crate::api::{Problem, Reserved, label_of, reserve_port};
+use crate::api::{Problem, Reserved, blocking, label_of, reserve_port};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::Path;
@@ -53,6 +54,24 @@ pub(super) struct Owner {
 impl Owner {
     pub(super) fn new(state: State, store: Option<Store>, absent: BTreeSet<Name>) -> Self {
         Self { state, store, quarantine: Quarantine::new(), absent }
+    }
+
+    /// Returns the state after `command` on a host like `observed`.
+    fn decide(&mut self, command: &Command, observed: &Observed) -> Result<State, Problem> {
+        let mut surroundings = Surroundings {
+            observed,
+            host_id: host_id(),
+            random: &mut random_bytes,
+            now: Instant::now(),
+            quarantine: &mut self.quarantine,
+        };
+        control::apply(&self.state, command, &mut surroundings).map_err(|refusal| refused(&refusal))
+    }
+
+    /// Records the change from `old` to `new` durably, if there is a store.
+    fn commit(&mut self, old: &State, new: &State) -> Result<(), Problem> {
+        let Some(store) = &mut self.store else { return Ok(()) };
+        store.commit(old, new).map_err(|error| Problem::failed(&error))
     }
 }
 
@@ -153,22 +172,14 @@ impl Instance {
             _ => Observed::default(),
         };
         let old = self.owner.state.clone();
-        let mut surroundings = Surroundings {
-            observed: &observed,
-            host_id: host_id(),
-            random: &mut random_bytes,
-            now: Instant::now(),
-            quarantine: &mut self.owner.quarantine,
-        };
-        let new = control::apply(&old, command, &mut surroundings)
-            .map_err(|refusal| refused(&refusal))?;
+        let new = self.owner.decide(command, &observed)?;
         let changes = control::changes(&old, &new);
         // After a crash, the next daemon removes from the host what the store lacks, but it cannot
         // attach an endpoint again whose process may have been replaced. So the store never
         // contains an object that is being removed.
         let removes = changes.iter().all(is_removal);
         if removes {
-            self.commit(&old, &new)?;
+            self.owner.commit(&old, &new)?;
         }
         let mut executed = Vec::new();
         let mut result = Ok(());
@@ -180,7 +191,7 @@ impl Instance {
             executed.push(change);
         }
         if result.is_ok() && !removes {
-            result = self.commit(&old, &new);
+            result = self.owner.commit(&old, &new);
         }
         if result.is_err() {
             for change in executed.iter().rev().map(inverse) {
@@ -188,7 +199,7 @@ impl Instance {
                     tracing::error!("a failed command could not be reverted: {problem}");
                 }
             }
-            if removes && let Err(problem) = self.commit(&new, &old) {
+            if removes && let Err(problem) = self.owner.commit(&new, &old) {
                 tracing::error!("a failed command could not be reverted: {problem}");
             }
             self.show();
@@ -215,30 +226,14 @@ impl Instance {
             return Ok(());
         };
         let command = Command::Relocate { endpoint: name.clone(), namespace: path.to_owned() };
-        let mut surroundings = Surroundings {
-            observed: &Observed::default(),
-            host_id: host_id(),
-            random: &mut random_bytes,
-            now: Instant::now(),
-            quarantine: &mut self.owner.quarantine,
-        };
-        let new = control::apply(&old, &command, &mut surroundings);
-        let new = new.map_err(|refusal| refused(&refusal))?;
-        if let Some(store) = &mut self.owner.store {
-            store.commit(&old, &new).map_err(|error| {
-                Problem::failed(&format!(
-                    "endpoint {endpoint} is attached, but its path was not stored: {error}"
-                ))
-            })?;
-        }
+        let new = self.owner.decide(&command, &Observed::default())?;
+        self.owner.commit(&old, &new).map_err(|error| {
+            Problem::failed(&format!(
+                "endpoint {endpoint} is attached, but its path was not stored: {error}"
+            ))
+        })?;
         self.owner.state = new;
         Ok(())
-    }
-
-    /// Records the change from `old` to `new` durably.
-    fn commit(&mut self, old: &State, new: &State) -> Result<(), Problem> {
-        let Some(store) = &mut self.owner.store else { return Ok(()) };
-        store.commit(old, new).map_err(|error| Problem::failed(&error))
     }
 
     /// Publishes the current networks for the API and the metrics.
@@ -619,11 +614,4 @@ fn endpoint_dns(endpoint: &Endpoint) -> EndpointDns {
 fn addresses_of(endpoint: &Endpoint) -> Vec<IpAddr> {
     let attachments = endpoint.setup.attachments.iter();
     attachments.flat_map(|one| &one.addresses).map(ipnet::IpNet::addr).collect()
-}
-
-/// Runs `work`, which may block, on another thread.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, Problem> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| Problem::failed(&error))
 }
