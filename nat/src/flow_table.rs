@@ -11,6 +11,7 @@
 //! | flows of a source | its longest unanswered flow, then its longest idle flow |
 //! | total flows | the same, of the source with the most flows in the network with the most flows |
 //! | sources | a source without flows, of the network with the most sources |
+//! | held bytes | the longest blocked connection of the source that holds most, among those that are blocked |
 //!
 //! A new flow costs a socket and several system calls, about as much as forwarding fifty small
 //! packets. For an answered flow this cost is justified. A flood consists of flows that stay
@@ -113,8 +114,9 @@ pub struct TableLimits {
     /// Maximum number of UDP sessions, and of TCP connections, per client of published ports (an
     /// IPv4 address or an IPv6 /64), so that one client with many ports does not lock out others.
     pub sessions_per_client: usize,
-    /// Maximum number of buffered bytes per source.
-    pub buffered_per_source: usize,
+    /// Maximum number of bytes that connections hold for a side that does not take them. A source
+    /// may hold twice as much as it leaves free. [`crate::tcp::memory`] lists what is charged.
+    pub held_bytes: usize,
     /// Rate of ICMP errors and of resets without a connection, per source.
     pub errors_per_source: Rate,
     /// Maximum number of sources.
@@ -134,7 +136,8 @@ impl Default for TableLimits {
             new_flows_per_source: Rate { per_second: 20_000, burst: 20_000 },
             // The same as for ports of the port publisher.
             sessions_per_client: 8192,
-            buffered_per_source: 64 << 20,
+            // The same as for ports of the port publisher.
+            held_bytes: 256 << 20,
             // The defaults of the kernel: net.ipv4.icmp_msgs_per_sec and icmp_msgs_burst.
             errors_per_source: Rate { per_second: 1000, burst: 1000 },
             sources: 4096,
@@ -183,12 +186,20 @@ pub enum Limit {
     Client,
     /// File descriptors.
     Descriptors,
+    /// [`TableLimits::held_bytes`].
+    HeldBytes,
 }
 
 impl Limit {
     /// All limits.
-    pub const ALL: [Self; 5] =
-        [Self::Flows, Self::SourceFlows, Self::Unanswered, Self::Client, Self::Descriptors];
+    pub const ALL: [Self; 6] = [
+        Self::Flows,
+        Self::SourceFlows,
+        Self::Unanswered,
+        Self::Client,
+        Self::Descriptors,
+        Self::HeldBytes,
+    ];
 
     /// The value of the label `limit`.
     #[must_use]
@@ -199,6 +210,7 @@ impl Limit {
             Self::Unanswered => "unanswered",
             Self::Client => "client",
             Self::Descriptors => "descriptors",
+            Self::HeldBytes => "held_bytes",
         }
     }
 }
@@ -231,7 +243,7 @@ struct Source {
     network: u16,
     flows: usize,
     unanswered: usize,
-    buffered: usize,
+    held: usize,
     bucket: Bucket,
     /// The source has had an answered flow.
     answered: bool,
@@ -241,6 +253,8 @@ struct Source {
     errors: Bucket,
     /// Unanswered flows, then answered ones.
     idle: [List; 2],
+    /// Blocked connections, the one that is blocked for longest first.
+    blocked: List,
 }
 
 impl Charge {
@@ -277,6 +291,9 @@ struct Entry<T> {
     charge: Charge,
     last_seen: Instant,
     links: Links,
+    held: usize,
+    is_blocked: bool,
+    blocked_links: Links,
     value: T,
 }
 
@@ -297,6 +314,8 @@ pub struct FlowTable<T> {
     sources: Arena<Source>,
     by_source: BTreeMap<(IpAddr, Origin), Key>,
     networks: BTreeMap<u16, NetworkState>,
+    /// Bytes held by all flows.
+    held: usize,
     counts: [usize; 3],
     swept: Option<Instant>,
 }
@@ -312,6 +331,7 @@ impl<T> FlowTable<T> {
             sources: Arena::new(),
             by_source: BTreeMap::new(),
             networks: BTreeMap::new(),
+            held: 0,
             counts: [0; 3],
             swept: None,
         }
@@ -377,21 +397,52 @@ impl<T> FlowTable<T> {
         self.flows.get(key).is_some_and(|entry| entry.unanswered)
     }
 
-    /// Returns the value of flow `key`, and the number of bytes that its source may still buffer.
+    /// Returns the value of flow `key`, and the number of bytes that its source may still take: as
+    /// many as leave it with at most twice of what is free ([`tidegate_model::may_take`]).
     pub fn with_allowance(&mut self, key: Key) -> Option<(&mut T, usize)> {
         let entry = self.flows.get_mut(key)?;
-        let buffered = self.sources.get(entry.source).map_or(0, |source| source.buffered);
-        Some((&mut entry.value, self.limits.buffered_per_source.saturating_sub(buffered)))
+        let held = self.sources.get(entry.source).map_or(0, |source| source.held);
+        let free = self.limits.held_bytes.saturating_sub(self.held);
+        Some((&mut entry.value, free.saturating_mul(2).saturating_sub(held) / 3))
     }
 
-    /// Updates the buffered bytes of flow `key` from `before` to `after`.
-    pub fn account_buffered(&mut self, key: Key, before: usize, after: usize) {
-        if before != after
-            && let Some(entry) = self.flows.get(key)
-            && let Some(source) = self.sources.get_mut(entry.source)
-        {
-            source.buffered = (source.buffered + after).saturating_sub(before);
+    /// Updates the number of bytes that flow `key` holds, and whether it is blocked.
+    pub fn set_held(&mut self, key: Key, held: usize, is_blocked: bool) {
+        let Some(entry) = self.flows.get_mut(key) else { return };
+        let before = std::mem::replace(&mut entry.held, held);
+        let was_blocked = std::mem::replace(&mut entry.is_blocked, is_blocked);
+        let Some(source) = self.sources.get_mut(entry.source) else { return };
+        source.held = source.held + held - before;
+        self.held = self.held + held - before;
+        match (was_blocked, is_blocked) {
+            (false, true) => {
+                source.blocked.append(&mut self.flows, key, |entry| &mut entry.blocked_links);
+            }
+            (true, false) => {
+                source.blocked.remove(&mut self.flows, key, |entry| &mut entry.blocked_links);
+            }
+            _ => {}
         }
+    }
+
+    /// Number of bytes that all flows hold.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.held
+    }
+
+    /// If flows hold more bytes than the limit, removes the connection that has been blocked for
+    /// longest, of the source that holds most among those with a blocked one.
+    pub fn evict_over_budget(&mut self) -> Option<(FlowKey, T)> {
+        if self.held <= self.limits.held_bytes {
+            return None;
+        }
+        let candidates = self
+            .sources
+            .iter()
+            .filter_map(|(_, source)| Some((source.held, source.blocked.oldest()?)));
+        let (_, victim) = candidates.max_by_key(|(held, _)| *held)?;
+        self.remove(victim)
     }
 
     /// Decides whether `ip` of `network` may create a flow, and charges its budgets. Called before
@@ -576,6 +627,9 @@ impl<T> FlowTable<T> {
             charge,
             last_seen: now,
             links: Links::default(),
+            held: 0,
+            is_blocked: false,
+            blocked_links: Links::default(),
             value,
         };
         let flow = self.flows.insert(entry);
@@ -647,7 +701,7 @@ impl<T> FlowTable<T> {
 
     /// Removes flow `key` and returns its value.
     pub fn remove(&mut self, key: Key) -> Option<(FlowKey, T)> {
-        self.flows.get(key)?;
+        self.set_held(key, 0, false);
         self.unlink(key);
         let entry = self.flows.remove(key)?;
         self.by_key.remove(&entry.key);
@@ -691,12 +745,13 @@ impl<T> FlowTable<T> {
             flows: 0,
             unanswered: 0,
             answered: false,
-            buffered: 0,
+            held: 0,
             bucket: Bucket::new(self.limits.new_flows_per_source, now),
             standing: Bucket::new(GOOD_STANDING, now),
             budget: Bucket::new(self.limits.unanswered_rate(), now),
             errors: Bucket::new(self.limits.errors_per_source, now),
             idle: Default::default(),
+            blocked: List::default(),
         };
         let key = self.sources.insert(source);
         self.by_source.insert((ip, origin), key);
@@ -769,7 +824,7 @@ mod tests {
         unanswered_per_source: 2,
         new_flows_per_source: Rate { per_second: 1000, burst: 1000 },
         sessions_per_client: 2,
-        buffered_per_source: 100,
+        held_bytes: 300,
         errors_per_source: Rate { per_second: 1, burst: 1 },
         sources: 3,
         queued_packets: 8,
@@ -961,17 +1016,42 @@ mod tests {
     }
 
     #[test]
-    fn buffered_bytes_count_against_their_source_alone() {
+    fn a_source_may_hold_twice_as_much_as_it_leaves_free() {
         let now = Instant::now();
         let mut table = FlowTable::new(LIMITS, KEY);
         let (one, _) = add(&mut table, 1, 1, Class::Connection, now).unwrap();
         let (same, _) = add(&mut table, 1, 2, Class::Connection, now).unwrap();
         let (other, _) = add(&mut table, 2, 1, Class::Connection, now).unwrap();
-        table.account_buffered(one, 0, 70);
-        assert_eq!(table.with_allowance(same).unwrap().1, 30);
-        assert_eq!(table.with_allowance(other).unwrap().1, 100);
-        table.account_buffered(one, 70, 0);
-        assert_eq!(table.with_allowance(same).unwrap().1, 100);
+        assert_eq!(table.with_allowance(same).unwrap().1, 200);
+        table.set_held(one, 120, true);
+        assert_eq!(table.with_allowance(same).unwrap().1, 80);
+        assert_eq!(table.with_allowance(other).unwrap().1, 120);
+        table.set_held(one, 200, true);
+        assert_eq!(table.with_allowance(same).unwrap().1, 0);
+        assert_eq!(table.with_allowance(other).unwrap().1, 66);
+        table.remove(one).unwrap();
+        assert_eq!((table.held(), table.with_allowance(same).unwrap().1), (0, 200));
+    }
+
+    #[test]
+    fn the_largest_holder_loses_its_longest_blocked_connection() {
+        let now = Instant::now();
+        let mut table = FlowTable::new(LIMITS, KEY);
+        let (wide, _) = add(&mut table, 1, 1, Class::Connection, now).unwrap();
+        let (first, _) = add(&mut table, 2, 2, Class::Connection, now).unwrap();
+        let (second, _) = add(&mut table, 2, 3, Class::Connection, now).unwrap();
+        let (small, _) = add(&mut table, 11, 4, Class::Connection, now).unwrap();
+        table.set_held(wide, 150, false);
+        table.set_held(small, 10, true);
+        table.set_held(first, 70, true);
+        table.set_held(second, 70, true);
+        assert_eq!(table.evict_over_budget(), None, "at the limit");
+        table.set_held(first, 75, true);
+        assert_eq!(table.evict_over_budget().map(|(_, port)| port), Some(2));
+        assert_eq!((table.evict_over_budget(), table.held()), (None, 230));
+        table.set_held(second, 70, false);
+        table.set_held(small, 90, true);
+        assert_eq!(table.evict_over_budget().map(|(_, port)| port), Some(4), "no other is blocked");
     }
 
     proptest! {
@@ -986,6 +1066,7 @@ mod tests {
                 match (table.find(&key), action) {
                     (Some(flow), 0) => drop(table.remove(flow)),
                     (Some(flow), 1) => table.mark_answered(flow),
+                    (Some(flow), 3) => table.set_held(flow, usize::from(port), host % 2 == 0),
                     (Some(flow), _) => table.touch(flow, action == 2, now),
                     (None, action) => {
                         let class = if action < 3 { Class::Connection } else { Class::Tentative };
@@ -1005,9 +1086,16 @@ mod tests {
                         let listed = list.iter(&table.flows, |entry| &entry.links);
                         prop_assert_eq!(listed.count(), count);
                     }
+                    let blocked = source.blocked.iter(&table.flows, |entry| &entry.blocked_links);
+                    let listed = blocked.filter_map(|key| table.flows.get(key));
+                    prop_assert!(listed.into_iter().all(|entry| entry.is_blocked));
                 }
-                let held: usize = table.networks.values().map(|network| network.flows).sum();
-                prop_assert_eq!(held, table.len());
+                let flows: usize = table.networks.values().map(|network| network.flows).sum();
+                prop_assert_eq!(flows, table.len());
+                let held: usize = table.flows.iter().map(|(_, entry)| entry.held).sum();
+                prop_assert_eq!(held, table.held);
+                let held: usize = table.sources.iter().map(|(_, source)| source.held).sum();
+                prop_assert_eq!(held, table.held);
             }
         }
     }

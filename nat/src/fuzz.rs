@@ -4,7 +4,8 @@
 use crate::engine::{Engine, Secrets};
 use crate::forward::{Forward, ForwardId, ForwardSource};
 use crate::host::{
-    Arrival, Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketError,
+    Arrival, Batch, DatagramKind, Destination, Host, Port, Ready, ReceiveBuffer, SendOutcome,
+    SocketError,
 };
 use crate::layer2::{self, Layer2, Layer2Options, Layer2V6};
 use crate::metrics::Stats;
@@ -145,6 +146,8 @@ impl Host for Fuzzed {
         }
     }
 
+    fn set_receive_buffer(&mut self, _stream: &mut usize, _size: ReceiveBuffer) {}
+
     fn peek(&mut self, stream: &mut usize, offset: usize, into: &mut [u8]) -> io::Result<usize> {
         let choice = self.next_result();
         let waiting = &mut self.waiting[*stream];
@@ -233,7 +236,7 @@ pub fn check_engine(mut data: &[u8]) {
     let mut settings = Settings::new(1500);
     settings.limits.flows = 16;
     settings.limits.sources = 8;
-    settings.limits.buffered_per_source = 1 << 18;
+    settings.limits.held_bytes = 1 << 20;
     settings.policy.gateways = vec![IpAddr::from([10, 0, 2, 2])];
     let secrets = Secrets { table: HashKey([1, 2]), sequence: HashKey([3, 4]) };
     let mut engine =

@@ -27,6 +27,15 @@ pub struct Ready {
     pub more: bool,
 }
 
+/// Size of the receive buffer of a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReceiveBuffer {
+    /// 128 KiB of payload.
+    Narrow,
+    /// 1 MiB of payload ([`UNREAD_BYTES`](tidegate_reactor::UNREAD_BYTES)).
+    Wide,
+}
+
 /// Kind of a datagram socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DatagramKind {
@@ -213,6 +222,9 @@ pub trait Host {
     /// # Errors
     /// The connection is broken.
     fn discard(&mut self, stream: &mut Self::Stream, length: usize) -> io::Result<()>;
+
+    /// Sets the size of the receive buffer. Data in the queue is kept.
+    fn set_receive_buffer(&mut self, stream: &mut Self::Stream, size: ReceiveBuffer);
 
     /// Shuts down the sending direction.
     fn shutdown(&mut self, stream: &mut Self::Stream);

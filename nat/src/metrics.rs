@@ -202,6 +202,8 @@ pub struct Stats {
     pub largest_shares: [Count; 2],
     /// Bytes of queued packets.
     pub queued_bytes: Count,
+    /// Bytes held for sides that do not take them.
+    pub held_bytes: Count,
 }
 
 /// Counters of an engine and the limits of its tables.
@@ -218,6 +220,8 @@ pub struct Figures {
     pub unanswered_limit: u64,
     /// Maximum number of queued bytes.
     pub queued_bytes_limit: u64,
+    /// Maximum number of held bytes.
+    pub held_bytes_limit: u64,
     /// Maximum number of sources.
     pub sources_limit: u64,
     /// The descriptor budget of its sockets.
@@ -284,7 +288,7 @@ impl Stats {
 }
 
 /// The metric families of an engine.
-pub const FAMILIES: [Family; 20] = [
+pub const FAMILIES: [Family; 22] = [
     Family::gauge("tidegate_nat_flows", "Current flows of containers."),
     Family::gauge("tidegate_nat_flows_limit", "Maximum number of flows of all protocols."),
     Family::gauge(
@@ -302,6 +306,11 @@ pub const FAMILIES: [Family; 20] = [
     ),
     Family::gauge("tidegate_nat_queued_bytes", "Bytes of packets queued for the engine."),
     Family::gauge("tidegate_nat_queued_bytes_limit", "Maximum number of queued bytes."),
+    Family::gauge(
+        "tidegate_nat_held_bytes",
+        "Bytes held for sides of TCP connections that do not take them.",
+    ),
+    Family::gauge("tidegate_nat_held_bytes_limit", "Maximum number of held bytes."),
     Family::gauge("tidegate_nat_sources", "Container addresses in the flow table."),
     Family::gauge("tidegate_nat_sources_limit", "Maximum number of container addresses."),
     Family::gauge("tidegate_nat_descriptors", "File descriptors used by flows."),
@@ -367,6 +376,8 @@ impl Figures {
             "tidegate_nat_endpoint_unanswered_limit" => one(self.unanswered_limit),
             "tidegate_nat_queued_bytes" => one(stats.queued_bytes.get()),
             "tidegate_nat_queued_bytes_limit" => one(self.queued_bytes_limit),
+            "tidegate_nat_held_bytes" => one(stats.held_bytes.get()),
+            "tidegate_nat_held_bytes_limit" => one(self.held_bytes_limit),
             "tidegate_nat_sources" => one(stats.sources.get()),
             "tidegate_nat_sources_limit" => one(self.sources_limit),
             "tidegate_nat_descriptors" => one(self.descriptors.taken() as u64),
@@ -429,6 +440,7 @@ mod tests {
             share_limit: 3,
             unanswered_limit: 2,
             queued_bytes_limit: 5,
+            held_bytes_limit: 6,
             sources_limit: 4,
             descriptors,
         };

@@ -75,6 +75,7 @@ impl Nat {
             share_limit: limits.flows_per_source as u64,
             unanswered_limit: limits.unanswered_per_source as u64,
             queued_bytes_limit: limits.queued_bytes as u64,
+            held_bytes_limit: limits.held_bytes as u64,
             sources_limit: limits.sources as u64,
             descriptors: Arc::clone(&descriptors),
         };

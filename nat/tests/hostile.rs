@@ -6,7 +6,9 @@ use proptest::prelude::*;
 use std::net::SocketAddr;
 use std::time::Duration;
 use tidegate_model::CidrSet;
-use tidegate_nat::host::Ready;
+use tidegate_nat::flow_table::Limit;
+use tidegate_nat::host::{Ready, ReceiveBuffer};
+use tidegate_nat::tcp::memory::{NARROW_BYTES, WIDE_BYTES};
 use tidegate_nat::wire::head::{self, TcpHead};
 use tidegate_nat::wire::protocol;
 use tidegate_nat::wire::tcp::flags::{ACK, FIN, PSH, RST, SYN};
@@ -19,7 +21,7 @@ const LIMITS: TableLimits = TableLimits {
     unanswered_per_source: 50,
     new_flows_per_source: Rate { per_second: 1000, burst: 1000 },
     sessions_per_client: 100,
-    buffered_per_source: 4 << 20,
+    held_bytes: 6 << 20,
     errors_per_source: Rate { per_second: 10, burst: 20 },
     sources: 100,
     queued_packets: 1000,
@@ -184,6 +186,16 @@ fn descriptor_exhaustion_evicts_unanswered_flows_first() {
     neighbour.check(&mut bench);
 }
 
+/// Opens a connection from `source` to a server that accepts at once.
+fn open(bench: &mut Bench, source: SocketAddr) -> TcpHead {
+    let head = segment(source, at("192.0.2.1:80"));
+    bench.frame(&frame(&TcpHead { flags: SYN, scale: Some(0), ..head }, b""));
+    let answer = std::iter::from_fn(|| bench.next_segment()).last().unwrap();
+    let head = TcpHead { sequence: 1, acknowledgement: answer.sequence.wrapping_add(1), ..head };
+    bench.frame(&frame(&head, b""));
+    head
+}
+
 #[test]
 fn buffers_are_limited_per_source() {
     let mut bench = bench();
@@ -191,14 +203,8 @@ fn buffers_are_limited_per_source() {
     bench.host().room = 0;
     bench.host().connect_result_at_once = Some(Ok(()));
     let mut kept = 0usize;
-    for port in 1..40u16 {
-        let source = SocketAddr::from(([10, 0, 0, 1], port));
-        let head = segment(source, at("192.0.2.1:80"));
-        bench.frame(&frame(&TcpHead { flags: SYN, scale: Some(0), ..head }, b""));
-        let expected =
-            std::iter::from_fn(|| bench.next_segment()).last().unwrap().sequence.wrapping_add(1);
-        let head = TcpHead { sequence: 1, acknowledgement: expected, ..head };
-        bench.frame(&frame(&head, b""));
+    for port in 1..5u16 {
+        let head = open(&mut bench, SocketAddr::from(([10, 0, 0, 1], port)));
         // In order until the window is closed, and then far beyond it.
         let mut next = 1u32;
         for _ in 0..30 {
@@ -209,9 +215,69 @@ fn buffers_are_limited_per_source() {
         kept += next as usize - 1;
         bench.frame(&frame(&TcpHead { sequence: next + 500_000, ..head }, &[1; 60_000]));
     }
-    assert!(kept <= LIMITS.buffered_per_source, "{kept}");
-    assert!(kept > LIMITS.buffered_per_source * 9 / 10, "{kept}");
+    // One source gets two thirds of the budget; sockets that are full are charged in any case.
+    let held = bench.stats.held_bytes.get() as usize;
+    let share = LIMITS.held_bytes * 2 / 3;
+    assert!(kept < held, "{kept}, {held}");
+    assert!((share * 9 / 10..=share + 2 * NARROW_BYTES).contains(&held), "{held}");
+    assert_eq!(bench.stats.evicted_by_limit[Limit::HeldBytes as usize].get(), 0);
     neighbour.check(&mut bench);
+}
+
+#[test]
+fn a_guest_that_does_not_read_loses_its_longest_blocked_connection() {
+    let mut bench = bench();
+    let mut neighbour = Neighbour::start(&mut bench);
+    bench.host().connect_result_at_once = Some(Ok(()));
+    let first = bench.host().streams.len();
+    let evicted = |bench: &Bench| bench.stats.evicted_by_limit[Limit::HeldBytes as usize].get();
+    let stall = |bench: &mut Bench, source: SocketAddr| {
+        let head = open(bench, source);
+        bench.frame(&frame(&TcpHead { sequence: 1, window: 100, ..head }, b""));
+        let index = bench.host().streams.len() - 1;
+        bench.remote_sends(index, &[7; 60_000]);
+        index
+    };
+    let other = stall(&mut bench, at("10.0.0.2:1"));
+    let budget = LIMITS.held_bytes / NARROW_BYTES;
+    for port in 1..budget as u16 {
+        stall(&mut bench, SocketAddr::from(([10, 0, 0, 1], port)));
+    }
+    assert_eq!((evicted(&bench), bench.stats.held_bytes.get()), (0, LIMITS.held_bytes as u64));
+    for port in 100..105 {
+        stall(&mut bench, SocketAddr::from(([10, 0, 0, 1], port)));
+    }
+    assert_eq!((evicted(&bench), bench.stats.held_bytes.get()), (5, LIMITS.held_bytes as u64));
+    let aborted: Vec<usize> = (first..bench.host().streams.len())
+        .filter(|index| bench.host().streams[*index].aborted)
+        .collect();
+    assert_eq!(aborted, (other + 1..=other + 5).collect::<Vec<_>>());
+    assert_eq!(bench.host().streams[other].receive_buffer, Some(ReceiveBuffer::Narrow));
+    neighbour.check(&mut bench);
+}
+
+#[test]
+fn a_guest_that_reads_gets_a_wide_buffer_until_it_is_idle() {
+    let mut bench = bench();
+    bench.host().connect_result_at_once = Some(Ok(()));
+    let head = open(&mut bench, at("10.0.0.1:1"));
+    let index = bench.host().streams.len() - 1;
+    let mut expected = head.acknowledgement;
+    let mut download = |bench: &mut Bench| {
+        bench.remote_sends(index, &[7; 30_000]);
+        for seen in std::iter::from_fn(|| bench.next_segment()).collect::<Vec<_>>() {
+            expected = expected.max(seen.sequence.wrapping_add(seen.payload.len() as u32));
+        }
+        bench.frame(&frame(&TcpHead { acknowledgement: expected, ..head }, b""));
+        bench.host().streams[index].receive_buffer
+    };
+    assert_eq!(download(&mut bench), Some(ReceiveBuffer::Narrow));
+    let sizes: Vec<_> = (0..10).map(|_| download(&mut bench)).collect();
+    assert_eq!(sizes.last().unwrap(), &Some(ReceiveBuffer::Wide));
+    assert_eq!(bench.stats.held_bytes.get(), WIDE_BYTES as u64);
+    bench.pass(Duration::from_secs(5));
+    assert_eq!(bench.host().streams[index].receive_buffer, Some(ReceiveBuffer::Narrow));
+    assert_eq!(bench.stats.held_bytes.get(), 0);
 }
 
 #[test]
@@ -425,7 +491,7 @@ fn every_limit_can_be_one() {
             unanswered_per_source: 1,
             new_flows_per_source: Rate { per_second: 1, burst: 1 },
             sessions_per_client: usize::MAX,
-            buffered_per_source: 1,
+            held_bytes: 1,
             errors_per_source: Rate { per_second: 1, burst: 1 },
             sources: 1,
             queued_packets: 1,

@@ -7,6 +7,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
+use tidegate_nat::flow_table::Limit;
 use tidegate_nat::{Capabilities, DropReason, FlowKind};
 use tidegate_testbed::eventually;
 use tidegate_testbed::server::{EchoServer, PeerServer, Sink, Source, StalledServer};
@@ -230,4 +231,87 @@ fn stopping_removes_the_device_and_resets_connections() {
     net.nat.stop();
     assert_eq!(remote.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
     assert!(!net.container.ip(&["-o", "link"]).contains("tun0"));
+}
+
+/// Kernel memory of the TCP sockets of the host, in bytes: allocated for received data, and queued
+/// for sending.
+fn socket_memory(net: &Net) -> usize {
+    let output = net.host.command("ss").args(["-tmnH"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let sizes = text.split("skmem:(").skip(1).flat_map(|rest| {
+        rest.split(')').next().unwrap().split(',').filter_map(|part| {
+            part.strip_prefix('r').or(part.strip_prefix('w'))?.parse::<usize>().ok()
+        })
+    });
+    sizes.sum()
+}
+
+const BUDGET: usize = 16 << 20;
+
+/// Waits until `net` is quiet, and verifies that connections which one side does not read hold at
+/// most [`BUDGET`], and that a large transfer of the same container still succeeds.
+fn assert_within_budget(net: &Net, port: u16) {
+    let quiet = eventually(Duration::from_secs(20), || {
+        let before = socket_memory(net);
+        thread::sleep(Duration::from_millis(300));
+        before == socket_memory(net)
+    });
+    assert!(quiet);
+    let stats = net.nat.stats();
+    let (memory, held) = (socket_memory(net), stats.held_bytes.get() as usize);
+    assert!((1..=BUDGET).contains(&memory), "{memory}: {}", net.counters());
+    assert!((1..=BUDGET).contains(&held), "{held}: {}", net.counters());
+    let source = Source::tcp(&net.server, server(0, port), 6, 8 << 20);
+    let received = net.container.run(|| {
+        let mut stream = TcpStream::connect(source.addr()).unwrap();
+        transfer::receive(&mut stream, 6)
+    });
+    assert_eq!(received, Transfer::complete(8 << 20));
+}
+
+#[test]
+fn data_that_the_container_does_not_read_stays_within_the_byte_budget() {
+    let net = Net::with(&Options::default(), |settings| settings.limits.held_bytes = BUDGET);
+    let source = Source::tcp(&net.server, server(0, 7003), 5, 64 << 20);
+    // Reads enough for a wide buffer, and then nothing more.
+    let streams: Vec<TcpStream> = net.container.run(|| {
+        let mut buffer = vec![0; 2 << 20];
+        let connect = || {
+            let mut stream = TcpStream::connect(source.addr()).unwrap();
+            let _ = stream.read_exact(&mut buffer);
+            stream
+        };
+        std::iter::repeat_with(connect).take(60).collect()
+    });
+    assert_within_budget(&net, 7004);
+    let stats = net.nat.stats();
+    let evicted = stats.evicted_by_limit[Limit::HeldBytes as usize].get();
+    assert!((10..60).contains(&evicted), "{evicted}");
+    drop(streams);
+    assert!(eventually(Duration::from_secs(10), || stats.held_bytes.get() == 0));
+}
+
+#[test]
+fn data_that_the_server_does_not_read_stays_within_the_byte_budget() {
+    let net = Net::with(&Options::default(), |settings| settings.limits.held_bytes = BUDGET);
+    let stalled = StalledServer::tcp(&net.server, server(0, 7005));
+    let streams: Vec<TcpStream> = net.container.run(|| {
+        let connect = || {
+            let mut stream = TcpStream::connect(stalled.addr()).unwrap();
+            stream.set_nonblocking(true).unwrap();
+            for _ in 0..200 {
+                match stream.write(&[7; 64 << 10]) {
+                    Ok(_) => {}
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                        thread::sleep(Duration::from_millis(1));
+                    }
+                    Err(_) => break,
+                }
+            }
+            stream
+        };
+        std::iter::repeat_with(connect).take(60).collect()
+    });
+    assert_within_budget(&net, 7006);
+    drop(streams);
 }

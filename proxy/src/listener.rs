@@ -6,26 +6,15 @@ use socket2::{Domain, Protocol as IpProtocol, SockRef, Socket, Type};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::LazyLock;
 use tidegate_model::{Feature, Protocol, PublishLabel, canonical};
 use tidegate_reactor::{
-    BACKLOG, KEEPALIVE, ReceiveBound, UNREAD_BYTES, accept_only_from_loopback, batch,
-    drop_forged_own_source, enable_stream_ingress, enlarge_datagram_buffers, revive_datagrams,
-    revive_listener, set_window_clamp, unfix_buffers,
+    BACKLOG, KEEPALIVE, UNSENT_NARROW, UNSENT_WIDE, accept_only_from_loopback, batch,
+    drop_forged_own_source, enable_stream_ingress, enlarge_datagram_buffers, narrow_receive_buffer,
+    revive_datagrams, revive_listener, widen_receive_buffer,
 };
 
 /// Maximum number of datagrams that [`Listener::open`] discards.
 const MAX_STALE_DATAGRAMS: usize = 65_536;
-
-/// Maximum unsent payload in a send buffer in bytes (`TCP_NOTSENT_LOWAT`), for a narrow and a wide
-/// half. Data in flight is not included; the window of the receiver bounds it. Without this limit
-/// the send buffer of a peer that has stopped reading grows to `tcp_wmem` (4 MiB).
-const UNSENT_NARROW: u32 = 64 << 10;
-const UNSENT_WIDE: u32 = 256 << 10;
-
-/// Receive buffer of the source of a narrow half in bytes, not counting kernel overhead. The window
-/// that it permits exceeds what a sender has in flight before the half can become wide.
-const UNREAD_NARROW: usize = 128 << 10;
 
 /// The socket of a published port.
 #[derive(Debug)]
@@ -242,33 +231,16 @@ pub(crate) fn prepare_stream(stream: impl AsFd) -> io::Result<()> {
     socket.set_tcp_notsent_lowat(UNSENT_NARROW)
 }
 
-/// Sets the buffers between `source` and `sink` for a wide half. The receive buffer is fixed at
-/// [`UNREAD_BYTES`]. Without the privilege, and with a `net.core.rmem_max` below that size, the
-/// kernel manages the buffer: a much smaller one would cost more throughput than the limit is
-/// worth.
+/// Sets the buffers between `source` and `sink` for a wide half.
 pub(crate) fn widen(source: impl AsFd, sink: impl AsFd) {
-    static BOUND: LazyLock<ReceiveBound> = LazyLock::new(ReceiveBound::probe);
-    let is_left = *BOUND == ReceiveBound::Leave && unfix_buffers(&source).is_ok();
-    if !is_left && (*BOUND == ReceiveBound::Leave || BOUND.apply(&source).is_err()) {
-        // An error means that the peer has closed the connection, which then needs no buffer.
-        let _ = ReceiveBound::Ask.apply(&source);
-    }
-    // The kernel doubles the buffer size and uses a part of it for overhead.
-    let _ = set_window_clamp(&source, 2 * UNREAD_BYTES as u32);
+    widen_receive_buffer(source);
     let _ = SockRef::from(&sink).set_tcp_notsent_lowat(UNSENT_WIDE);
 }
 
-/// Sets the buffers between `source` and `sink` for a narrow half. Data already received is kept.
-/// The kernel drops data beyond the new size, and the sender retransmits it later
-/// (`tcp_try_rmem_schedule`).
+/// Sets the buffers between `source` and `sink` for a narrow half.
 pub(crate) fn narrow(source: impl AsFd, sink: impl AsFd) {
-    fix_receive_buffer(source);
+    narrow_receive_buffer(source);
     let _ = SockRef::from(&sink).set_tcp_notsent_lowat(UNSENT_NARROW);
-}
-
-/// Fixes the receive buffer of `source` at the size for a narrow half.
-pub(crate) fn fix_receive_buffer(source: impl AsFd) {
-    let _ = sockopt::set_socket_recv_buffer_size(&source, UNREAD_NARROW);
 }
 
 /// Enables receive offload: the kernel delivers GSO batches of datagrams.

@@ -48,6 +48,20 @@ pub struct ProxyLimits {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeldBytes(usize);
 
+impl HeldBytes {
+    /// The size in bytes.
+    #[must_use]
+    pub fn bytes(self) -> usize {
+        self.0
+    }
+}
+
+impl Default for HeldBytes {
+    fn default() -> Self {
+        Self(256 << 20)
+    }
+}
+
 impl fmt::Display for HeldBytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let units = [(30, "G"), (20, "M"), (10, "K"), (0, "")];
@@ -87,7 +101,7 @@ impl Default for ProxyLimits {
             max_client_connections: None,
             udp_max_sessions: n(16_384),
             udp_max_source_sessions: n(8192),
-            max_held: HeldBytes(256 << 20),
+            max_held: HeldBytes::default(),
         }
     }
 }
@@ -97,7 +111,7 @@ impl ProxyLimits {
     pub fn limit_engine(&self, settings: &mut Settings) {
         settings.max_connections = self.max_connections.get();
         settings.max_client_connections = self.max_client_connections.map(NonZeroUsize::get);
-        settings.held_bytes = self.max_held.0;
+        settings.held_bytes = self.max_held.bytes();
     }
 
     /// Sets the limits of one port.

@@ -7,7 +7,7 @@
 //! - [`PipePool`]: pipes for moving payload with `splice(2)`.
 //! - [`Descriptors`]: the budget of file descriptors shared by all loops of a process.
 //! - [`SourcePorts`]: source ports for many TCP connections to one destination.
-//! - [`ReceiveBound`], [`UDP_BUFFER`], [`KEEPALIVE`] and others: options of data-plane sockets.
+//! - [`UDP_BUFFER`], [`KEEPALIVE`] and others: options of data-plane sockets.
 //! - [`stream_ingress`]: the ingress interface of an accepted connection.
 //! - [`batch`]: many datagrams per system call, merged into GSO batches where possible.
 //!
@@ -27,6 +27,7 @@ mod options;
 mod pipes;
 mod revive;
 mod source_ports;
+mod stream_buffers;
 mod timers;
 
 pub use arena::{Arena, Key};
@@ -37,10 +38,13 @@ pub use ingress::{StreamIngress, drop_forged_own_source, enable_stream_ingress, 
 pub use lists::{Links, List};
 pub use mailbox::{Closed, Sender};
 pub use options::{
-    BACKLOG, KEEPALIVE, ReceiveBound, UDP_BUFFER, UNREAD_BYTES, accept_only_from_loopback,
-    enlarge_datagram_buffers, is_exhaustion, set_number, set_window_clamp, unfix_buffers,
+    BACKLOG, KEEPALIVE, UDP_BUFFER, accept_only_from_loopback, enlarge_datagram_buffers,
+    is_exhaustion, set_number,
 };
 pub use pipes::{Loan, Pipe, PipePool, Splice};
 pub use revive::{revive_datagrams, revive_listener, says_destroyed};
 pub use source_ports::{PortRange, SourcePorts, begin_connect};
+pub use stream_buffers::{
+    UNREAD_BYTES, UNSENT_NARROW, UNSENT_WIDE, narrow_receive_buffer, widen_receive_buffer,
+};
 pub use timers::Timers;

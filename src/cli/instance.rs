@@ -7,7 +7,7 @@ use clap::Args;
 use std::num::NonZeroUsize;
 use std::time::Duration;
 use tidegate_publish::firewall::{FirewallChoice, PublishBy};
-use tidegate_publish::limits::ProxyLimits;
+use tidegate_publish::limits::{HeldBytes, ProxyLimits};
 
 #[derive(Debug, Args)]
 pub(super) struct InstanceOptions {
@@ -57,6 +57,12 @@ pub(super) struct InstanceOptions {
     #[arg(long, value_name = "N", default_value_t = NatLimits::default().unanswered, value_parser = clap::value_parser!(u32).range(1..))]
     nat_max_unanswered: u32,
 
+    /// Maximum memory for data of NAT flows over TCP that one side does not take, in bytes or with
+    /// the suffix K, M or G; at the limit, the endpoint that holds most loses its longest blocked
+    /// one
+    #[arg(long, value_name = "SIZE", default_value_t = NatLimits::default().held)]
+    nat_max_held: HeldBytes,
+
     /// Maximum number of conntrack entries; above it, the container with the most entries loses its
     /// longest idle ones [default: three quarters of net.netfilter.nf_conntrack_max]
     #[arg(long, value_name = "N")]
@@ -85,6 +91,7 @@ impl InstanceOptions {
                 flows: self.nat_max_flows,
                 endpoint_flows: self.nat_max_endpoint_flows,
                 unanswered: self.nat_max_unanswered,
+                held: self.nat_max_held,
             },
             max_tracked_flows: self.max_tracked_flows,
             allow_host_loopback: self.allow_host_loopback,

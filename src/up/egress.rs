@@ -17,6 +17,7 @@ use tidegate_nat::{Nat, Policy, PolicyNetwork, Settings, StartError, Tun, TunOpt
 use tidegate_netns::HostContext;
 use tidegate_netns::{Family, Namespace, interface_index};
 use tidegate_netsetup::{EngineDevice, NatIsolation, Network, Observed};
+use tidegate_publish::limits::HeldBytes;
 use tidegate_reactor::Descriptors;
 
 /// Maximum number of routing tables to try.
@@ -34,11 +35,13 @@ pub struct NatLimits {
     pub endpoint_flows: u32,
     /// Unanswered flows of one endpoint. Default: 1024.
     pub unanswered: u32,
+    /// Memory for data of connections that one side does not take.
+    pub held: HeldBytes,
 }
 
 impl Default for NatLimits {
     fn default() -> Self {
-        Self { flows: 65_536, endpoint_flows: 16_384, unanswered: 1024 }
+        Self { flows: 65_536, endpoint_flows: 16_384, unanswered: 1024, held: HeldBytes::default() }
     }
 }
 
@@ -167,6 +170,7 @@ impl Device {
         let share = (descriptors() / 4).max(1);
         settings.limits.flows = limits.flows as usize;
         settings.limits.flows_per_source = share.min(limits.endpoint_flows as usize);
+        settings.limits.held_bytes = limits.held.bytes();
         settings.limits.unanswered_per_source = limits.unanswered as usize;
         let descriptors = Arc::new(Descriptors::new(descriptors()));
         let nat = Arc::new(Nat::start(settings, self.tun, host_context.ports(), descriptors)?);

@@ -351,6 +351,10 @@ impl<H: Host> Engine<H> {
                 }
             }
         }
+        while let Some((key, flow)) = self.flows.evict_over_budget() {
+            self.finish_eviction(key, flow, Limit::HeldBytes, now);
+        }
+        self.stats.held_bytes.set(self.flows.held() as u64);
         !self.queue.is_empty()
     }
 

@@ -252,7 +252,7 @@ impl<H: Host> Engine<H> {
         }
     }
 
-    /// Calls `f` on connection `key`, and accounts for its buffered bytes.
+    /// Calls `f` on connection `key`, and accounts for the bytes that it holds.
     pub(super) fn with_connection<T>(
         &mut self,
         key: Key,
@@ -262,7 +262,6 @@ impl<H: Host> Engine<H> {
         let (Flow::Tcp(connection), allowance) = self.flows.with_allowance(key)? else {
             return None;
         };
-        let before = connection.buffered();
         let mut io = Io {
             host: &mut self.host,
             scratch: &mut self.scratch,
@@ -272,8 +271,8 @@ impl<H: Host> Engine<H> {
             allowance,
         };
         let result = f(connection, &mut io);
-        let after = connection.buffered();
-        self.flows.account_buffered(key, before, after);
+        let (held, blocked) = (connection.held(), connection.is_blocked());
+        self.flows.set_held(key, held, blocked);
         Some(result)
     }
 }

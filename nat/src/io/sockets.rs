@@ -5,7 +5,8 @@ use super::sys::{self, SO_PEEK_OFF};
 use super::tun::Tun;
 use crate::forward::Forward;
 use crate::host::{
-    Arrival, Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketError,
+    Arrival, Batch, DatagramKind, Destination, Host, Port, Ready, ReceiveBuffer, SendOutcome,
+    SocketError,
 };
 use crate::layer2::{self, Layer2};
 use crate::settings::{Capabilities, Outbound, Settings};
@@ -24,9 +25,10 @@ use tidegate_model::{Feature, Protocol};
 use tidegate_netns::AddressBook;
 use tidegate_reactor::batch::{self, MAX_SEGMENTS, RecvBatch};
 use tidegate_reactor::{
-    BACKLOG, Descriptors, Epoll, Interest, KEEPALIVE, Key, Permit, PortRange, ReceiveBound,
-    StreamIngress, Token, accept_only_from_loopback, begin_connect, enable_stream_ingress,
-    enlarge_datagram_buffers, revive_listener, says_destroyed, set_number, stream_ingress,
+    BACKLOG, Descriptors, Epoll, Interest, KEEPALIVE, Key, Permit, PortRange, StreamIngress, Token,
+    UNSENT_WIDE, accept_only_from_loopback, begin_connect, enable_stream_ingress,
+    enlarge_datagram_buffers, narrow_receive_buffer, revive_listener, says_destroyed, set_number,
+    stream_ingress, widen_receive_buffer,
 };
 
 /// Token tag of flow sockets.
@@ -48,7 +50,6 @@ pub(crate) struct Kernel {
     descriptors: Arc<Descriptors>,
     capabilities: Capabilities,
     outbound: Outbound,
-    bound_buffer: ReceiveBound,
     destinations: Destinations,
     /// The current endpoint is busy, so handshake ACKs are delayed.
     pub(super) delay_handshake_acks: bool,
@@ -193,10 +194,11 @@ pub fn reserve_port(protocol: Protocol, listen: SocketAddr) -> io::Result<OwnedF
     Ok(socket.into())
 }
 
-fn prepare_stream(socket: &OwnedFd, buffer: ReceiveBound) -> io::Result<()> {
-    buffer.apply(socket)?;
+fn prepare_stream(socket: &OwnedFd) -> io::Result<()> {
+    let socket = SockRef::from(socket);
+    socket.set_tcp_notsent_lowat(UNSENT_WIDE)?;
     // Keeps urgent data in the stream.
-    SockRef::from(socket).set_out_of_band_inline(true)
+    socket.set_out_of_band_inline(true)
 }
 
 /// Sets whether the final ACK of the handshake is delayed until the first payload, for at most 200
@@ -240,7 +242,7 @@ impl Kernel {
             return Ok(Port::Udp(self.datagrams(socket, v6, permit)));
         }
         // Accepted sockets inherit the options of the listener.
-        prepare_stream(&socket, self.bound_buffer)?;
+        prepare_stream(&socket)?;
         SockRef::from(&socket).set_tcp_keepalive(&KEEPALIVE)?;
         enable_stream_ingress(&socket, forward.listen.is_ipv6())?;
         rustix::net::listen(&socket, BACKLOG)?;
@@ -275,7 +277,6 @@ impl Kernel {
         settings: &Settings,
     ) -> Self {
         let Settings { capabilities, outbound, .. } = *settings;
-        let bound_buffer = ReceiveBound::probe();
         let Tun { descriptor: tun, layer2, .. } = device;
         Self {
             tun,
@@ -285,7 +286,6 @@ impl Kernel {
             descriptors,
             capabilities,
             outbound,
-            bound_buffer,
             destinations: Destinations::new(PortRange::of_this_namespace()),
             delay_handshake_acks: false,
             skipped: Vec::new(),
@@ -366,7 +366,7 @@ impl Host for Kernel {
         let delay_ack = self.delay_handshake_acks;
         let make = || {
             let socket = new_socket(family(to), SocketType::STREAM, None)?;
-            prepare_stream(&socket, self.bound_buffer)?;
+            prepare_stream(&socket)?;
             bind_towards(&socket, self.outbound, to)?;
             if delay_ack {
                 delay_handshake_ack(&socket, true)?;
@@ -527,6 +527,13 @@ impl Host for Kernel {
             *offset = offset.saturating_sub(length);
         }
         Ok(())
+    }
+
+    fn set_receive_buffer(&mut self, stream: &mut Stream, size: ReceiveBuffer) {
+        match size {
+            ReceiveBuffer::Narrow => narrow_receive_buffer(&stream.socket),
+            ReceiveBuffer::Wide => widen_receive_buffer(&stream.socket),
+        }
     }
 
     fn shutdown(&mut self, stream: &mut Stream) {

@@ -2,10 +2,11 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
+use super::memory::Memory;
 use super::queue::{OutOfOrder, Pending};
 use super::seq::{before, later, up_to};
 use super::{Io, MAX_SCALE, Params};
-use crate::host::{Host, Ready};
+use crate::host::{Host, Ready, ReceiveBuffer};
 use crate::metrics::{DropReason, ForwardStats};
 use crate::wire::tcp::{Segment, TcpOptions, flags};
 use std::io;
@@ -116,6 +117,10 @@ pub struct Connection<S> {
     /// The FIN of the guest arrived after the FIN of the engine.
     pub(super) closed_first: bool,
 
+    pub(super) memory: Memory,
+    /// The window of the guest is used up, and more data is available.
+    pub(super) window_limited: bool,
+
     pub(super) readable: bool,
     /// A short peek does not mean that the queue is empty.
     pub(super) short_peeks: bool,
@@ -212,6 +217,8 @@ impl<S> Connection<S> {
             recover: None,
             fin: None,
             closed_first: false,
+            memory: Memory::new(now),
+            window_limited: false,
             readable: false,
             short_peeks: false,
             writable: false,
@@ -275,9 +282,36 @@ impl<S> Connection<S> {
         self.stream.take()
     }
 
-    /// Number of buffered bytes.
-    pub fn buffered(&self) -> usize {
-        self.pending.len() + self.out_of_order.len()
+    /// Number of bytes that the connection holds or may hold: buffered data, and the memory of its
+    /// socket ([`super::memory`]).
+    pub fn held(&self) -> usize {
+        let of_socket =
+            if self.stream.is_some() { self.memory.charge(self.is_blocked()) } else { 0 };
+        self.pending.len() + self.out_of_order.len() + of_socket
+    }
+
+    /// Whether one side does not take data that the other has sent. Before the guest has accepted a
+    /// client, this is any data of the client.
+    pub fn is_blocked(&self) -> bool {
+        match self.phase {
+            Phase::SynSent => self.readable,
+            Phase::Open => {
+                let to_host = !self.writable || !self.pending.is_empty();
+                to_host || self.window_limited || self.retries > 0
+            }
+            Phase::Connecting | Phase::Lingering => false,
+        }
+    }
+
+    /// Sets the size of the receive buffer, if it changes.
+    pub(super) fn resize_buffer<H: Host<Stream = S>>(
+        &mut self,
+        size: Option<ReceiveBuffer>,
+        io: &mut Io<'_, H>,
+    ) {
+        if let (Some(size), Some(stream)) = (size, &mut self.stream) {
+            io.host.set_receive_buffer(stream, size);
+        }
     }
 
     /// Whether the guest has acknowledged the SYN of the engine.

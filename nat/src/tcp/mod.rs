@@ -58,6 +58,7 @@
 
 pub mod conn;
 mod emit;
+pub mod memory;
 pub mod queue;
 mod receive;
 mod send;
@@ -132,7 +133,7 @@ pub struct Io<'a, H: Host> {
     pub stats: &'a Stats,
     /// The shared parameters.
     pub params: &'a Params,
-    /// Additional bytes that may be buffered.
+    /// Additional bytes that the byte budget permits the endpoint to hold.
     pub allowance: usize,
 }
 

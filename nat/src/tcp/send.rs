@@ -34,6 +34,8 @@ impl<S> Connection<S> {
             self.send_reset(io);
             return (Outcome::Reset, false);
         };
+        let size = self.memory.resize(self.is_blocked(), io.allowance, io.now);
+        self.resize_buffer(size, io);
         let ack_pending = self.need_ack && self.send_or_delay_ack(io);
         (self.finish(io.now), more || ack_pending)
     }
@@ -117,6 +119,7 @@ impl<S> Connection<S> {
 
     /// Host to guest. Returns true if more can be sent.
     fn forward_to_guest<H: Host<Stream = S>>(&mut self, io: &mut Io<'_, H>) -> io::Result<bool> {
+        self.window_limited = false;
         if !self.is_established() {
             return Ok(false);
         }
@@ -138,6 +141,7 @@ impl<S> Connection<S> {
             // Less than a segment is not sent while an acknowledgement is outstanding (RFC 9293
             // section 3.8.6.2.1).
             if nothing || room == 0 || !ending && room < mss && in_flight > 0 {
+                self.window_limited = !nothing && !ending;
                 return Ok(false);
             }
             if ending {
@@ -176,6 +180,7 @@ impl<S> Connection<S> {
             && let Some(stream) = &mut self.stream
         {
             io.host.discard(stream, length)?;
+            self.memory.deliver(length);
             self.queue_base = acknowledged;
             self.active = io.now;
         }

@@ -48,8 +48,10 @@ impl<S> Connection<S> {
             Phase::Lingering => self.active + timeouts.linger,
             Phase::Open => {
                 let idle = if self.half_closed() { timeouts.half_closed } else { timeouts.idle };
-                [self.resend_at, self.probe_at, self.delayed_ack_at(), self.handshake_ack_at]
+                let acks = [self.delayed_ack_at(), self.handshake_ack_at];
+                [self.resend_at, self.probe_at, self.memory.check_at()]
                     .into_iter()
+                    .chain(acks)
                     .flatten()
                     .fold(self.active + idle, Instant::min)
             }
@@ -91,6 +93,8 @@ impl<S> Connection<S> {
             self.send_reset(io);
             return Outcome::Reset;
         }
+        let size = self.memory.resize_idle(self.is_blocked(), self.active, now);
+        self.resize_buffer(size, io);
         if resend && !self.is_established() {
             io.stats.retransmissions.add(1);
             self.send_syn_ack(io);

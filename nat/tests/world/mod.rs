@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use tidegate_model::Protocol;
 use tidegate_nat::engine::{Engine, Secrets};
 use tidegate_nat::host::{
-    Arrival, Batch, DatagramKind, Destination, Host, Port, Ready, SendOutcome, SocketError,
+    Arrival, Batch, DatagramKind, Destination, Host, Port, Ready, ReceiveBuffer, SendOutcome,
+    SocketError,
 };
 use tidegate_nat::siphash::HashKey;
 use tidegate_nat::wire::head::TcpHead;
@@ -48,6 +49,8 @@ pub struct FakeStream {
     pub aborted: bool,
     /// The handshake ACK is delayed.
     pub delay_ack: bool,
+    /// Size of the receive buffer, once set.
+    pub receive_buffer: Option<ReceiveBuffer>,
     /// Number of bytes peeked.
     pub peeked_bytes: u64,
 }
@@ -244,6 +247,10 @@ impl Host for FakeHost {
             .or(stream.answer)
             .expect("the result is queried only when ready")
             .map_err(io::Error::from_raw_os_error)
+    }
+
+    fn set_receive_buffer(&mut self, stream: &mut Handle, size: ReceiveBuffer) {
+        self.streams[stream.0].receive_buffer = Some(size);
     }
 
     fn send(&mut self, stream: &mut Handle, bytes: &[u8]) -> io::Result<usize> {

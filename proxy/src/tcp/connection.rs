@@ -4,7 +4,7 @@ use super::{
     COPY_BYTES, FAST_WINDOW, FIX_AFTER, Holder, NARROW_BYTES, READS_PER_TURN, Reservation,
     SPLICE_BYTES, WIDE_BYTES, WIDEN_AFTER,
 };
-use crate::listener::{fix_receive_buffer, narrow, widen};
+use crate::listener::{narrow, widen};
 use crate::port::{Port, Tally};
 use crate::side::{PerSide, Side};
 use crate::upstream::Lease;
@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 use tidegate_model::{Direction, PerDirection};
-use tidegate_reactor::{Interest, Links, Loan, PipePool, Readiness, Splice};
+use tidegate_reactor::{Interest, Links, Loan, PipePool, Readiness, Splice, narrow_receive_buffer};
 
 /// State of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -309,7 +309,7 @@ impl<T: Tally> Connection<T> {
     pub(crate) fn limit_receive_buffer(&mut self, direction: Direction) {
         if !std::mem::replace(&mut self.halves[direction].receive_fixed, true) {
             let (source, _) = self.ends(direction);
-            fix_receive_buffer(source);
+            narrow_receive_buffer(source);
         }
     }
 
@@ -425,7 +425,7 @@ impl<T: Tally> Connection<T> {
             }
             reads -= 1;
             if half.delivered >= FIX_AFTER && !std::mem::replace(&mut half.receive_fixed, true) {
-                fix_receive_buffer(source);
+                narrow_receive_buffer(source);
             }
             if (half.read_was_large && half.wide || scratch.splice_from == 0)
                 && !half.copy_only
