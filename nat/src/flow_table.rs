@@ -291,8 +291,9 @@ struct Entry<T> {
     charge: Charge,
     last_seen: Instant,
     links: Links,
-    held: usize,
     is_blocked: bool,
+    /// At most a few windows.
+    held: u32,
     blocked_links: Links,
     value: T,
 }
@@ -409,7 +410,7 @@ impl<T> FlowTable<T> {
     /// Updates the number of bytes that flow `key` holds, and whether it is blocked.
     pub fn set_held(&mut self, key: Key, held: usize, is_blocked: bool) {
         let Some(entry) = self.flows.get_mut(key) else { return };
-        let before = std::mem::replace(&mut entry.held, held);
+        let before = std::mem::replace(&mut entry.held, held as u32) as usize;
         let was_blocked = std::mem::replace(&mut entry.is_blocked, is_blocked);
         let Some(source) = self.sources.get_mut(entry.source) else { return };
         source.held = source.held + held - before;
@@ -1092,7 +1093,7 @@ mod tests {
                 }
                 let flows: usize = table.networks.values().map(|network| network.flows).sum();
                 prop_assert_eq!(flows, table.len());
-                let held: usize = table.flows.iter().map(|(_, entry)| entry.held).sum();
+                let held: usize = table.flows.iter().map(|(_, entry)| entry.held as usize).sum();
                 prop_assert_eq!(held, table.held);
                 let held: usize = table.sources.iter().map(|(_, source)| source.held).sum();
                 prop_assert_eq!(held, table.held);

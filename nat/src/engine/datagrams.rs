@@ -141,6 +141,14 @@ impl<D> Session<D> {
         matches!(self.via, SessionSocket::Port { .. })
     }
 
+    /// The counters of the published port, for a session of one of its clients.
+    pub(super) fn port_stats(&self) -> Option<&ForwardStats> {
+        match &self.via {
+            SessionSocket::Own(_) => None,
+            SessionSocket::Port { stats, .. } => Some(stats),
+        }
+    }
+
     /// Accepts datagrams from `peer` from now on.
     fn add_peer(&mut self, peer: IpAddr) {
         if self.peers.len() >= PEERS {
@@ -182,10 +190,8 @@ impl<H: Host> Engine<H> {
             && self.flows.find(&key).is_none();
         let kind = if shared { DatagramKind::SharedUdp } else { DatagramKind::Udp };
         let Some(flow) = self.session(packet, key, kind, now) else { return };
-        let answers = matches!(
-            self.flows.get(flow),
-            Some(Flow::Datagrams(Session { via: SessionSocket::Port { .. }, .. }))
-        );
+        let answers = matches!(self.flows.get(flow),
+            Some(Flow::Datagrams(session)) if session.is_of_published_port());
         self.flows.touch(flow, answers, now);
         let batch_key = BatchKey { to: shared.then_some(key.outside), ..batch_key(flow, packet) };
         if batch && datagram.payload.len() > segment {
@@ -265,7 +271,7 @@ impl<H: Host> Engine<H> {
             session.add_peer(outside.ip());
         }
         let flow_kind = session.kind();
-        let session = Flow::Datagrams(session);
+        let session = Flow::Datagrams(Box::new(session));
         let flow = self.flows.insert(key, admission, Class::Tentative, session, now)?;
         self.count_new_flow(flow_kind, now);
         let watched = match self.flows.get_mut(flow) {

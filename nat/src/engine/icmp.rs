@@ -2,7 +2,6 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
-use super::datagrams::{Session, SessionSocket};
 use super::{Engine, Flow};
 use crate::flow_table::FlowKey;
 use crate::host::Host;
@@ -69,14 +68,13 @@ impl<H: Host> Engine<H> {
             }
             // A later datagram of the client may find a listener. The session belongs to the
             // published port, and ending it would notify no one.
-            (
-                Some((_, Flow::Datagrams(Session { via: SessionSocket::Port { stats, .. }, .. }))),
-                IcmpError::PortUnreachable,
-            ) => {
-                stats.refusals.add(1);
+            (Some((_, Flow::Datagrams(session))), IcmpError::PortUnreachable) => {
+                match session.port_stats() {
+                    Some(stats) => stats.refusals.add(1),
+                    // Once the socket is closed, the host reports the error to the remote side.
+                    None => self.end(flow, false),
+                }
             }
-            // Once the socket is closed, the host reports the error to the remote side.
-            (Some((_, Flow::Datagrams(_))), IcmpError::PortUnreachable) => self.end(flow, false),
             // TCP must not abort on soft errors (RFC 5927); its timers apply.
             _ => {}
         }

@@ -365,7 +365,7 @@ impl<H: Host> Engine<H> {
         self.make_room_for_client(address.ip(), now);
         let (five_tuple, admission) = self.five_tuple(&forward, &stats, address, now)?;
         let via = SessionSocket::Port { port, client: address, local, stats: Arc::clone(&stats) };
-        let session = Flow::Datagrams(Session::for_client(via));
+        let session = Flow::Datagrams(Box::new(Session::for_client(via)));
         let flow = self.flows.insert(five_tuple, admission, Class::Tentative, session, now);
         let flow = flow.ok_or(DropReason::Sources)?;
         if let Some((_, Flow::Datagrams(session))) = self.flows.get_mut(flow) {
@@ -442,16 +442,12 @@ impl<H: Host> Engine<H> {
 
     /// Counts an eviction at its published port.
     pub(super) fn count_port_eviction(&self, flow: &Flow<H>) {
-        match flow {
-            Flow::Datagrams(Session { via: SessionSocket::Port { stats, .. }, .. }) => {
-                stats.evicted.add(1);
-            }
-            Flow::Tcp(connection) => {
-                if let Some(inbound) = &connection.inbound {
-                    inbound.stats.evicted.add(1);
-                }
-            }
-            Flow::Datagrams(_) => {}
+        let stats = match flow {
+            Flow::Datagrams(session) => session.port_stats(),
+            Flow::Tcp(connection) => connection.inbound.as_ref().map(|inbound| &*inbound.stats),
+        };
+        if let Some(stats) = stats {
+            stats.evicted.add(1);
         }
     }
 }

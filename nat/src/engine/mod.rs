@@ -85,10 +85,10 @@ pub struct Secrets {
     pub sequence: HashKey,
 }
 
-/// A TCP connection or a datagram session.
+/// A TCP connection or a datagram session. Both are boxed, so that an entry of the table is small.
 enum Flow<H: Host> {
     Tcp(Box<Connection<H::Stream>>),
-    Datagrams(Session<H::Datagrams>),
+    Datagrams(Box<Session<H::Datagrams>>),
 }
 
 impl<H: Host> Flow<H> {

@@ -31,11 +31,11 @@ pub const NARROW_BYTES: usize = 512 << 10;
 
 /// Acknowledged bytes after which the receive buffer is fixed. A shorter connection saves the
 /// system call.
-const FIX_AFTER: usize = 8 << 10;
+const FIX_AFTER: u32 = 8 << 10;
 
 /// Acknowledged bytes after which the receive buffer becomes wide, if the connection was not
 /// blocked meanwhile or took no longer than [`FAST_WINDOW`].
-const WIDEN_AFTER: usize = 256 << 10;
+const WIDEN_AFTER: u32 = 256 << 10;
 const FAST_WINDOW: Duration = Duration::from_millis(100);
 
 /// Idle time after which a wide receive buffer becomes narrow.
@@ -46,17 +46,17 @@ const WIDE_IDLE: Duration = Duration::from_secs(2);
 pub(super) struct Memory {
     /// `None` until the engine has set it.
     size: Option<ReceiveBuffer>,
-    /// Bytes that the guest has acknowledged since `counted_from`.
-    delivered: usize,
-    counted_from: Instant,
     was_blocked: bool,
-    /// Time of the next check whether a wide buffer is still needed.
-    check_at: Option<Instant>,
+    /// Bytes that the guest has acknowledged since `time`, if the buffer is not wide.
+    delivered: u32,
+    /// Start of the count; for a wide buffer, the time of the next check whether it is still
+    /// needed.
+    time: Instant,
 }
 
 impl Memory {
     pub(super) fn new(now: Instant) -> Self {
-        Self { size: None, delivered: 0, counted_from: now, was_blocked: false, check_at: None }
+        Self { size: None, was_blocked: false, delivered: 0, time: now }
     }
 
     /// The charge to the byte budget, in bytes.
@@ -70,7 +70,7 @@ impl Memory {
 
     /// Records that the guest has acknowledged `bytes`.
     pub(super) fn deliver(&mut self, bytes: usize) {
-        self.delivered = self.delivered.saturating_add(bytes);
+        self.delivered = self.delivered.saturating_add(bytes as u32);
     }
 
     /// Returns the new size of the receive buffer, if it changes after a turn. `allowance` is the
@@ -82,15 +82,15 @@ impl Memory {
         now: Instant,
     ) -> Option<ReceiveBuffer> {
         self.was_blocked |= blocked;
-        if self.size == Some(ReceiveBuffer::Wide) {
+        if self.is_wide() {
             return None;
         }
         let needs_size = blocked || self.delivered >= FIX_AFTER;
         if self.delivered >= WIDEN_AFTER {
-            let fast = !self.was_blocked || now < self.counted_from + FAST_WINDOW;
-            (self.delivered, self.counted_from, self.was_blocked) = (0, now, blocked);
+            let fast = !self.was_blocked || now < self.time + FAST_WINDOW;
+            (self.delivered, self.time, self.was_blocked) = (0, now, blocked);
             if fast && allowance >= WIDE_BYTES {
-                self.check_at = Some(now + WIDE_IDLE);
+                self.time = now + WIDE_IDLE;
                 return self.set(ReceiveBuffer::Wide);
             }
         }
@@ -105,22 +105,25 @@ impl Memory {
         active: Instant,
         now: Instant,
     ) -> Option<ReceiveBuffer> {
-        if self.check_at.is_none_or(|at| now < at) {
+        if self.check_at().is_none_or(|at| now < at) {
             return None;
         }
         let idle_at = active + WIDE_IDLE;
         if blocked || now < idle_at {
-            self.check_at = Some(idle_at.max(now + WIDE_IDLE / 2));
+            self.time = idle_at.max(now + WIDE_IDLE / 2);
             return None;
         }
-        (self.check_at, self.delivered, self.was_blocked) = (None, 0, false);
-        self.counted_from = now;
+        (self.delivered, self.time, self.was_blocked) = (0, now, false);
         self.set(ReceiveBuffer::Narrow)
     }
 
     /// Time at which to call [`Self::resize_idle`].
     pub(super) fn check_at(&self) -> Option<Instant> {
-        self.check_at
+        self.is_wide().then_some(self.time)
+    }
+
+    fn is_wide(&self) -> bool {
+        self.size == Some(ReceiveBuffer::Wide)
     }
 
     fn set(&mut self, size: ReceiveBuffer) -> Option<ReceiveBuffer> {
@@ -140,9 +143,9 @@ mod tests {
         let start = Instant::now();
         let mut memory = Memory::new(start);
         assert_eq!((memory.resize(false, LARGE, start), memory.charge(false)), (None, 0));
-        memory.deliver(FIX_AFTER);
+        memory.deliver(FIX_AFTER as usize);
         assert_eq!(memory.resize(false, LARGE, start), Some(ReceiveBuffer::Narrow));
-        memory.deliver(WIDEN_AFTER);
+        memory.deliver(WIDEN_AFTER as usize);
         assert_eq!(memory.resize(false, LARGE, start), Some(ReceiveBuffer::Wide));
         assert_eq!(memory.charge(false), WIDE_BYTES);
         let check = memory.check_at().unwrap();
@@ -160,9 +163,9 @@ mod tests {
         let mut memory = Memory::new(start);
         assert_eq!(memory.resize(true, LARGE, start), Some(ReceiveBuffer::Narrow));
         assert_eq!((memory.charge(true), memory.charge(false)), (NARROW_BYTES, 0));
-        memory.deliver(WIDEN_AFTER);
+        memory.deliver(WIDEN_AFTER as usize);
         assert_eq!(memory.resize(false, LARGE, start + FAST_WINDOW), None, "a slow guest");
-        memory.deliver(WIDEN_AFTER);
+        memory.deliver(WIDEN_AFTER as usize);
         assert_eq!(
             memory.resize(false, LARGE, start + 20 * FAST_WINDOW),
             Some(ReceiveBuffer::Wide),
@@ -174,9 +177,9 @@ mod tests {
     fn a_connection_stays_narrow_without_an_allowance() {
         let start = Instant::now();
         let mut memory = Memory::new(start);
-        memory.deliver(WIDEN_AFTER);
+        memory.deliver(WIDEN_AFTER as usize);
         assert_eq!(memory.resize(false, WIDE_BYTES - 1, start), Some(ReceiveBuffer::Narrow));
-        memory.deliver(WIDEN_AFTER);
+        memory.deliver(WIDEN_AFTER as usize);
         assert_eq!(memory.resize(false, WIDE_BYTES, start), Some(ReceiveBuffer::Wide));
     }
 }
