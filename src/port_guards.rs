@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use tidegate_model::Feature;
-use tidegate_netfilter::{Gate, GatePolicy, InternalGuard, Mechanism, PortGuards};
+use tidegate_netfilter::{BridgeGuard, Gate, GatePolicy, Mechanism, PortGuards};
 use tidegate_netns::Namespace;
 use tidegate_netsetup::{BridgePrograms, Guards};
 
@@ -84,17 +84,17 @@ pub(crate) fn bridge_programs() -> BridgePrograms {
         return BridgePrograms::default();
     }
     let gates = Gate::new(&GatePolicy::From(Vec::new())).is_ok();
-    BridgePrograms { gates, internal_guards: has_internal_guards() }
+    BridgePrograms { gates, bridge_guards: has_bridge_guards() }
 }
 
 /// Returns whether guards of internal networks can be attached. Disabling gates
 /// ([`Feature::Gates`]) disables all programs at bridges.
-pub(crate) fn has_internal_guards() -> bool {
+pub(crate) fn has_bridge_guards() -> bool {
     if Feature::Gates.is_forced_off() {
         return false;
     }
     Namespace::create()
-        .and_then(|scratch| scratch.with(InternalGuard::probe).flatten())
+        .and_then(|scratch| scratch.with(BridgeGuard::probe).flatten())
         .inspect_err(|error| tracing::debug!(%error, "guards of internal networks unavailable"))
         .is_ok()
 }

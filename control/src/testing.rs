@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Instant;
 use tidegate_model::Protocol;
-use tidegate_netsetup::{Observed, Place};
+use tidegate_netsetup::{Observed, ObservedLink, Place};
 
 /// The link of the host in [`Environment`], with its route.
 pub(crate) const HOST_LINK: &str = "eth0";
@@ -35,7 +35,10 @@ impl Environment {
         let route = |net: &str| (net.parse().unwrap(), HOST_LINK.to_owned());
         let observed = Observed {
             routes: vec![route("0.0.0.0/1"), route("128.0.0.0/1"), route(HOST_ROUTE)],
-            links: BTreeMap::from([(Place::Host, BTreeMap::from([(HOST_LINK.into(), None)]))]),
+            links: BTreeMap::from([(
+                Place::Host,
+                BTreeMap::from([(HOST_LINK.into(), ObservedLink::default())]),
+            )]),
             default_mtu: Some(1_400),
             ..Observed::default()
         };
@@ -64,7 +67,8 @@ impl Environment {
         for network in state.networks.values().map(|network| &network.setup) {
             let bridge = &network.bridge;
             let links = observed.links.get_mut(&Place::Host).unwrap();
-            links.insert(bridge.name.clone(), Some(bridge.mac));
+            let mac = Some(bridge.mac);
+            links.insert(bridge.name.clone(), ObservedLink { mac, ..ObservedLink::default() });
             let routes = network.subnets.iter().map(|one| (one.subnet, bridge.name.clone()));
             observed.routes.extend(routes);
         }

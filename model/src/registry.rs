@@ -11,6 +11,7 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
+use crate::MacAddress;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 
@@ -229,13 +230,28 @@ pub const ENGINE_ADDRESSES: [IpAddr; 2] = [
 /// from there. The upper half is `tg`, as in [`MARK`]. iproute2 assigns small numbers.
 pub const DELETION_GROUP: u32 = 0x7467_0000;
 
-/// The alias (ip-link(8), `alias`) of the bridge of an internal network. Other projects on the host
-/// use it to deny the members of the network access to their ports.
-pub const INTERNAL_ALIAS: &str = "tidegate internal network";
+/// Aliases of bridges (ip-link(8), `alias`), by which the bridges of all projects are recognized,
+/// regardless of their names. Other projects deny the members of an internal network access to
+/// their ports, and their engines forward no packets to any of these bridges.
+const INTERNAL_ALIAS: &str = "tidegate internal network";
+const NETWORK_ALIAS: &str = "tidegate network";
 
-/// The alias of the bridge of any other network. Engines of other projects forward no packets to
-/// such a bridge, whatever its name.
-pub const NETWORK_ALIAS: &str = "tidegate network";
+/// The alias of a bridge that tidegate creates with the address `mac`, of an internal network or
+/// another one.
+#[must_use]
+pub fn bridge_alias(internal: bool, mac: MacAddress) -> String {
+    format!("{} {mac}", if internal { INTERNAL_ALIAS } else { NETWORK_ALIAS })
+}
+
+/// Whether `alias` is that of an internal network, and the address with which its bridge was
+/// created. `None` if it is not an alias of [`bridge_alias`].
+#[must_use]
+pub fn parse_bridge_alias(alias: &str) -> Option<(bool, MacAddress)> {
+    let (kind, mac) = alias.rsplit_once(' ')?;
+    let internal = kind == INTERNAL_ALIAS;
+    (internal || kind == NETWORK_ALIAS).then_some(())?;
+    Some((internal, mac.parse().ok()?))
+}
 
 /// The prefix of every network interface that tidegate creates on the host. A name has at most 15
 /// bytes (`IFNAMSIZ` less the NUL), which leaves 13 after the prefix.

@@ -34,7 +34,9 @@ pub use gate::{Gate, GatePolicy};
 pub use gate::{count_programs, detach_programs};
 #[doc(hidden)]
 pub use guard::program_time;
-pub use guard::{Dropped, InternalGuard, Mechanism, PortGuards, PortPolicy, SpoofReason};
+pub use guard::{
+    BridgeGuard, BridgePolicy, Dropped, Mechanism, PortGuards, PortPolicy, SpoofReason,
+};
 pub use identity::TableIdentity;
 pub use table::{
     Action, Base, Chain, Element, Field, Hook, Key, Kind, Match, Rule, Set, Table, Transport, Value,

@@ -99,6 +99,13 @@ impl AddressBook {
         self.current().table.on_link_with(a, b)
     }
 
+    /// Returns the address of the namespace on the subnet of `ip`, on an interface other than
+    /// loopback: the one from which packets to `ip` are sent.
+    #[must_use]
+    pub fn own_on_link_with(&self, ip: IpAddr) -> Option<IpAddr> {
+        self.current().table.own_on_link_with(ip)
+    }
+
     /// Returns the addresses at which a container is reachable: those with global scope on
     /// interfaces other than loopback. IPv4 comes first; within each family, the interface of the
     /// default route comes first.
@@ -228,6 +235,14 @@ impl Table {
         self.0.iter().any(|entry| entry.subnet.contains(&a) && entry.subnet.contains(&b))
     }
 
+    fn own_on_link_with(&self, ip: IpAddr) -> Option<IpAddr> {
+        let ip = ip.to_canonical();
+        let mut on_link = self.0.iter().filter(|entry| {
+            entry.interface != LOOPBACK_INDEX && entry.own != ip && entry.subnet.contains(&ip)
+        });
+        on_link.next().map(|entry| entry.own)
+    }
+
     fn container_addresses(&self, preferred: [Option<u32>; 2]) -> Vec<IpAddr> {
         let mut entries: Vec<&Entry> = self
             .0
@@ -327,6 +342,10 @@ mod tests {
         assert!(host.on_link_with(ip("fd30::2"), ip("fd30::3")));
         assert!(!host.on_link_with(ip("203.0.113.9"), ip("172.30.0.2")));
         assert!(!host.on_link_with(ip("fd30::2"), ip("172.30.0.2")));
+        assert_eq!(host.own_on_link_with(ip("fd30::2")), Some(ip("fd30::1")));
+        assert_eq!(host.own_on_link_with(ip("::ffff:172.30.0.2")), Some(ip("172.30.0.1")));
+        assert_eq!(host.own_on_link_with(ip("172.30.0.1")), None, "the host itself");
+        assert_eq!(host.own_on_link_with(ip("192.0.2.7")), None, "loopback");
         assert!(host.is_on_link(ip("203.0.113.9")));
         assert!(!host.is_on_link(ip("198.51.100.1")));
         assert!(!host.is_on_link(ip("127.0.0.1")), "loopback is not a link");

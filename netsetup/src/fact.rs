@@ -100,7 +100,7 @@ pub enum Fact {
         /// MTU in bytes.
         mtu: u32,
         /// The bridge belongs to an internal network, which its alias records
-        /// ([`INTERNAL_ALIAS`](tidegate_model::registry::INTERNAL_ALIAS)).
+        /// ([`bridge_alias`](tidegate_model::registry::bridge_alias)).
         #[serde(default)]
         internal: bool,
     },
@@ -150,13 +150,15 @@ pub enum Fact {
         /// The endpoint may use additional addresses: only `station` is checked.
         any_address: bool,
     },
-    /// A program at the ingress of an internal network's bridge, which accepts packets to the
-    /// gateway addresses only.
-    InternalGuard {
+    /// A program at the ingress of a bridge.
+    BridgeGuard {
         /// The bridge.
         link: String,
         /// Gateway addresses with their prefix lengths.
         gateways: Vec<IpNet>,
+        /// It accepts packets to `gateways` only. Otherwise it accepts packets to any destination
+        /// from addresses of the subnets.
+        internal: bool,
     },
     /// The nftables table for the port guards of an owner.
     GuardTable {
@@ -366,7 +368,7 @@ impl Fact {
             | Self::EngineRoute { link, .. }
             | Self::Station { link, .. }
             | Self::Gate { link, .. }
-            | Self::InternalGuard { link, .. }
+            | Self::BridgeGuard { link, .. }
             | Self::PortGuard { link, .. } => (Some((None, link.as_str())), None),
             // Forwarding also ends with its link. However, it must be disabled before the rules
             // that restrict it are removed.
@@ -428,7 +430,7 @@ impl fmt::Display for Fact {
                 write!(f, "{family} default route on {link:?} in table {table}")
             }
             Self::Gate { link, .. } => write!(f, "gate at the egress of {link:?}"),
-            Self::InternalGuard { link, .. } => write!(f, "guard at the ingress of {link:?}"),
+            Self::BridgeGuard { link, .. } => write!(f, "guard at the ingress of {link:?}"),
             Self::PortGuard { link, .. } => write!(f, "port guard at {link:?}"),
             Self::GuardTable { owner } => {
                 write!(f, "nftables table for the port guards of {owner:?}")

@@ -26,8 +26,8 @@ pub trait Isolation: fmt::Debug + Send + Sync {
 pub struct BridgePrograms {
     /// [Gates](Fact::Gate) at the egress of bridges.
     pub gates: bool,
-    /// [Guards](Fact::InternalGuard) at the ingress of the bridges of internal networks.
-    pub internal_guards: bool,
+    /// [Guards](Fact::BridgeGuard) at the ingress of bridges.
+    pub bridge_guards: bool,
 }
 
 /// Isolation without a firewall, by disabled forwarding on the bridge and by policy rules.
@@ -57,7 +57,8 @@ impl Isolation for RuleIsolation {
     }
 
     fn facts(&self, network: &Network) -> Vec<Fact> {
-        closing_programs(network, self.programs).chain(closed(network)).collect()
+        let guard = bridge_guard(network, self.programs);
+        guard.chain(closing_gate(network, self.programs)).chain(closed(network)).collect()
     }
 }
 
@@ -108,7 +109,8 @@ impl Isolation for NatIsolation {
         }
         let bridge = &network.bridge.name;
         let gate = self.programs.gates.then(|| gate(network, Passes::From(self.device.clone())));
-        let mut facts: Vec<Fact> = gate.into_iter().chain(open(network)).collect();
+        let sources = bridge_guard(network, self.programs);
+        let mut facts: Vec<Fact> = sources.chain(gate).chain(open(network)).collect();
         for to in network.subnets.iter().map(|subnet| subnet.subnet.trunc()) {
             let v6 = is_v6(to);
             facts.extend(guard_subnet(to));
@@ -189,7 +191,8 @@ impl Isolation for FirewallIsolation {
             });
         }
         if network.internal {
-            facts.extend(closing_programs(network, self.programs));
+            facts.extend(bridge_guard(network, self.programs));
+            facts.extend(closing_gate(network, self.programs));
             facts.extend(closed(network));
         } else if self.programs.gates {
             facts.push(gate(network, Passes::Marked));
@@ -247,16 +250,22 @@ fn uplink_exemptions(desired: &Desired) -> impl Iterator<Item = Fact> + '_ {
     subnets.map(|to| Fact::Rule(Rule { to: Some(to), ..exemption(is_v6(to)) }))
 }
 
-/// BPF programs that close a network independently of rules. Used for internal networks, and for
-/// all networks without egress.
-fn closing_programs(network: &Network, programs: BridgePrograms) -> impl Iterator<Item = Fact> {
-    let link = network.bridge.name.clone();
+/// The guard at the bridge of `network`. For an internal network it closes the network
+/// independently of rules. For others it rejects forged sources where no firewall does: an endpoint
+/// with `any_address` could otherwise forge replies to sockets of the host and of the NAT engine.
+fn bridge_guard(network: &Network, programs: BridgePrograms) -> impl Iterator<Item = Fact> {
     let gateways = network.subnets.iter();
     let gateways =
         gateways.filter_map(|one| IpNet::new(one.gateway, one.subnet.prefix_len()).ok()).collect();
-    let guard = Fact::InternalGuard { link, gateways };
-    let guard = (network.internal && programs.internal_guards).then_some(guard);
-    guard.into_iter().chain(programs.gates.then(|| gate(network, Passes::Nothing)))
+    let link = network.bridge.name.clone();
+    let guard = Fact::BridgeGuard { link, gateways, internal: network.internal };
+    programs.bridge_guards.then_some(guard).into_iter()
+}
+
+/// A gate that closes the network independently of rules. Used for internal networks, and for all
+/// networks without egress.
+fn closing_gate(network: &Network, programs: BridgePrograms) -> Option<Fact> {
+    programs.gates.then(|| gate(network, Passes::Nothing))
 }
 
 fn gate(network: &Network, passes: Passes) -> Fact {

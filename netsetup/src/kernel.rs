@@ -6,20 +6,20 @@ mod observe;
 
 use crate::{Fact, Firewall, Interface, KernelError, Observed, Op, Passes, Place, Uplink};
 use futures_util::TryStreamExt;
-use ipnet::IpNet;
 use rtnetlink::packet_core::ErrorMessage;
 use rtnetlink::packet_route::address::{AddressHeaderFlags, AddressScope};
 use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
 use rtnetlink::{Handle, LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
+use std::collections::btree_map::{BTreeMap, Entry};
 use std::fmt;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
-use tidegate_model::{Feature, MacAddress, registry};
-use tidegate_netfilter::{Gate, GatePolicy, InternalGuard, PortGuards, PortPolicy};
+use tidegate_model::{Feature, registry};
+use tidegate_netfilter::{BridgeGuard, BridgePolicy, Gate, GatePolicy, PortGuards, PortPolicy};
 use tidegate_netns::{Namespace, interface_index};
 use tokio::runtime::Handle as Runtime;
 use tokio::task::JoinHandle;
@@ -58,7 +58,7 @@ pub struct Kernel {
     /// Gates that do not belong to the firewall, loaded on demand.
     gates: BTreeMap<Passes, Gate>,
     /// Key: addresses of the bridge.
-    internal: BTreeMap<Vec<IpNet>, InternalGuard>,
+    bridge_guards: BTreeMap<BridgePolicy, BridgeGuard>,
     endpoints: BTreeMap<String, Namespace>,
     connections: BTreeMap<Place, Connection>,
 }
@@ -68,6 +68,8 @@ pub struct Kernel {
 pub(crate) enum End {
     /// In its namespace, under its name.
     InPlace,
+    /// In place, but the host's end has another MAC address or MTU than it was given.
+    Changed,
     /// Missing, or renamed; its name is free.
     Missing,
     /// In its namespace with this interface index, but the host's end is missing.
@@ -101,7 +103,7 @@ impl Kernel {
             guards: None,
             engine: None,
             gates: BTreeMap::new(),
-            internal: BTreeMap::new(),
+            bridge_guards: BTreeMap::new(),
             endpoints: BTreeMap::new(),
             connections: BTreeMap::new(),
         }
@@ -224,8 +226,7 @@ impl Kernel {
         by_place.retain(|place, _| self.namespace(place).is_ok());
         for (place, facts) in by_place {
             let snapshot = Snapshot::observe(self, place, &facts, depth).await?;
-            let links = snapshot.links.values().map(|link| (link.name.clone(), link.mac)).collect();
-            observed.links.insert(place.clone(), links);
+            observed.links.insert(place.clone(), snapshot.links_by_name(place));
             if *place == Place::Host {
                 observed.routes = snapshot.reached();
                 observed.default_mtu = snapshot.default_mtu();
@@ -242,8 +243,8 @@ impl Kernel {
                         Some(index) => self.has_gate(index, passes)?,
                         None => false,
                     },
-                    Fact::InternalGuard { link, gateways } => match snapshot.index(link) {
-                        Some(index) => self.has_internal_guard(index, gateways)?,
+                    Fact::BridgeGuard { link, .. } => match snapshot.index(link) {
+                        Some(index) => self.has_bridge_guard(index, fact)?,
                         None => false,
                     },
                     Fact::PortGuard { link, .. } => match snapshot.index(link) {
@@ -266,7 +267,7 @@ impl Kernel {
     /// Root in an endpoint can give its links any name and MAC address. The end is therefore
     /// identified by the peer indexes of both ends, which must refer to each other.
     pub(crate) async fn find_end(&mut self, fact: &Fact) -> Result<End, KernelError> {
-        let Fact::Veth { interface, endpoint, inside, .. } = fact else { return Ok(End::Missing) };
+        let Fact::Veth { interface, endpoint, inside, mtu } = fact else { return Ok(End::Missing) };
         let place = Place::Endpoint(endpoint.clone());
         let failed = |source| KernelError { what: format!("query {fact}"), source };
         let host = self.host().map_err(failed)?;
@@ -287,7 +288,8 @@ impl Kernel {
         Ok(match link {
             None => End::Missing,
             Some(link) if host.peer == Some(link.index) && link.peer == Some(host.index) => {
-                End::InPlace
+                let is_changed = host.mac != Some(interface.mac) || host.mtu != *mtu;
+                if is_changed { End::Changed } else { End::InPlace }
             }
             Some(_) => End::Replaced,
         })
@@ -360,23 +362,26 @@ impl Kernel {
         host.with(|| f(gate)).flatten()
     }
 
-    fn has_internal_guard(&mut self, index: u32, gateways: &[IpNet]) -> Result<bool, KernelError> {
-        let attached = self.with_internal_guard(gateways, |guard| guard.is_attached(index));
-        found(attached, "guard of an internal network")
+    fn has_bridge_guard(&mut self, index: u32, fact: &Fact) -> Result<bool, KernelError> {
+        let attached = self.with_bridge_guard(fact, |guard| guard.is_attached(index));
+        found(attached, "guard of a bridge")
     }
 
-    /// Calls `f` in the host namespace with the internal guard for `gateways`.
-    fn with_internal_guard<T: Send>(
+    /// Calls `f` in the host namespace with the bridge guard of `fact`.
+    fn with_bridge_guard<T: Send>(
         &mut self,
-        gateways: &[IpNet],
-        f: impl FnOnce(&InternalGuard) -> io::Result<T> + Send,
+        fact: &Fact,
+        f: impl FnOnce(&BridgeGuard) -> io::Result<T> + Send,
     ) -> io::Result<T> {
+        let policy = bridge_policy(fact).ok_or(io::ErrorKind::Unsupported)?;
         let host = self.host.clone();
-        if !self.internal.contains_key(gateways) {
-            let guard = host.with(|| InternalGuard::new(gateways)).flatten()?;
-            self.internal.insert(gateways.to_vec(), guard);
-        }
-        let guard = self.internal.get(gateways).ok_or(io::ErrorKind::Unsupported)?;
+        let guard = match self.bridge_guards.entry(policy) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let guard = host.with(|| BridgeGuard::new(entry.key())).flatten()?;
+                entry.insert(guard)
+            }
+        };
         host.with(|| f(guard)).flatten()
     }
 
@@ -403,7 +408,7 @@ impl Kernel {
     pub async fn programs_hold(&mut self, facts: &[Fact]) -> Result<bool, KernelError> {
         for fact in facts {
             let (Fact::Gate { link, .. }
-            | Fact::InternalGuard { link, .. }
+            | Fact::BridgeGuard { link, .. }
             | Fact::PortGuard { link, .. }) = fact
             else {
                 continue;
@@ -416,7 +421,7 @@ impl Kernel {
             };
             let holds = match fact {
                 Fact::Gate { passes, .. } => self.has_gate(index, passes)?,
-                Fact::InternalGuard { gateways, .. } => self.has_internal_guard(index, gateways)?,
+                Fact::BridgeGuard { .. } => self.has_bridge_guard(index, fact)?,
                 _ => self.has_guard(index, fact)?,
             };
             if !holds {
@@ -497,11 +502,21 @@ impl Kernel {
         // The group is empty, so no foreign link is deleted.
         let free =
             (registry::DELETION_GROUP..).find(|group| !groups.contains(group)).unwrap_or(u32::MAX);
-        let wanted: BTreeMap<&str, MacAddress> =
-            interfaces.iter().map(|one| (one.name.as_str(), one.mac)).collect();
+        let wanted: BTreeMap<&str, &Interface> =
+            interfaces.iter().map(|one| (one.name.as_str(), *one)).collect();
+        let links: Vec<Link> = links.iter().map(link_of).collect();
+        let bridges: BTreeSet<u32> = links
+            .iter()
+            .filter(|link| link.is_bridge_of_tidegate())
+            .map(|link| link.index)
+            .collect();
         let mut any = false;
-        for link in links.iter().map(link_of) {
-            if link.mac.is_some() && wanted.get(link.name.as_str()).copied() == link.mac {
+        for link in &links {
+            let is_bridge_of_tidegate = |index| bridges.contains(&index);
+            if wanted
+                .get(link.name.as_str())
+                .is_some_and(|interface| link.observed(is_bridge_of_tidegate).is(interface))
+            {
                 self.discard_index(&Place::Host, &link.name);
                 let message = LinkUnspec::new_with_index(link.index).link_group(free).build();
                 match handle.link().set(message).execute().await.map_err(error) {
@@ -529,13 +544,12 @@ impl Kernel {
                 let bridge =
                     LinkBridge::new(&interface.name).address(interface.mac.0.to_vec()).mtu(*mtu);
                 let added = self.host()?.link().add(bridge.build()).execute().await.map_err(error);
-                self.or_set_mtu(added, interface, *mtu).await?;
+                self.or_set(added, interface, *mtu).await?;
                 // Set after creation, because `rtnl_create_link` (net/core/rtnetlink.c) ignores the
                 // alias.
                 let index = self.index(&Place::Host, &interface.name).await?;
-                let alias =
-                    if *internal { registry::INTERNAL_ALIAS } else { registry::NETWORK_ALIAS };
-                let alias = LinkAttribute::IfAlias(alias.to_owned());
+                let alias = registry::bridge_alias(*internal, interface.mac);
+                let alias = LinkAttribute::IfAlias(alias);
                 let message =
                     LinkUnspec::new_with_index(index).append_extra_attribute(alias).build();
                 self.host()?.link().set(message).execute().await.map_err(error)
@@ -558,7 +572,7 @@ impl Kernel {
                     .address(interface.mac.0.to_vec())
                     .mtu(*mtu);
                 let added = self.host()?.link().add(pair.build()).execute().await.map_err(error);
-                self.or_set_mtu(added, interface, *mtu).await
+                self.or_set(added, interface, *mtu).await
             }
             Fact::Port { link, bridge, isolated } => {
                 let (link, bridge) = (
@@ -645,9 +659,9 @@ impl Kernel {
                 let index = self.index(&Place::Host, link).await?;
                 self.with_gate(passes, |gate| gate.attach(index))
             }
-            Fact::InternalGuard { link, gateways } => {
+            Fact::BridgeGuard { link, .. } => {
                 let index = self.index(&Place::Host, link).await?;
-                self.with_internal_guard(gateways, |guard| guard.attach(index))
+                self.with_bridge_guard(fact, |guard| guard.attach(index))
             }
             Fact::PortGuard { link, .. } => {
                 let index = self.index(&Place::Host, link).await?;
@@ -668,7 +682,7 @@ impl Kernel {
 
     /// Sets the MTU if `added` reports `EEXIST`: the link exists, is known to belong to tidegate,
     /// and only its MTU was changed.
-    async fn or_set_mtu(
+    async fn or_set(
         &mut self,
         added: io::Result<()>,
         interface: &Interface,
@@ -679,8 +693,8 @@ impl Kernel {
             return Err(error_of_add);
         }
         let index = self.index(&Place::Host, &interface.name).await?;
-        let message = LinkUnspec::new_with_index(index).mtu(mtu).build();
-        self.host()?.link().set(message).execute().await.map_err(error)
+        let message = LinkUnspec::new_with_index(index).address(interface.mac.0.to_vec()).mtu(mtu);
+        self.host()?.link().set(message.build()).execute().await.map_err(error)
     }
 
     async fn remove(&mut self, fact: &Fact) -> io::Result<()> {
@@ -696,10 +710,11 @@ impl Kernel {
             // Removed with their links, and the device with the engine.
             Fact::Station { .. } | Fact::SubnetRoute { .. } => Ok(()),
             Fact::EngineDevice { .. } | Fact::EngineRoute { .. } => Ok(()),
-            Fact::Setting { .. }
-            | Fact::Group { .. }
-            | Fact::Gate { .. }
-            | Fact::InternalGuard { .. } => Ok(()),
+            Fact::Setting { .. } | Fact::Group { .. } | Fact::Gate { .. } => Ok(()),
+            Fact::BridgeGuard { .. } => {
+                self.bridge_guards.retain(|policy, _| Some(policy) != bridge_policy(fact).as_ref());
+                Ok(())
+            }
             Fact::PortGuard { link, .. } => {
                 if let Some(guards) = &self.guards {
                     guards.forget(link);
@@ -804,7 +819,18 @@ impl Kernel {
         let Some(message) = found.try_next().await.map_err(error)? else { return Ok(()) };
         let link = link_of(&message);
         self.discard_index(&Place::Host, &interface.name);
-        if link.mac != Some(interface.mac) {
+        let bridge = match link.controller {
+            Some(index) if link.mac != Some(interface.mac) => {
+                let mut found = handle.link().get().match_index(index).execute();
+                found
+                    .try_next()
+                    .await
+                    .map_err(error)?
+                    .is_some_and(|one| link_of(&one).is_bridge_of_tidegate())
+            }
+            _ => false,
+        };
+        if !link.observed(|_| bridge).is(interface) {
             tracing::warn!(interface = %interface.name, "interface replaced externally; not deleted");
             return Ok(());
         }
@@ -921,7 +947,7 @@ fn place_of(fact: &Fact) -> Option<&Place> {
         | Fact::Group { .. }
         | Fact::Gate { .. }
         | Fact::PortGuard { .. }
-        | Fact::InternalGuard { .. }
+        | Fact::BridgeGuard { .. }
         | Fact::GuardTable { .. }
         | Fact::Ruleset { .. } => None,
     }
@@ -948,6 +974,11 @@ fn guard_of(fact: &Fact) -> Option<(&str, PortPolicy)> {
         any_address: *any_address,
     };
     Some((link, policy))
+}
+
+fn bridge_policy(fact: &Fact) -> Option<BridgePolicy> {
+    let Fact::BridgeGuard { gateways, internal, .. } = fact else { return None };
+    Some(BridgePolicy { gateways: gateways.clone(), internal: *internal })
 }
 
 /// Converts the result of a query about `what`. An object whose link has been deleted counts as

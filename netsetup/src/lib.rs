@@ -51,7 +51,7 @@ pub use isolation::{BridgePrograms, FirewallIsolation, Isolation, NatIsolation, 
 pub use journal::Journal;
 pub use kernel::{EngineDevice, Kernel};
 pub use kernel_model::KernelModel;
-pub use observed::{DefaultRoute, Observed, ObservedBridge};
+pub use observed::{DefaultRoute, Observed, ObservedBridge, ObservedLink};
 pub use plan::{Plan, plan};
 pub use repair::{RepairKind, Repaired};
 pub use setup::{Setup, SetupError};

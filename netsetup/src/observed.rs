@@ -1,6 +1,6 @@
 //! Observed kernel state, as input for planning.
 
-use crate::{Fact, Place, Uplink};
+use crate::{Fact, Interface, Place, Uplink};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -34,13 +34,35 @@ pub struct ObservedBridge {
     pub subnets: Vec<IpNet>,
 }
 
+/// A link, as far as its owner can be told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ObservedLink {
+    /// The MAC address.
+    pub mac: Option<MacAddress>,
+    /// For a bridge of tidegate, the MAC address with which it was created.
+    pub created_with: Option<MacAddress>,
+    /// A veth end that is a port of a bridge of tidegate.
+    pub is_port: bool,
+}
+
+impl ObservedLink {
+    /// Whether the link, which has the name of `interface`, is that interface. A link of other
+    /// software can have this name, and other software may change the MAC address of a link. A
+    /// bridge is then identified by its alias, and a veth end by its bridge.
+    #[must_use]
+    pub fn is(&self, interface: &Interface) -> bool {
+        let mac = Some(interface.mac);
+        self.mac == mac || self.created_with == mac || self.is_port
+    }
+}
+
 /// The observed state of the kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Observed {
     /// The requested facts that hold.
     pub facts: BTreeSet<Fact>,
     /// All links, including foreign ones.
-    pub links: BTreeMap<Place, BTreeMap<String, Option<MacAddress>>>,
+    pub links: BTreeMap<Place, BTreeMap<String, ObservedLink>>,
     /// Prefixes that the host reaches without a default route, with their link: its routes and
     /// addresses.
     pub routes: Vec<(IpNet, String)>,

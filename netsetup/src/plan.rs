@@ -258,14 +258,14 @@ pub(crate) fn check_links(desired: &Desired, observed: &Observed) -> Result<(), 
     Ok(())
 }
 
-/// Checks that an existing link with this name has the expected MAC address.
-fn check_free(
+/// Checks that an existing link with this name is not foreign.
+pub(crate) fn check_free(
     observed: &Observed,
     place: &Place,
     interface: &Interface,
 ) -> Result<(), ConflictError> {
     match observed.links.get(place).and_then(|links| links.get(&interface.name)) {
-        Some(mac) if *mac != Some(interface.mac) => {
+        Some(link) if !link.is(interface) => {
             Err(ConflictError::NameTaken { place: place.clone(), name: interface.name.clone() })
         }
         _ => Ok(()),

@@ -100,9 +100,7 @@ impl RepairKind {
             Fact::Setting { .. } | Fact::Forwarding { .. } => Self::Sysctl,
             Fact::Rule(_) => Self::Rule,
             Fact::GuardTable { .. } | Fact::Ruleset { .. } => Self::Table,
-            Fact::Gate { .. } | Fact::PortGuard { .. } | Fact::InternalGuard { .. } => {
-                Self::Program
-            }
+            Fact::Gate { .. } | Fact::PortGuard { .. } | Fact::BridgeGuard { .. } => Self::Program,
         }
     }
 }

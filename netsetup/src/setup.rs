@@ -1,13 +1,13 @@
 //! Planning, application, verification, repair and removal of networks.
 
 use crate::kernel::End;
-use crate::plan::{check_links, plan_extension, plan_update, removals};
+use crate::plan::{check_free, check_links, plan_extension, plan_update, removals};
 use crate::repair::{causes, with_derived};
 use crate::{
     ApplyError, ConflictError, Desired, Fact, FirewallKind, Interface, Isolation, Journal,
     JournalError, Kernel, KernelError, KernelModel, Observed, Op, Place, Repaired, plan,
 };
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use tidegate_netns::Namespace;
 
@@ -251,7 +251,19 @@ impl Setup {
         let facts = with_derived(desired.facts(&*self.isolation));
         let facts: Vec<Fact> = facts.into_iter().filter(Fact::is_of_the_host).collect();
         let observed = self.kernel.observe(&facts).await?;
-        check_links(&desired.without_endpoints(), &observed)?;
+        // A foreign link under the name of a bridge is left alone, and the facts on it cannot be
+        // restored.
+        let networks = desired.without_endpoints();
+        let taken: BTreeMap<&str, ConflictError> = networks
+            .networks
+            .iter()
+            .filter_map(|network| {
+                let conflict = check_free(&observed, &Place::Host, &network.bridge).err()?;
+                Some((network.bridge.name.as_str(), conflict))
+            })
+            .collect();
+        let is_on_taken =
+            |fact: &Fact| fact.on().chain(fact.links()).any(|(_, link)| taken.contains_key(link));
         let exists = |link: &str| {
             observed.links.get(&Place::Host).is_some_and(|links| links.contains_key(link))
         };
@@ -275,10 +287,12 @@ impl Setup {
                 // The foreign link has been removed.
                 Fact::Forwarding { link, .. } if !exists(link) && !is_ours(link) => {}
                 _ if fact.on().any(|(_, link)| missing_links.contains(link)) => {}
+                _ if is_on_taken(&fact) => {}
                 _ => ops.push(Op::Add(fact)),
             }
         }
         let (restored, failed) = self.restore(&ops).await?;
+        let failed = failed.or_else(|| taken.into_values().next().map(SetupError::from));
         Ok((restored, failed, detached))
     }
 
@@ -303,7 +317,7 @@ impl Setup {
             let Fact::Veth { inside, .. } = &pair else { continue };
             match self.kernel.find_end(&pair).await? {
                 End::InPlace => {}
-                End::Missing => lost.push(pair),
+                End::Missing | End::Changed => lost.push(pair),
                 End::Stray(index) => {
                     self.kernel.delete_end(name, index).await?;
                     lost.push(pair);

@@ -1,8 +1,9 @@
 //! Buffer sizes of TCP sockets whose payload goes to a peer that may have stopped reading.
 //!
-//! Without a fixed size, the kernel grows a receive buffer up to `tcp_rmem` (6 to 32 MiB) and a send
-//! buffer up to `tcp_wmem` (4 MiB). The receive buffer is not fixed before the handshake, because
-//! that would bound the window permanently (`tcp_select_initial_window`, net/ipv4/tcp_output.c).
+//! Without a fixed size, the kernel grows a receive buffer up to `tcp_rmem` (6 to 32 MiB) and a
+//! send buffer up to `tcp_wmem` (4 MiB). The receive buffer is not fixed before the handshake,
+//! because that would bound the window permanently (`tcp_select_initial_window`,
+//! net/ipv4/tcp_output.c).
 
 use crate::options::set_number;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with, sockopt};

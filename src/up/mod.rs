@@ -26,7 +26,7 @@ mod repair_schedule;
 mod tracked_flows;
 
 use crate::api::{Adopted, MAX_CLIENTS, Order, Server, View, snapshot};
-use crate::port_guards::{self, bridge_programs, has_internal_guards};
+use crate::port_guards::{self, bridge_programs, has_bridge_guards};
 use crate::service_manager::ServiceManager;
 use anyhow::{Context, anyhow, bail};
 use commands::Owner;
@@ -918,7 +918,7 @@ fn setup_with(
             let (kind, owner) = (firewall.kind(), firewall.owner().to_owned());
             let programs = BridgePrograms {
                 gates: firewall.gate().is_some(),
-                internal_guards: has_internal_guards(),
+                bridge_guards: has_bridge_guards(),
             };
             Setup::new(kernel, journal, FirewallIsolation { firewall: kind, owner, programs })
         }

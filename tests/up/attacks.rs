@@ -8,7 +8,7 @@ use super::witness::Witness;
 use socket2::{Domain, Socket, Type};
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
-use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -650,4 +650,116 @@ fn an_echo_reply_from_another_network_is_not_delivered() {
         let output = String::from_utf8(ping.join().unwrap().stdout).unwrap();
         assert!(output.contains(" 0 received"), "{output}");
     });
+}
+
+const INTERNAL: &str = r#"
+name: attacked
+networks:
+  home: { enable_ipv6: true, ipam: { config: [ { subnet: 10.77.1.0/24 }, { subnet: "fd77:1::/64" } ] } }
+  away: { ipam: { config: [ { subnet: 10.77.2.0/24 } ] } }
+  inside: { internal: true, enable_ipv6: true, ipam: { config: [ { subnet: 10.77.3.0/24 }, { subnet: "fd77:3::/64" } ] } }
+services:
+  guest: { x-netns: GUEST, networks: { home: { ipv4_address: 10.77.1.10, ipv6_address: "fd77:1::10" } } }
+  router: { x-netns: ROUTER, networks: { away: { ipv4_address: 10.77.2.10, x-any-source: true } } }
+  server: { x-netns: SERVER, networks: { inside: { ipv4_address: 10.77.3.10, ipv6_address: "fd77:3::10" } }, ports: [ "5002:5000/udp", "8082:80" ] }
+  client: { x-netns: CLIENT, networks: [ inside ] }
+"#;
+
+/// The namespaces of the services of [`INTERNAL`], in this order.
+fn internal() -> ([Namespace; 4], String) {
+    let namespaces = [(); 4].map(|()| Namespace::new());
+    let names = ["GUEST", "ROUTER", "SERVER", "CLIENT"];
+    let file =
+        names.iter().zip(&namespaces).fold(INTERNAL.to_owned(), |file, (name, namespace)| {
+            file.replace(name, namespace.path().to_str().unwrap())
+        });
+    (namespaces, file)
+}
+
+/// The ports of the UDP sockets of the host towards `peer`.
+fn ports_towards(host: &Namespace, peer: &str) -> Vec<u16> {
+    let output = host.command("ss").args(["-uanH"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let sockets = text.lines().filter(|line| line.contains(peer));
+    let local = sockets.filter_map(|line| line.split_whitespace().nth(3)?.rsplit(':').next());
+    local.filter_map(|port| port.parse().ok()).collect()
+}
+
+/// Root in a container with `x-any-source`, and a neighbour on the link of the host, forge replies
+/// to the sockets of the host: those of the NAT engine towards the outside, and those of UDP
+/// sessions of a port that a container on an internal network publishes.
+#[test]
+fn forged_replies_reach_no_socket_of_the_host() {
+    let scene = Scene::new();
+    let ([guest, router, server, _client], file) = internal();
+    let _up = up(&scene, &file, &["--firewall=none"]);
+    let links = scene.net.host.ip(&["-o", "link"]);
+    for key in links.lines().filter_map(|line| line.split(": ").nth(1)).chain(["all"]) {
+        let key = key.split('@').next().unwrap();
+        scene.net.host.sysctl(&format!("net.ipv4.conf.{key}.rp_filter"), "0");
+    }
+    let outside = scene.net.client.run(|| UdpSocket::bind("203.0.113.9:6000")).unwrap();
+    outside.set_read_timeout(Some(PAUSE)).unwrap();
+    let own = guest.run(|| UdpSocket::bind("10.77.1.10:4000")).unwrap();
+    own.set_read_timeout(Some(PAUSE)).unwrap();
+    let mut buffer = [0; 64];
+    let mapped = (0..50).find_map(|_| {
+        own.send_to(b"question", "203.0.113.9:6000").unwrap();
+        Some(outside.recv_from(&mut [0; 64]).ok()?.1)
+    });
+    let mapped = mapped.expect("egress through the engine");
+    let forged = spoofed_socket(&router, "203.0.113.9:6000");
+    for _ in 0..20 {
+        forged.send_to(b"forged", mapped).unwrap();
+    }
+    outside.send_to(b"answer", mapped).unwrap();
+    let received = own.recv(&mut buffer).map(|length| &buffer[..length]);
+    assert_eq!(received.unwrap(), b"answer", "the reply of the outside server is the first");
+
+    let echo = server.run(|| UdpSocket::bind("0.0.0.0:5000")).unwrap();
+    echo.set_read_timeout(Some(PAUSE)).unwrap();
+    let client = scene.net.client.run(|| UdpSocket::bind("203.0.113.9:7778")).unwrap();
+    client.set_read_timeout(Some(PAUSE)).unwrap();
+    let port = SocketAddr::from(([203, 0, 113, 1], 5002));
+    let session = (0..50).find_map(|_| {
+        client.send_to(b"question", port).unwrap();
+        Some(echo.recv_from(&mut [0; 64]).ok()?.1)
+    });
+    let session = session.expect("the port is published");
+    let sockets = ports_towards(&scene.net.host, "10.77.3.10:5000");
+    assert_eq!(sockets, [session.port()], "the session has a socket of the host");
+    // The neighbour has a route to the gateway address through the host.
+    scene.net.client.ip_all("route add 10.77.3.0/24 via 203.0.113.1");
+    router.ip_all("route add 10.77.3.0/24 via 10.77.2.1");
+    let forgers = [&router, &scene.net.client].map(|from| spoofed_socket(from, "10.77.3.10:5000"));
+    for forged in forgers.iter().cycle().take(40) {
+        let _ = forged.send_to(b"forged", session);
+    }
+    echo.send_to(b"answer", session).unwrap();
+    let received = client.recv(&mut buffer).map(|length| &buffer[..length]);
+    assert_eq!(received.unwrap(), b"answer", "the reply of the container is the first");
+}
+
+/// A container that trusts its own address must not take neighbours and processes of the host for
+/// itself. It has no default route that would name a gateway.
+#[test]
+fn clients_of_a_port_on_an_internal_network_have_the_address_of_the_gateway() {
+    for flags in [&["--firewall=none"][..], &["--firewall=nftables", "--publish=kernel"]] {
+        let scene = Scene::new();
+        let ([_guest, _router, server, client], file) = internal();
+        let _up = up(&scene, &file, flags);
+        let _server = PeerServer::tcp(&server, "[::]:80".parse().unwrap());
+        for (from, to) in [
+            (&scene.net.host, "127.0.0.1:8082"),
+            (&scene.net.host, "203.0.113.1:8082"),
+            (&client, "10.77.3.1:8082"),
+            (&server, "10.77.3.1:8082"),
+            (&client, "[fd77:3::1]:8082"),
+        ] {
+            let seen = from.run(|| peer_as_seen(to.parse().unwrap(), false, SOON));
+            let expected = if to.starts_with('[') { "fd77:3::1" } else { "10.77.3.1" };
+            let seen: IpAddr = seen.unwrap().parse().unwrap();
+            assert_eq!(seen.to_canonical().to_string(), expected, "{flags:?}: {to}");
+        }
+    }
 }

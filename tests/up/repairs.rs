@@ -28,6 +28,9 @@ networks:
     enable_ipv6: true
     driver_opts: { com.docker.network.bridge.name: tg-home }
     ipam: { config: [ { subnet: 10.83.1.0/24 }, { subnet: "fd83:1::/64" } ] }
+  second:
+    driver_opts: { com.docker.network.bridge.name: tg-second }
+    ipam: { config: [ { subnet: 10.83.2.0/24 } ] }
 services:
   box:
     command: [ sleep, "600" ]
@@ -430,6 +433,50 @@ fn a_failed_repair_does_not_prevent_others() {
         "{}",
         bed.up.output()
     );
+}
+
+/// Other software changes MAC addresses, and puts a bridge in the place of another one.
+#[test]
+fn a_changed_mac_address_is_restored_and_a_foreign_bridge_stops_no_repair() {
+    for firewall in ["--firewall=none", "--firewall=nftables"] {
+        let bed = Bed::with_services(
+            r#"
+  other:
+    command: [ sleep, "600" ]
+    networks: { second: { ipv4_address: 10.83.2.2 } }
+"#,
+            &[firewall],
+        );
+        let mac = |link: &str| {
+            let shown = bed.networks.ip(&["-o", "link", "show", link]);
+            shown.split("link/ether ").nth(1).unwrap().split(' ').next().unwrap().to_owned()
+        };
+        let port = bed.networks.ip(&["-o", "link", "show", "master", "tg-home"]);
+        let port = port.split(": ").nth(1).unwrap().split('@').next().unwrap().to_owned();
+        for link in ["tg-home", &port] {
+            let before = mac(link);
+            bed.networks.ip(&["link", "set", link, "address", "02:00:00:00:00:55"]);
+            assert!(
+                eventually(SOON, || mac(link) == before),
+                "{firewall} {link}: {}",
+                bed.up.output()
+            );
+            assert!(eventually(SOON, || bed.carries_traffic(SOON)), "{}", bed.up.output());
+        }
+        let foreign = "ip link set tg-home down; ip link set tg-home name home0;
+             ip link set home0 alias ''; ip link add tg-home address 02:00:00:00:00:66 type bridge";
+        assert!(bed.run(Host, foreign));
+        bed.up.wait_for_line("not restored", SOON);
+        let there = "ip addr show tg-second | grep -q 10.83.2.1/24";
+        let removed = Instant::now();
+        assert!(bed.run(Host, "ip addr del 10.83.2.1/24 dev tg-second"));
+        assert!(eventually(SOON, || bed.run(Host, there)), "{firewall}: {}", bed.up.output());
+        assert!(removed.elapsed() < BOUND, "{:?}", removed.elapsed());
+        assert!(!bed.networks.ip(&["addr", "show", "tg-home"]).contains("10.83.1.1"));
+        assert!(bed.run(Host, "ip link del tg-home; ip link del home0"));
+        let repaired = eventually(SOON * 4, || bed.carries_traffic(Duration::from_secs(1)));
+        assert!(repaired, "{firewall}: {}", bed.up.output());
+    }
 }
 
 /// Other containers are repaired meanwhile.

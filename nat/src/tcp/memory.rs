@@ -12,8 +12,8 @@
 //! | narrow | [`FIX_AFTER`] bytes, or when it is blocked | the same |
 //! | wide | [`WIDEN_AFTER`] bytes, if the guest kept up and the budget permits it | [`WIDE_BYTES`], until it has been idle for [`WIDE_IDLE`] |
 //!
-//! A connection is blocked while one side does not take data that the other has sent. The flow table
-//! keeps the budget and chooses whose connection is evicted when blocked ones exceed it
+//! A connection is blocked while one side does not take data that the other has sent. The flow
+//! table keeps the budget and chooses whose connection is evicted when blocked ones exceed it
 //! ([`TableLimits::held_bytes`](crate::flow_table::TableLimits::held_bytes)).
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]

@@ -27,7 +27,7 @@ use crate::bpf::{
 use crate::wire::open_socket;
 use ipnet::IpNet;
 pub use rules::{PortPolicy, SpoofReason};
-use rules::{Test, internal_rules, policed, rules};
+use rules::{Test, bridge_rules, policed, rules};
 use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -43,7 +43,7 @@ const NAME: &str = "tg_port_guard";
 /// Start of the name of a program, before the hash of its instructions.
 const PROGRAM_PREFIX: &str = "tg_pg_";
 const COUNTERS: &str = "tg_port_drops";
-const INTERNAL_NAME: &str = "tg_internal";
+const BRIDGE_NAME: &str = "tg_bridge";
 
 /// The mechanism that implements a guard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -384,37 +384,46 @@ pub fn program_time(policy: &PortPolicy, frame: &[u8], times: u32) -> io::Result
     program.test_run(frame, times).map(|(_, time)| time)
 }
 
-/// A guard at the ingress of an internal network's bridge. The host accepts packets from members
-/// only if they are addressed to the gateway addresses, and forwards none. It is an eBPF program if
-/// the process may load one. Otherwise, for example in a user namespace, it is a classic BPF
-/// program in a `clsact` qdisc.
+/// What the host accepts from the members of a bridge.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BridgePolicy {
+    /// The addresses of the bridge, each with the prefix length of its subnet.
+    pub gateways: Vec<IpNet>,
+    /// Accepts only packets to `gateways`. Otherwise to any destination, from addresses of the
+    /// subnets.
+    pub internal: bool,
+}
+
+/// A guard at the ingress of a bridge. The host accepts packets from members only if they have a
+/// source address of the subnets, and for an internal network only if they are addressed to the
+/// gateway addresses. It is an eBPF program if the process may load one. Otherwise, for example in
+/// a user namespace, it is a classic BPF program in a `clsact` qdisc.
 #[derive(Debug)]
-pub struct InternalGuard(InternalProgram);
+pub struct BridgeGuard(BridgeProgram);
 
 #[derive(Debug)]
-enum InternalProgram {
+enum BridgeProgram {
     Extended(LinkProgram),
     Classic(Vec<Classic>),
 }
 
-impl InternalGuard {
-    /// Loads a guard for a bridge with the addresses `gateways`, each with the prefix length of its
-    /// subnet.
+impl BridgeGuard {
+    /// Loads a guard.
     ///
     /// # Errors
     /// An eBPF program cannot be loaded, and classic BPF is disabled for tests
     /// ([`Feature::ClassicGuards`]).
-    pub fn new(gateways: &[IpNet]) -> io::Result<Self> {
-        let rules = internal_rules(gateways);
+    pub fn new(policy: &BridgePolicy) -> io::Result<Self> {
+        let rules = bridge_rules(policy);
         let extended = Counters::new(COUNTERS, compile::COUNTERS).and_then(|counters| {
             let code = compile::extended(&rules, &[], counters.descriptor());
-            LinkProgram::load(INTERNAL_NAME, Direction::Ingress, &code)
+            LinkProgram::load(BRIDGE_NAME, Direction::Ingress, &code)
         });
         match extended {
             Err(_) if !Feature::ClassicGuards.is_forced_off() => {
-                Ok(Self(InternalProgram::Classic(compile::classic(&rules))))
+                Ok(Self(BridgeProgram::Classic(compile::classic(&rules))))
             }
-            extended => extended.map(InternalProgram::Extended).map(Self),
+            extended => extended.map(BridgeProgram::Extended).map(Self),
         }
     }
 
@@ -422,22 +431,21 @@ impl InternalGuard {
     /// temporary one.
     ///
     /// # Errors
-    /// Guards of internal networks are unavailable.
+    /// Guards of bridges are unavailable.
     pub fn probe() -> io::Result<()> {
-        Self::new(&[])?.attach(LOOPBACK_INDEX)
+        Self::new(&BridgePolicy { gateways: Vec::new(), internal: true })?.attach(LOOPBACK_INDEX)
     }
 
-    /// Returns whether a guard for the same addresses is attached to the link with interface index
+    /// Returns whether a guard with the same policy is attached to the link with interface index
     /// `index` in the calling thread's network namespace.
     ///
     /// # Errors
     /// `ENODEV` if the link does not exist.
     pub fn is_attached(&self, index: u32) -> io::Result<bool> {
         match &self.0 {
-            InternalProgram::Extended(program) => program.is_attached(index),
-            InternalProgram::Classic(code) => {
-                let attached =
-                    Clsact::open()?.attached(index, Direction::Ingress, INTERNAL_NAME)?;
+            BridgeProgram::Extended(program) => program.is_attached(index),
+            BridgeProgram::Classic(code) => {
+                let attached = Clsact::open()?.attached(index, Direction::Ingress, BRIDGE_NAME)?;
                 Ok(attached == Some(Attached::Classic(bytes_of(code))))
             }
         }
@@ -451,10 +459,10 @@ impl InternalGuard {
     /// lacks `clsact` or `cls_bpf`.
     pub fn attach(&self, index: u32) -> io::Result<()> {
         match &self.0 {
-            InternalProgram::Extended(program) => program.attach(index),
-            InternalProgram::Classic(code) => {
+            BridgeProgram::Extended(program) => program.attach(index),
+            BridgeProgram::Classic(code) => {
                 let code = Code::Classic(code);
-                Clsact::open()?.attach(index, Direction::Ingress, INTERNAL_NAME, code)
+                Clsact::open()?.attach(index, Direction::Ingress, BRIDGE_NAME, code)
             }
         }
     }

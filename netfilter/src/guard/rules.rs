@@ -53,6 +53,7 @@
 //! kernel fragments errors (at most 576 bytes, RFC 1812, 4.3.2.3, and 1280 bytes, RFC 4443, 2.4) or
 //! neighbour discovery (RFC 6980).
 
+use super::BridgePolicy;
 use ipnet::IpNet;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use tidegate_model::MacAddress;
@@ -365,42 +366,73 @@ pub(super) fn rules(policy: &PortPolicy) -> Vec<Rule> {
     rules
 }
 
-/// Builds the rules at the ingress of an internal network's bridge. They accept packets from
-/// addresses of the network to its gateway addresses, ARP and neighbour discovery. Nothing is
-/// forwarded, regardless of routes and policy rules.
-pub(super) fn internal_rules(gateways: &[IpNet]) -> Vec<Rule> {
+/// Builds the rules at the ingress of a bridge. They accept ARP, and packets from addresses of the
+/// network. For an internal network, these must be addressed to its gateway addresses or be
+/// neighbour discovery, so that nothing is forwarded, regardless of routes and policy rules.
+pub(super) fn bridge_rules(policy: &BridgePolicy) -> Vec<Rule> {
     let mut rules = vec![rule([is(at::ETHERTYPE, &ARP)], Verdict::Accept)];
-    for net in gateways {
-        match net {
-            IpNet::V4(net) => {
-                // No options: a source route (RFC 791, 3.1) would be forwarded.
-                let mut tests = vec![is(at::ETHERTYPE, &IPV4), is(at::V4_HEAD, &[0x45])];
-                tests.extend(within(at::V4_SOURCE, &net.network().octets(), net.prefix_len()));
-                tests.push(is(at::V4_DESTINATION, &net.addr().octets()));
-                rules.push(rule(tests, Verdict::Accept));
-            }
-            IpNet::V6(net) => {
-                let v6 = || is(at::ETHERTYPE, &IPV6);
-                let mut tests = vec![v6()];
-                tests.extend(within(at::V6_SOURCE, &net.network().octets(), net.prefix_len()));
-                tests.push(is(at::V6_DESTINATION, &net.addr().octets()));
-                rules.push(rule(tests, Verdict::Accept));
-                // To the gateway and to link-local destinations (fe80::/10, ff02::/16). Other
-                // destinations would be forwarded.
-                let destinations: [(&[u8], u8); 3] =
-                    [(&net.addr().octets(), 128), (&[0xfe, 0x80], 10), (&[0xff, 0x02], 16)];
-                for kind in [NEIGHBOR_SOLICITATION, NEIGHBOR_ADVERTISEMENT] {
-                    for (destination, prefix) in destinations {
-                        let head = [v6(), is(at::V6_NEXT, &[ICMPV6]), is(at::V6_PAYLOAD, &[kind])];
-                        let to = within(at::V6_DESTINATION, destination, prefix);
-                        rules.push(rule(head.into_iter().chain(to), Verdict::Accept));
-                    }
-                }
-            }
+    for net in &policy.gateways {
+        if policy.internal {
+            rules.extend(to_gateway(net));
+        } else {
+            rules.extend(from_members(net));
         }
     }
     rules.push(rule([], Verdict::Drop(SpoofReason::Ethertype)));
     rules
+}
+
+/// Rules for packets from the subnet of `gateway`. Also accepted are IPv4 packets without a source
+/// address (IGMP, DHCP), and IPv6 packets with a link-local source or none (duplicate address
+/// detection).
+fn from_members(gateway: &IpNet) -> Vec<Rule> {
+    let accept = |ethertype: &[u8], at: u16, (network, prefix): (&[u8], u8)| {
+        let from = within(at, network, prefix);
+        rule([is(at::ETHERTYPE, ethertype)].into_iter().chain(from), Verdict::Accept)
+    };
+    match gateway {
+        IpNet::V4(net) => {
+            let subnet = (&net.network().octets()[..], net.prefix_len());
+            [subnet, (&[0; 4], 32)].map(|from| accept(&IPV4, at::V4_SOURCE, from)).to_vec()
+        }
+        IpNet::V6(net) => {
+            let subnet = (&net.network().octets()[..], net.prefix_len());
+            let sources = [subnet, (&[0xfe, 0x80], 10), (&[0; 16], 128)];
+            sources.map(|from| accept(&IPV6, at::V6_SOURCE, from)).to_vec()
+        }
+    }
+}
+
+/// Rules for packets from the subnet of `gateway` to it, and for neighbour discovery.
+fn to_gateway(gateway: &IpNet) -> Vec<Rule> {
+    match gateway {
+        IpNet::V4(net) => {
+            // No options: a source route (RFC 791, 3.1) would be forwarded.
+            let mut tests = vec![is(at::ETHERTYPE, &IPV4), is(at::V4_HEAD, &[0x45])];
+            tests.extend(within(at::V4_SOURCE, &net.network().octets(), net.prefix_len()));
+            tests.push(is(at::V4_DESTINATION, &net.addr().octets()));
+            vec![rule(tests, Verdict::Accept)]
+        }
+        IpNet::V6(net) => {
+            let v6 = || is(at::ETHERTYPE, &IPV6);
+            let mut tests = vec![v6()];
+            tests.extend(within(at::V6_SOURCE, &net.network().octets(), net.prefix_len()));
+            tests.push(is(at::V6_DESTINATION, &net.addr().octets()));
+            let mut rules = vec![rule(tests, Verdict::Accept)];
+            // To the gateway and to link-local destinations (fe80::/10, ff02::/16). Other
+            // destinations would be forwarded.
+            let destinations: [(&[u8], u8); 3] =
+                [(&net.addr().octets(), 128), (&[0xfe, 0x80], 10), (&[0xff, 0x02], 16)];
+            for kind in [NEIGHBOR_SOLICITATION, NEIGHBOR_ADVERTISEMENT] {
+                for (destination, prefix) in destinations {
+                    let head = [v6(), is(at::V6_NEXT, &[ICMPV6]), is(at::V6_PAYLOAD, &[kind])];
+                    let to = within(at::V6_DESTINATION, destination, prefix);
+                    rules.push(rule(head.into_iter().chain(to), Verdict::Accept));
+                }
+            }
+            rules
+        }
+    }
 }
 
 /// Returns tests that match an address at offset `at` within a prefix.
@@ -1064,7 +1096,7 @@ pub(super) mod tests {
     #[test]
     fn internal_guard_accepts_packets_to_the_gateway_only() {
         let gateways = ["10.9.0.1/20", "fd09::1/64"].map(|net| net.parse().unwrap());
-        let rules = internal_rules(&gateways);
+        let rules = bridge_rules(&BridgePolicy { gateways: gateways.to_vec(), internal: true });
         let evaluate = |ethertype: [u8; 2], packet: &[u8]| {
             verdict(&rules, &ethernet(MAC, ethertype, packet), false)
         };
@@ -1104,6 +1136,37 @@ pub(super) mod tests {
         }
         assert_eq!(evaluate(ARP, &[0; 28]), Verdict::Accept);
         assert_eq!(evaluate([0x88, 0xcc], &[0; 28]), denied);
+    }
+
+    #[test]
+    fn a_bridge_guard_accepts_sources_of_its_subnets_only() {
+        let gateways = ["10.9.0.1/24".parse().unwrap(), "fd09::1/64".parse().unwrap()].to_vec();
+        let rules = bridge_rules(&BridgePolicy { gateways, internal: false });
+        let accepts = |ethertype: [u8; 2], packet: &[u8]| {
+            verdict(&rules, &ethernet(MAC, ethertype, packet), false) == Verdict::Accept
+        };
+        for (source, accepted) in [
+            ([10, 9, 0, 7], true),
+            ([10, 9, 0, 255], true),
+            ([0, 0, 0, 0], true),
+            ([10, 9, 1, 7], false),
+            ([198, 51, 100, 2], false),
+            ([127, 0, 0, 1], false),
+        ] {
+            assert_eq!(accepts(IPV4, &packet_v4(source, 17)), accepted, "{source:?}");
+        }
+        for (source, accepted) in [
+            ("fd09::7", true),
+            ("fe80::7", true),
+            ("::", true),
+            ("fd09:0:0:1::7", false),
+            ("::1", false),
+            ("2001:db8::2", false),
+        ] {
+            assert_eq!(accepts(IPV6, &packet_v6(source, 17, &[0; 8])), accepted, "{source}");
+        }
+        assert!(accepts(ARP, &[0; 28]), "ARP");
+        assert!(!accepts([0x88, 0x47], &[0; 40]), "MPLS");
     }
 
     #[test]

@@ -29,7 +29,7 @@ pub(super) fn link_of(message: &LinkMessage) -> Link {
         group: 0,
         isolated: false,
         internal: false,
-        of_tidegate: false,
+        created_with: None,
         learns: false,
         without_ipv6: None,
     };
@@ -48,8 +48,9 @@ pub(super) fn link_of(message: &LinkMessage) -> Link {
             LinkAttribute::Controller(index) => link.controller = Some(*index),
             LinkAttribute::Group(group) => link.group = *group,
             LinkAttribute::IfAlias(alias) => {
-                link.internal = alias == registry::INTERNAL_ALIAS;
-                link.of_tidegate = link.internal || alias == registry::NETWORK_ALIAS;
+                let of_tidegate = registry::parse_bridge_alias(alias);
+                link.internal = of_tidegate.is_some_and(|(internal, _)| internal);
+                link.created_with = of_tidegate.map(|(_, mac)| mac);
             }
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {

@@ -5,7 +5,9 @@ use super::messages::{
     first_foreign_priority, is_default, is_to, is_v6, leads, link_of, rule_of, table,
 };
 use super::{Kernel, MAIN, error, is_without_ipv6};
-use crate::{DefaultRoute, Fact, Interface, KernelError, ObservedBridge, Place, Rule, Uplink};
+use crate::{
+    DefaultRoute, Fact, Interface, KernelError, ObservedBridge, ObservedLink, Place, Rule, Uplink,
+};
 use futures_util::TryStreamExt;
 use ipnet::IpNet;
 use rtnetlink::packet_route::AddressFamily;
@@ -296,7 +298,7 @@ impl Snapshot {
             }),
             // Evaluated by `Kernel::observe`.
             Fact::Gate { .. }
-            | Fact::InternalGuard { .. }
+            | Fact::BridgeGuard { .. }
             | Fact::PortGuard { .. }
             | Fact::GuardTable { .. }
             | Fact::Ruleset { .. } => true,
@@ -377,6 +379,21 @@ impl Snapshot {
         hops
     }
 
+    /// Returns all links of `place` by name.
+    pub(super) fn links_by_name(&self, place: &Place) -> BTreeMap<String, ObservedLink> {
+        let is_bridge_of_tidegate =
+            |index: u32| self.links.get(&index).is_some_and(Link::is_bridge_of_tidegate);
+        let of = |link: &Link| {
+            let observed = match place {
+                Place::Host => link.observed(is_bridge_of_tidegate),
+                // Root in an endpoint can give its links any alias.
+                Place::Endpoint(_) => ObservedLink { mac: link.mac, ..ObservedLink::default() },
+            };
+            (link.name.clone(), observed)
+        };
+        self.links.values().map(of).collect()
+    }
+
     /// Returns the bridges of tidegate, of all projects.
     pub(super) fn bridges(&self) -> BTreeMap<String, ObservedBridge> {
         let bridge = |link: &Link| {
@@ -388,7 +405,7 @@ impl Snapshot {
                 subnets: subnets.collect(),
             }
         };
-        let ours = self.links.values().filter(|link| link.of_tidegate);
+        let ours = self.links.values().filter(|link| link.is_bridge_of_tidegate());
         ours.map(|link| (link.name.clone(), bridge(link))).collect()
     }
 

@@ -3,7 +3,7 @@
 use super::*;
 use crate::{
     Attachment, BridgePrograms, Endpoint, FirewallIsolation, FirewallKind, Guards, NatIsolation,
-    Network, RuleIsolation, Subnet, Uplink,
+    Network, ObservedLink, RuleIsolation, Subnet, Uplink,
 };
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -69,18 +69,18 @@ fn plan_with(
 /// All isolation mechanisms.
 fn some_isolation() -> impl Strategy<Value = Arc<dyn Isolation>> {
     let with = |firewall, gates| {
-        let programs = BridgePrograms { gates, internal_guards: true };
+        let programs = BridgePrograms { gates, bridge_guards: true };
         Arc::new(FirewallIsolation { firewall, owner: "demo".to_owned(), programs })
             as Arc<dyn Isolation>
     };
     let engine = |gates| {
-        let programs = BridgePrograms { gates, internal_guards: true };
+        let programs = BridgePrograms { gates, bridge_guards: true };
         Arc::new(NatIsolation { device: "tgt-1".to_owned(), table: 30_000, programs })
             as Arc<dyn Isolation>
     };
     let all: Vec<Arc<dyn Isolation>> = vec![
         Arc::new(RuleIsolation::default()),
-        Arc::new(RuleIsolation { programs: BridgePrograms { gates: true, internal_guards: true } }),
+        Arc::new(RuleIsolation { programs: BridgePrograms { gates: true, bridge_guards: true } }),
         engine(false),
         engine(true),
         with(FirewallKind::Nftables, true),
@@ -210,7 +210,7 @@ fn guards_close_a_network_behind_the_firewall() {
         ..Desired::default()
     };
     let steps = |gates| -> Vec<String> {
-        let programs = BridgePrograms { gates, internal_guards: gates };
+        let programs = BridgePrograms { gates, bridge_guards: gates };
         let owner = "demo".to_owned();
         let isolation = FirewallIsolation { firewall: FirewallKind::Nftables, owner, programs };
         plan_with(&isolation, &KernelModel::default(), &[], &desired)
@@ -333,7 +333,10 @@ fn conflicts_are_errors() {
             Place::Host,
             links
                 .iter()
-                .map(|(name, mac)| ((*name).to_owned(), Some(MacAddress([2, 0, 0, 0, 0, *mac]))))
+                .map(|(name, mac)| {
+                    let mac = Some(MacAddress([2, 0, 0, 0, 0, *mac]));
+                    ((*name).to_owned(), ObservedLink { mac, ..ObservedLink::default() })
+                })
                 .collect(),
         )]),
         ..Observed::default()

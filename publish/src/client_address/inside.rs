@@ -5,6 +5,7 @@ use super::{
     Fallbacks, SourceError, is_conflict, is_missing_rule, no_rule, shows_as_gateway,
     transparent_socket,
 };
+use socket2::SockRef;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -44,9 +45,10 @@ pub struct NamespaceUpstream {
 /// An address of the container.
 struct Container {
     address: IpAddr,
+    /// The address of the host on its network; otherwise the gateway of its default route.
     gateway: Option<IpAddr>,
-    /// Whether the namespace of the event loops is on the network of this address.
-    connected: bool,
+    /// The interface to its network, if the namespace of the event loops is on that network.
+    interface: Option<String>,
 }
 
 impl NamespaceUpstream {
@@ -78,13 +80,17 @@ impl NamespaceUpstream {
             else {
                 continue;
             };
-            let connected = namespace.id() != host_context.networks().id()
-                && home.connected_interface(address).map_err(addresses)?.is_some();
-            containers.push(Container {
-                address,
-                gateway: there.gateway(family).map_err(addresses)?,
-                connected,
-            });
+            let (mut interface, mut gateway) = (None, None);
+            if namespace.id() != host_context.networks().id() {
+                let connected = home.connected_interface(address).map_err(addresses)?;
+                interface = connected.map(|(_, name)| name);
+                gateway = home.own_on_link_with(address);
+            }
+            // An internal network has no default route, and root in a container can change it.
+            if gateway.is_none() {
+                gateway = there.gateway(family).map_err(addresses)?;
+            }
+            containers.push(Container { address, gateway, interface });
         }
         if containers.is_empty() {
             return Err(SourceError::NoAddress { namespace: name });
@@ -192,14 +198,15 @@ impl NamespaceUpstream {
     /// Opens a flow with the source address of the gateway.
     fn open_as_gateway(&self, flow: &Flow, container: &Container) -> io::Result<Opened> {
         let to = SocketAddr::new(container.address, flow.container_port);
-        let socket = match (flow.protocol, container.gateway) {
-            (Protocol::Tcp, Some(gateway)) => {
+        let socket = match (flow.protocol, container.gateway, &container.interface) {
+            (Protocol::Tcp, Some(gateway), _) => {
                 self.connect_inside(flow, Some(SocketAddr::new(gateway, 0)), to)?
             }
             // From the namespace of the event loops, the route selects the gateway address as the
-            // source, and replies are routed back.
-            (Protocol::Udp, _) if container.connected => {
+            // source, and replies are routed back. Only the network of the container may send them.
+            (Protocol::Udp, _, Some(interface)) => {
                 let socket = socket(flow.protocol, to.ip())?;
+                SockRef::from(&socket).bind_device(Some(interface.as_bytes()))?;
                 begin_connect(&socket, to)?;
                 socket
             }
@@ -251,8 +258,8 @@ impl Upstream for NamespaceUpstream {
     fn is_stale(&self, socket: BorrowedFd<'_>) -> bool {
         // Only sockets of the current namespace can be checked. With `show_client`, a socket may
         // belong to the namespace of the container.
-        let all_ours =
-            !self.show_client && self.containers.iter().all(|container| container.connected);
+        let all_ours = !self.show_client
+            && self.containers.iter().all(|container| container.interface.is_some());
         all_ours && has_lost_local_address(socket)
     }
 }
