@@ -8,8 +8,8 @@ pub mod cli;
 pub mod doctor;
 #[doc(hidden)]
 pub mod fuzz;
+pub mod instance;
 mod port_guards;
 mod service_manager;
 mod table;
 mod top;
-pub mod up;

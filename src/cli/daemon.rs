@@ -1,9 +1,9 @@
 //! `tidegate daemon`: networks and ports that are added and removed at run time.
 
 use super::UsageError;
-use super::instance::InstanceOptions;
+use super::instance_options::InstanceOptions;
+use crate::instance::Source;
 use crate::service_manager::ServiceManager;
-use crate::up::Source;
 use clap::Args;
 use std::path::PathBuf;
 use std::time::Duration;

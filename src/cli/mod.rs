@@ -5,7 +5,7 @@ mod daemon;
 mod doctor;
 mod duration;
 mod hello;
-mod instance;
+mod instance_options;
 mod network;
 mod output;
 mod ps;

@@ -2,9 +2,9 @@
 
 use super::UsageError;
 use super::duration::optional_timeout;
-use super::instance::InstanceOptions;
+use super::instance_options::InstanceOptions;
+use crate::instance::Source;
 use crate::service_manager::ServiceManager;
-use crate::up::Source;
 use clap::Args;
 use std::path::PathBuf;
 use std::time::Duration;

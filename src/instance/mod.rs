@@ -1,4 +1,5 @@
-//! `tidegate up`: runs the networks and services of a Compose file until they end.
+//! An instance of tidegate: the networks and services of a Compose file until they end (`tidegate
+//! up`), or the networks of a daemon (`tidegate daemon`).
 //!
 //! ```text
 //! parse file ─► roll back a killed instance ─► layout ─► bind ports ─► networks ─► publish ─► services
@@ -19,10 +20,13 @@ mod endpoint_watch;
 mod endpoint_work;
 mod flood_control;
 mod front_end;
+mod initial;
 mod layout;
 mod metrics;
 mod names;
 mod repair_schedule;
+mod routing;
+mod signals;
 mod tracked_flows;
 
 use crate::api::{Adopted, MAX_CLIENTS, Order, Server, View, snapshot};
@@ -36,42 +40,43 @@ pub use egress::NatLimits;
 use endpoint_watch::EndpointWatch;
 use endpoint_work::EndpointWork;
 use front_end::FrontEnd;
-use layout::{Layout, Surroundings, foreign_networks, layout};
-use names::{EndpointDns, NameServers, NetworkDns};
+use initial::{Initial, openings, specs, targets_of};
+use layout::{Layout, foreign_networks};
+use names::NameServers;
 use repair_schedule::RepairSchedule;
+use routing::{
+    foreign_bridges, preceding_rule, reply_paths, rules_ahead, uplinks, warn_of_preceding_rule,
+};
 use rustix::io::Errno;
+use signals::Signals;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 use tidegate_api::socket::{self, Socket};
-use tidegate_compose::{self, Project, Run};
+use tidegate_compose::{self, Project};
 use tidegate_control::{Name, State, Store};
-use tidegate_model::{PortSpec, Protocol, registry};
+
 use tidegate_netfilter::PortGuards;
 use tidegate_netns::HostContext;
 use tidegate_netns::{ChangeListener, Namespace, Topic, interface_index, run_directory};
 use tidegate_netsetup::{
-    BridgePrograms, DefaultRoute, Desired, Fact, Firewall, FirewallIsolation, Journal,
-    JournalError, Kernel, KernelError, Observed, Opening, ReplyPath, RuleIsolation, Setup, Uplink,
+    BridgePrograms, Desired, Fact, Firewall, FirewallIsolation, Journal, JournalError, Kernel,
+    KernelError, Observed, RuleIsolation, Setup,
 };
 use tidegate_process::raise_descriptor_limit;
-use tidegate_proxy::{GatewayAcl, GatewayNetworks, Listener, Settings, describe_engine};
-use tidegate_publish::bind::reserve;
+use tidegate_proxy::{GatewayAcl, GatewayNetworks, Settings, describe_engine};
 use tidegate_publish::client_address::sweep_stale_owners;
-use tidegate_publish::firewall::{
-    Chosen, FirewallChoice, PublishBy, choose, opening, targets, zones,
-};
+use tidegate_publish::firewall::{Chosen, FirewallChoice, PublishBy, choose, zones};
 use tidegate_publish::limits::ProxyLimits;
 use tidegate_publish::publisher::{PublishTarget, Publisher};
-use tidegate_services::{ServiceSpec, StandardOutput, Supervisor};
+use tidegate_services::{StandardOutput, Supervisor};
 use tidegate_telemetry::metrics_endpoint::{MetricsAddress, MetricsStatus, Recorder};
 use tokio::io::{Interest, unix::AsyncFd};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 /// Time for open connections to finish after all services have ended. Their peers in the containers
@@ -215,84 +220,10 @@ struct Running {
     metrics: Option<MetricsStatus>,
 }
 
-/// What an instance starts with.
-struct Initial<'a> {
-    layout: Layout,
-    networks: BTreeMap<String, NetworkDns>,
-    endpoints: BTreeMap<String, EndpointDns>,
-    namespaces: BTreeMap<String, Namespace>,
-    /// The paths of adopted namespaces, by endpoint.
-    adopted: BTreeMap<String, PathBuf>,
-    ports: OpenPorts,
-    /// The project whose services are run.
-    project: Option<&'a Project>,
-}
-
-impl<'a> Initial<'a> {
-    /// The networks and services of `project`.
-    fn of_project(
-        project: &'a Project,
-        host_context: &HostContext,
-        observed: &Observed,
-    ) -> anyhow::Result<Self> {
-        let mut surroundings = Surroundings {
-            observed,
-            host_id: host_id(),
-            random: &mut random_bytes,
-            now: Instant::now(),
-        };
-        let layout = layout(project, &mut surroundings)?;
-        // Bound before any change to the host.
-        let ports = open_ports(project)?;
-        let mut namespaces: BTreeMap<String, Namespace> = BTreeMap::new();
-        let mut adopted = BTreeMap::new();
-        for service in &project.services {
-            let namespace = match &service.run {
-                Run::Command(_) => host_context
-                    .create_for_service()
-                    .with_context(|| format!("service {:?}", service.name))?,
-                Run::Adopt(path) => {
-                    adopted.insert(service.name.clone(), path.clone());
-                    Namespace::from_path(path)
-                        .with_context(|| format!("service {:?}", service.name))?
-                }
-            };
-            let shared = |(_, other): &(&String, &Namespace)| other.id() == namespace.id();
-            if let Some((other, _)) = namespaces.iter().find(shared) {
-                bail!(
-                    "services {other:?} and {:?} are in the same namespace, {}; adopt it once",
-                    service.name,
-                    namespace.id()
-                );
-            }
-            namespaces.insert(service.name.clone(), namespace);
-        }
-        let networks = project.networks.iter();
-        let services = project.services.iter();
-        Ok(Self {
-            layout,
-            networks: networks.map(|(name, one)| (name.clone(), NetworkDns::of(one))).collect(),
-            endpoints: services.map(|one| (one.name.clone(), EndpointDns::of(one))).collect(),
-            namespaces,
-            adopted,
-            ports,
-            project: Some(project),
-        })
-    }
-}
-
 /// Where [`Initial`] comes from.
 enum InitialSource<'a> {
     Project(&'a Project),
     State(&'a State),
-}
-
-/// Random bytes for MAC addresses and interface names. Without random bytes, names collide, and
-/// creating the second interface fails.
-fn random_bytes() -> [u8; 6] {
-    let mut bytes = [0; 6];
-    let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
-    bytes
 }
 
 /// Input of [`Up::start`].
@@ -309,35 +240,6 @@ struct Resources<'a> {
     guards: Option<Arc<PortGuards>>,
     /// Directory of the project's runtime files.
     run: &'a Path,
-}
-
-/// Signals that end the project.
-struct Signals([Signal; 4]);
-
-impl Signals {
-    /// SIGINT (Ctrl-C), SIGTERM, SIGHUP (terminal closed) and SIGQUIT (Ctrl-\).
-    const KINDS: [SignalKind; 4] = [
-        SignalKind::interrupt(),
-        SignalKind::terminate(),
-        SignalKind::hangup(),
-        SignalKind::quit(),
-    ];
-
-    /// Installs the handlers, which replace the default action (termination).
-    fn new() -> io::Result<Self> {
-        let [interrupt, terminate, hangup, quit] = Self::KINDS.map(signal);
-        Ok(Self([interrupt?, terminate?, hangup?, quit?]))
-    }
-
-    async fn next(&mut self) {
-        let [interrupt, terminate, hangup, quit] = &mut self.0;
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-            _ = hangup.recv() => {}
-            _ = quit.recv() => {}
-        }
-    }
 }
 
 impl Up {
@@ -823,26 +725,6 @@ fn has_v6(project: &Project) -> bool {
     })
 }
 
-/// DNAT targets of the endpoint `name`.
-fn targets_of(layout: &Layout, name: &str) -> Vec<IpAddr> {
-    let endpoint = layout.desired.endpoints.iter().find(|endpoint| endpoint.name == name);
-    endpoint.map(targets).unwrap_or_default()
-}
-
-/// Returns the firewall openings for `ports`.
-fn openings(layout: &Layout, ports: &OpenPorts, publish: PublishBy) -> BTreeSet<Opening> {
-    let of = |((service, _), listeners): (&(String, Protocol), &Vec<(Listener, u16)>)| {
-        let targets = match publish {
-            PublishBy::Proxy => Vec::new(),
-            PublishBy::Kernel => targets_of(layout, service),
-        };
-        let openings =
-            listeners.iter().map(|(listener, port)| opening(listener.label(), *port, &targets));
-        openings.collect::<Vec<_>>()
-    };
-    ports.iter().flat_map(of).collect()
-}
-
 impl Instance {
     /// Stops the services and rolls everything back. A signal during this time kills services that
     /// have not ended yet.
@@ -925,138 +807,6 @@ fn setup_with(
     }
 }
 
-/// Returns the uplinks by which replies to the containers of `desired` arrive. An uplink is listed
-/// with `ours` for the families in which tidegate enabled forwarding on it, and without `ours` for
-/// those in which it forwarded before.
-fn uplinks(observed: &Observed, desired: &Desired) -> Vec<Uplink> {
-    let select = |uplink: &Uplink, ours: bool| {
-        let is_ours = |v6: bool| {
-            let is_same_link = |one: &Uplink| {
-                one.link == uplink.link && one.ours && if v6 { one.v6 } else { one.v4 }
-            };
-            // If a link forwards already, the host is a router. tidegate does not restrict what a
-            // router forwards.
-            let is_ours = desired.uplinks.iter().any(is_same_link)
-                || !observed.forwarding.contains(&(uplink.link.clone(), v6));
-            is_ours == ours
-        };
-        let link = uplink.link.clone();
-        let selected =
-            Uplink { link, v4: uplink.v4 && is_ours(false), v6: uplink.v6 && is_ours(true), ours };
-        (selected.v4 || selected.v6).then_some(selected)
-    };
-    // A bridge of containers, of tidegate or of other software, is no uplink.
-    let uplinks = observed.uplinks.iter().filter(|uplink| {
-        !egress::is_bridge_of_containers(&uplink.link)
-            && !observed.bridges.contains_key(&uplink.link)
-    });
-    uplinks
-        .flat_map(|uplink| [true, false].into_iter().filter_map(|ours| select(uplink, ours)))
-        .collect()
-}
-
-/// Returns the bridges of other projects.
-fn foreign_bridges(observed: &Observed, desired: &Desired) -> BTreeSet<String> {
-    let is_ours =
-        |name: &String| desired.networks.iter().any(|network| network.bridge.name == *name);
-    observed.bridges.keys().filter(|name| !is_ours(name)).cloned().collect()
-}
-
-/// Returns the number to subtract from the usual priorities of our policy rules, so that they
-/// precede those of other software. A rule added without a priority precedes all others but that of
-/// the `local` table (`fib_default_rule_pref`, net/core/fib_rules.c). wg-quick adds such rules.
-fn rules_ahead(observed: &Observed) -> u32 {
-    /// Number of priorities that our rules use.
-    const COUNT: u32 = registry::UPLINK_PRIORITY - registry::GUARD_EXEMPTION_PRIORITY + 1;
-    match observed.first_rule_of_others {
-        Some(first) if first <= registry::UPLINK_PRIORITY => {
-            registry::GUARD_EXEMPTION_PRIORITY - first.saturating_sub(COUNT).max(1)
-        }
-        _ => 0,
-    }
-}
-
-/// Returns the priority of a policy rule of other software that ours cannot precede. `None` where
-/// isolation does not depend on policy rules.
-fn preceding_rule(observed: &Observed, firewall: Option<&Arc<Firewall>>) -> Option<u32> {
-    // With gates, BPF programs at the bridges isolate networks, and egress needs no policy rules.
-    let matters = firewall.is_none_or(|firewall| firewall.gate().is_none());
-    observed
-        .first_rule_of_others
-        .filter(|first| matters && *first <= registry::PRECEDING_PRIORITIES)
-}
-
-fn warn_of_preceding_rule(priority: u32) {
-    tracing::warn!(
-        priority,
-        "policy rule of other software precedes those of tidegate, and no lower priority is free: packets of containers \
-         can take its route without masquerading; give that rule a priority of {} or higher",
-        registry::PRECEDING_PRIORITIES + 1
-    );
-}
-
-/// Returns the reply paths of a host with several default routes, by which replies leave through
-/// the uplink that the request arrived on. The best default route of `main` needs none.
-fn reply_paths(observed: &Observed, project: &str) -> Vec<ReplyPath> {
-    let mut paths: Vec<ReplyPath> = Vec::new();
-    for v6 in [false, true] {
-        let routes = observed.default_routes.iter().filter(|route| {
-            route.v6 == v6
-                && !route.link.starts_with(registry::INTERFACE_PREFIX)
-                && !egress::is_bridge_of_containers(&route.link)
-        });
-        let routes: Vec<&DefaultRoute> = routes.collect();
-        let best = routes.first().filter(|best| best.table.is_none() && !best.shared);
-        for route in &routes {
-            let known = paths.iter().any(|path| path.v6 == v6 && path.link == route.link);
-            let is_best = best.is_some_and(|best| best.link == route.link);
-            // A table of other software is preferred to one of ours, because its owner updates it.
-            let elsewhere = routes.iter().find(|one| one.link == route.link && one.table.is_some());
-            let made = if elsewhere.is_some() { None } else { route.gateway };
-            if known || is_best || route.nets.is_empty() || elsewhere.is_none() && made.is_none() {
-                continue;
-            }
-            let (link, nets) = (route.link.clone(), route.nets.clone());
-            let table = elsewhere.and_then(|route| route.table).unwrap_or(0);
-            paths.push(ReplyPath { number: 0, link, v6, table, made, nets });
-        }
-    }
-    // Sorted by name, so that the number of a link does not depend on the order of routes.
-    paths.sort_by(|a, b| (a.v6, &a.link).cmp(&(b.v6, &b.link)));
-    paths.truncate(registry::UPLINKS.into());
-    for (number, path) in (1..).zip(&mut paths) {
-        path.number = number;
-        if path.made.is_some() {
-            path.table = registry::uplink_table(project, number);
-        }
-    }
-    paths
-}
-
-/// Listening sockets, each with its container port, by service and protocol.
-type OpenPorts = BTreeMap<(String, Protocol), Vec<(Listener, u16)>>;
-
-/// Binds every published port of `project`.
-fn open_ports(project: &Project) -> anyhow::Result<OpenPorts> {
-    let mut ports = OpenPorts::new();
-    for service in &project.services {
-        for mapping in service.ports.iter().flat_map(PortSpec::mappings) {
-            if mapping.protocol == Protocol::Sctp {
-                bail!(
-                    "service {:?}: port {}/sctp: protocol not supported",
-                    service.name,
-                    mapping.container_port
-                );
-            }
-            let opened =
-                reserve(&mapping).with_context(|| format!("service {:?}", service.name))?;
-            let entry = ports.entry((service.name.clone(), mapping.protocol)).or_default();
-            entry.extend(opened.into_iter().map(|listener| (listener, mapping.container_port)));
-        }
-    }
-    Ok(ports)
-}
-
 /// Returns the interface index of each bridge in `host`, by network name. A missing bridge has no
 /// entry.
 fn bridge_indexes(layout: &Layout, host: &Namespace) -> io::Result<BTreeMap<String, u32>> {
@@ -1071,46 +821,4 @@ fn bridge_indexes(layout: &Layout, host: &Namespace) -> io::Result<BTreeMap<Stri
         }
         Ok(indexes)
     })?
-}
-
-/// Returns the services that the supervisor runs. Services in adopted namespaces are not among
-/// them.
-fn specs(
-    project: &Project,
-    layout: &Layout,
-    namespaces: &BTreeMap<String, Namespace>,
-) -> Vec<ServiceSpec> {
-    let runs = |name: &String| {
-        project
-            .services
-            .iter()
-            .any(|service| service.name == *name && matches!(service.run, Run::Command(_)))
-    };
-    let host = names::host_resolv_conf();
-    let spec = |service: &tidegate_compose::Service| {
-        let Run::Command(command) = &service.run else { return None };
-        let hostname = service.hostname.clone().unwrap_or_else(|| service.name.clone());
-        Some(ServiceSpec {
-            name: service.name.clone(),
-            command: command.clone(),
-            environment: service.environment.clone(),
-            hosts: names::hosts(layout, &service.name, &hostname),
-            hostname,
-            working_dir: service.working_dir.clone(),
-            namespace: namespaces.get(&service.name)?.clone(),
-            resolv_conf: names::resolv_conf(project, layout, service, &host),
-            restart: service.restart,
-            depends_on: service.depends_on.iter().filter(|name| runs(name)).cloned().collect(),
-        })
-    };
-    project.services.iter().filter_map(spec).collect()
-}
-
-/// Five bytes that identify this host across restarts. They are a hash of the machine ID, which
-/// must not be exposed itself (machine-id(5)).
-fn host_id() -> [u8; 5] {
-    let id = fs::read_to_string("/etc/machine-id").unwrap_or_default();
-    let [.., a, b, c, d, e] =
-        registry::folded_hash(format!("tidegate {}", id.trim()).as_bytes()).to_be_bytes();
-    [a, b, c, d, e]
 }

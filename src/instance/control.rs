@@ -22,10 +22,11 @@ use super::endpoint_work::{EndpointWork, Progress};
 use super::layout::foreign_networks;
 use super::names::{NameServers, NewServer};
 use super::repair_schedule::{Check, SETTLE};
-use super::{
-    Instance, Outside, Signals, bridge_indexes, foreign_bridges, preceding_rule, reply_paths,
-    rules_ahead, uplinks, warn_of_preceding_rule,
+use super::routing::{
+    foreign_bridges, preceding_rule, reply_paths, rules_ahead, uplinks, warn_of_preceding_rule,
 };
+use super::signals::Signals;
+use super::{Instance, Outside, bridge_indexes};
 use crate::api::{Order, Problem};
 use anyhow::Context;
 use std::collections::BTreeSet;

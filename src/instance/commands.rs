@@ -12,12 +12,11 @@
 //! the stored state.
 
 use super::endpoint_work::Progress;
+use super::initial::{host_id, random_bytes, targets_of};
 use super::names::{EndpointDns, NetworkDns};
-use super::{
-    Initial, Instance, Layout, OpenPorts, bridge_indexes, egress, host_id, random_bytes, targets_of,
-};
+use super::{Instance, bridge_indexes, egress};
 use crate::api::{Problem, Reserved, blocking, label_of, reserve_port};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -26,9 +25,8 @@ use tidegate_control::{
     self as control, Change, Command, Endpoint, Name, Network, PublishedPort, Quarantine, Refusal,
     State, Store, Surroundings,
 };
-use tidegate_netns::HostContext;
 use tidegate_netns::{Namespace, drop_in_background};
-use tidegate_netsetup::{Observed, Setup, SetupError};
+use tidegate_netsetup::{Observed, SetupError};
 use tidegate_proxy::{GatewayAcl, Listener};
 use tidegate_publish::firewall::zones;
 use tidegate_publish::publisher::{OpenPort, PublishTarget};
@@ -72,79 +70,6 @@ impl Owner {
     fn commit(&mut self, old: &State, new: &State) -> Result<(), Problem> {
         let Some(store) = &mut self.store else { return Ok(()) };
         store.commit(old, new).map_err(|error| Problem::failed(&error))
-    }
-}
-
-impl Initial<'_> {
-    /// The networks and endpoints of `state`. An endpoint whose namespace does not exist, or is
-    /// that of the host or of another endpoint, and a port that is in use, are logged and left out.
-    /// Returns the names of such endpoints, too.
-    ///
-    /// A path below `/proc` refers to a process, whose ID may have been reused. The namespace there
-    /// is only taken if it has the interfaces of the endpoint.
-    pub(super) async fn of_state(
-        state: &State,
-        host_context: &HostContext,
-        setup: &mut Setup,
-    ) -> (Self, BTreeSet<Name>) {
-        let mut desired = state.desired();
-        let (mut namespaces, mut adopted) = (BTreeMap::new(), BTreeMap::new());
-        let (mut addresses, mut absent) = (BTreeMap::new(), BTreeSet::new());
-        let mut ports = OpenPorts::new();
-        for (name, endpoint) in state.endpoints() {
-            let text = name.to_string();
-            let found = match Namespace::from_path(&endpoint.namespace) {
-                Ok(namespace) => {
-                    let shared = |other: &Namespace| other.id() == namespace.id();
-                    setup.kernel().add_endpoint(&text, namespace.clone());
-                    if shared(host_context.networks()) || namespaces.values().any(shared) {
-                        Err("its path leads to the namespace of the host or of another endpoint"
-                            .to_owned())
-                    } else if is_of_a_process(&endpoint.namespace)
-                        && !setup.has_interfaces(&desired, &text).await.unwrap_or(false)
-                    {
-                        Err("its process has ended, or has another network namespace".to_owned())
-                    } else {
-                        Ok(namespace)
-                    }
-                }
-                Err(error) => Err(error.to_string()),
-            };
-            let namespace = match found {
-                Ok(namespace) => namespace,
-                Err(reason) => {
-                    tracing::warn!(endpoint = text, "endpoint not attached: {reason}");
-                    setup.kernel().remove_endpoint(&text);
-                    desired.endpoints.retain(|one| one.name != text);
-                    absent.insert(name.clone());
-                    adopted.insert(text, endpoint.namespace.clone());
-                    continue;
-                }
-            };
-            for port in &endpoint.ports {
-                match reserve_port(port) {
-                    Ok(listener) => ports
-                        .entry((text.clone(), port.protocol))
-                        .or_default()
-                        .push((listener, port.container_port)),
-                    Err(problem) => {
-                        tracing::error!(endpoint = text, publish = %port, "not published: {problem}");
-                    }
-                }
-            }
-            addresses.insert(text.clone(), addresses_of(endpoint));
-            adopted.insert(text.clone(), endpoint.namespace.clone());
-            namespaces.insert(text, namespace);
-        }
-        let networks = state.networks().iter();
-        let networks = networks.map(|(name, one)| (name.to_string(), network_dns(one))).collect();
-        let endpoints = state.endpoints().iter();
-        let endpoints =
-            endpoints.map(|(name, one)| (name.to_string(), endpoint_dns(one))).collect();
-        let layout = Layout { desired, addresses };
-        let initial =
-            Self { layout, networks, endpoints, namespaces, adopted, ports, project: None };
-        (initial, absent)
     }
 }
 
@@ -560,7 +485,7 @@ fn inverse(change: &Change) -> Change {
 }
 
 /// Whether `path` refers to a process, not to a container.
-fn is_of_a_process(path: &Path) -> bool {
+pub(super) fn is_of_a_process(path: &Path) -> bool {
     path.starts_with("/proc")
 }
 
@@ -598,11 +523,11 @@ fn setup_problem(error: SetupError) -> Problem {
     }
 }
 
-fn network_dns(network: &Network) -> NetworkDns {
+pub(super) fn network_dns(network: &Network) -> NetworkDns {
     NetworkDns { servers: network.dns.clone(), at_gateway: network.names_at_gateway }
 }
 
-fn endpoint_dns(endpoint: &Endpoint) -> EndpointDns {
+pub(super) fn endpoint_dns(endpoint: &Endpoint) -> EndpointDns {
     let aliases = endpoint.aliases.iter();
     EndpointDns {
         hostname: endpoint.hostname.clone(),
@@ -611,7 +536,7 @@ fn endpoint_dns(endpoint: &Endpoint) -> EndpointDns {
     }
 }
 
-fn addresses_of(endpoint: &Endpoint) -> Vec<IpAddr> {
+pub(super) fn addresses_of(endpoint: &Endpoint) -> Vec<IpAddr> {
     let attachments = endpoint.setup.attachments.iter();
     attachments.flat_map(|one| &one.addresses).map(ipnet::IpNet::addr).collect()
 }

@@ -2,7 +2,7 @@
 
 use super::duration::optional_timeout;
 use super::metrics_address;
-use crate::up::{NatLimits, Source, Up};
+use crate::instance::{NatLimits, Source, Up};
 use clap::Args;
 use std::num::NonZeroUsize;
 use std::time::Duration;
