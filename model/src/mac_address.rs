@@ -1,6 +1,7 @@
 //! MAC addresses (IEEE 802, section 8).
 
 use std::fmt;
+use std::net::Ipv6Addr;
 use std::str::FromStr;
 
 /// A MAC address. Its text form is `02:42:ac:1e:00:02`; parsing accepts one digit per byte, too.
@@ -27,6 +28,19 @@ impl MacAddress {
     #[must_use]
     pub fn is_unicast(self) -> bool {
         self.0[0] & 1 == 0 && self.0 != [0; 6]
+    }
+}
+
+impl MacAddress {
+    /// The link-local address that the kernel derives from a MAC address (RFC 4291, appendix A).
+    #[must_use]
+    pub fn link_local(self) -> Ipv6Addr {
+        let [a, b, c, d, e, f] = self.0;
+        let id = [a ^ 2, b, c, 0xff, 0xfe, d, e, f];
+        let mut octets = [0; 16];
+        octets[..2].copy_from_slice(&[0xfe, 0x80]);
+        octets[8..].copy_from_slice(&id);
+        octets.into()
     }
 }
 

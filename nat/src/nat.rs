@@ -174,6 +174,16 @@ impl Nat {
         let _ = self.sender.send(Message::Policy(Box::new(policy)));
     }
 
+    /// Ends the flows of containers with `addresses`, which may get new owners. They have ended
+    /// when it returns.
+    pub fn end_flows_of(&self, addresses: Vec<IpAddr>) {
+        let (done, is_done) = mpsc::channel();
+        if self.sender.send(Message::EndFlows(addresses, done)).is_ok() {
+            // A loop that ends concurrently also ends its flows.
+            let _ = is_done.recv();
+        }
+    }
+
     /// Publishes a port of the host. Clients are served when it returns.
     ///
     /// # Errors

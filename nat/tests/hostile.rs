@@ -256,6 +256,23 @@ fn a_guest_that_does_not_read_loses_its_longest_blocked_connection() {
     neighbour.check(&mut bench);
 }
 
+/// The server sends at once, and the guest never completes the handshake.
+#[test]
+fn data_before_the_end_of_the_handshake_is_charged() {
+    let mut bench = bench();
+    let mut neighbour = Neighbour::start(&mut bench);
+    bench.host().connect_result_at_once = Some(Ok(()));
+    for port in 1..40u16 {
+        let head = segment(SocketAddr::from(([10, 0, 0, 1], port)), at("192.0.2.1:80"));
+        bench.frame(&frame(&TcpHead { flags: SYN, ..head }, b""));
+        let index = bench.host().streams.len() - 1;
+        bench.remote_sends(index, &[7; 60_000]);
+        assert!(bench.stats.held_bytes.get() <= LIMITS.held_bytes as u64);
+    }
+    assert!(bench.stats.evicted_by_limit[Limit::HeldBytes as usize].get() > 20);
+    neighbour.check(&mut bench);
+}
+
 #[test]
 fn a_guest_that_reads_gets_a_wide_buffer_until_it_is_idle() {
     let mut bench = bench();

@@ -16,7 +16,7 @@
 //! address (`ip route add local`, `ip route add ... dev`) are not considered.
 
 use crate::netlink::Netlink;
-use crate::routes::{connected_interface, default_next_hop};
+use crate::routes::{connected_index, connected_interface, default_next_hop};
 use crate::{ChangeListener, Family, Namespace, NamespaceId, Topic};
 use ipnet::IpNet;
 use netlink_packet_route::RouteNetlinkMessage;
@@ -152,6 +152,16 @@ impl AddressBook {
     /// The routes cannot be read.
     pub fn connected_interface(&self, ip: IpAddr) -> io::Result<Option<(u32, String)>> {
         connected_interface(&mut self.state().netlink, ip)
+    }
+
+    /// Returns the index of the interface to which `ip` is on-link, as
+    /// [`connected_interface`](Self::connected_interface). Needs no system call but those of
+    /// netlink, so a sandboxed thread may call it.
+    ///
+    /// # Errors
+    /// The routes cannot be read.
+    pub fn connected_index(&self, ip: IpAddr) -> io::Result<Option<u32>> {
+        connected_index(&mut self.state().netlink, ip)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -57,7 +57,8 @@ pub fn bound(protocol: Protocol) -> ProcResult<Vec<Bound>> {
 /// A process that holds sockets.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Holder {
-    /// The name in `/proc/PID/comm`.
+    /// The name in `/proc/PID/comm`, with control characters escaped: a process chooses its name,
+    /// and messages must stay one line and not control a terminal.
     pub name: String,
     /// The process ID.
     pub pid: i32,
@@ -94,9 +95,18 @@ fn holder(process: &Process, inodes: &BTreeSet<u64>) -> Option<Holder> {
     if held.is_empty() {
         return None;
     }
-    let name = process.stat().map_or_else(|_| "a process".to_owned(), |stat| stat.comm);
+    let name = process.stat().map_or_else(|_| "a process".to_owned(), |stat| printable(&stat.comm));
     let command = process.cmdline().unwrap_or_default();
     Some(Holder { name, pid: process.pid(), command, inodes: held })
+}
+
+/// Escapes the control characters of `text`.
+fn printable(text: &str) -> String {
+    let escape = |c: char| {
+        let escaped = c.is_control().then(|| c.escape_default());
+        escaped.map_or_else(|| c.to_string(), |escaped| escaped.to_string())
+    };
+    text.chars().map(escape).collect()
 }
 
 /// Returns the error text for a port in use at `address`. It names the processes that hold the
@@ -137,4 +147,15 @@ fn holders_of(wanted: SocketAddr, protocol: Protocol) -> Vec<String> {
         bound.iter().filter(|socket| clashes(socket.local)).map(|socket| socket.inode).collect();
     let holders: BTreeSet<String> = holders(&inodes).iter().map(ToString::to_string).collect();
     holders.into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_processes_cannot_control_a_terminal() {
+        assert_eq!(printable("\n ERROR \r\u{1b}[2J\u{9b}x"), r"\n ERROR \r\u{1b}[2J\u{9b}x");
+        assert_eq!(printable("nginx: worker é"), "nginx: worker é");
+    }
 }

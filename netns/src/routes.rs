@@ -16,6 +16,12 @@ pub(crate) fn connected_interface(
     netlink: &mut Netlink,
     ip: IpAddr,
 ) -> io::Result<Option<(u32, String)>> {
+    let Some(index) = connected_index(netlink, ip)? else { return Ok(None) };
+    Ok(Some((index, netlink.interface_name(index)?)))
+}
+
+/// Returns the index of that interface.
+pub(crate) fn connected_index(netlink: &mut Netlink, ip: IpAddr) -> io::Result<Option<u32>> {
     let ip = ip.to_canonical();
     let mut request = RouteMessage::default();
     request.header.address_family = Family::of(ip).into();
@@ -30,7 +36,7 @@ pub(crate) fn connected_interface(
         NextHop { interface: Some(index), gateway: None }
             if route.header.kind == RouteType::Unicast =>
         {
-            Ok(Some((index, netlink.interface_name(index)?)))
+            Ok(Some(index))
         }
         _ => Ok(None),
     }

@@ -190,6 +190,8 @@ struct State {
     in_force: bool,
     /// The ruleset has changed since it was applied.
     stale: bool,
+    /// The link-local addresses of the endpoints on each network, in the order of the zones.
+    link_local_members: Vec<BTreeSet<Ipv6Addr>>,
 }
 
 impl Firewall {
@@ -212,7 +214,13 @@ impl Firewall {
             .ok();
         let ruleset =
             Ruleset { owner: owner.to_owned(), gated: gate.is_some(), ..Ruleset::default() };
-        let state = Mutex::new(State { backend, ruleset, in_force: false, stale: false });
+        let state = Mutex::new(State {
+            backend,
+            ruleset,
+            in_force: false,
+            stale: false,
+            link_local_members: Vec::new(),
+        });
         let updates = Default::default();
         Ok(Self {
             kind,
@@ -314,6 +322,12 @@ impl Firewall {
             state.ruleset.zones = zones;
             state.stale = state.in_force;
         }
+    }
+
+    /// Sets the link-local addresses of the endpoints on each network, in the order of the zones,
+    /// by which their tracked flows are recognized.
+    pub fn set_link_local_members(&self, members: Vec<BTreeSet<Ipv6Addr>>) {
+        self.state().link_local_members = members;
     }
 
     /// Declares that rules of this owner, of a process that was killed, are still in force. They
@@ -440,6 +454,7 @@ impl Firewall {
             let subnets = |zone: &Zone| zone.subnets.iter().map(IpNet::trunc).collect();
             tracked_flows::Owned {
                 networks: state.ruleset.zones.iter().map(subnets).collect(),
+                link_local: state.link_local_members.clone(),
                 ports: state.ruleset.ports.iter().map(|one| (one.protocol, one.port)).collect(),
             }
         };
@@ -459,6 +474,15 @@ impl Firewall {
         })?
     }
 
+    /// Ends the tracked flows of containers with `addresses`, which may get new owners.
+    ///
+    /// # Errors
+    /// Errors of the kernel.
+    pub fn end_flows_of(&self, addresses: &[IpAddr]) -> io::Result<()> {
+        let hosts: Vec<IpNet> = addresses.iter().map(|ip| IpNet::from(*ip)).collect();
+        self.host.with(|| delete_flows(&hosts, &BTreeSet::new()))?
+    }
+
     /// Returns the number of entries of the conntrack table at the last check, the limit above
     /// which flows are evicted, and the number of flows evicted so far.
     #[must_use]
@@ -469,7 +493,7 @@ impl Firewall {
 
     pub(crate) fn apply(&self) -> io::Result<()> {
         let mut state = self.state();
-        let State { backend, ruleset, in_force, stale } = &mut *state;
+        let State { backend, ruleset, in_force, stale, .. } = &mut *state;
         let is_first = !*in_force;
         self.updates(Change::All).count(|| self.host.with(|| backend.apply(ruleset))?)?;
         self.host.with(|| {
@@ -486,7 +510,7 @@ impl Firewall {
 
     pub(crate) fn holds(&self) -> io::Result<bool> {
         let mut state = self.state();
-        let State { backend, ruleset, in_force, stale } = &mut *state;
+        let State { backend, ruleset, in_force, stale, .. } = &mut *state;
         Ok(*in_force && !*stale && self.host.with(|| backend.holds(ruleset))??)
     }
 

@@ -148,8 +148,24 @@ impl Setup {
         desired: &Desired,
         endpoints: &BTreeSet<String>,
     ) -> Result<usize, SetupError> {
-        let part = desired.with_endpoints(endpoints);
+        let mut part = desired.with_endpoints(endpoints);
         self.check_places(&part)?;
+        // Other networks that exist are not observed, so that the time of a command does not depend
+        // on their number.
+        let existing: BTreeSet<&str> = self
+            .journal
+            .facts()
+            .iter()
+            .filter_map(|fact| match fact {
+                Fact::Bridge { interface, .. } => Some(interface.name.as_str()),
+                _ => None,
+            })
+            .collect();
+        let attachments = || part.endpoints.iter().flat_map(|endpoint| &endpoint.attachments);
+        let used: BTreeSet<String> = attachments().map(|one| one.network.clone()).collect();
+        part.networks.retain(|network| {
+            used.contains(&network.name) || !existing.contains(network.bridge.name.as_str())
+        });
         let observed = self.kernel.observe(&part.facts(&*self.isolation)).await?;
         let ops =
             plan_extension(&part, desired, self.journal.facts(), &observed, &*self.isolation)?;

@@ -23,6 +23,7 @@
 //! falls back to the gateway, and the fallback is counted.
 
 mod claims;
+mod host;
 mod inside;
 mod relocatable;
 mod transparent;
@@ -36,9 +37,10 @@ use std::sync::Arc;
 use tidegate_model::Protocol;
 use tidegate_netns::HostContext;
 use tidegate_netns::{AddressBook, Namespace, PolicyRouteError};
-use tidegate_proxy::{Direct, Upstream};
+use tidegate_proxy::Upstream;
 use tidegate_reactor::set_number;
 
+pub use host::HostUpstream;
 pub use inside::NamespaceUpstream;
 pub use relocatable::RelocatableUpstream;
 pub use transparent::TransparentUpstream;
@@ -81,10 +83,14 @@ impl Source {
     /// An upstream that connects to `container` from the namespace of this process.
     ///
     /// # Errors
-    /// [`SourceError`] if the address of the client is requested and not possible.
+    /// [`SourceError`] if the addresses of this host cannot be read, or if the address of the client
+    /// is requested and not possible.
     pub fn upstream_to(self, container: IpAddr) -> Result<Arc<dyn Upstream>, SourceError> {
         match self {
-            Self::Proxy | Self::ProxyProtocol => Ok(Arc::new(Direct::new(container))),
+            Self::Proxy | Self::ProxyProtocol => {
+                let (_, host) = this_host()?;
+                Ok(Arc::new(HostUpstream::new(container, host)))
+            }
             Self::Client => Ok(Arc::new(TransparentUpstream::new(container)?)),
         }
     }
@@ -173,6 +179,14 @@ fn hint(cause: &io::Error) -> &'static str {
         }
         _ => "",
     }
+}
+
+/// The namespace of the calling thread, and its addresses.
+fn this_host() -> Result<(Namespace, Arc<AddressBook>), SourceError> {
+    let failed = |cause| SourceError::Addresses { namespace: "this host".to_owned(), cause };
+    let home = Namespace::current().map_err(failed)?;
+    let host = AddressBook::of(&home).map_err(failed)?;
+    Ok((home, host))
 }
 
 /// Counters of flows that fell back to another source address, by reason.

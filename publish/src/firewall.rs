@@ -1,8 +1,9 @@
 //! Selection of the host's firewall, and conversion of networks and published ports to its types.
 
 use clap::ValueEnum;
+use std::collections::BTreeSet;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use tidegate_model::{Feature, PublishLabel};
 use tidegate_netns::HostContext;
@@ -279,6 +280,17 @@ pub fn zones(desired: &Desired) -> Vec<Zone> {
         verified: desired.verifies_sources(&network.name),
     };
     desired.networks.iter().map(zone).collect()
+}
+
+/// The link-local addresses of the endpoints on each network of `desired`, in the order of
+/// [`zones`]. They belong to no subnet.
+pub fn link_local_members(desired: &Desired) -> Vec<BTreeSet<Ipv6Addr>> {
+    let attachments = || desired.endpoints.iter().flat_map(|endpoint| &endpoint.attachments);
+    let members = |network: &Network| {
+        let on_network = attachments().filter(|attachment| attachment.network == network.name);
+        on_network.map(|attachment| attachment.inside.mac.link_local()).collect()
+    };
+    desired.networks.iter().map(members).collect()
 }
 
 /// The addresses to which the kernel may translate published ports of `endpoint`: those on the

@@ -83,11 +83,11 @@ fn run(socket: &UnixStream, request: &StartRequest) -> Result<(), Report> {
     let entered = move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network));
     step("enter the network namespace", entered)?;
     drop(namespace);
+    // Closes descriptors that tidegate inherited from its parent. Root in the service could take
+    // them from this process (pidfd_getfd(2)). Has no effect before Linux 5.9.
+    // SAFETY: this process owns only the descriptors 0 to 2 here.
+    unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
     let user_namespace = step("find the owner of the network namespace", network_owner())?;
-    // Closes descriptors that tidegate inherited from its parent when the command is executed. Has
-    // no effect before Linux 5.11, which lacks the flag.
-    // SAFETY: the call sets a flag of descriptors and closes none.
-    unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed()) };
     unshare(UnshareFlags::NEWNS, "create a mount namespace")?;
     let (mut name_services, notes) = mounts::set_up(&request.files)?;
     for note in notes {

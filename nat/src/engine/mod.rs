@@ -213,6 +213,16 @@ impl<H: Host> Engine<H> {
         }
     }
 
+    /// Ends all flows of containers with `addresses`. Remote sides receive resets.
+    pub fn end_flows_of(&mut self, addresses: &[IpAddr]) {
+        for key in self.flows.keys() {
+            let inside = self.flows.get_mut(key).map(|(five_tuple, _)| five_tuple.inside.ip());
+            if inside.is_some_and(|inside| addresses.contains(&inside)) {
+                self.end(key, true);
+            }
+        }
+    }
+
     /// Number of flows.
     pub fn flows(&self) -> usize {
         self.flows.len()

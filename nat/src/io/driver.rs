@@ -82,6 +82,8 @@ pub(crate) enum Message {
     Publish(Box<Publish>),
     /// Closes a port; replies once it is closed.
     Unpublish(ForwardId, mpsc::Sender<()>),
+    /// Ends the flows of containers with these addresses; replies once they have ended.
+    EndFlows(Vec<IpAddr>, mpsc::Sender<()>),
     Stop,
 }
 
@@ -380,6 +382,10 @@ impl Handler for Driver {
             Message::Publish(publish) => self.publish(*publish),
             Message::Unpublish(id, done) => {
                 self.engine.unpublish(id);
+                let _ = done.send(());
+            }
+            Message::EndFlows(addresses, done) => {
+                self.engine.end_flows_of(&addresses);
                 let _ = done.send(());
             }
             Message::Stop => {

@@ -290,14 +290,15 @@ impl<S> Connection<S> {
         self.pending.len() + self.out_of_order.len() + of_socket
     }
 
-    /// Whether one side does not take data that the other has sent. Before the guest has accepted a
-    /// client, this is any data of the client.
+    /// Whether one side does not take data that the other has sent. Before the guest has completed
+    /// the handshake, this is any data for it.
     pub fn is_blocked(&self) -> bool {
         match self.phase {
             Phase::SynSent => self.readable,
             Phase::Open => {
                 let to_host = !self.writable || !self.pending.is_empty();
-                to_host || self.window_limited || self.retries > 0
+                let early = self.readable && !self.is_established();
+                to_host || early || self.window_limited || self.retries > 0
             }
             Phase::Connecting | Phase::Lingering => false,
         }

@@ -2,14 +2,14 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
-use super::conn::{Connection, Inbound};
+use super::Io;
+use super::conn::Connection;
+use super::send::send_to_host;
 use super::seq::{before, later, up_to};
-use super::{Io, count};
 use crate::host::Host;
 use crate::metrics::DropReason;
 use crate::wire::tcp::{Segment, flags};
 use std::io;
-use tidegate_model::Direction;
 
 impl<S> Connection<S> {
     /// Processes the payload and FIN of a segment, within the window.
@@ -73,24 +73,9 @@ impl<S> Connection<S> {
         if let Some(stream) = &mut self.stream {
             while self.writable && self.pending.is_empty() && !rest.is_empty() {
                 self.handshake_ack_at = None;
-                match io.host.send(stream, rest) {
-                    Ok(sent) => {
-                        count(
-                            io.stats,
-                            Inbound::stats_of(self.inbound.as_ref()),
-                            Direction::Out,
-                            sent as u64,
-                        );
-                        // A short send means that the send buffer is full; the socket reports when
-                        // it has space again.
-                        self.writable = sent == rest.len();
-                        rest = &rest[sent.min(rest.len())..];
-                    }
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                        self.writable = false;
-                    }
-                    Err(error) => return Err(error),
-                }
+                let sent = send_to_host(stream, self.inbound.as_ref(), rest, io)?;
+                self.writable = sent == rest.len();
+                rest = &rest[sent.min(rest.len())..];
             }
         }
         let kept = rest.len().min(io.allowance);

@@ -84,21 +84,12 @@ impl<S> Connection<S> {
         let waited = !self.pending.is_empty();
         while self.writable && !self.pending.is_empty() {
             let front = self.pending.front();
-            match io.host.send(stream, front) {
-                Ok(sent) => {
-                    count(
-                        io.stats,
-                        Inbound::stats_of(self.inbound.as_ref()),
-                        Direction::Out,
-                        sent as u64,
-                    );
-                    self.writable = sent == front.len();
-                    self.pending.pop(sent);
-                    io.allowance = io.allowance.saturating_add(sent);
-                    self.active = io.now;
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.writable = false,
-                Err(error) => return Err(error),
+            let sent = send_to_host(stream, self.inbound.as_ref(), front, io)?;
+            self.writable = sent == front.len();
+            if sent > 0 {
+                self.pending.pop(sent);
+                io.allowance = io.allowance.saturating_add(sent);
+                self.active = io.now;
             }
         }
         if done && self.pending.is_empty() && !self.host_shut {
@@ -212,5 +203,23 @@ impl<S> Connection<S> {
         }
         self.snd_nxt = self.snd_nxt.wrapping_add(length);
         self.snd_max = super::seq::later(self.snd_max, self.snd_nxt);
+    }
+}
+
+/// Sends a prefix of `bytes` to the host, and counts it. Returns its length. If it is shorter, the
+/// send buffer is full, and the socket reports when it has space again.
+pub(super) fn send_to_host<H: Host>(
+    stream: &mut H::Stream,
+    inbound: Option<&Inbound>,
+    bytes: &[u8],
+    io: &mut Io<'_, H>,
+) -> io::Result<usize> {
+    match io.host.send(stream, bytes) {
+        Ok(sent) => {
+            count(io.stats, Inbound::stats_of(inbound), Direction::Out, sent as u64);
+            Ok(sent)
+        }
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+        Err(error) => Err(error),
     }
 }

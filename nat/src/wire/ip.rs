@@ -100,6 +100,19 @@ impl<'a> Packet<'a> {
         // A length of 0 means a jumbogram (RFC 2675) or an empty payload; neither is supported.
         let total = 40 + usize::from(read_u16(bytes, 4));
         let bytes = bytes.get(..total).ok_or(Malformed::Truncated)?;
+        let packet = |protocol, at, dont_fragment, fragment| {
+            let (header, payload) = bytes.split_at(at);
+            Self {
+                source: address_v6(bytes, 8),
+                destination: address_v6(bytes, 24),
+                protocol,
+                hop_limit: bytes[7],
+                dont_fragment,
+                fragment,
+                header,
+                payload,
+            }
+        };
         let mut protocol = bytes[6];
         let mut at = 40;
         let mut fragment = None;
@@ -109,19 +122,10 @@ impl<'a> Packet<'a> {
                     (usize::from(*bytes.get(at + 1).ok_or(Malformed::Truncated)?) + 1) * 8
                 }
                 FRAGMENT => 8,
+                // An atomic fragment is whole (RFC 6946).
                 _ => {
-                    let (header, payload) = bytes.split_at(at);
-                    return Ok(Self {
-                        source: address_v6(bytes, 8),
-                        destination: address_v6(bytes, 24),
-                        protocol,
-                        hop_limit: bytes[7],
-                        dont_fragment: fragment.is_none(),
-                        // An atomic fragment is whole (RFC 6946).
-                        fragment: fragment.filter(|part: &Fragment| part.more || part.offset > 0),
-                        header,
-                        payload,
-                    });
+                    let part = fragment.filter(|part: &Fragment| part.more || part.offset > 0);
+                    return Ok(packet(protocol, at, fragment.is_none(), part));
                 }
             };
             let extension = bytes.get(at..at + length).ok_or(Malformed::Truncated)?;
@@ -141,17 +145,7 @@ impl<'a> Packet<'a> {
             // After the fragment header of a later fragment, the rest is payload, whatever its
             // first byte is.
             if fragment.is_some_and(|part| part.offset > 0) {
-                let (header, payload) = bytes.split_at(at);
-                return Ok(Self {
-                    source: address_v6(bytes, 8),
-                    destination: address_v6(bytes, 24),
-                    protocol,
-                    hop_limit: bytes[7],
-                    dont_fragment: false,
-                    fragment,
-                    header,
-                    payload,
-                });
+                return Ok(packet(protocol, at, false, fragment));
             }
         }
         Err(Malformed::Extensions)

@@ -84,19 +84,9 @@ impl PortPolicy {
             return Vec::new();
         }
         let mut all = self.v6.clone();
-        all.push(link_local(self.mac));
+        all.push(self.mac.link_local());
         all
     }
-}
-
-/// Returns the link-local address that the kernel derives from a MAC address (RFC 4291, appendix
-/// A).
-pub(super) fn link_local(MacAddress([a, b, c, d, e, f]): MacAddress) -> Ipv6Addr {
-    let id = [a ^ 2, b, c, 0xff, 0xfe, d, e, f];
-    let mut octets = [0; 16];
-    octets[..2].copy_from_slice(&[0xfe, 0x80]);
-    octets[8..].copy_from_slice(&id);
-    octets.into()
 }
 
 /// The reason for a drop.

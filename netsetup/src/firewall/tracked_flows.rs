@@ -15,7 +15,7 @@ use super::protocol_of;
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use tidegate_model::{Protocol, share_of};
 use tidegate_netfilter::{Conntrack, Entry, EntryKey, TableFamily};
 
@@ -57,6 +57,9 @@ type Holder = (Group, IpAddr);
 /// The networks of the owner, each as its subnets, and its published ports.
 pub(super) struct Owned {
     pub(super) networks: Vec<Vec<IpNet>>,
+    /// The link-local addresses of the containers of each network. They belong to no subnet, and
+    /// reach services of the host.
+    pub(super) link_local: Vec<BTreeSet<Ipv6Addr>>,
     pub(super) ports: BTreeSet<(Protocol, u16)>,
 }
 
@@ -65,7 +68,12 @@ impl Owned {
     fn holder(&self, entry: &Entry<'_>) -> Holder {
         let network_of = |ip: IpAddr| {
             let has = |subnets: &Vec<IpNet>| subnets.iter().any(|subnet| subnet.contains(&ip));
-            self.networks.iter().position(has)
+            let is_member = |members: &BTreeSet<Ipv6Addr>| match ip {
+                IpAddr::V6(v6) => members.contains(&v6),
+                IpAddr::V4(_) => false,
+            };
+            let network = self.networks.iter().position(has);
+            network.or_else(|| self.link_local.iter().position(is_member))
         };
         let client = match entry.client {
             // The link-local addresses of all containers are in one /64.

@@ -7,21 +7,23 @@
 //! proxy (kernel DNAT), so this mode must be requested explicitly.
 
 use super::claims::Claims;
+use super::host::HostUpstream;
 use super::{
-    Fallbacks, SourceError, is_conflict, is_missing_rule, no_rule, shows_as_gateway,
+    Fallbacks, SourceError, is_conflict, is_missing_rule, no_rule, shows_as_gateway, this_host,
     transparent_socket,
 };
+use socket2::SockRef;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tidegate_model::Protocol;
-use tidegate_netns::{AddressBook, Families, Family, Namespace, PolicyRoute, Selector};
-use tidegate_proxy::{Direct, Flow, Lease, Opened, Upstream};
+use tidegate_netns::{AddressBook, Families, Family, PolicyRoute, Selector};
+use tidegate_proxy::{Flow, Lease, Opened, Upstream};
 use tidegate_reactor::begin_connect;
 
 /// An upstream with transparent sockets of this host.
 pub struct TransparentUpstream {
-    plain: Direct,
+    plain: HostUpstream,
     interface: String,
     host: Arc<AddressBook>,
     routes: Arc<PolicyRoute>,
@@ -36,8 +38,7 @@ impl TransparentUpstream {
     /// [`SourceError`] if the container is on no such network, or without the privilege.
     pub fn new(container: IpAddr) -> Result<Self, SourceError> {
         let addresses = |cause| SourceError::Addresses { namespace: "this host".to_owned(), cause };
-        let home = Namespace::current().map_err(addresses)?;
-        let host = AddressBook::of(&home).map_err(addresses)?;
+        let (home, host) = this_host()?;
         let (_, interface) = host
             .connected_interface(container)
             .map_err(addresses)?
@@ -48,7 +49,7 @@ impl TransparentUpstream {
         let families = if container.is_ipv4() { Families::V4 } else { Families::V6 };
         let routes = Arc::new(PolicyRoute::install(&home, families, &[])?);
         Ok(Self {
-            plain: Direct::new(container),
+            plain: HostUpstream::new(container, Arc::clone(&host)),
             interface,
             host,
             routes,
@@ -72,6 +73,11 @@ impl TransparentUpstream {
         let claim = self.claims.claim(client, to)?;
         let lease: Lease = Box::new((self.routes.steer(replies).map_err(no_rule)?, claim));
         let socket = transparent_socket(flow.protocol, client, None)?;
+        if flow.protocol == Protocol::Udp {
+            // The kernel delivers a datagram to a connected socket before it evaluates the policy
+            // rule with the interface (`udp_v4_early_demux`).
+            SockRef::from(&socket).bind_device(Some(self.interface.as_bytes()))?;
+        }
         begin_connect(&socket, to)?;
         Ok(Opened { socket, lease: Some(lease) })
     }

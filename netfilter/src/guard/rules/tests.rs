@@ -99,7 +99,7 @@ const LINK_LOCAL: &str = "fe80::ff:fe00:7";
 
 #[test]
 fn link_local_address_matches_the_kernel() {
-    assert_eq!(link_local(MacAddress(MAC)).to_string(), LINK_LOCAL);
+    assert_eq!(MacAddress(MAC).link_local().to_string(), LINK_LOCAL);
 }
 
 #[test]
