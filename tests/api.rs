@@ -86,6 +86,8 @@ fn ps_lists_services_with_their_ports_and_networks() {
     );
     let output = scene.tidegate().args(["ps", "--json"]).output().unwrap();
     let all: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(all.as_array().unwrap().len(), 1);
+    let all = &all[0];
     assert_eq!(all["status"]["project"], "demo");
     assert_eq!(all["networks"][0]["endpoints"], json!(["web", "db", "job"]));
     assert_eq!(all["endpoints"][0]["ports"].as_array().unwrap().len(), 4);

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -239,9 +239,18 @@ fn traffic_between_containers_survives_a_kill() {
 }
 
 /// Attaches and detaches endpoints while connections of others transfer data.
+/// Sets the flag when it is dropped.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn changes_do_not_affect_the_flows_of_others() {
-    const CHANGES: usize = 60;
+    const CHANGES: usize = 500;
     let scene = Scene::new();
     let _daemon = daemon(&scene, &["--firewall=nftables"]);
     let server = attach(&scene, "server", &["-p", "8080:80"]);
@@ -265,21 +274,65 @@ fn changes_do_not_affect_the_flows_of_others() {
     thread::scope(|scope| {
         let direct = scope.spawn(|| talk(&client, "10.9.0.2:80"));
         let published = scope.spawn(|| talk(&scene.net.client, "203.0.113.1:8080"));
+        // Ends the flows also if a command fails.
+        let guard = End(&ends);
         let boxed = Namespace::new();
         let path = boxed.path();
         let path = path.to_str().unwrap();
         for number in 0..CHANGES {
             let name = format!("e{number}");
             let port = format!("{}:80", 20_000 + number);
-            scene.succeeds(&["attach", "front", "--name", &name, "--netns", path, "-p", &port]);
+            // An address is not chosen again at once, but may be requested.
+            let at = ["--netns", path, "--ip", "10.9.0.77", "-p", &port];
+            scene.succeeds(&[&["attach", "front", "--name", &name][..], &at].concat());
             scene.succeeds(&["detach", &name]);
         }
-        ends.store(true, Ordering::Relaxed);
+        drop(guard);
         assert!(direct.join().unwrap() > 100 && published.join().unwrap() > 100);
     });
 }
 
 /// The networks of the state come up with each firewall, whatever the previous one was.
+/// The server continues to send to the address of a detached endpoint, which another one has taken.
+#[test]
+fn the_next_endpoint_with_an_address_receives_nothing_of_the_last() {
+    for firewall in ["--firewall=nftables", "--firewall=iptables", "--firewall=none"] {
+        let scene = Scene::new();
+        let _daemon = daemon(&scene, &[firewall]);
+        let server = scene.net.client.run(|| UdpSocket::bind("203.0.113.9:6201")).unwrap();
+        server.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        let bind = |namespace: &Namespace| {
+            let socket = namespace.run(|| UdpSocket::bind("10.9.0.50:5555")).unwrap();
+            socket.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+            socket
+        };
+        let open = |socket: &UdpSocket| {
+            (0..50).find_map(|_| {
+                socket.send_to(b"question", "203.0.113.9:6201").unwrap();
+                Some(server.recv_from(&mut [0; 64]).ok()?.1)
+            })
+        };
+        let old = attach(&scene, "old", &["--ip", "10.9.0.50"]);
+        let old = bind(&old);
+        let mapped = open(&old).expect("egress");
+        server.send_to(b"for the old one", mapped).unwrap();
+        let mut buffer = [0; 64];
+        assert_eq!(old.recv(&mut buffer).unwrap(), 15, "{firewall}");
+        scene.succeeds(&["detach", "old"]);
+        let new = attach(&scene, "new", &["--ip", "10.9.0.50"]);
+        // The neighbour entry of the host has the address of the new one.
+        new.exec("ping", &["-c", "1", "-W", "2", "10.9.0.1"]);
+        let new = bind(&new);
+        for _ in 0..10 {
+            server.send_to(b"for the old one", mapped).unwrap();
+        }
+        assert!(new.recv(&mut buffer).is_err(), "{firewall}");
+        let mapped = open(&new).expect("egress of the new one");
+        server.send_to(b"new", mapped).unwrap();
+        assert_eq!(new.recv(&mut buffer).unwrap(), 3, "{firewall}");
+    }
+}
+
 #[test]
 fn a_restart_with_another_firewall_replaces_the_rules() {
     let scene = Scene::new();
@@ -320,13 +373,14 @@ fn a_restart_with_another_firewall_replaces_the_rules() {
 #[test]
 fn a_held_xtables_lock_delays_a_publish_only() {
     let mut scene = Scene::with_legacy_iptables().with_metrics();
+    let run = tempfile::tempdir().unwrap();
     // iptables-legacy takes flock(2) on this file.
-    let lock = tempfile::NamedTempFile::new().unwrap();
-    let mounts = Mounts::builder().bind(lock.path(), "/run/xtables.lock").build(&scene.net.host);
+    let lock = fs::File::create(run.path().join("xtables.lock")).unwrap();
+    let mounts = Mounts::builder().bind(run.path(), "/run").build(&scene.net.host);
     scene.net.host = scene.net.host.with_mounts(mounts);
     let _daemon = daemon(&scene, &["--firewall=iptables"]);
     let web = attach(&scene, "web", &[]);
-    lock.as_file().lock().unwrap();
+    lock.lock().unwrap();
     let publish = thread::scope(|scope| {
         let publish = scope.spawn(|| {
             let body = json!({ "endpoint": "web", "spec": "8080:80" }).to_string();
@@ -343,7 +397,7 @@ fn a_held_xtables_lock_delays_a_publish_only() {
         assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
         publish.join().unwrap()
     });
-    lock.as_file().unlock().unwrap();
+    lock.unlock().unwrap();
     let (status, body, took) = publish;
     assert_eq!(status, 503, "{body} after {took:?}");
     assert!(body["error"].as_str().unwrap().contains("xtables lock"), "{body}");

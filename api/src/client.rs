@@ -10,7 +10,7 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
@@ -65,6 +65,16 @@ pub enum ResponseError {
     Json(#[from] serde_json::Error),
 }
 
+/// The name of the daemon where projects are named.
+pub const DAEMON: &str = "daemon";
+
+/// The sockets of all instances with a listener.
+fn running() -> Result<Vec<(Option<String>, PathBuf)>, SocketError> {
+    let mut all = socket::all()?;
+    all.retain(|(_, path)| socket::has_listener(path));
+    Ok(all)
+}
+
 /// A client of one instance.
 #[derive(Debug)]
 pub struct Client {
@@ -72,12 +82,59 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client for the socket in `TIDEGATE_SOCKET`, or for the default one.
+    /// A client of the running instance: at `TIDEGATE_SOCKET` if it is set; otherwise the daemon,
+    /// or the only project in the foreground.
+    ///
+    /// # Errors
+    /// [`SocketError::NoPlace`], [`SocketError::Several`].
+    pub fn new() -> Result<Self, SocketError> {
+        let daemon = socket::path(None)?;
+        let mut running = running()?.into_iter();
+        let path = match (running.next(), running.len()) {
+            (None, _) => daemon,
+            (Some((None, path)), _) | (Some((_, path)), 0) => path,
+            (Some((Some(first), path)), _) => {
+                let projects = running.filter_map(|(project, _)| project);
+                let projects = std::iter::once(first).chain(projects).collect();
+                return Err(SocketError::Several { projects, path });
+            }
+        };
+        Ok(Self { path })
+    }
+
+    /// A client of the project `project` in the foreground, or of the daemon (`daemon`).
     ///
     /// # Errors
     /// [`SocketError::NoPlace`].
-    pub fn new() -> Result<Self, SocketError> {
-        Ok(Self { path: socket::path()? })
+    pub fn of(project: &str) -> Result<Self, SocketError> {
+        Ok(Self { path: socket::path(Some(project).filter(|name| *name != DAEMON))? })
+    }
+
+    /// Like [`running`](Self::running). Without one, the client of [`new`](Self::new), whose
+    /// requests report that no instance is running.
+    ///
+    /// # Errors
+    /// [`SocketError::NoPlace`].
+    pub fn all() -> Result<Vec<Self>, SocketError> {
+        let mut all = Self::running()?;
+        if all.is_empty() {
+            all.push(Self { path: socket::path(None)? });
+        }
+        Ok(all)
+    }
+
+    /// Clients of all running instances of this user, that of the daemon first.
+    ///
+    /// # Errors
+    /// [`SocketError::NoPlace`].
+    pub fn running() -> Result<Vec<Self>, SocketError> {
+        Ok(running()?.into_iter().map(|(_, path)| Self { path }).collect())
+    }
+
+    /// The path of the socket.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Fetches `target`.

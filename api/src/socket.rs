@@ -45,6 +45,17 @@ pub enum SocketError {
         /// The process of that instance.
         pid: u32,
     },
+    /// Several instances are running, and none is the daemon.
+    #[error(
+        "several projects are up ({}); set {VARIABLE} to the socket of one, such as {}",
+        .projects.join(", "), .path.display()
+    )]
+    Several {
+        /// The names of the projects.
+        projects: Vec<String>,
+        /// The path of the first socket.
+        path: PathBuf,
+    },
     /// The path is taken by another file.
     #[error("{} exists and is not a socket of tidegate; set {VARIABLE} to another path", .0.display())]
     Foreign(PathBuf),
@@ -77,14 +88,72 @@ pub enum SocketError {
     },
 }
 
-/// Returns the path of the socket: `$TIDEGATE_SOCKET`, or `api.sock` in the run directory.
+/// The file name of a socket.
+const NAME: &str = "api.sock";
+
+/// The directory of projects, below the run directory.
+const PROJECTS: &str = "projects";
+
+/// Returns the path of the socket of a project in the foreground, or of the daemon:
+/// `$TIDEGATE_SOCKET`, or `projects/NAME/api.sock` or `api.sock` in the run directory.
 ///
 /// # Errors
 /// [`SocketError::NoPlace`].
-pub fn path() -> Result<PathBuf, SocketError> {
-    match std::env::var_os(VARIABLE).filter(|value| !value.is_empty()) {
-        Some(path) => Ok(path.into()),
-        None => run_directory().map(|run| run.join("api.sock")).ok_or(SocketError::NoPlace),
+pub fn path(project: Option<&str>) -> Result<PathBuf, SocketError> {
+    if let Some(path) = given() {
+        return Ok(path);
+    }
+    let run = run_directory().ok_or(SocketError::NoPlace)?;
+    Ok(match project {
+        Some(project) => run.join(PROJECTS).join(project).join(NAME),
+        None => run.join(NAME),
+    })
+}
+
+/// Returns the paths of the sockets of all instances of this user, with the names of their
+/// projects: first that of the daemon, which has no project, then by name. A killed instance leaves
+/// its socket behind. If `TIDEGATE_SOCKET` is set, only that one.
+///
+/// # Errors
+/// [`SocketError::NoPlace`].
+pub fn all() -> Result<Vec<(Option<String>, PathBuf)>, SocketError> {
+    let daemon = path(None)?;
+    if given().is_some() {
+        return Ok(vec![(None, daemon)]);
+    }
+    let run = run_directory().ok_or(SocketError::NoPlace)?;
+    let mut projects: Vec<String> = fs::read_dir(run.join(PROJECTS))
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .collect();
+    projects.sort_unstable();
+    let all = std::iter::once(None).chain(projects.into_iter().map(Some));
+    let all = all.map(|project| Ok((project.clone(), path(project.as_deref())?)));
+    let there = |one: &Result<(_, PathBuf), _>| one.as_ref().is_ok_and(|(_, path)| path.exists());
+    all.filter(there).collect()
+}
+
+/// Whether `TIDEGATE_SOCKET` sets the path.
+#[must_use]
+pub fn is_given() -> bool {
+    given().is_some()
+}
+
+/// The path in `TIDEGATE_SOCKET`.
+fn given() -> Option<PathBuf> {
+    std::env::var_os(VARIABLE).filter(|value| !value.is_empty()).map(PathBuf::from)
+}
+
+/// Whether an instance listens at `path`. An error other than that of a socket without a listener
+/// counts as a listener, so that it is reported when it is used.
+#[must_use]
+pub fn has_listener(path: &Path) -> bool {
+    match StdUnixStream::connect(path) {
+        Ok(_) => true,
+        Err(error) => {
+            !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+        }
     }
 }
 

@@ -21,9 +21,10 @@ pub(super) struct InstanceOptions {
     publish: Option<PublishBy>,
 
     /// Serve Prometheus metrics on this ADDRESS:PORT, or on the first free port of
-    /// ADDRESS:PORT-PORT; "none" disables them. A port in use is retried
-    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9464")]
-    metrics: String,
+    /// ADDRESS:PORT-PORT; "none" disables them. A port in use is retried [default: 127.0.0.1:9464
+    /// for the daemon, 127.0.0.1:9464-9563 for a project]
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<String>,
 
     /// Maximum number of published ports with their own metric series; further ports are summed by
     /// protocol
@@ -77,11 +78,16 @@ pub(super) struct InstanceOptions {
 impl InstanceOptions {
     /// The instance with networks from `source`. `grace` is the time for its services to exit.
     pub(super) fn instance(&self, source: Source, grace: Duration) -> anyhow::Result<Up> {
+        let metrics = self.metrics.as_deref().unwrap_or(match source {
+            Source::Daemon { .. } => "127.0.0.1:9464",
+            Source::Project { .. } => "127.0.0.1:9464-9563",
+        });
+        let metrics = metrics_address(metrics)?;
         Ok(Up {
             source,
             firewall: self.firewall,
             publish: self.publish,
-            metrics: metrics_address(&self.metrics)?,
+            metrics,
             ports_with_series: self.metrics_max_ports,
             grace,
             dns_ttl: self.dns_ttl,

@@ -1,49 +1,126 @@
 //! `tidegate ps`: lists services, endpoints and networks of the running instance.
 
 use super::event_loop;
+use super::network::checked;
 use super::output::print;
 use crate::table::table;
 use clap::Args;
-use tidegate_api::client::Client;
+use serde::Serialize;
+use tidegate_api::client::{Client, ClientError};
 use tidegate_api::types::{Endpoint, Network, Service, State, Status};
 use tidegate_model::PublishLabel;
 use tidegate_publish::bind::runs;
 
 /// List services, endpoints and networks with their addresses and published ports
 ///
-/// Queries the instance on the socket TIDEGATE_SOCKET, or on the default socket. Exits with 1 if no
-/// instance is running.
+/// Shows the daemon and all projects in the foreground of this user, or the instance on the socket
+/// TIDEGATE_SOCKET. Exits with 1 if no instance is running.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  tidegate ps\n  tidegate ps --json | jq '.endpoints[].ports[].publish'"
+    after_help = "Examples:\n  tidegate ps\n  tidegate ps shop --json | jq '.[].endpoints[].ports[].publish'"
 )]
 pub(super) struct Ps {
-    /// Print JSON: an object with status, networks and endpoints, each in the format of the API
+    /// Only this project; "daemon" for the daemon
+    #[arg(value_name = "PROJECT")]
+    project: Option<String>,
+
+    /// Print JSON: an array with an object for each instance, which has status, networks and
+    /// endpoints, each in the format of the API
     #[arg(long)]
     json: bool,
 }
 
+/// What an instance tells about itself.
+#[derive(Serialize)]
+struct Instance {
+    status: Status,
+    networks: Vec<Network>,
+    endpoints: Vec<Endpoint>,
+}
+
+impl Instance {
+    async fn fetch(client: &Client) -> Result<Self, ClientError> {
+        Ok(Self {
+            status: client.get("/v1/status").await?,
+            networks: client.get("/v1/networks").await?,
+            endpoints: client.get("/v1/endpoints").await?,
+        })
+    }
+
+    fn tables(&self) -> String {
+        let services = services_table(&self.status.services, &self.endpoints);
+        format!("{services}\n{}{}", networks_table(&self.networks), not_served(&self.status))
+    }
+}
+
 impl Ps {
     pub(super) fn run(&self) -> anyhow::Result<()> {
-        let (status, networks, endpoints): (Status, Vec<Network>, Vec<Endpoint>) = event_loop()?
-            .block_on(async {
-                let client = Client::new()?;
-                let status = client.get("/v1/status").await?;
-                let networks = client.get("/v1/networks").await?;
-                anyhow::Ok((status, networks, client.get("/v1/endpoints").await?))
-            })?;
-        let text = if self.json {
-            let all = serde_json::json!({ "status": status, "networks": networks, "endpoints": endpoints });
-            format!("{all:#}\n")
-        } else {
-            let tables = format!(
-                "{}\n{}",
-                services_table(&status.services, &endpoints),
-                networks_table(&networks)
-            );
-            tables + &not_served(&status)
+        let clients = match &self.project {
+            Some(project) => vec![Client::of(checked(project)?)?],
+            None => Client::all()?,
+        };
+        let event_loop = event_loop()?;
+        let fetch = |client: &Client| event_loop.block_on(Instance::fetch(client));
+        let instances = clients.iter().map(fetch).collect::<Result<Vec<Instance>, _>>()?;
+        let text = match &instances[..] {
+            _ if self.json => format!("{}\n", serde_json::to_string_pretty(&instances)?),
+            [one] => one.tables(),
+            several => {
+                let texts = several.iter().map(|one| {
+                    let Status { project, pid, .. } = &one.status;
+                    format!("{project} (process {pid})\n{}", one.tables())
+                });
+                texts.collect::<Vec<_>>().join("\n")
+            }
         };
         print(&text)
+    }
+}
+
+/// List the running instances: the daemon, and projects in the foreground
+///
+/// Shows those of this user, or the instance on the socket TIDEGATE_SOCKET.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  tidegate ls\n  tidegate ls --json | jq -r '.[] | .status.project, .socket'"
+)]
+pub(super) struct Ls {
+    /// Print JSON: an array with an object for each instance, which has status in the format of the
+    /// API, and the path of its socket
+    #[arg(long)]
+    json: bool,
+}
+
+impl Ls {
+    pub(super) fn run(&self) -> anyhow::Result<()> {
+        let clients = Client::running()?;
+        let event_loop = event_loop()?;
+        let fetch = |client: &Client| event_loop.block_on(client.get("/v1/status"));
+        let statuses = clients.iter().map(fetch).collect::<Result<Vec<Status>, _>>()?;
+        let all = statuses.iter().zip(&clients);
+        if self.json {
+            let all = all.map(
+                |(status, client)| serde_json::json!({ "status": status, "socket": client.path() }),
+            );
+            return print(&format!(
+                "{}\n",
+                serde_json::to_string_pretty(&all.collect::<Vec<_>>())?
+            ));
+        }
+        let mut rows = vec![["PROJECT", "SERVICES", "PID", "STARTED", "FILE"].map(str::to_owned)];
+        for status in &statuses {
+            let is_up = |one: &&Service| matches!(one.state, State::Running | State::Adopted);
+            let up = status.services.iter().filter(is_up).count();
+            let file = status.compose_file.as_ref().or(status.state_file.as_ref());
+            rows.push([
+                status.project.clone(),
+                format!("{up}/{}", status.services.len()),
+                status.pid.to_string(),
+                status.started.clone(),
+                file.cloned().unwrap_or_default(),
+            ]);
+        }
+        print(&table(&rows))
     }
 }
 

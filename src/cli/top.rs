@@ -1,6 +1,7 @@
 //! `tidegate top`: live rates.
 
 use super::duration::timeout;
+use super::network::checked;
 use super::output::print;
 use super::{UsageError, event_loop};
 use crate::top::{Order, Rates, State, View, frame, screen};
@@ -15,14 +16,19 @@ const INTERVALS: [Duration; 2] = [Duration::from_millis(100), Duration::from_sec
 
 /// Show live rates of tidegate up: ports, endpoints, networks and name servers
 ///
-/// Queries the instance on the socket TIDEGATE_SOCKET, or on the default socket. Exits with 1 if no
-/// instance is running. On a terminal of at least 80 columns and 12 lines, it runs until q, Esc or
-/// Ctrl-C. With --once it prints one frame as text and needs no terminal.
+/// Queries the daemon, or the only project in the foreground; TIDEGATE_SOCKET selects another
+/// socket. Exits with 1 if no instance is running. On a terminal of at least 80 columns and 12
+/// lines, it runs until q, Esc or Ctrl-C. With --once it prints one frame as text and needs no
+/// terminal.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Keys:\n  Tab, arrows       next or previous view\n  1-4               select a view\n  s, S, r           sort by the next or the previous column; reverse the order\n  /                 filter by a text in any name; Esc removes the filter\n  arrows, pages     scroll\n  q, Esc, Ctrl-C    quit\n\nExamples:\n  tidegate top --interval 1s --sort in\n  tidegate top --once --filter web\n  tidegate top --once --json | jq '.ports[] | {publish, bytes_out_rate}'"
 )]
 pub(super) struct Top {
+    /// This project, if several are up; "daemon" for the daemon
+    #[arg(value_name = "PROJECT")]
+    project: Option<String>,
+
     /// Sampling interval
     #[arg(short, long, value_name = "TIME", default_value = "2s", value_parser = interval)]
     interval: Duration,
@@ -72,7 +78,10 @@ impl Top {
             let line = "standard output is not a terminal; use --once to print one frame as text";
             return Err(UsageError(line.to_owned()).into());
         }
-        let client = Client::new()?;
+        let client = match &self.project {
+            Some(project) => Client::of(checked(project)?)?,
+            None => Client::new()?,
+        };
         let runtime = event_loop()?;
         // Before the terminal is set up, so that an error is printed as plain text.
         let first = runtime.block_on(screen::fetch(&client))?;

@@ -28,7 +28,7 @@ use tidegate_control::{
 use tidegate_netns::{Namespace, drop_in_background};
 use tidegate_netsetup::{Observed, SetupError};
 use tidegate_proxy::{GatewayAcl, Listener};
-use tidegate_publish::firewall::zones;
+use tidegate_publish::firewall::{link_local_members, zones};
 use tidegate_publish::publisher::{OpenPort, PublishTarget};
 use tokio::time::timeout;
 
@@ -233,6 +233,7 @@ impl Instance {
         let desired = &self.up.layout.desired;
         if let Some(firewall) = &self.chosen.firewall {
             firewall.set_zones(zones(desired));
+            firewall.set_link_local_members(link_local_members(desired));
         }
         let names = names.iter().map(|name| (*name).to_owned()).collect();
         self.setup.extend(desired, &names).await.map(drop).map_err(setup_problem)
@@ -344,7 +345,33 @@ impl Instance {
             self.extend(&[]).await?;
         }
         removed.map_err(setup_problem)?;
+        self.end_flows_of(endpoint).await?;
         tracing::info!(endpoint = name, "detached");
+        Ok(())
+    }
+
+    /// Ends the flows of a detached endpoint. Otherwise the next one with its address would receive
+    /// their packets.
+    async fn end_flows_of(&self, endpoint: &Endpoint) -> Result<(), Problem> {
+        let attachments = endpoint.setup.attachments.iter();
+        let addresses: Vec<IpAddr> = attachments
+            .flat_map(|one| {
+                let own = one.addresses.iter().map(ipnet::IpNet::addr);
+                own.chain([IpAddr::from(one.inside.mac.link_local())])
+            })
+            .collect();
+        let firewall = self.chosen.firewall.clone();
+        let engine = self.up.egress.as_ref().map(|egress| Arc::clone(egress.nat()));
+        let ended = blocking(move || {
+            if let Some(engine) = engine {
+                engine.end_flows_of(addresses.clone());
+            }
+            firewall.map_or(Ok(()), |firewall| firewall.end_flows_of(&addresses))
+        });
+        if let Err(error) = ended.await? {
+            let endpoint = &endpoint.setup.name;
+            tracing::warn!(endpoint, %error, "tracked flows of a detached endpoint not ended");
+        }
         Ok(())
     }
 

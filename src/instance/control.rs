@@ -349,7 +349,8 @@ impl Instance {
 
     /// Restores missing objects at the places that are due.
     async fn repair(&mut self) {
-        let (host, mut endpoints) = self.schedule.take(Instant::now());
+        let begun = Instant::now();
+        let (host, mut endpoints) = self.schedule.take(begun);
         endpoints.retain(|name| self.is_in_use(name));
         if host {
             // Before the repair, so that access checks know which bridges are missing. They would
@@ -374,7 +375,7 @@ impl Instance {
         }
         if host {
             self.update_bridge_indexes();
-            if self.schedule.host_checked(found(&repaired, None), now) {
+            if self.schedule.host_checked(found(&repaired, None), now - begun, now) {
                 tracing::warn!(
                     "objects on the host are removed repeatedly; repairs limited to five per second"
                 );

@@ -57,7 +57,7 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
-use tidegate_api::socket::{self, Socket};
+use tidegate_api::socket::{self, Socket, SocketError};
 use tidegate_compose::{self, Project};
 use tidegate_control::{Name, State, Store};
 
@@ -71,7 +71,9 @@ use tidegate_netsetup::{
 use tidegate_process::raise_descriptor_limit;
 use tidegate_proxy::{GatewayAcl, GatewayNetworks, Settings, describe_engine};
 use tidegate_publish::client_address::sweep_stale_owners;
-use tidegate_publish::firewall::{Chosen, FirewallChoice, PublishBy, choose, zones};
+use tidegate_publish::firewall::{
+    Chosen, FirewallChoice, PublishBy, choose, link_local_members, zones,
+};
 use tidegate_publish::limits::ProxyLimits;
 use tidegate_publish::publisher::{PublishTarget, Publisher};
 use tidegate_services::{StandardOutput, Supervisor};
@@ -292,11 +294,27 @@ impl Up {
             None => run.join("daemon"),
         };
         let front_end = FrontEnd::start().context("thread of DNS and the API")?;
+        let up_already = |process: u32| {
+            anyhow!(
+                "project {owner:?} is up already (process {process}); stop that one, or choose another name"
+            )
+        };
         let socket = {
+            let project = project.as_ref().map(|project| project.name.as_str());
             let _runtime = front_end.runtime().enter();
             match manager.take_socket() {
                 Some(socket) => Socket::inherited(socket)?,
-                None => Socket::open(socket::path()?)?,
+                None => {
+                    Socket::open(socket::path(project)?).map_err(|error| match error {
+                        // The path contains the name of the project.
+                        SocketError::InUse { pid, .. }
+                            if project.is_some() && !socket::is_given() =>
+                        {
+                            up_already(pid)
+                        }
+                        error => error.into(),
+                    })?
+                }
             }
         };
         let stored = match &self.source {
@@ -307,11 +325,7 @@ impl Up {
             JournalError::InUse { holder, .. } if stored.is_some() => {
                 anyhow!("a daemon is running already (process {holder}); stop that one first")
             }
-            JournalError::InUse { holder, .. } => {
-                anyhow!(
-                    "project {owner:?} is up already (process {holder}); stop that one, or choose another name"
-                )
-            }
+            JournalError::InUse { holder, .. } => up_already(holder),
             error => error.into(),
         })?;
         tidegate_services::sweep(&run).context("files of services that were killed")?;
@@ -533,6 +547,7 @@ impl Up {
                 .set_uplinks(&layout.desired.uplinks, foreign_bridges(&observed, &layout.desired));
             firewall.set_reply_paths(&layout.desired.reply_paths);
             firewall.prepare(zones(&layout.desired), openings(&layout, &ports, chosen.publish));
+            firewall.set_link_local_members(link_local_members(&layout.desired));
         }
         let recorder = self.metrics.map(Recorder::install).transpose()?;
         let metrics = recorder.as_ref().map(Recorder::status);

@@ -41,6 +41,12 @@ const QUIET: Duration = Duration::from_secs(10);
 /// iptables programs.
 const HOST_LIMIT: Duration = Duration::from_millis(200);
 
+/// A check of the host is followed by this multiple of its duration without one, but by at most
+/// [`MAX_PAUSE`]. With thousands of objects a check takes a tenth of a second, and commands that
+/// change the host wait for it.
+const PAUSE: u32 = 4;
+const MAX_PAUSE: Duration = Duration::from_millis(500);
+
 /// Maximum interval in an endpoint.
 const ENDPOINT_LIMIT: Duration = Duration::from_secs(30);
 
@@ -65,6 +71,8 @@ struct Pace {
     /// Minimum interval after [`BUSY_CHECKS`] consecutive checks.
     busy_interval: Duration,
     interval: Duration,
+    /// Minimum time after the last check.
+    pause: Duration,
     checked: Option<Instant>,
     /// Number of consecutive checks.
     busy: u32,
@@ -80,6 +88,7 @@ impl Pace {
             limit,
             busy_interval,
             interval: INTERVAL,
+            pause: Duration::ZERO,
             checked: None,
             busy: 0,
             restored: 0,
@@ -90,7 +99,7 @@ impl Pace {
     /// When a place that changed at `now` is due.
     fn due(&self, now: Instant) -> Instant {
         let soon = now + SETTLE;
-        self.checked.map_or(soon, |checked| soon.max(checked + self.interval))
+        self.checked.map_or(soon, |checked| soon.max(checked + self.interval.max(self.pause)))
     }
 
     /// Records a check. Returns true if the interval starts to double because objects are removed
@@ -183,10 +192,11 @@ impl RepairSchedule {
         (host, due)
     }
 
-    /// Records a check of the host. Returns true once when repairs start to back off, because
-    /// objects are removed repeatedly.
-    pub(super) fn host_checked(&mut self, found: Check, now: Instant) -> bool {
+    /// Records a check of the host that has ended after `took`. Returns true once when repairs
+    /// start to back off, because objects are removed repeatedly.
+    pub(super) fn host_checked(&mut self, found: Check, took: Duration, now: Instant) -> bool {
         let backs_off = self.host.note(found, now);
+        self.host.pause = (PAUSE * took).min(MAX_PAUSE);
         if found == Check::Failed {
             // There may be no further notification.
             self.host_at.get_or_insert(now + RETRY);
@@ -238,10 +248,24 @@ mod tests {
         assert_eq!(schedule.next(), Some(now + SETTLE));
         assert_eq!(schedule.take(now), (false, BTreeSet::new()));
         assert_eq!(schedule.take(now + SETTLE), (true, BTreeSet::new()));
-        assert!(!schedule.host_checked(Check::Restored, now + SETTLE));
+        assert!(!schedule.host_checked(Check::Restored, Duration::ZERO, now + SETTLE));
         assert!(!schedule.awaits_host());
         schedule.host_changed(now + 2 * SETTLE);
         assert_eq!(schedule.next(), Some(now + SETTLE + INTERVAL));
+    }
+
+    #[test]
+    fn long_checks_of_the_host_take_a_fifth_of_the_time() {
+        let mut schedule = RepairSchedule::new();
+        let now = Instant::now();
+        let took = Duration::from_millis(80);
+        schedule.host_checked(Check::Sound, took, now);
+        schedule.host_changed(now);
+        assert_eq!(schedule.next(), Some(now + 4 * took));
+        schedule.take(now + 4 * took);
+        schedule.host_checked(Check::Sound, Duration::from_secs(3), now);
+        schedule.host_changed(now);
+        assert_eq!(schedule.next(), Some(now + MAX_PAUSE), "a repair is not postponed for long");
     }
 
     #[test]
@@ -260,7 +284,7 @@ mod tests {
             );
             now = host.next().unwrap();
             host.take(now);
-            host.host_checked(Check::Restored, now);
+            host.host_checked(Check::Restored, Duration::ZERO, now);
         }
     }
 
@@ -302,7 +326,7 @@ mod tests {
         let now = Instant::now();
         schedule.endpoint_checked("web", Check::Failed, now);
         assert_eq!(schedule.next(), Some(now + RETRY));
-        schedule.host_checked(Check::Failed, now);
+        schedule.host_checked(Check::Failed, Duration::ZERO, now);
         assert!(schedule.awaits_host());
     }
 }

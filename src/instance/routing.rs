@@ -1,5 +1,5 @@
-//! What the observed state of the host means for an instance: uplinks, reply paths, bridges of other
-//! projects, and policy rules of other software. Pure.
+//! What the observed state of the host means for an instance: uplinks, reply paths, bridges of
+//! other projects, and policy rules of other software. Pure.
 
 use super::egress;
 use std::collections::BTreeSet;

@@ -3,6 +3,8 @@
 use super::ask::get;
 use crate::scene::{Scene, TIDEGATE, refused, state};
 use crate::{SOON, project};
+use serde_json::Value;
+use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
@@ -51,6 +53,84 @@ fn a_second_project_on_the_same_socket_is_refused_and_on_another_one_starts() {
     let output =
         scene.tidegate().args(["ps", "--json"]).env("TIDEGATE_SOCKET", &second).output().unwrap();
     assert!(String::from_utf8(output.stdout).unwrap().contains("\"project\": \"other\""));
+}
+
+/// Without settings, a daemon and two projects have sockets and metrics of their own. The commands
+/// find all of them, and killed instances are not among them.
+#[test]
+fn a_daemon_and_projects_run_side_by_side_and_are_found() {
+    let mut scene = Scene::new();
+    scene.metrics = "127.0.0.1:9464-9474";
+    let run = |arguments: &[&str]| {
+        let mut tidegate = scene.tidegate();
+        let output = tidegate.env_remove("TIDEGATE_SOCKET").args(arguments).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        (output.status.code(), String::from_utf8(output.stdout).unwrap(), error)
+    };
+    let start = |name: &str| {
+        let file = format!(
+            "name: {name}\nservices: {{ {name}-box: {{ command: [ sleep, '60' ], ports: [ '80' ] }} }}\n"
+        );
+        let up = Process::spawn(scene.command(&file).env_remove("TIDEGATE_SOCKET"));
+        up.wait_for_line("Ctrl-C takes", SOON);
+        up
+    };
+    let table = |text: &str| {
+        let rows = text.lines().skip(1).map(|row| row.split_whitespace().next().unwrap());
+        rows.map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(table(&run(&["ls"]).1), [""; 0]);
+    let mut one = start("one");
+    assert_eq!(table(&run(&["ls"]).1), ["one"]);
+    assert!(run(&["network", "ls"]).1.contains("default"), "the only instance answers");
+    let again = "name: one\nservices: { one-box: { command: [ sleep, '60' ] } }\n";
+    assert_eq!(
+        refused(scene.command(again).env_remove("TIDEGATE_SOCKET")),
+        format!(
+            "tidegate: error: project \"one\" is up already (process {}); stop that one, or choose another name\n",
+            one.pid()
+        )
+    );
+    let mut two = start("two");
+    let several = run(&["top", "--once"]);
+    let socket = scene.run.path().join("projects/one/api.sock");
+    let expected = format!(
+        "tidegate: error: several projects are up (one, two); set TIDEGATE_SOCKET to the socket of one, such as {}\n",
+        socket.display()
+    );
+    assert_eq!(several, (Some(1), String::new(), expected));
+    assert!(run(&["top", "two", "--once"]).1.contains("two-box"));
+    let mut daemon = scene.tidegate();
+    daemon.env_remove("TIDEGATE_SOCKET").args(["daemon", "--metrics", scene.metrics, "--state"]);
+    let daemon = Process::spawn(daemon.arg(scene.run.path().join("state")));
+    daemon.wait_for_line("tidegate daemon is up", SOON);
+    assert_eq!(table(&run(&["ls"]).1), ["daemon", "one", "two"]);
+    assert_eq!(run(&["network", "create", "front", "--subnet", "10.61.0.0/24"]).0, Some(0));
+    let (_, all, _) = run(&["ps"]);
+    for (name, process) in [("daemon", &daemon), ("one", &one), ("two", &two)] {
+        assert!(all.contains(&format!("{name} (process {})\n", process.pid())), "{all}");
+    }
+    assert!(all.contains("one-box") && all.contains("two-box") && all.contains("10.61.0.0/24"));
+    let (_, only, _) = run(&["ps", "two"]);
+    assert!(only.contains("two-box") && !only.contains("one-box"), "{only}");
+    let json: Value = serde_json::from_str(&run(&["ls", "--json"]).1).unwrap();
+    let metrics = (0..3).map(|index| json[index]["status"]["metrics"]["served"].clone());
+    let metrics: BTreeSet<String> = metrics.map(|one| one.to_string()).collect();
+    assert_eq!(metrics.len(), 3, "{metrics:?}");
+    assert_eq!(json[1]["socket"], socket.to_str().unwrap());
+
+    two.stop(Signal::KILL, SOON);
+    assert_eq!(table(&run(&["ls"]).1), ["daemon", "one"]);
+    let killed = run(&["ps", "two"]).2;
+    assert!(
+        killed.starts_with("tidegate: error: tidegate is not running: no listener on"),
+        "{killed}"
+    );
+    let mut two = start("two");
+    two.stop(Signal::INT, SOON);
+    one.stop(Signal::INT, SOON);
+    assert!(!socket.exists());
+    assert_eq!(table(&run(&["ls"]).1), ["daemon"]);
 }
 
 #[test]

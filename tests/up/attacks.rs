@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
-use tidegate_testbed::frames::{LinkSocket, checksum, ethernet, udp6};
+use tidegate_testbed::frames::{LinkSocket, checksum, ethernet, udp4, udp6};
 use tidegate_testbed::server::PeerServer;
 use tidegate_testbed::{Namespace, Process, Signal, addr, eventually};
 
@@ -761,5 +761,55 @@ fn clients_of_a_port_on_an_internal_network_have_the_address_of_the_gateway() {
             let seen: IpAddr = seen.unwrap().parse().unwrap();
             assert_eq!(seen.to_canonical().to_string(), expected, "{flags:?}: {to}");
         }
+    }
+}
+
+/// A neighbour on the link of the host forges the reply of a container to a session of `tidegate
+/// publish` without the namespace of the container. With the address of the client as the source,
+/// the socket has an address that the neighbour knows.
+#[test]
+fn forged_replies_reach_no_session_of_publish() {
+    let scene = Scene::new();
+    let ([guest, _router, _server, _client], file) = internal();
+    let _up = up(&scene, &file, &["--firewall=none"]);
+    for key in ["eth0", "all"] {
+        scene.net.host.sysctl(&format!("net.ipv4.conf.{key}.rp_filter"), "0");
+    }
+    let echo = guest.run(|| UdpSocket::bind("0.0.0.0:5000")).unwrap();
+    echo.set_read_timeout(Some(PAUSE)).unwrap();
+    let mac = |namespace: &Namespace| {
+        mac_of(link_layer_address(&namespace.ip(&["-o", "link", "show", "eth0"])))
+    };
+    let (host, neighbor) = (mac(&scene.net.host), mac(&scene.net.client));
+    let link = LinkSocket::open(&scene.net.client, "eth0");
+    for (source, published) in [("proxy", 7081), ("client", 7082)] {
+        let mut publish = scene.tidegate();
+        publish.args(["publish", &format!("{published}:5000/udp"), "--source", source]);
+        let publish = Process::spawn(publish.args(["--to", "10.77.1.10"]));
+        publish.wait_for_line("0.0.0.0:", SOON);
+        let client = scene.net.client.run(|| UdpSocket::bind("203.0.113.9:7778")).unwrap();
+        client.set_read_timeout(Some(PAUSE)).unwrap();
+        client.connect((addr::HOST_V4, published)).unwrap();
+        let session = (0..50).find_map(|_| {
+            client.send(b"question").unwrap();
+            Some(echo.recv_from(&mut [0; 64]).ok()?.1)
+        });
+        let session = session.unwrap_or_else(|| panic!("{source}: {}", publish.output()));
+        let SocketAddr::V4(session) = session else { panic!("{session}") };
+        let expected = if source == "client" { "203.0.113.9" } else { "10.77.1.1" };
+        assert_eq!(session.ip().to_string(), expected);
+        // The kernel remembers the route of the first reply for the socket.
+        let mut buffer = [0; 64];
+        let mut receive = || client.recv(&mut buffer).map(|length| buffer[..length].to_vec());
+        echo.send_to(b"first", session).unwrap();
+        assert_eq!(receive().unwrap(), b"first", "{source}");
+        for _ in 0..20 {
+            let from = ([10, 77, 1, 10].into(), 5000);
+            let packet = udp4(from, (*session.ip(), session.port()), b"forged");
+            link.send(&ethernet(host, neighbor, 0x0800, &packet));
+        }
+        thread::sleep(PAUSE);
+        echo.send_to(b"answer", session).unwrap();
+        assert_eq!(receive().unwrap(), b"answer", "{source}: only the container's replies arrive");
     }
 }

@@ -1,9 +1,10 @@
 //! Effect of a container's flood on another container that uses the NAT engine.
 
 use super::scene::{Scene, TIDEGATE};
+use socket2::{Domain, Socket, Type};
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV6, TcpListener, TcpStream};
 use std::thread;
 use std::time::Duration;
 use tidegate_testbed::flood::{FloodKind, Flooder, request_times};
@@ -221,4 +222,54 @@ services:
     let client = addr::CLIENT_V4.to_string();
     assert!(eventually(SOON, || flows_of(&client) <= LIMIT), "the client of a published port");
     assert_eq!(flows_of("10.83.2.2"), modest.len());
+}
+
+/// The link-local address of a container is in no subnet. It reaches services of the host.
+#[test]
+fn tracked_flows_from_link_local_addresses_count_for_their_container() {
+    const LIMIT: usize = 600;
+    raise_open_files(8192);
+    let scene = Scene::new();
+    let limit = format!("--max-tracked-flows={LIMIT}");
+    let container = Namespace::new();
+    let file = format!(
+        "name: link-local
+networks:
+  net:
+    enable_ipv6: true
+    driver_opts: {{ com.docker.network.bridge.name: tg-net }}
+    ipam: {{ config: [ {{ subnet: 10.83.9.0/24 }}, {{ subnet: 'fd83:9::/64' }} ] }}
+services: {{ box: {{ x-netns: {}, networks: [ net ] }} }}
+",
+        container.path().display()
+    );
+    let up = scene.up_with(&file, &["--firewall=nftables", &limit]);
+    up.wait_for_line("Ctrl-C takes", SOON);
+    let shown = scene.net.host.ip(&["-6", "-o", "addr", "show", "dev", "tg-net", "scope", "link"]);
+    let address = shown.split("inet6 ").nth(1).unwrap().split('/').next().unwrap();
+    let scope = container.ip(&["-o", "link", "show", "eth0"]);
+    let scope = scope.split(':').next().unwrap().parse().unwrap();
+    let service = SocketAddrV6::new(address.parse().unwrap(), 9998, 0, scope);
+    let listener = scene.net.host.run(|| TcpListener::bind("[::]:9998")).unwrap();
+    let own = || container.ip(&["-6", "-o", "addr", "show", "dev", "eth0", "scope", "link"]);
+    assert!(eventually(SOON, || !own().contains("tentative")));
+    let own = own();
+    let own = own.split("inet6 ").nth(1).unwrap().split('/').next().unwrap();
+    let own = SocketAddrV6::new(own.parse().unwrap(), 0, 0, scope);
+    let connect = || {
+        let socket = Socket::new(Domain::IPV6, Type::STREAM, None).unwrap();
+        socket.bind(&own.into()).unwrap();
+        socket.connect(&service.into()).unwrap();
+        socket
+    };
+    let held: Vec<_> =
+        (0..2 * LIMIT).map(|_| (container.run(connect), listener.accept().unwrap().0)).collect();
+    let flows = || {
+        let listed = scene.net.host.exec("conntrack", &["-L", "-f", "ipv6"]);
+        listed.lines().filter(|line| line.contains("ESTABLISHED")).count()
+    };
+    assert!(eventually(SOON, || flows() <= LIMIT), "{}", flows());
+    let warning = up.wait_for_line("limit of tracked flows reached", SOON);
+    assert!(warning.contains("largest=\"fe80::"), "{warning}");
+    drop(held);
 }

@@ -27,7 +27,7 @@ pub(crate) struct Scene {
     /// Kernel features that are treated as missing (`TIDEGATE_LACKS`).
     pub(crate) lacks: &'static str,
     /// Value of `--metrics`.
-    metrics: &'static str,
+    pub(crate) metrics: &'static str,
 }
 
 impl Scene {
@@ -129,7 +129,8 @@ impl Scene {
 
     fn with_environment(&self, mut command: Command) -> Command {
         command.env("TIDEGATE_RUN_DIR", self.run.path()).env("TIDEGATE_LOG", "warn");
-        command.env_remove("TIDEGATE_SOCKET").env("PATH", self.path());
+        // One path for projects and daemons, as tests ask the API at `socket`.
+        command.env("TIDEGATE_SOCKET", self.socket()).env("PATH", self.path());
         command.env("TIDEGATE_LACKS", self.lacks);
         command
     }
