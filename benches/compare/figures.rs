@@ -161,6 +161,27 @@ pub(crate) const FIGURES: &[Figure] = &[
         "rules",
     )
     .at_most(0.0, 0.0),
+    value(
+        "daemon, 1,000 endpoints in 100 networks: attach one more, median",
+        &["daemon.1000.100.attach"],
+        Kind::Publish,
+        "ms",
+    )
+    .at_most(30.0, 10.0),
+    value(
+        "daemon, 1,000 endpoints in 100 networks: restart",
+        &["daemon.1000.100.restart"],
+        Kind::Publish,
+        "s",
+    )
+    .at_most(3.0, 1.0),
+    value(
+        "daemon, 1,000 endpoints in 100 networks: memory",
+        &["daemon.1000.100.memory"],
+        Kind::Publish,
+        "MB",
+    )
+    .at_most(64.0, 32.0),
     ratio(
         "published by the kernel / Docker's rules",
         FORWARD,

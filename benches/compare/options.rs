@@ -24,7 +24,7 @@ pub(crate) struct Options {
     pub(crate) quick: bool,
 
     /// Only these cells or groups of cells: tcp, tcp.1, tcp.1.up, requests, connections, udp,
-    /// idle, ports, stalled, forward, rules, setup, egress, neighbour
+    /// idle, ports, stalled, forward, rules, setup, egress, neighbour, daemon
     #[arg(long, value_delimiter = ',')]
     pub(crate) only: Vec<String>,
 

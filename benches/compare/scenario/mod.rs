@@ -1,6 +1,7 @@
 //! The loads, one module per kind, behind the trait [`Scenario`].
 
 mod connections;
+mod daemon;
 mod datagrams;
 mod egress;
 mod forward;
@@ -13,9 +14,12 @@ mod setup;
 mod stalled;
 mod throughput;
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 
 use crate::contender::{Contender, Kind};
 use crate::lab::Lab;
@@ -104,6 +108,8 @@ pub(crate) fn all(options: &Options) -> Vec<Box<dyn Scenario>> {
         all.push(Box::new(setup::Many { networks: 4, firewall, endpoints: endpoints.clone() }));
     }
     all.push(Box::new(setup::Many { networks: 1, firewall: setup::Firewall::Nftables, endpoints }));
+    let (networks, count) = if options.quick { (4, 20) } else { (100, 1_000) };
+    all.push(Box::new(daemon::Daemon { networks, endpoints: setup::Endpoints::new(count) }));
     all.retain(|scenario| options.wants(&scenario.name()));
     all
 }
@@ -111,4 +117,20 @@ pub(crate) fn all(options: &Options) -> Vec<Box<dyn Scenario>> {
 /// `used / per`, where `used` is the increase of CPU time during a run.
 fn per(before: Option<f64>, after: Option<f64>, per: f64) -> Option<f64> {
     Some((after? - before?) / per)
+}
+
+/// Asks the API at `socket`. Returns the body of the response.
+fn ask(socket: &Path, method: &str, path: &str, body: &str) -> Result<String> {
+    let mut stream = UnixStream::connect(socket).context("connect to the API")?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    let length = body.len();
+    write!(
+        stream,
+        "{method} {path} HTTP/1.1\r\nHost: tidegate\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
+    )?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let status = answer.split(' ').nth(1).unwrap_or_default();
+    ensure!(status.starts_with('2'), "{method} {path}: {answer}");
+    Ok(answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default())
 }

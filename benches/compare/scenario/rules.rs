@@ -1,15 +1,12 @@
 //! The time to add or remove a port while the kernel translates many, and the number of rules.
 
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 use tidegate_testbed::{Namespace, Signal};
 
 use super::setup::project::{self, Up};
-use super::{Metric, Scenario};
+use super::{Metric, Scenario, ask};
 use crate::contender::{Contender, Kind};
 use crate::lab::Lab;
 
@@ -116,20 +113,4 @@ services: {{ s: {{ x-netns: {}, ports: [ \"0.0.0.0:{FIRST}-{last}:{FIRST}-{last}
 fn rules(lab: &Lab) -> f64 {
     let listed = lab.net.host.exec("nft", &["-j", "list", "ruleset"]);
     listed.matches("{\"rule\": ").count() as f64
-}
-
-/// The body of the response.
-fn ask(socket: &Path, method: &str, path: &str, body: &str) -> Result<String> {
-    let mut stream = UnixStream::connect(socket).context("connect to the API")?;
-    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-    let length = body.len();
-    write!(
-        stream,
-        "{method} {path} HTTP/1.1\r\nHost: tidegate\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
-    )?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    let status = answer.split(' ').nth(1).unwrap_or_default();
-    ensure!(status.starts_with('2'), "{method} {path}: {answer}");
-    Ok(answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default())
 }

@@ -113,7 +113,13 @@ impl Endpoints {
         Self { count, made: Rc::default() }
     }
 
-    fn get(&self) -> &[Namespace] {
+    /// The number of namespaces.
+    pub(super) fn count(&self) -> usize {
+        self.count.into()
+    }
+
+    /// The namespaces.
+    pub(super) fn get(&self) -> &[Namespace] {
         self.made.get_or_init(|| (0..self.count).map(|_| Namespace::new()).collect())
     }
 }

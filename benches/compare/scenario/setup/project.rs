@@ -54,14 +54,17 @@ pub(crate) fn up(lab: &Lab, contender: &Contender, file: &str, flags: &[&str]) -
     fs::write(&path, file)?;
     let mut command = contender.command(lab);
     command.arg("up").arg("-f").arg(path).args(flags);
-    let process = Process::spawn(command.env("TIDEGATE_RUN_DIR", directory.path().join("run")));
+    let run = directory.path().join("run");
+    command.env("TIDEGATE_RUN_DIR", &run).env("TIDEGATE_SOCKET", run.join("api.sock"));
+    fs::create_dir_all(&run)?;
+    let process = Process::spawn(&mut command);
     process.wait_for_line(ANNOUNCEMENT, TIMEOUT);
     Ok(Up { process, directory })
 }
 
 /// A directory on a tmpfs, like `/run` on hosts: on a disk, a thousand small files would affect the
 /// result.
-fn in_memory() -> io::Result<TempDir> {
+pub(crate) fn in_memory() -> io::Result<TempDir> {
     let memory = Path::new("/dev/shm");
     if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }
 }
