@@ -64,6 +64,24 @@ fn a_service_has_the_given_environment_and_directory_and_no_other_descriptors() 
     assert_eq!(bed.lines.all(), expected);
 }
 
+/// Root in a service can take descriptors of its init process (pidfd_getfd(2)).
+#[test]
+fn the_init_of_a_service_keeps_no_inherited_descriptor() {
+    let mut bed = Bed::new(FOREVER);
+    let leaked = tempfile::NamedTempFile::new().unwrap();
+    // Inherited by every process that this one starts.
+    rustix::io::fcntl_setfd(leaked.as_file(), rustix::io::FdFlags::empty()).unwrap();
+    run(async {
+        let spec = bed.shell("web", "ls -l /proc/1/fd");
+        bed.supervisor.start(vec![spec]).await.unwrap();
+        assert!(bed.supervisor.wait().await.success());
+    });
+    let lines = bed.lines.all();
+    let path = leaked.path().to_str().unwrap();
+    assert!(lines.iter().any(|line| line.contains("socket:")), "{lines:?}");
+    assert!(!lines.iter().any(|line| line.contains(path)), "{lines:?}");
+}
+
 #[test]
 fn lines_of_both_streams_are_prefixed_with_padded_names() {
     let mut bed = Bed::new(FOREVER);
