@@ -215,7 +215,8 @@ fn a_metrics_port_in_use_blocks_no_network_and_is_bound_when_free() {
     std::fs::write(&file, "services: { web: { command: [ sleep, '600' ], ports: [ '8080:80' ] } }")
         .unwrap();
     let mut command = scene.tidegate();
-    let up = Process::spawn(command.env("TIDEGATE_LOG", "info").args(["up", "-f"]).arg(&file));
+    command.args(["up", "--metrics", METRICS, "-f"]).arg(&file);
+    let up = Process::spawn(command.env("TIDEGATE_LOG", "info"));
     up.wait_for_line("Ctrl-C takes", SOON);
     let warning = up.wait_for_line("metrics are not served", SOON);
     assert!(warning.contains("port 9464/tcp on 127.0.0.1 is in use by "), "{warning}");

@@ -290,6 +290,9 @@ impl Instance {
         namespace: &Namespace,
     ) -> Result<(), Problem> {
         let name = &endpoint.setup.name;
+        // A previous owner of its addresses may not have been detached by this process, or may have
+        // used them without being their owner.
+        self.end_flows_of(&endpoint.setup).await?;
         self.extend(&[name]).await?;
         self.verify_sources(endpoint);
         let added = self.up.names.add_endpoint(&endpoint.setup, &endpoint_dns(endpoint));
@@ -337,7 +340,7 @@ impl Instance {
         self.up.layout.addresses.remove(name);
         self.owner.absent.remove(&endpoint.name);
         if !is_attached {
-            return Ok(());
+            return self.end_flows_of(&endpoint.setup).await;
         }
         self.verify_sources(endpoint);
         let removed = self.setup.remove_endpoint(name).await;
@@ -345,15 +348,18 @@ impl Instance {
             self.extend(&[]).await?;
         }
         removed.map_err(setup_problem)?;
-        self.end_flows_of(endpoint).await?;
+        self.end_flows_of(&endpoint.setup).await?;
         tracing::info!(endpoint = name, "detached");
         Ok(())
     }
 
-    /// Ends the flows of a detached endpoint. Otherwise the next one with its address would receive
-    /// their packets.
-    async fn end_flows_of(&self, endpoint: &Endpoint) -> Result<(), Problem> {
-        let attachments = endpoint.setup.attachments.iter();
+    /// Ends the flows of the addresses of `endpoint`. Otherwise the next owner of an address would
+    /// receive their packets.
+    pub(super) async fn end_flows_of(
+        &self,
+        endpoint: &tidegate_netsetup::Endpoint,
+    ) -> Result<(), Problem> {
+        let attachments = endpoint.attachments.iter();
         let addresses: Vec<IpAddr> = attachments
             .flat_map(|one| {
                 let own = one.addresses.iter().map(ipnet::IpNet::addr);
@@ -369,8 +375,8 @@ impl Instance {
             firewall.map_or(Ok(()), |firewall| firewall.end_flows_of(&addresses))
         });
         if let Err(error) = ended.await? {
-            let endpoint = &endpoint.setup.name;
-            tracing::warn!(endpoint, %error, "tracked flows of a detached endpoint not ended");
+            let endpoint = &endpoint.name;
+            tracing::warn!(endpoint, %error, "tracked flows of previous owners not ended");
         }
         Ok(())
     }

@@ -632,6 +632,12 @@ impl Instance {
         self.work.abandon(endpoint);
         let old = self.up.publisher.namespace(endpoint).map(|namespace| namespace.id());
         let server_ends_first = old == Some(namespace.id());
+        let desired = self.up.layout.desired.endpoints.iter().find(|one| one.name == endpoint);
+        if let Some(desired) = desired.filter(|_| !server_ends_first)
+            && let Err(problem) = self.end_flows_of(desired).await
+        {
+            tracing::warn!(endpoint, error = %problem, "flows of the previous namespace not ended");
+        }
         let (name, there) = (endpoint.to_owned(), namespace.clone());
         let addresses = self.up.layout.addresses.get(endpoint).cloned().unwrap_or_default();
         let (publisher, serving) = (Arc::clone(&self.up.publisher), self.up.names.lend(endpoint));

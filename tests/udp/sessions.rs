@@ -255,9 +255,12 @@ fn with_64_descriptors_all_clients_are_served_and_one_client_leaves_a_third_to_o
     });
     let other = socket(&net.client, (Ipv4Addr::new(203, 0, 113, 10), 0).into());
     assert_eq!(echo(&other, host(5353), b"hello"), b"hello");
+    // Kept open, so that no two of them have the same port.
+    let mut clients = Vec::new();
     for number in 0..100 {
         let client = socket(&net.client, unspecified(host(5353)));
         assert_eq!(echo(&client, host(5353), &[number]), [number]);
+        clients.push(client);
     }
     assert_eq!(echo(&other, host(5353), b"and again"), b"and again");
     let metrics = publisher.metrics();
