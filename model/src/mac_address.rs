@@ -29,9 +29,7 @@ impl MacAddress {
     pub fn is_unicast(self) -> bool {
         self.0[0] & 1 == 0 && self.0 != [0; 6]
     }
-}
 
-impl MacAddress {
     /// The link-local address that the kernel derives from a MAC address (RFC 4291, appendix A).
     #[must_use]
     pub fn link_local(self) -> Ipv6Addr {

@@ -34,7 +34,7 @@ pub struct ObservedBridge {
     pub subnets: Vec<IpNet>,
 }
 
-/// A link, as far as its owner can be told.
+/// The attributes of a link by which its owner is recognized.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ObservedLink {
     /// The MAC address.

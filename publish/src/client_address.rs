@@ -37,7 +37,7 @@ use std::sync::Arc;
 use tidegate_model::Protocol;
 use tidegate_netns::HostContext;
 use tidegate_netns::{AddressBook, Namespace, PolicyRouteError};
-use tidegate_proxy::Upstream;
+use tidegate_proxy::{Direct, Upstream};
 use tidegate_reactor::set_number;
 
 pub use host::HostUpstream;
@@ -85,12 +85,18 @@ impl Source {
     /// # Errors
     /// [`SourceError`] if the addresses of this host cannot be read, or if the address of the client
     /// is requested and not possible.
-    pub fn upstream_to(self, container: IpAddr) -> Result<Arc<dyn Upstream>, SourceError> {
+    pub fn upstream_to(
+        self,
+        container: IpAddr,
+        protocol: Protocol,
+    ) -> Result<Arc<dyn Upstream>, SourceError> {
         match self {
-            Self::Proxy | Self::ProxyProtocol => {
+            // The routes are only needed for UDP.
+            Self::Proxy | Self::ProxyProtocol if protocol == Protocol::Udp => {
                 let (_, host) = this_host()?;
                 Ok(Arc::new(HostUpstream::new(container, host)))
             }
+            Self::Proxy | Self::ProxyProtocol => Ok(Arc::new(Direct::new(container))),
             Self::Client => Ok(Arc::new(TransparentUpstream::new(container)?)),
         }
     }

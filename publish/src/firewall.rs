@@ -1,7 +1,7 @@
 //! Selection of the host's firewall, and conversion of networks and published ports to its types.
 
 use clap::ValueEnum;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -285,11 +285,12 @@ pub fn zones(desired: &Desired) -> Vec<Zone> {
 /// The link-local addresses of the endpoints on each network of `desired`, in the order of
 /// [`zones`]. They belong to no subnet.
 pub fn link_local_members(desired: &Desired) -> Vec<BTreeSet<Ipv6Addr>> {
-    let attachments = || desired.endpoints.iter().flat_map(|endpoint| &endpoint.attachments);
-    let members = |network: &Network| {
-        let on_network = attachments().filter(|attachment| attachment.network == network.name);
-        on_network.map(|attachment| attachment.inside.mac.link_local()).collect()
-    };
+    let mut by_network: BTreeMap<&str, BTreeSet<Ipv6Addr>> = BTreeMap::new();
+    for attachment in desired.endpoints.iter().flat_map(|endpoint| &endpoint.attachments) {
+        let members = by_network.entry(&attachment.network).or_default();
+        members.insert(attachment.inside.mac.link_local());
+    }
+    let members = |network: &Network| by_network.remove(&*network.name).unwrap_or_default();
     desired.networks.iter().map(members).collect()
 }
 

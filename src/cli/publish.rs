@@ -275,7 +275,7 @@ impl Publish {
     fn upstream(&self, target: &Target, protocol: Protocol) -> anyhow::Result<Arc<dyn Upstream>> {
         Ok(match target {
             Target::Address(address) => {
-                self.source.unwrap_or(Source::Proxy).upstream_to(*address)?
+                self.source.unwrap_or(Source::Proxy).upstream_to(*address, protocol)?
             }
             Target::Namespace { namespace, address, .. } => {
                 let host_context =

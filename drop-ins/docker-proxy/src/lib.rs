@@ -145,7 +145,7 @@ fn start(options: &Options) -> Result<Arc<Engine>, StartError> {
     // have the family of its address.
     let same_family = listener.label().address().is_ipv4() == container.is_ipv4();
     let source = if same_family { environment.source } else { Source::Proxy };
-    let upstream = source.upstream_to(container)?;
+    let upstream = source.upstream_to(container, options.protocol)?;
     let mut port_options = PortOptions::new(upstream);
     port_options.proxy_protocol = environment.proxy_protocol;
     environment.limits.limit_port(&mut port_options);
