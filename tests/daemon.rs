@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{TcpStream, UdpSocket};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -97,7 +97,7 @@ fn errors_name_the_object_and_change_nothing() {
     let path = web.path().to_str().unwrap().to_owned();
     let free = Namespace::new();
     let other = free.path().to_str().unwrap().to_owned();
-    let _holder = scene.net.host.run(|| std::net::TcpListener::bind("0.0.0.0:9999")).unwrap();
+    let _holder = scene.net.host.run(|| TcpListener::bind("0.0.0.0:9999")).unwrap();
     let before = (objects(&scene), state(&scene.net.host));
     let attach = |netns: &str, more: &[&str]| -> Vec<String> {
         let args = ["attach", "front", "--netns", netns, "--name", "new"];
@@ -292,7 +292,6 @@ fn changes_do_not_affect_the_flows_of_others() {
     });
 }
 
-/// The networks of the state come up with each firewall, whatever the previous one was.
 /// The server continues to send to the address of a detached endpoint, which another one has taken.
 #[test]
 fn the_next_endpoint_with_an_address_receives_nothing_of_the_last() {
@@ -303,18 +302,21 @@ fn the_next_endpoint_with_an_address_receives_nothing_of_the_last() {
         server.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
         let bind = |namespace: &Namespace| {
             let socket = namespace.run(|| UdpSocket::bind("10.9.0.50:5555")).unwrap();
-            socket.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+            socket.set_read_timeout(Some(SOON)).unwrap();
             socket
         };
-        let open = |socket: &UdpSocket| {
+        // A question that arrives late must not count as one of the next endpoint.
+        let open = |socket: &UdpSocket, question: &[u8]| {
             (0..50).find_map(|_| {
-                socket.send_to(b"question", "203.0.113.9:6201").unwrap();
-                Some(server.recv_from(&mut [0; 64]).ok()?.1)
+                socket.send_to(question, "203.0.113.9:6201").unwrap();
+                let mut buffer = [0; 64];
+                let (length, from) = server.recv_from(&mut buffer).ok()?;
+                (buffer[..length] == *question).then_some(from)
             })
         };
         let old = attach(&scene, "old", &["--ip", "10.9.0.50"]);
         let old = bind(&old);
-        let mapped = open(&old).expect("egress");
+        let mapped = open(&old, b"of the old one").expect("egress");
         server.send_to(b"for the old one", mapped).unwrap();
         let mut buffer = [0; 64];
         assert_eq!(old.recv(&mut buffer).unwrap(), 15, "{firewall}");
@@ -326,13 +328,59 @@ fn the_next_endpoint_with_an_address_receives_nothing_of_the_last() {
         for _ in 0..10 {
             server.send_to(b"for the old one", mapped).unwrap();
         }
+        new.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
         assert!(new.recv(&mut buffer).is_err(), "{firewall}");
-        let mapped = open(&new).expect("egress of the new one");
+        new.set_read_timeout(Some(SOON)).unwrap();
+        let mapped = open(&new, b"of the new one").expect("egress of the new one");
         server.send_to(b"new", mapped).unwrap();
         assert_eq!(new.recv(&mut buffer).unwrap(), 3, "{firewall}");
     }
 }
 
+/// The detached endpoint was the client of a published port, and the server continues to send.
+#[test]
+fn the_next_endpoint_with_an_address_receives_nothing_from_published_ports_of_the_last() {
+    for firewall in ["--firewall=nftables", "--firewall=none"] {
+        let scene = Scene::new();
+        let _daemon = daemon(&scene, &[firewall]);
+        let web = attach(&scene, "web", &["-p", "8080:80", "-p", "8080:80/udp"]);
+        let datagrams = web.run(|| UdpSocket::bind("0.0.0.0:80")).unwrap();
+        let streams = web.run(|| TcpListener::bind("0.0.0.0:80")).unwrap();
+        datagrams.set_read_timeout(Some(SOON)).unwrap();
+        let old = attach(&scene, "old", &["--ip", "10.9.0.50"]);
+        let client = old.run(|| UdpSocket::bind("10.9.0.50:5555")).unwrap();
+        client.send_to(b"question", "203.0.113.1:8080").unwrap();
+        let (_, session) = datagrams.recv_from(&mut [0; 64]).unwrap();
+        let _client = old.run(|| TcpStream::connect("203.0.113.1:8080")).unwrap();
+        let (mut accepted, _) = streams.accept().unwrap();
+        accepted.set_read_timeout(Some(SOON)).unwrap();
+        // Others are not affected.
+        let other = attach(&scene, "other", &[]);
+        let mut other = other.run(|| TcpStream::connect("203.0.113.1:8080")).unwrap();
+        let (mut accepted_other, _) = streams.accept().unwrap();
+        scene.succeeds(&["detach", "old"]);
+        let new = attach(&scene, "new", &["--ip", "10.9.0.50"]);
+        // The neighbour entry of the host has the address of the new one.
+        new.exec("ping", &["-c", "1", "-W", "2", "10.9.0.1"]);
+        let new = new.run(|| UdpSocket::bind("10.9.0.50:5555")).unwrap();
+        new.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        for _ in 0..10 {
+            datagrams.send_to(b"answer", session).unwrap();
+        }
+        let received = new.recv_from(&mut [0; 64]);
+        assert!(received.is_err(), "{firewall}, {session}: {received:?}");
+        let ended = accepted.read(&mut [0; 64]);
+        assert!(!matches!(ended, Ok(1..)) && !is_timeout(&ended), "{firewall}: {ended:?}");
+        other.write_all(b"still here").unwrap();
+        assert_eq!(accepted_other.read(&mut [0; 64]).unwrap(), 10, "{firewall}");
+    }
+}
+
+fn is_timeout<T>(result: &std::io::Result<T>) -> bool {
+    result.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)
+}
+
+/// The networks of the state come up with each firewall, whatever the previous one was.
 #[test]
 fn a_restart_with_another_firewall_replaces_the_rules() {
     let scene = Scene::new();

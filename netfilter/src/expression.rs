@@ -339,6 +339,7 @@ impl Expressions {
                 self.ct_has_any(ct::STATUS, ct::TRANSLATED_SOURCE | ct::TRANSLATED_DESTINATION);
             }
             Match::Invalid => self.ct_has_any(ct::STATE, ct::INVALID),
+            Match::TranslatedSource => self.ct_has_any(ct::STATUS, ct::TRANSLATED_SOURCE),
             Match::TranslatedDestination => self.ct_has_any(ct::STATUS, ct::TRANSLATED_DESTINATION),
             Match::Reply => {
                 self.load_ct(ct::DIRECTION, None, FIRST);

@@ -174,6 +174,8 @@ pub enum Match {
     Translated,
     /// `ct state invalid`.
     Invalid,
+    /// `ct status snat`: source was translated.
+    TranslatedSource,
     /// `ct status dnat`: destination was translated.
     TranslatedDestination,
     /// `ct direction reply`: sent by the responder of the connection.

@@ -110,6 +110,7 @@ impl Display for Match {
             Self::Established => f.write_str("ct state established,related"),
             Self::Known => f.write_str("ct state established"),
             Self::Translated => f.write_str("ct status snat,dnat"),
+            Self::TranslatedSource => f.write_str("ct status snat"),
             Self::Invalid => f.write_str("ct state invalid"),
             Self::TranslatedDestination => f.write_str("ct status dnat"),
             Self::Reply => f.write_str("ct direction reply"),

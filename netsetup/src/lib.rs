@@ -54,4 +54,4 @@ pub use kernel_model::KernelModel;
 pub use observed::{DefaultRoute, Observed, ObservedBridge, ObservedLink};
 pub use plan::{Plan, plan};
 pub use repair::{RepairKind, Repaired};
-pub use setup::{Setup, SetupError};
+pub use setup::{Setup, SetupError, Stop};

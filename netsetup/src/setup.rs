@@ -9,6 +9,8 @@ use crate::{
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tidegate_netns::Namespace;
 
 /// The networks and endpoints of one owner.
@@ -17,6 +19,23 @@ pub struct Setup {
     kernel: Kernel,
     journal: Journal,
     isolation: Box<dyn Isolation>,
+    stop: Stop,
+}
+
+/// Stops a running change of a [`Setup`] from another task.
+#[derive(Clone, Debug, Default)]
+pub struct Stop(Arc<AtomicBool>);
+
+impl Stop {
+    /// Makes the running and every later change fail with [`SetupError::Stopped`] before its next
+    /// operation. Rollbacks and removals are not affected.
+    pub fn stop(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 /// Returns the link of the host that `op` removes, if any.
@@ -57,12 +76,21 @@ pub enum SetupError {
     /// All operations succeeded, but the desired state does not hold: another program interferes.
     #[error("{0}: reverted concurrently by another program")]
     Verify(Op),
+    /// [`Stop::stop`] was called. The previous operations were rolled back.
+    #[error("interrupted")]
+    Stopped,
 }
 
 impl Setup {
     /// Creates a setup on `kernel`, recorded in `journal`.
     pub fn new(kernel: Kernel, journal: Journal, isolation: impl Isolation + 'static) -> Self {
-        Self { kernel, journal, isolation: Box::new(isolation) }
+        Self { kernel, journal, isolation: Box::new(isolation), stop: Stop::default() }
+    }
+
+    /// Returns a handle that stops changes.
+    #[must_use]
+    pub fn stop_handle(&self) -> Stop {
+        self.stop.clone()
     }
 
     /// Returns the kernel, to register endpoints.
@@ -560,12 +588,15 @@ impl Setup {
         let failed = self.execute(ops, false).await?;
         let Some((at, source)) = failed.into_iter().next() else { return Ok(()) };
         let left = self.roll_back(ops, at, &renewed).await?;
+        if self.stop.is_set() && left.is_empty() {
+            return Err(SetupError::Stopped);
+        }
         Err(ApplyError { op: Box::new(ops[at].clone()), source, left }.into())
     }
 
     /// Performs `ops`: leading removals of links together, and the other operations one by one. All
     /// of them are in the journal before the first one is performed. Returns the failed operations.
-    /// With `keep_going`, continues after failures.
+    /// With `keep_going`, continues after failures and ignores [`Stop`].
     async fn execute(
         &mut self,
         ops: &[Op],
@@ -581,7 +612,12 @@ impl Setup {
         }
         let mut failed = Vec::new();
         for (at, op) in ops.iter().enumerate().skip(done) {
-            match self.kernel.execute(op).await {
+            let performed = if self.stop.is_set() && !keep_going {
+                Err(KernelError { what: op.to_string(), source: io::ErrorKind::Interrupted.into() })
+            } else {
+                self.kernel.execute(op).await
+            };
+            match performed {
                 Ok(()) => self.record(std::slice::from_ref(op), keep_going)?,
                 Err(error) => {
                     failed.push((at, error));

@@ -9,11 +9,11 @@ use crate::shared::{Message, Shared};
 use crate::tcp::{Limits, Shares};
 use crate::udp::LoopGuard;
 use crate::worker::Worker;
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -244,6 +244,13 @@ impl Engine {
             ports.add_closed(&PortSnapshot::of(&port));
         }
         true
+    }
+
+    /// Ends the flows whose client has one of these addresses, which may get a new owner. They have
+    /// ended when this returns.
+    pub fn end_clients(&self, clients: impl IntoIterator<Item = IpAddr>) {
+        let clients = Arc::new(clients.into_iter().collect::<BTreeSet<_>>());
+        self.shared.broadcast(|done| Message::EndClients { clients: Arc::clone(&clients), done });
     }
 
     fn update_several_ports(&self, ports: &Ports) {

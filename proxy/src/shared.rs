@@ -6,7 +6,9 @@ use crate::metrics::ProcessMetrics;
 use crate::port::{Port, Refusal};
 use crate::tcp::{Accepted, Reservation, Shares};
 use crate::udp::LoopGuard;
+use std::collections::BTreeSet;
 use std::io;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
@@ -21,6 +23,8 @@ pub(crate) enum Message {
     Publish(Vec<(Arc<Port>, Listener)>),
     /// Close this port and end its flows. `done` is dropped when that is complete.
     Unpublish { port: Arc<Port>, done: mpsc::Sender<()> },
+    /// End the flows of these clients. `done` is dropped when that is complete.
+    EndClients { clients: Arc<BTreeSet<IpAddr>>, done: mpsc::Sender<()> },
     /// Take over a connection that another loop accepted.
     Adopt(Box<(Accepted, Reservation)>),
     /// Take over a connection that another loop accepted. Evict a connection of this loop for it,

@@ -10,12 +10,13 @@ use crate::tcp::{
     WIDE_BYTES,
 };
 use crate::udp::{Batches, Relay};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use tidegate_model::Direction;
+use tidegate_model::{Direction, share_of};
 use tidegate_reactor::{Arena, Context, Handler, Interest, Key, List, PipePool, Readiness, Token};
 
 /// Maximum number of pipes that one loop lends at a time, and number that it keeps when idle. A
@@ -198,10 +199,29 @@ impl Worker {
         }
     }
 
-    /// Resets the connections of the ports selected by `which`.
-    fn cut_connections(&mut self, cx: &mut Context<'_>, which: impl Fn(&Arc<Port>) -> bool) {
+    /// Ends the UDP sessions of `clients` and resets their connections.
+    fn end_clients(&mut self, cx: &mut Context<'_>, clients: &BTreeSet<IpAddr>) {
+        for key in self.ports.keys() {
+            if let Some(PortState::Udp(relay)) = self.ports.get_mut(key) {
+                for reference in relay.end_sessions_of(clients) {
+                    self.sessions.remove(reference);
+                }
+            }
+        }
+        self.waiting =
+            self.waiting.take().filter(|(_, accepted)| !clients.contains(&accepted.client_ip()));
+        // Connections of an IPv6 client are listed by its /64.
+        let shares: BTreeSet<IpAddr> = clients.iter().copied().map(share_of).collect();
+        self.cut_connections(cx, |connection| {
+            shares.contains(&connection.holder().client)
+                && connection.client_ip().is_some_and(|ip| clients.contains(&ip))
+        });
+    }
+
+    /// Resets the connections selected by `which`.
+    fn cut_connections(&mut self, cx: &mut Context<'_>, which: impl Fn(&Connection) -> bool) {
         for key in self.connections.keys() {
-            if self.connections.get(key).is_some_and(|connection| which(&connection.port)) {
+            if self.connections.get(key).is_some_and(&which) {
                 self.end_connection(cx, key, |connection, scratch| {
                     connection.reset(&mut scratch.pipes);
                 });
@@ -510,7 +530,11 @@ impl Handler for Worker {
             }
             Message::Unpublish { port, done } => {
                 self.close_ports(|other| Arc::ptr_eq(other, &port));
-                self.cut_connections(cx, |other| Arc::ptr_eq(other, &port));
+                self.cut_connections(cx, |other| Arc::ptr_eq(&other.port, &port));
+                drop(done);
+            }
+            Message::EndClients { clients, done } => {
+                self.end_clients(cx, &clients);
                 drop(done);
             }
             Message::Adopt(adopted) => self.adopt(cx, adopted.0, adopted.1),

@@ -283,6 +283,12 @@ impl Publisher {
         self.state().endpoints.insert(name.to_owned(), endpoint);
     }
 
+    /// Ends the flows to published ports whose client has one of these addresses, which may get a
+    /// new owner.
+    pub fn end_clients(&self, addresses: &[IpAddr]) {
+        self.engine.end_clients(addresses.iter().copied());
+    }
+
     /// Closes the ports of an endpoint and removes it.
     pub fn remove_endpoint(&self, name: &str) {
         let ids: Vec<PortId> = {

@@ -368,7 +368,9 @@ impl Instance {
             .collect();
         let firewall = self.chosen.firewall.clone();
         let engine = self.up.egress.as_ref().map(|egress| Arc::clone(egress.nat()));
+        let publisher = Arc::clone(&self.up.publisher);
         let ended = blocking(move || {
+            publisher.end_clients(&addresses);
             if let Some(engine) = engine {
                 engine.end_flows_of(addresses.clone());
             }

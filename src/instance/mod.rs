@@ -66,7 +66,7 @@ use tidegate_netns::HostContext;
 use tidegate_netns::{ChangeListener, Namespace, Topic, interface_index, run_directory};
 use tidegate_netsetup::{
     BridgePrograms, Desired, Fact, Firewall, FirewallIsolation, Journal, JournalError, Kernel,
-    KernelError, Observed, RuleIsolation, Setup,
+    KernelError, Observed, RuleIsolation, Setup, SetupError,
 };
 use tidegate_process::raise_descriptor_limit;
 use tidegate_proxy::{GatewayAcl, GatewayNetworks, Settings, describe_engine};
@@ -555,12 +555,31 @@ impl Up {
         for (name, namespace) in &namespaces {
             setup.kernel().add_endpoint(name, namespace.clone());
         }
-        if project.is_some() {
-            setup.apply(&layout.desired).await?;
-        } else {
-            // Networks of a daemon are in use: routes that were added since are no conflict.
-            setup.update(&layout.desired).await?;
-        }
+        let stop = setup.stop_handle();
+        let applied = {
+            let applying = async {
+                if project.is_some() {
+                    setup.apply(&layout.desired).await
+                } else {
+                    // Networks of a daemon are in use: routes that were added since are no
+                    // conflict, and the rules of another firewall are removed last.
+                    setup.change(&layout.desired).await
+                }
+            };
+            tokio::pin!(applying);
+            tokio::select! {
+                applied = &mut applying => applied,
+                () = signals.next() => {
+                    stop.stop();
+                    // It may have been done already.
+                    applying.await.and(Err(SetupError::Stopped))
+                }
+            }
+        };
+        match applied {
+            Err(SetupError::Stopped) => return Ok(None),
+            applied => applied?,
+        };
         let start = |device: egress::Device| -> anyhow::Result<_> {
             let rate = NonZeroU32::new(self.nat_limits.unanswered).unwrap_or(NonZeroU32::MIN);
             let guards = guards.as_ref();

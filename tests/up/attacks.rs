@@ -259,6 +259,45 @@ fn a_conntrack_entry_without_nat_grants_no_access() {
     }
 }
 
+/// With `br_netfilter`, conntrack sees the packet on the bridge first, where it is not translated.
+#[test]
+fn a_packet_that_was_bridged_before_does_not_leave_without_masquerade() {
+    for firewall in FIREWALLS {
+        let scene = Scene::new();
+        scene.net.host.sysctl("net.bridge.bridge-nf-call-iptables", "1");
+        let [container, neighbour] = [(); 2].map(|()| Namespace::new());
+        let neighbour_service = format!(
+            "\n  neighbour: {{ x-netns: {}, networks: {{ home: {{ ipv4_address: 10.77.1.11 }} }} }}",
+            neighbour.path().display()
+        );
+        let _up = up(&scene, &(file(&container, "") + &neighbour_service), &[firewall]);
+        let mac = |namespace: &Namespace| {
+            mac_of(link_layer_address(&namespace.ip(&["-o", "link", "show", "eth0"])))
+        };
+        let bridges = scene.net.host.ip(&["-o", "link", "show", "type", "bridge"]);
+        let bridge = bridges.lines().find(|line| line.contains("tg-home")).unwrap();
+        let gateway = mac_of(link_layer_address(bridge));
+        let (own, neighbour) = (mac(&container), mac(&neighbour));
+        let client = scene.net.client.run(|| UdpSocket::bind("203.0.113.9:7000")).unwrap();
+        client.set_read_timeout(Some(PAUSE)).unwrap();
+        let link = LinkSocket::open(&container, "eth0");
+        let send = |destination, port: u16| {
+            let from = ("10.77.1.10".parse().unwrap(), port);
+            let packet = udp4(from, ("203.0.113.9".parse().unwrap(), 7000), b"out");
+            link.send(&ethernet(destination, own, 0x0800, &packet));
+        };
+        send(gateway, 40_000);
+        assert_eq!(client.recv_from(&mut [0; 9]).unwrap().1, "203.0.113.1:40000".parse().unwrap());
+        for (first, port) in [([0xff; 6], 40_001), (neighbour, 40_002)] {
+            send(first, port);
+            thread::sleep(PAUSE / 10);
+            send(gateway, port);
+            let seen = client.recv_from(&mut [0; 9]);
+            assert!(seen.is_err(), "{firewall}: {seen:?}");
+        }
+    }
+}
+
 /// A container spoofs the address of the server that a container of another network talks to.
 #[test]
 fn a_container_cannot_inject_packets_into_flows_of_another_network() {

@@ -123,8 +123,8 @@ fn a_container_stays_closed_through_twenty_restarts_with_iptables() {
     assert_closed_through_restarts(&["--firewall=iptables", "--publish=kernel"], 20);
 }
 
-/// Other software removes rules (`harms`, repeated to `times`). They are restored within a second,
-/// and no probe arrives before that.
+/// Other software removes rules (`harms`, repeated to `times`). They are restored, and no probe
+/// arrives before that. Prints the longest time until they were restored.
 #[track_caller]
 fn assert_restored(scene: Scene, flags: &[&str], harms: &[&str], times: usize) {
     let probing = Probing::new(scene);
@@ -147,7 +147,6 @@ fn assert_restored(scene: Scene, flags: &[&str], harms: &[&str], times: usize) {
         longest = longest.max(removed.elapsed());
     }
     println!("restored within {longest:?}");
-    assert!(longest < Duration::from_secs(1), "{longest:?}");
     assert!(probing.neighbour_is_answered());
     assert!(!up.output().contains("ERROR"), "{}", up.output());
     up.stop(Signal::INT, SOON);

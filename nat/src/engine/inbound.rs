@@ -44,7 +44,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
-use tidegate_model::{Direction, Ingress, Protocol, canonical, share_of};
+use tidegate_model::{Direction, Ingress, Protocol, canonical};
 use tidegate_reactor::Key;
 
 /// Maximum number of clients accepted per port and turn.
@@ -157,8 +157,7 @@ impl<H: Host> Engine<H> {
         };
         let opening = self.opening(&five_tuple, now);
         let mut connection = Connection::to_guest(opening, stream, &mut self.io(now));
-        connection.inbound =
-            Some(Inbound { stats: Arc::clone(&stats), client: share_of(client.ip()) });
+        connection.inbound = Some(Inbound { stats: Arc::clone(&stats), client: client.ip() });
         let flow = Flow::Tcp(Box::new(connection));
         let inserted = self.flows.insert(five_tuple, admission, Class::Connection, flow, now);
         let Some(flow) = inserted else { return };

@@ -213,13 +213,23 @@ impl<H: Host> Engine<H> {
         }
     }
 
-    /// Ends all flows of containers with `addresses`. Remote sides receive resets.
+    /// Ends all flows of containers with `addresses`, and those in which they are clients of
+    /// published ports. Remote sides receive resets.
     pub fn end_flows_of(&mut self, addresses: &[IpAddr]) {
+        let sessions = self.clients.sessions_of(addresses);
         for key in self.flows.keys() {
-            let inside = self.flows.get_mut(key).map(|(five_tuple, _)| five_tuple.inside.ip());
-            if inside.is_some_and(|inside| addresses.contains(&inside)) {
+            let Some((five_tuple, flow)) = self.flows.get_mut(key) else { continue };
+            let client = match flow {
+                Flow::Tcp(connection) => connection.inbound.as_ref().map(|inbound| inbound.client),
+                Flow::Datagrams(_) => None,
+            };
+            let has_address = |ip: IpAddr| addresses.contains(&ip);
+            if has_address(five_tuple.inside.ip()) || client.is_some_and(has_address) {
                 self.end(key, true);
             }
+        }
+        for session in sessions {
+            self.end(session, false);
         }
     }
 

@@ -169,6 +169,13 @@ impl Clients {
         here.map(|(_, flow)| *flow).collect()
     }
 
+    /// The sessions of clients with `addresses`.
+    pub(super) fn sessions_of(&self, addresses: &[IpAddr]) -> Vec<Key> {
+        let theirs =
+            self.sessions.iter().filter(|((_, client, _), _)| addresses.contains(&client.ip()));
+        theirs.map(|(_, flow)| *flow).collect()
+    }
+
     /// The sessions of the share of `client`, if it has any.
     pub(super) fn share_of(&mut self, client: IpAddr) -> Option<&mut ClientSessions> {
         self.shares.get_mut(&share_of(client))
@@ -198,9 +205,8 @@ impl Clients {
         *self.connections.entry(share_of(client)).or_default() += 1;
     }
 
-    /// Releases a connection of the share `share`.
-    pub(super) fn end_connection(&mut self, share: IpAddr) {
-        if let Entry::Occupied(mut held) = self.connections.entry(share) {
+    pub(super) fn end_connection(&mut self, client: IpAddr) {
+        if let Entry::Occupied(mut held) = self.connections.entry(share_of(client)) {
             *held.get_mut() -= 1;
             if *held.get() == 0 {
                 held.remove();

@@ -156,7 +156,7 @@ pub struct Connection<S> {
 pub(crate) struct Inbound {
     /// The counters of the port.
     pub(crate) stats: Arc<ForwardStats>,
-    /// The client, by its share ([`share_of`](tidegate_model::share_of)).
+    /// The client.
     pub(crate) client: IpAddr,
 }
 

@@ -515,22 +515,24 @@ fn to_network(ruleset: &Ruleset) -> Chain {
     Chain { name: "to-network".to_owned(), base: None, rules }
 }
 
+/// Conntrack does not translate connections whose first packet it has seen elsewhere: on a bridge
+/// with `br_netfilter`, or before the rules were in force.
 fn from_network(ruleset: &Ruleset) -> Chain {
     let mut rules =
         vec![rule(vec![Match::Syn], vec![Action::ClampSegments], "clamp MSS to path MTU")];
-    rules.push(rule(vec![Match::Established], accept(), "established connections"));
+    rules.push(rule(
+        vec![Match::Translated, Match::Established],
+        accept(),
+        "established connections with NAT",
+    ));
     if has_internal(ruleset) {
         let internal = is_in([Key::InInterface], "internal");
         rules.push(rule(vec![internal], drop(), "no egress from internal networks"));
     }
     rules.extend([
-        rule(
-            vec![Match::Invalid],
-            drop(),
-            "invalid connection state: would leave without masquerade",
-        ),
         rule(vec![not_in([Key::Protocol], "masqueraded")], drop(), UNKNOWN_PROTOCOL),
-        rule(vec![], accept(), "egress"),
+        rule(vec![Match::TranslatedSource], accept(), "egress"),
+        rule(vec![], drop(), "would leave without masquerade"),
     ]);
     Chain { name: "from-network".to_owned(), base: None, rules }
 }

@@ -144,6 +144,29 @@ fn reaches(from: &Namespace, server: &Namespace, to: &str, timeout: Duration) ->
     })
 }
 
+/// The operations until then are rolled back.
+#[test]
+fn a_stopped_change_leaves_no_objects_behind() {
+    let bed = Bed::new();
+    let before = bed.state();
+    let boxes = tidegate_testbed::Namespace::new();
+    let a = Namespace::from_path(&boxes.path()).unwrap();
+    let mut setup = bed.setup(&[("a", &a), ("b", &a), ("c", &a)]);
+    let stop = setup.stop_handle();
+    bed.runtime.block_on(async {
+        let desired = two_networks();
+        let applying = setup.apply(&desired);
+        tokio::pin!(applying);
+        // After some of the operations.
+        let pending = tokio::time::timeout(Duration::from_millis(5), &mut applying).await;
+        assert!(pending.is_err(), "{pending:?}");
+        stop.stop();
+        assert!(matches!(applying.await, Err(SetupError::Stopped)));
+    });
+    assert_eq!(bed.state(), before);
+    assert!(setup.owned().is_empty());
+}
+
 #[test]
 fn endpoints_reach_only_their_network_and_the_host() {
     let bed = Bed::new();

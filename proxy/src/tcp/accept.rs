@@ -10,7 +10,7 @@ use crate::worker::{PortState, Tag, Worker};
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, acceptfrom_with};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -91,6 +91,10 @@ enum Fallback {
 impl Accepted {
     fn holder(&self) -> Holder {
         Holder { client: share_of(self.address.ip()), port: self.port.id }
+    }
+
+    pub(crate) fn client_ip(&self) -> IpAddr {
+        self.address.ip()
     }
 }
 

@@ -11,11 +11,12 @@ use crate::upstream::Lease;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown, sockopt};
 use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
-use tidegate_model::{Direction, PerDirection};
+use tidegate_model::{Direction, PerDirection, canonical};
 use tidegate_reactor::{Interest, Links, Loan, PipePool, Readiness, Splice, narrow_receive_buffer};
 
 /// State of a connection.
@@ -210,6 +211,12 @@ impl<T: Tally> Connection<T> {
     /// The client and port that the connection counts for.
     pub(crate) fn holder(&self) -> Holder {
         self.reservation.holder()
+    }
+
+    /// Returns the address of the client. `None` if it has reset the connection.
+    pub(crate) fn client_ip(&self) -> Option<IpAddr> {
+        let address = rustix::net::getpeername(&self.sockets[Side::Client]).ok()??;
+        Some(canonical(SocketAddr::try_from(address).ok()?).ip())
     }
 
     /// Returns whether payload was delivered since the last call.

@@ -7,6 +7,7 @@ use crate::shared::Shared;
 use crate::tcp::log_revived;
 use crate::upstream::{Flow, Lease};
 use crate::worker::{PortState, SessionRef, Tag, Worker};
+use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
@@ -73,6 +74,12 @@ impl Relay {
         let references: Vec<Key> = ended.map(|session| session.reference).collect();
         stats.live.fetch_sub(references.len(), Ordering::Relaxed);
         references
+    }
+
+    /// Ends the sessions of `clients` and returns the keys of their [`SessionRef`]s.
+    pub(crate) fn end_sessions_of(&mut self, clients: &BTreeSet<IpAddr>) -> Vec<Key> {
+        let ended = self.sessions.remove_clients(|client| clients.contains(&client.address.ip()));
+        ended.iter().map(|session| self.count_ended(session)).collect()
     }
 
     /// Counts the end of a session and returns the key of its [`SessionRef`].

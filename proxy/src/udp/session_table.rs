@@ -247,6 +247,13 @@ impl<T> SessionTable<T> {
         keys.into_iter().filter_map(|key| self.remove(key))
     }
 
+    /// Removes and returns the sessions of the clients selected by `which`.
+    pub fn remove_clients(&mut self, which: impl Fn(&Client) -> bool) -> Vec<T> {
+        let of = |key: &Key| self.sessions.get(*key).is_some_and(|session| which(&session.client));
+        let keys: Vec<Key> = self.sessions.keys().into_iter().filter(of).collect();
+        keys.into_iter().filter_map(|key| self.remove(key)).collect()
+    }
+
     fn oldest(&self) -> Option<(Instant, Key)> {
         let deadline = |key: Key| Some((self.sessions.get(key)?.last_seen + self.limits.idle, key));
         self.idle_lists.iter().filter_map(|list| deadline(list.oldest()?)).min()

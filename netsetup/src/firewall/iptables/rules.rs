@@ -314,6 +314,13 @@ impl Renderer<'_> {
             "DROP",
             "invalid connection state: would leave without masquerade",
         ));
+        // Conntrack has seen its first packet elsewhere: on a bridge with `br_netfilter`, or before
+        // these rules were in force. It does not translate such a connection.
+        from_network.push(rule(
+            "-m conntrack ! --ctstate SNAT --ctstatus CONFIRMED",
+            "DROP",
+            "would leave without masquerade",
+        ));
         from_network.push(rule("", &self.chain("PROTO"), "check for protocols without egress"));
         from_network.extend(
             // The rules of other software decide about its bridges. They would not be evaluated
