@@ -72,7 +72,12 @@ fn difference(
 ) -> Plan {
     let facts = desired.facts(isolation);
     let wanted: BTreeSet<&Fact> = facts.iter().collect();
-    let mut model = KernelModel::new(observed.facts.clone());
+    let mut holding = observed.facts.clone();
+    // Rules that are modified, or those of a killed process, do not hold but may exist. Removing
+    // missing rules is cheap.
+    let is_ruleset = |fact: &&Fact| matches!(fact, Fact::Ruleset { .. });
+    holding.extend(owned.iter().filter(is_ruleset).filter(|fact| !wanted.contains(fact)).cloned());
+    let mut model = KernelModel::new(holding);
     let mut ops = removals(owned.iter().filter(|fact| !wanted.contains(fact)), &mut model);
     for fact in &facts {
         if !model.holds(fact) {
