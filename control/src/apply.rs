@@ -5,8 +5,8 @@
 
 use crate::quarantine::Quarantine;
 use crate::{
-    AttachSpec, Command, Endpoint, Name, Network, NetworkAttachment, NetworkSpec, PublishedPort,
-    Refusal, State,
+    AttachSpec, Command, Endpoint, Name, Network, NetworkAttachment, NetworkSpec, ProjectSpec,
+    PublishedPort, Refusal, State,
 };
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
@@ -28,6 +28,9 @@ pub const MAX_NETWORKS: usize = 1_000;
 
 /// Maximum number of endpoints.
 pub const MAX_ENDPOINTS: usize = 10_000;
+
+/// Maximum number of projects.
+pub const MAX_PROJECTS: usize = 1_000;
 
 /// Maximum number of networks of an endpoint.
 pub const MAX_NETWORKS_OF_ENDPOINT: usize = 64;
@@ -89,14 +92,108 @@ pub fn apply(
     match command {
         Command::CreateNetwork(spec) => create_network(state, spec, with),
         Command::RemoveNetwork(name) => remove_network(state, name, with),
-        Command::Attach(spec) => attach(state, spec, with),
+        Command::Attach(spec) => attach(state, spec, &BTreeSet::new(), with),
         Command::Detach(name) => detach(state, name, with),
         Command::Publish { endpoint, ports } => publish(state, endpoint, ports),
         Command::Unpublish { address, port, protocol } => {
             unpublish(state, *address, *port, *protocol)
         }
         Command::Relocate { endpoint, namespace } => relocate(state, endpoint, namespace),
+        Command::ApplyProject(spec) => apply_project(state, spec, with),
+        Command::RemoveProject(name) => remove_project(state, name, with),
     }
+}
+
+fn apply_project(
+    state: &State,
+    spec: &ProjectSpec,
+    with: &mut Surroundings<'_>,
+) -> Result<State, Refusal> {
+    let name = &spec.project.name;
+    if state.projects.contains_key(name) {
+        return Err(Refusal::ProjectExists(name.clone()));
+    }
+    limit("projects", state.projects.len() + 1, MAX_PROJECTS)?;
+    check_parts(spec)?;
+    let quarantine = with.quarantine.clone();
+    let parts = add_parts(state, spec, with);
+    if parts.is_err() {
+        // A refused command changes nothing.
+        *with.quarantine = quarantine;
+    }
+    let mut state = parts?;
+    state.projects.insert(name.clone(), Arc::new(spec.project.clone()));
+    Ok(state)
+}
+
+/// Adds the networks and endpoints of a project.
+fn add_parts(
+    state: &State,
+    spec: &ProjectSpec,
+    with: &mut Surroundings<'_>,
+) -> Result<State, Refusal> {
+    // No endpoint is assigned a fixed address of a later one.
+    let attachments = spec.endpoints.iter().flat_map(|endpoint| &endpoint.networks);
+    let fixed: BTreeSet<IpAddr> =
+        attachments.flat_map(|one| one.addresses.iter().copied()).collect();
+    let mut state = state.clone();
+    // Chosen subnets must not overlap configured ones of later networks.
+    let (configured, chosen): (Vec<_>, Vec<_>) =
+        spec.networks.iter().partition(|network| !network.subnets.is_empty());
+    for network in configured.into_iter().chain(chosen) {
+        state = create_network(&state, network, with)?;
+    }
+    for endpoint in &spec.endpoints {
+        state = attach(&state, endpoint, &fixed, with)?;
+    }
+    Ok(state)
+}
+
+/// Checks that all parts of a project have its name, and that each service has an endpoint.
+fn check_parts(spec: &ProjectSpec) -> Result<(), Refusal> {
+    let project = &spec.project.name;
+    let foreign = |part: String| Refusal::ForeignPart { project: project.clone(), part };
+    if project.project().is_some() {
+        return Err(foreign(format!("name {project}")));
+    }
+    let is_part = |part: &Name| part.project() == Some(project.name());
+    if let Some(network) = spec.networks.iter().find(|network| !is_part(&network.name)) {
+        return Err(foreign(format!("network {}", network.name)));
+    }
+    for endpoint in &spec.endpoints {
+        if !is_part(&endpoint.name) {
+            return Err(foreign(format!("endpoint {}", endpoint.name)));
+        }
+        if let Some(one) = endpoint.networks.iter().find(|one| !is_part(&one.network)) {
+            return Err(foreign(format!("network {}", one.network)));
+        }
+    }
+    let has_endpoint =
+        |service: &str| spec.endpoints.iter().any(|endpoint| endpoint.name.name() == service);
+    match spec.project.services.iter().find(|service| !has_endpoint(&service.name)) {
+        Some(service) => Err(foreign(format!("service {:?}", service.name))),
+        None => Ok(()),
+    }
+}
+
+fn remove_project(
+    state: &State,
+    name: &Name,
+    with: &mut Surroundings<'_>,
+) -> Result<State, Refusal> {
+    if !state.projects.contains_key(name) {
+        return Err(Refusal::UnknownProject(name.clone()));
+    }
+    let is_part = |part: &&Name| part.project() == Some(name.name());
+    let mut after = state.clone();
+    for endpoint in state.endpoints.keys().filter(is_part) {
+        after = detach(&after, endpoint, with)?;
+    }
+    for network in state.networks.keys().filter(is_part) {
+        after = remove_network(&after, network, with)?;
+    }
+    after.projects.remove(name);
+    Ok(after)
 }
 
 fn create_network(
@@ -332,7 +429,13 @@ struct Assigned {
     chosen: bool,
 }
 
-fn attach(state: &State, spec: &AttachSpec, with: &mut Surroundings<'_>) -> Result<State, Refusal> {
+/// `reserved` are addresses that are not chosen.
+fn attach(
+    state: &State,
+    spec: &AttachSpec,
+    reserved: &BTreeSet<IpAddr>,
+    with: &mut Surroundings<'_>,
+) -> Result<State, Refusal> {
     let name = &spec.name;
     if state.endpoints.contains_key(name) {
         return Err(Refusal::EndpointExists(name.clone()));
@@ -342,6 +445,7 @@ fn attach(state: &State, spec: &AttachSpec, with: &mut Surroundings<'_>) -> Resu
         return Err(Refusal::NoNetwork(name.clone()));
     }
     limit_of("networks", "endpoint", name, spec.networks.len(), MAX_NETWORKS_OF_ENDPOINT)?;
+    limit_of("DNS servers", "endpoint", name, spec.dns.len(), MAX_DNS_SERVERS)?;
     if let Some(hostname) = spec.hostname.as_ref().filter(|hostname| !is_host_name(hostname)) {
         let hostname = hostname.clone();
         return Err(Refusal::InvalidHostname { endpoint: name.clone(), hostname });
@@ -366,7 +470,7 @@ fn attach(state: &State, spec: &AttachSpec, with: &mut Surroundings<'_>) -> Resu
     let egress = networks.iter().position(|(_, network)| !network.setup.internal);
     let (mut attachments, mut assigned, mut macs) = (Vec::new(), Vec::new(), Vec::new());
     for (number, (wanted, network)) in networks.into_iter().enumerate() {
-        let addresses = addresses(state, name, wanted, network, with)?;
+        let addresses = addresses(state, name, wanted, network, reserved, with)?;
         let host_end = Interface {
             name: unused_veth_name(state, &attachments, name, with)?,
             mac: unused_mac(state, &mut macs, name, with.random)?,
@@ -396,6 +500,7 @@ fn attach(state: &State, spec: &AttachSpec, with: &mut Surroundings<'_>) -> Resu
         setup: netsetup::Endpoint { name: name.to_string(), attachments },
         aliases,
         hostname: spec.hostname.clone(),
+        dns: spec.dns.clone(),
         namespace,
         ports,
     };
@@ -421,6 +526,7 @@ fn addresses(
     endpoint: &Name,
     wanted: &NetworkAttachment,
     network: &Network,
+    reserved: &BTreeSet<IpAddr>,
     with: &Surroundings<'_>,
 ) -> Result<Vec<Assigned>, Refusal> {
     let subnets = &network.setup.subnets;
@@ -456,6 +562,7 @@ fn addresses(
             return Err(Refusal::AddressTaken { endpoint, address, network, holder });
         }
     }
+    taken.extend(reserved);
     let assign = |&Subnet { subnet, gateway }: &Subnet| {
         let fixed = fixed.get(&gateway.is_ipv6()).copied();
         let address = fixed.or_else(|| with.quarantine.choose(subnet, &taken, with.now));

@@ -2,7 +2,7 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
-use crate::{Name, PublishedPort};
+use crate::{Name, Project, PublishedPort};
 use ipnet::IpNet;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -43,6 +43,21 @@ pub enum Command {
         /// Absolute path of the new network namespace.
         namespace: PathBuf,
     },
+    /// Creates a project with its networks and endpoints.
+    ApplyProject(ProjectSpec),
+    /// Removes a project, its endpoints and its networks.
+    RemoveProject(Name),
+}
+
+/// A project to create.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProjectSpec {
+    /// Its name and services.
+    pub project: Project,
+    /// Its networks, named `project/network`.
+    pub networks: Vec<NetworkSpec>,
+    /// Its endpoints, named `project/service`, with the networks of the project.
+    pub endpoints: Vec<AttachSpec>,
 }
 
 /// A network to create.
@@ -100,6 +115,8 @@ pub struct AttachSpec {
     pub networks: Vec<NetworkAttachment>,
     /// Host name, an additional DNS name on all networks.
     pub hostname: Option<String>,
+    /// Upstream DNS servers. If empty, those of its networks.
+    pub dns: Vec<IpAddr>,
     /// Published ports, with ephemeral host ports already chosen.
     pub ports: Vec<PublishedPort>,
 }

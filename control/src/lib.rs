@@ -18,7 +18,7 @@
 //! | module | contents |
 //! |---|---|
 //! | `name` | [`Name`]: `name` or `project/name` |
-//! | `state` | [`State`], [`Network`], [`Endpoint`], [`PublishedPort`] |
+//! | `state` | [`State`], [`Network`], [`Endpoint`], [`PublishedPort`], [`Project`] |
 //! | `command` | [`Command`] and its specs |
 //! | `apply` | [`apply`]: from a state and a command to the next state; the limits |
 //! | `refusal` | [`Refusal`]: why a command was refused |
@@ -46,12 +46,12 @@ mod tests;
 
 pub use apply::{
     MAX_ALIASES, MAX_DNS_SERVERS, MAX_ENDPOINTS, MAX_ENDPOINTS_OF_NETWORK, MAX_NETWORKS,
-    MAX_NETWORKS_OF_ENDPOINT, MAX_PORTS, Surroundings, apply,
+    MAX_NETWORKS_OF_ENDPOINT, MAX_PORTS, MAX_PROJECTS, Surroundings, apply,
 };
 pub use changes::{Change, changes};
-pub use command::{AttachSpec, Command, NetworkAttachment, NetworkSpec};
+pub use command::{AttachSpec, Command, NetworkAttachment, NetworkSpec, ProjectSpec};
 pub use name::{Name, NameError};
 pub use quarantine::Quarantine;
 pub use refusal::Refusal;
-pub use state::{Endpoint, Network, PublishedPort, State};
+pub use state::{Endpoint, Network, Project, PublishedPort, Service, State};
 pub use store::{Store, StoreError};

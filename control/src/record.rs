@@ -1,6 +1,7 @@
 //! The on-disk form of the state.
 //!
-//! A record is a JSON object, stored under the text of the [`Name`] of its network or endpoint.
+//! A record is a JSON object, stored under the text of the [`Name`] of its network, endpoint or
+//! project.
 //! This module describes the form completely: its types are separate from those of the state, so
 //! that a change of the state does not change the form by accident.
 //!
@@ -10,17 +11,20 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
-use crate::{Endpoint, Name, Network, PublishedPort, State};
+use crate::{Endpoint, Name, Network, Project, PublishedPort, Service, State};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::path::Path;
 use std::sync::Arc;
-use tidegate_model::{MacAddress, Protocol};
+use std::time::Duration;
+use tidegate_model::{MacAddress, Protocol, Restart};
 use tidegate_netsetup::{self as netsetup, Attachment, Interface, Subnet};
 
-/// The format that this version writes. It reads this format only.
-pub(crate) const FORMAT: u32 = 1;
+/// The format that this version writes. It also reads format 1, which has no projects and no DNS
+/// servers of endpoints.
+pub(crate) const FORMAT: u32 = 2;
 
 /// A network.
 #[derive(Debug, Serialize, Deserialize)]
@@ -58,6 +62,9 @@ struct EndpointRecord {
     /// Absolute path.
     namespace: String,
     hostname: Option<String>,
+    /// Since format 2.
+    #[serde(default)]
+    dns: Vec<IpAddr>,
     /// In the order of the interfaces.
     attachments: Vec<AttachmentRecord>,
     /// Sorted.
@@ -87,6 +94,40 @@ struct PortRecord {
     protocol: String,
 }
 
+/// A project. Since format 2.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ProjectRecord {
+    /// Path of the Compose file.
+    file: Option<String>,
+    grace_ms: u64,
+    services: Vec<ServiceRecord>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ServiceRecord {
+    name: String,
+    command: Vec<String>,
+    environment: BTreeMap<String, String>,
+    /// Absolute path.
+    working_dir: String,
+    dns_search: Vec<String>,
+    dns_options: Vec<String>,
+    restart: RestartRecord,
+    depends_on: Vec<String>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum RestartRecord {
+    No,
+    /// With the maximum number of restarts.
+    OnFailure(Option<u32>),
+    Always,
+    UnlessStopped,
+}
+
 /// A record that is not valid.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RecordError {
@@ -96,7 +137,7 @@ pub(crate) enum RecordError {
     Json(#[from] serde_json::Error),
     #[error("{0}")]
     Protocol(#[from] tidegate_model::UnknownProtocol),
-    #[error("namespace path {0:?} is not UTF-8")]
+    #[error("path {0:?} is not UTF-8")]
     Path(std::path::PathBuf),
     #[error("network {0} does not exist")]
     UnknownNetwork(Name),
@@ -184,13 +225,14 @@ impl Record for Endpoint {
             name,
             aliases,
             hostname: record.hostname,
+            dns: record.dns,
             namespace: record.namespace.into(),
             ports,
         })
     }
 
     fn write(&self) -> Result<Vec<u8>, RecordError> {
-        let Self { name: _, setup, aliases, hostname, namespace, ports } = self;
+        let Self { name: _, setup, aliases, hostname, dns, namespace, ports } = self;
         let netsetup::Endpoint { name: _, attachments } = setup;
         let attachment = |one: &Attachment| -> Result<AttachmentRecord, RecordError> {
             let Attachment { network, host_end, inside, addresses, default_route, any_address } =
@@ -210,10 +252,10 @@ impl Record for Endpoint {
             let PublishedPort { protocol, address, host_port, container_port } = *one;
             PortRecord { address, host_port, container_port, protocol: protocol.to_string() }
         };
-        let path = namespace.to_str().ok_or_else(|| RecordError::Path(namespace.clone()))?;
         Ok(serde_json::to_vec(&EndpointRecord {
-            namespace: path.to_owned(),
+            namespace: utf8(namespace)?,
             hostname: hostname.clone(),
+            dns: dns.clone(),
             attachments: attachments.iter().map(attachment).collect::<Result<_, _>>()?,
             ports: ports.iter().map(port).collect(),
         })?)
@@ -222,6 +264,77 @@ impl Record for Endpoint {
     fn name(&self) -> &Name {
         &self.name
     }
+}
+
+impl Record for Project {
+    fn read(name: Name, record: &[u8]) -> Result<Self, RecordError> {
+        let record: ProjectRecord = serde_json::from_slice(record)?;
+        let service = |one: ServiceRecord| Service {
+            name: one.name,
+            command: one.command,
+            environment: one.environment,
+            working_dir: one.working_dir.into(),
+            dns_search: one.dns_search,
+            dns_options: one.dns_options,
+            restart: match one.restart {
+                RestartRecord::No => Restart::No,
+                RestartRecord::OnFailure(max) => Restart::OnFailure { max },
+                RestartRecord::Always => Restart::Always,
+                RestartRecord::UnlessStopped => Restart::UnlessStopped,
+            },
+            depends_on: one.depends_on,
+        };
+        Ok(Self {
+            name,
+            file: record.file.map(Into::into),
+            grace: Duration::from_millis(record.grace_ms),
+            services: record.services.into_iter().map(service).collect(),
+        })
+    }
+
+    fn write(&self) -> Result<Vec<u8>, RecordError> {
+        let Self { name: _, file, grace, services } = self;
+        let service = |one: &Service| -> Result<ServiceRecord, RecordError> {
+            let Service {
+                name,
+                command,
+                environment,
+                working_dir,
+                dns_search,
+                dns_options,
+                restart,
+                depends_on,
+            } = one;
+            Ok(ServiceRecord {
+                name: name.clone(),
+                command: command.clone(),
+                environment: environment.clone(),
+                working_dir: utf8(working_dir)?,
+                dns_search: dns_search.clone(),
+                dns_options: dns_options.clone(),
+                restart: match restart {
+                    Restart::No => RestartRecord::No,
+                    Restart::OnFailure { max } => RestartRecord::OnFailure(*max),
+                    Restart::Always => RestartRecord::Always,
+                    Restart::UnlessStopped => RestartRecord::UnlessStopped,
+                },
+                depends_on: depends_on.clone(),
+            })
+        };
+        Ok(serde_json::to_vec(&ProjectRecord {
+            file: file.as_deref().map(utf8).transpose()?,
+            grace_ms: u64::try_from(grace.as_millis()).unwrap_or(u64::MAX),
+            services: services.iter().map(service).collect::<Result<_, _>>()?,
+        })?)
+    }
+
+    fn name(&self) -> &Name {
+        &self.name
+    }
+}
+
+fn utf8(path: &Path) -> Result<String, RecordError> {
+    path.to_str().map(str::to_owned).ok_or_else(|| RecordError::Path(path.to_owned()))
 }
 
 impl From<&Interface> for InterfaceRecord {
@@ -272,23 +385,43 @@ mod tests {
         T::read(key.parse().unwrap(), record).unwrap().write().unwrap()
     }
 
+    /// Returns the records as they are read and written again.
+    fn written_again(samples: &str) -> Vec<(Sample, serde_json::Value)> {
+        let again = |line: &str| {
+            let sample: Sample = serde_json::from_str(line).unwrap();
+            let bytes = serde_json::to_vec(&sample.record).unwrap();
+            let written = match sample.table.as_str() {
+                "networks" => round_trip::<Network>(&sample.key, &bytes),
+                "endpoints" => round_trip::<Endpoint>(&sample.key, &bytes),
+                "projects" => round_trip::<Project>(&sample.key, &bytes),
+                table => panic!("table {table}"),
+            };
+            (sample, serde_json::from_slice(&written).unwrap())
+        };
+        samples.lines().map(again).collect()
+    }
+
     /// Every record of the format is read, and written as the same JSON.
     #[test]
-    fn samples_of_format_1_are_read_completely() {
-        let mut count = 0;
-        for line in include_str!("testdata/format-1.jsonl").lines() {
-            let Sample { table, key, record } = serde_json::from_str(line).unwrap();
-            let bytes = serde_json::to_vec(&record).unwrap();
-            let written = match table.as_str() {
-                "networks" => round_trip::<Network>(&key, &bytes),
-                "endpoints" => round_trip::<Endpoint>(&key, &bytes),
-                _ => panic!("table {table}"),
-            };
-            assert_eq!(serde_json::from_slice::<serde_json::Value>(&written).unwrap(), record);
-            count += 1;
+    fn samples_of_format_2_are_read_completely() {
+        let samples = written_again(include_str!("testdata/format-2.jsonl"));
+        assert_eq!(samples.len(), 7);
+        for (sample, written) in samples {
+            assert_eq!(written, sample.record);
         }
-        assert_eq!(count, 5);
-        assert_eq!(FORMAT, 1, "add samples of the new format");
+        assert_eq!(FORMAT, 2, "add samples of the new format");
+    }
+
+    #[test]
+    fn samples_of_format_1_have_no_dns_servers_of_endpoints() {
+        let samples = written_again(include_str!("testdata/format-1.jsonl"));
+        assert_eq!(samples.len(), 5);
+        for (mut sample, written) in samples {
+            if sample.table == "endpoints" {
+                sample.record["dns"] = serde_json::json!([]);
+            }
+            assert_eq!(written, sample.record);
+        }
     }
 
     #[test]

@@ -21,6 +21,20 @@ pub enum Refusal {
     /// The name of a new endpoint is in use.
     #[error("endpoint {0} already exists; detach it first, or choose another name")]
     EndpointExists(Name),
+    /// The name of a new project is in use.
+    #[error("project {0} is up already; take it down first (tidegate down {0})")]
+    ProjectExists(Name),
+    /// The project does not exist.
+    #[error("project {0} is not up; tidegate ls lists the projects")]
+    UnknownProject(Name),
+    /// A part of a new project has a name outside of it, or the project has another one's name.
+    #[error("project {project}: {part} is not a part of it; name its parts {project}/NAME")]
+    ForeignPart {
+        /// The project.
+        project: Name,
+        /// The network, endpoint or service.
+        part: String,
+    },
     /// The network does not exist.
     #[error("network {0} does not exist; create it first")]
     UnknownNetwork(Name),

@@ -8,7 +8,8 @@ use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use tidegate_model::{Protocol, bracketed};
+use std::time::Duration;
+use tidegate_model::{Protocol, Restart, bracketed};
 use tidegate_netsetup::{self as netsetup, Desired};
 
 /// The desired state of a host.
@@ -19,6 +20,41 @@ use tidegate_netsetup::{self as netsetup, Desired};
 pub struct State {
     pub(crate) networks: BTreeMap<Name, Arc<Network>>,
     pub(crate) endpoints: BTreeMap<Name, Arc<Endpoint>>,
+    pub(crate) projects: BTreeMap<Name, Arc<Project>>,
+}
+
+/// A Compose project, whose services run in the background.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Project {
+    /// Its name, without a project.
+    pub name: Name,
+    /// Path of its Compose file, for reports. In UTF-8.
+    pub file: Option<PathBuf>,
+    /// Time between SIGTERM and SIGKILL when its services are stopped.
+    pub grace: Duration,
+    /// Its services in the order of the file, without those in adopted namespaces.
+    pub services: Vec<Service>,
+}
+
+/// A service of a project: a command that runs in the namespace of the endpoint `project/name`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// Its name in the project.
+    pub name: String,
+    /// Program and arguments, at least the program.
+    pub command: Vec<String>,
+    /// Environment variables in addition to the inherited ones.
+    pub environment: BTreeMap<String, String>,
+    /// Absolute path of the working directory. In UTF-8.
+    pub working_dir: PathBuf,
+    /// DNS search domains. If empty, those of the host.
+    pub dns_search: Vec<String>,
+    /// Options of resolv.conf(5).
+    pub dns_options: Vec<String>,
+    /// Restart policy.
+    pub restart: Restart,
+    /// Names of the services that have to run before this one starts.
+    pub depends_on: Vec<String>,
 }
 
 /// A network of the state.
@@ -46,6 +82,8 @@ pub struct Endpoint {
     pub aliases: BTreeMap<Name, Vec<String>>,
     /// Host name, an additional DNS name on all of its networks.
     pub hostname: Option<String>,
+    /// Upstream DNS servers. If empty, those of its networks.
+    pub dns: Vec<IpAddr>,
     /// Absolute path of the network namespace, in UTF-8.
     pub namespace: PathBuf,
     /// The published ports, sorted.
@@ -109,6 +147,12 @@ impl State {
     #[must_use]
     pub fn endpoints(&self) -> &BTreeMap<Name, Arc<Endpoint>> {
         &self.endpoints
+    }
+
+    /// Returns the projects by name.
+    #[must_use]
+    pub fn projects(&self) -> &BTreeMap<Name, Arc<Project>> {
+        &self.projects
     }
 
     /// Returns the endpoints on the network.

@@ -2,10 +2,10 @@
 //!
 //! # Theory of operation
 //!
-//! The tables `networks` and `endpoints` have a record per object; `meta` has the number of the
-//! format. A commit is one durable transaction with the records that differ. redb writes it to
-//! unused pages, then switches the header, and syncs. After a crash it uses the last header whose
-//! pages have correct checksums, so the file has either the old or the new state.
+//! The tables `networks`, `endpoints` and `projects` have a record per object; `meta` has the
+//! number of the format. A commit is one durable transaction with the records that differ. redb
+//! writes it to unused pages, then switches the header, and syncs. After a crash it uses the last
+//! header whose pages have correct checksums, so the file has either the old or the new state.
 //!
 //! A failed sync leaves open which of the two states the disk has. The page cache cannot tell:
 //! Linux reports a failed write once, and then treats the pages as clean. After a failure, the
@@ -17,7 +17,7 @@
 
 use crate::changes::difference;
 use crate::record::{FORMAT, Record, RecordError, dangling, read_into};
-use crate::{Endpoint, Name, Network, State};
+use crate::{Endpoint, Name, Network, Project, State};
 use redb::backends::FileBackend;
 use redb::{
     Builder, CommitError, Database, DatabaseError, ReadableDatabase, ReadableTable, StorageBackend,
@@ -42,6 +42,8 @@ const ATTEMPTS: u32 = 10;
 const META: TableDefinition<'_, &str, u32> = TableDefinition::new("meta");
 const NETWORKS: Records = TableDefinition::new("networks");
 const ENDPOINTS: Records = TableDefinition::new("endpoints");
+/// Since format 2.
+const PROJECTS: Records = TableDefinition::new("projects");
 
 /// The key of [`META`] with the number of the format.
 const FORMAT_KEY: &str = "format";
@@ -406,7 +408,7 @@ fn read(database: &Database) -> Result<State, Failure> {
         Err(error) => return Err(error.into()),
     };
     match format {
-        Some(FORMAT) => {}
+        Some(1 | FORMAT) => {}
         Some(newer) if newer > FORMAT => return Err(Failure::Newer(newer)),
         Some(0) | None => {
             return Err(Failure::Corrupt("meta/format", "no valid number".to_owned()));
@@ -418,6 +420,9 @@ fn read(database: &Database) -> Result<State, Failure> {
     let mut state = State::default();
     read_table(&transaction.open_table(NETWORKS)?, "networks", &mut state.networks)?;
     read_table(&transaction.open_table(ENDPOINTS)?, "endpoints", &mut state.endpoints)?;
+    if format == Some(FORMAT) {
+        read_table(&transaction.open_table(PROJECTS)?, "projects", &mut state.projects)?;
+    }
     match dangling(&state) {
         Some((name, error)) => Err(Failure::Record("endpoints", name.to_string(), error)),
         None => Ok(state),
@@ -442,13 +447,27 @@ fn read_table<T: Record>(
 fn write_difference(database: &Database, old: &State, new: &State) -> Result<(), Failure> {
     let networks = difference(&old.networks, &new.networks);
     let endpoints = difference(&old.endpoints, &new.endpoints);
-    if [networks.0.len(), networks.1.len(), endpoints.0.len(), endpoints.1.len()] == [0; 4] {
+    let projects = difference(&old.projects, &new.projects);
+    let lengths = [networks.0.len(), networks.1.len(), endpoints.0.len(), endpoints.1.len()];
+    if lengths == [0; 4] && projects.0.len() + projects.1.len() == 0 {
         return Ok(());
     }
     let transaction = database.begin_write()?;
+    write_format(&transaction)?;
+    write_table(&transaction, PROJECTS, "projects", &projects.0, &projects.1)?;
     write_table(&transaction, NETWORKS, "networks", &networks.0, &networks.1)?;
     write_table(&transaction, ENDPOINTS, "endpoints", &endpoints.0, &endpoints.1)?;
     Ok(transaction.commit()?)
+}
+
+/// Writes the number of the format if it differs. A page that is not changed needs no space.
+fn write_format(transaction: &WriteTransaction) -> Result<(), Failure> {
+    let mut meta = transaction.open_table(META)?;
+    let found = meta.get(FORMAT_KEY)?.map(|format| format.value());
+    if found != Some(FORMAT) {
+        meta.insert(FORMAT_KEY, FORMAT)?;
+    }
+    Ok(())
 }
 
 /// Replaces all records with those of `state`.
@@ -457,11 +476,14 @@ fn write_all(database: &Database, state: &State) -> Result<(), Failure> {
     transaction.delete_table(META)?;
     transaction.delete_table(NETWORKS)?;
     transaction.delete_table(ENDPOINTS)?;
+    transaction.delete_table(PROJECTS)?;
     transaction.open_table(META)?.insert(FORMAT_KEY, FORMAT)?;
     let networks: Vec<&Arc<Network>> = state.networks.values().collect();
     let endpoints: Vec<&Arc<Endpoint>> = state.endpoints.values().collect();
     write_table(&transaction, NETWORKS, "networks", &[], &networks)?;
     write_table(&transaction, ENDPOINTS, "endpoints", &[], &endpoints)?;
+    let projects: Vec<&Arc<Project>> = state.projects.values().collect();
+    write_table(&transaction, PROJECTS, "projects", &[], &projects)?;
     Ok(transaction.commit()?)
 }
 

@@ -245,6 +245,7 @@ fn attach() -> impl Strategy<Value = AttachSpec> {
             namespace,
             networks,
             hostname: hostname.map(Into::into),
+            dns: Vec::new(),
             ports,
         },
     )

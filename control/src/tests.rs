@@ -3,7 +3,8 @@
 use crate::testing::{Environment, HOST_LINK, HOST_ROUTE, command, name, port, states};
 use crate::{
     AttachSpec, Change, Command, Endpoint, MAX_ENDPOINTS_OF_NETWORK, MAX_PORTS, Name, Network,
-    NetworkAttachment, NetworkSpec, PublishedPort, Refusal, State, changes,
+    NetworkAttachment, NetworkSpec, Project, ProjectSpec, PublishedPort, Refusal, Service, State,
+    changes,
 };
 use ipnet::IpNet;
 use proptest::prelude::*;
@@ -12,6 +13,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_model::Restart;
 use tidegate_netsetup::{Observed, QUARANTINE, RuleIsolation, capacity, plan};
 
 /// The model: the rules of the documentation as plain searches, over copies of what was assigned.
@@ -62,6 +64,7 @@ impl Model {
             Command::Relocate { endpoint, namespace } => {
                 self.endpoints.contains_key(endpoint) && self.allows_namespace(endpoint, namespace)
             }
+            Command::ApplyProject(_) | Command::RemoveProject(_) => unreachable!("not generated"),
         }
     }
 
@@ -248,6 +251,7 @@ impl Model {
             Command::Relocate { endpoint, namespace } => {
                 self.endpoints.get_mut(endpoint).unwrap().namespace.clone_from(namespace);
             }
+            Command::ApplyProject(_) | Command::RemoveProject(_) => unreachable!("not generated"),
         }
     }
 
@@ -488,6 +492,7 @@ fn attach(text: &str, networks: &[&str]) -> AttachSpec {
         namespace: format!("/run/netns/{text}").into(),
         networks: networks.iter().map(|network| NetworkAttachment::new(name(network))).collect(),
         hostname: None,
+        dns: vec![],
         ports: vec![],
     }
 }
@@ -750,4 +755,108 @@ fn endpoints_of_a_replaced_network_are_removed_and_added() {
     let steps = changes(&old, &new);
     assert_eq!(steps[..4], expected[..4]);
     assert_eq!(steps[4..], [Change::AddEndpoint(Arc::clone(&new.endpoints[&name("one")]))]);
+}
+
+fn project(text: &str, networks: &[NetworkSpec], endpoints: &[AttachSpec]) -> ProjectSpec {
+    let service = |endpoint: &AttachSpec| Service {
+        name: endpoint.name.name().to_owned(),
+        command: vec!["true".to_owned()],
+        environment: BTreeMap::new(),
+        working_dir: "/".into(),
+        dns_search: vec![],
+        dns_options: vec![],
+        restart: Restart::No,
+        depends_on: vec![],
+    };
+    ProjectSpec {
+        project: Project {
+            name: name(text),
+            file: None,
+            grace: Duration::from_secs(10),
+            services: endpoints.iter().map(service).collect(),
+        },
+        networks: networks.to_vec(),
+        endpoints: endpoints.to_vec(),
+    }
+}
+
+#[test]
+fn a_project_is_created_and_removed_with_all_its_parts() {
+    let mut environment = Environment::new();
+    let before = apply_all(
+        &mut environment,
+        &[
+            Command::CreateNetwork(NetworkSpec::new(name("front"))),
+            Command::Attach(attach("web", &["front"])),
+        ],
+    );
+    let fixed = AttachSpec {
+        networks: vec![NetworkAttachment {
+            addresses: vec!["10.77.0.2".parse().unwrap()],
+            ..NetworkAttachment::new(name("shop/back"))
+        }],
+        ..attach("shop/db", &[])
+    };
+    let back = NetworkSpec {
+        // The first subnet that would be chosen for the other network.
+        subnets: vec![("10.77.0.0/24".parse().unwrap(), None)],
+        ..NetworkSpec::new(name("shop/back"))
+    };
+    let endpoints = [attach("shop/web", &["shop/back", "shop/front"]), fixed];
+    let spec = project("shop", &[NetworkSpec::new(name("shop/front")), back], &endpoints);
+    let up = environment.apply(&before, &Command::ApplyProject(spec.clone())).unwrap();
+    let web = &up.endpoints[&name("shop/web")];
+    assert_eq!(
+        web.addresses_on(&name("shop/back")).next(),
+        Some("10.77.0.3".parse().unwrap()),
+        "10.77.0.2 is a fixed address of another endpoint"
+    );
+    assert_eq!((up.networks.len(), up.endpoints.len(), up.projects.len()), (3, 3, 1));
+    assert_eq!(
+        environment.apply(&up, &Command::ApplyProject(spec)),
+        Err(Refusal::ProjectExists(name("shop")))
+    );
+    let down = environment.apply(&up, &Command::RemoveProject(name("shop"))).unwrap();
+    assert_eq!(down, before);
+    assert_eq!(
+        environment.apply(&down, &Command::RemoveProject(name("shop"))),
+        Err(Refusal::UnknownProject(name("shop")))
+    );
+}
+
+#[test]
+fn a_refused_project_changes_nothing() {
+    let mut environment = Environment::new();
+    let before =
+        apply_all(&mut environment, &[Command::CreateNetwork(NetworkSpec::new(name("a")))]);
+    let network = NetworkSpec::new(name("shop/front"));
+    let web = attach("shop/web", &["shop/front"]);
+    let quarantine = format!("{:?}", environment.quarantine);
+    for (spec, expected) in [
+        (
+            project("shop", std::slice::from_ref(&network), &[web.clone(), web.clone()]),
+            "endpoint shop/web already exists",
+        ),
+        (project("shop", &[NetworkSpec::new(name("b"))], &[]), "network b is not a part of it"),
+        (
+            project("shop", std::slice::from_ref(&network), &[attach("web", &["shop/front"])]),
+            "endpoint web is not a part of it",
+        ),
+        (
+            project("shop", std::slice::from_ref(&network), &[attach("shop/web", &["a"])]),
+            "network a is not a part of it",
+        ),
+        (project("shop/web", &[], &[]), "name shop/web is not a part of it"),
+        (
+            ProjectSpec {
+                endpoints: vec![],
+                ..project("shop", std::slice::from_ref(&network), std::slice::from_ref(&web))
+            },
+            "service \"web\" is not a part of it",
+        ),
+    ] {
+        let refusal = environment.apply(&before, &Command::ApplyProject(spec)).unwrap_err();
+        assert!(refusal.to_string().contains(expected), "{refusal}");
+        assert_eq!(format!("{:?}", environment.quarantine), quarantine, "{expected}");
+    }
 }

@@ -186,6 +186,7 @@ fn history() -> Vec<State> {
             namespace: format!("/run/netns/{number}").into(),
             networks: vec![NetworkAttachment::new(name("a"))],
             hostname: None,
+            dns: vec![],
             ports: (0..20 * number)
                 .map(|port_number| port("::", 1_000 * number + port_number + 1, 80))
                 .collect(),
@@ -403,7 +404,7 @@ fn a_store_of_a_newer_version_is_not_read() {
     drop(store);
     let error = Store::open(&path).unwrap_err();
     assert!(matches!(error, StoreError::Newer { found: 7, .. }));
-    assert!(error.to_string().contains("has format 7, and this version supports format 1"));
+    assert!(error.to_string().contains("has format 7, and this version supports format 2"));
 }
 
 #[test]
@@ -501,6 +502,7 @@ fn child_on_a_full_disk() {
                         ..NetworkAttachment::new(name("a"))
                     }],
                     hostname: None,
+                    dns: vec![],
                     ports: vec![],
                 }),
             )
