@@ -13,7 +13,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// Subdirectory of the run directory.
-const SERVICES: &str = "services";
+pub(super) const SERVICES: &str = "services";
 
 /// Attempts to create and lock a directory. An attempt fails if a sweep removes the directory in
 /// between.
@@ -113,7 +113,7 @@ fn lock(path: &Path) -> io::Result<Option<File>> {
 }
 
 /// Returns whether `path` still refers to the open `directory`.
-fn is_at(directory: &File, path: &Path) -> bool {
+pub(super) fn is_at(directory: &File, path: &Path) -> bool {
     let id = |metadata: &fs::Metadata| (metadata.dev(), metadata.ino());
     matches!((&directory.metadata(), &fs::metadata(path)), (Ok(open), Ok(current)) if id(open) == id(current))
 }

@@ -25,6 +25,39 @@
 //! a service thus has no capability over the supervisor's network namespace, which contains the
 //! bridges.
 //!
+//! # Supervisor processes
+//!
+//! `tidegate up` runs the supervisor itself, and its services end with it. The services of a daemon
+//! belong to a supervisor process, one per project. It outlives the daemon, and the next daemon
+//! connects to it:
+//!
+//! ```text
+//! daemon (`RemoteSupervisor`)          started by a daemon, detached from it:
+//!    │ request ▼ ▲ replies             own session, no death signal, no descriptors but stderr
+//!    │ supervisor.sock
+//! service-supervisor DIRECTORY (`process`, `server`)
+//!    │ network namespaces (/proc/PID/fd/N), log, exit statuses
+//!    │ supervisor (tokio), as above: one thread, on which the death signal of the inits depends
+//! ```
+//!
+//! | request | answered with |
+//! |---|---|
+//! | describe | descriptors of the network namespaces |
+//! | start | success or error, once all services run |
+//! | is started | whether a start has succeeded |
+//! | statuses | statuses of all services, now and after each change |
+//! | logs | the last lines of a service or of all, and new ones |
+//! | stop | success; the process exits after its services |
+//!
+//! A connection carries one request. Messages are JSON with a length and a version (`wire`). The
+//! daemon holds no state of the services: statuses, output and namespaces are those of the process.
+//! The lock file in its directory decides whether a process runs there.
+//!
+//! A slow client cannot block services, because the log drops its oldest lines instead (`log`). A
+//! process that is killed takes its services down, as their inits have a death signal.
+//!
+//! # States
+//!
 //! The states of a service are `Starting -> Running -> (Restarting -> Starting ...) -> Ended`.
 //! `Ended` is final.
 
@@ -34,16 +67,24 @@ mod files;
 pub mod init;
 mod launch;
 mod lines;
+mod log;
 mod nsswitch;
 mod order;
 mod output;
+pub mod process;
 mod protocol;
+mod remote;
+mod server;
 mod service;
+mod spawn;
 mod supervisor;
+mod wire;
 
 pub use error::ServiceError;
 pub use files::sweep;
+pub use log::{LogLine, OutputStream};
 pub use output::{Output, StandardOutput};
+pub use remote::{LogStream, RemoteError, RemoteSupervisor, StatusStream};
 pub use supervisor::{DEFAULT_GRACE, Observer, Supervisor};
 
 use serde::{Deserialize, Serialize};
@@ -80,6 +121,61 @@ pub struct ServiceSpec {
     pub restart: Restart,
     /// Names of the services that have to run before this one starts.
     pub depends_on: Vec<String>,
+}
+
+/// A service to run in a supervisor process: a [`ServiceSpec`] without the namespace, which is the
+/// one that [`RemoteSupervisor::launch`] created for the service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RemoteSpec {
+    /// Name, as in [`ServiceSpec::name`]. One of those given to [`RemoteSupervisor::launch`].
+    pub name: String,
+    /// Program and arguments. The program is searched for in the service's `PATH`.
+    pub command: Vec<String>,
+    /// Environment variables. `PATH`, `HOME`, `LANG`, `TERM` and `USER` are inherited from the
+    /// supervisor process, and thus from the daemon that launched it, unless they are set here.
+    pub environment: BTreeMap<String, String>,
+    /// Host name in the UTS namespace. At most 64 bytes.
+    pub hostname: String,
+    /// Initial working directory of the command. Absolute.
+    pub working_dir: PathBuf,
+    /// Contents of `/etc/hosts`.
+    pub hosts: String,
+    /// Contents of `/etc/resolv.conf`.
+    pub resolv_conf: String,
+    /// Restart policy.
+    #[serde(with = "wire::Restart")]
+    pub restart: Restart,
+    /// Names of the services that have to run before this one starts.
+    pub depends_on: Vec<String>,
+}
+
+impl RemoteSpec {
+    /// Returns the service in `namespace`.
+    fn in_namespace(self, namespace: Namespace) -> ServiceSpec {
+        let Self {
+            name,
+            command,
+            environment,
+            hostname,
+            working_dir,
+            hosts,
+            resolv_conf,
+            restart,
+            depends_on,
+        } = self;
+        ServiceSpec {
+            name,
+            command,
+            environment,
+            hostname,
+            working_dir,
+            namespace,
+            hosts,
+            resolv_conf,
+            restart,
+            depends_on,
+        }
+    }
 }
 
 /// Exit status of a service's command.
@@ -131,7 +227,7 @@ fn signal_name(number: i32) -> Option<&'static str> {
 }
 
 /// State of a service.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum State {
     /// Its namespaces and mounts are being set up.
     Starting,
@@ -144,7 +240,7 @@ pub enum State {
 }
 
 /// Status of a service.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// Name of the service.
     pub name: String,
@@ -154,7 +250,9 @@ pub struct Status {
     pub state: State,
     /// Number of restarts.
     pub restarts: u32,
-    /// Time of the last change of `state`.
+    /// Time of the last change of `state`. With a resolution of 1 ms if the service runs in a
+    /// supervisor process.
+    #[serde(with = "wire::milliseconds")]
     pub since: SystemTime,
 }
 

@@ -16,7 +16,7 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 
 /// Maximum length of a message in bytes. Linux passes at most 6 MiB of arguments and environment to
 /// a program (`bprm_stack_limits`, fs/exec.c).
-const MAX_MESSAGE: usize = 8 * 1024 * 1024;
+pub(super) const MAX_MESSAGE: usize = 8 * 1024 * 1024;
 
 /// Maximum length of a report in bytes. Bounded, because a service of the same user can send
 /// reports through the init with ptrace(2).
@@ -88,27 +88,42 @@ pub(super) fn receive<T: DeserializeOwned>(mut socket: impl Read) -> io::Result<
     Ok(serde_json::from_slice(&json)?)
 }
 
-/// Buffer of received reports, the last one possibly incomplete.
+/// Buffer of received messages, the last one possibly incomplete.
 #[derive(Debug, Default)]
 pub(super) struct Inbox(Vec<u8>);
 
 impl Inbox {
     /// Returns the next report. `None` at the end of file, and for an invalid report. Cancel safe.
     pub(super) async fn next(&mut self, socket: &mut (impl AsyncRead + Unpin)) -> Option<Report> {
+        let json = self.next_message(socket, MAX_REPORT).await.ok()??;
+        serde_json::from_slice(&json).ok()
+    }
+
+    /// Returns the JSON of the next message. `None` at the end of file. Cancel safe.
+    ///
+    /// # Errors
+    /// The message is longer than `max` bytes ([`io::ErrorKind::InvalidData`]), or the socket
+    /// cannot be read.
+    pub(super) async fn next_message(
+        &mut self,
+        socket: &mut (impl AsyncRead + Unpin),
+        max: usize,
+    ) -> io::Result<Option<Vec<u8>>> {
         loop {
             if let Some(length) = self.0.first_chunk::<4>() {
                 let length = u32::from_le_bytes(*length) as usize;
-                if length > MAX_REPORT {
-                    return None;
+                if length > max {
+                    let reason = format!("message of {length} bytes; the maximum is {max}");
+                    return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
                 }
                 if let Some(json) = self.0.get(4..4 + length) {
-                    let report = serde_json::from_slice(json).ok();
+                    let json = json.to_vec();
                     self.0.drain(..4 + length);
-                    return report;
+                    return Ok(Some(json));
                 }
             }
-            if !matches!(socket.read_buf(&mut self.0).await, Ok(1..)) {
-                return None;
+            if socket.read_buf(&mut self.0).await? == 0 {
+                return Ok(None);
             }
         }
     }

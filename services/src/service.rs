@@ -3,6 +3,7 @@
 use super::backoff::Restarts;
 use super::files::ServiceFiles;
 use super::launch::{Launched, launch, start_request};
+use super::log::OutputStream;
 use super::output::ServiceOutput;
 use super::protocol::{Inbox, Report, encode};
 use super::{Exit, ServiceError, ServiceSpec, State, Status};
@@ -37,6 +38,28 @@ pub(super) enum Target {
 /// Receives the result of the first start.
 pub(super) type Started = oneshot::Sender<Result<(), ServiceError>>;
 
+/// Publishes the status of a service: to its handle, and to the list of all statuses.
+pub(super) struct StatusSender {
+    pub(super) own: watch::Sender<Status>,
+    pub(super) all: watch::Sender<Vec<Status>>,
+    /// Position in `all`.
+    pub(super) index: usize,
+}
+
+impl StatusSender {
+    fn send_modify(&self, modify: impl FnOnce(&mut Status)) {
+        // In this order: after the end of the service, nothing changes its status.
+        let mut status = self.own.borrow().clone();
+        modify(&mut status);
+        self.all.send_modify(|all| {
+            if let Some(listed) = all.get_mut(self.index) {
+                listed.clone_from(&status);
+            }
+        });
+        self.own.send_replace(status);
+    }
+}
+
 /// One service.
 pub(super) struct Service {
     pub(super) spec: ServiceSpec,
@@ -44,7 +67,7 @@ pub(super) struct Service {
     /// The program that runs as the init.
     pub(super) init: PathBuf,
     pub(super) output: ServiceOutput,
-    pub(super) status: watch::Sender<Status>,
+    pub(super) status: StatusSender,
     pub(super) target: watch::Receiver<Target>,
     /// Time between SIGTERM and SIGKILL.
     pub(super) grace: Duration,
@@ -116,10 +139,10 @@ impl Service {
         let (mut reports, mut requests) = socket.into_split();
         let mut streams = tokio::task::JoinSet::new();
         if let Some(stream) = stdout {
-            streams.spawn(self.output.clone().copy(stream));
+            streams.spawn(self.output.clone().copy(stream, OutputStream::Stdout));
         }
         if let Some(stream) = stderr {
-            streams.spawn(self.output.clone().copy(stream));
+            streams.spawn(self.output.clone().copy(stream, OutputStream::Stderr));
         }
         let request =
             start_request(&self.spec, self.files.path()).and_then(|request| encode(&request));

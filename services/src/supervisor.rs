@@ -2,8 +2,8 @@
 
 use super::files::ServiceFiles;
 use super::order::levels;
-use super::output::{Output, Printer};
-use super::service::{Service, Target};
+use super::output::{Output, Printer, SharedLog};
+use super::service::{Service, StatusSender, Target};
 use super::{Ended, ServiceError, ServiceSpec, State, Status};
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
@@ -30,6 +30,8 @@ pub struct Supervisor {
     started: bool,
     /// In start order.
     services: Vec<Handle>,
+    /// Statuses of `services`.
+    statuses: watch::Sender<Vec<Status>>,
 }
 
 /// The supervisor's end of the channels to a service's task.
@@ -46,9 +48,29 @@ impl Supervisor {
     /// ([`DEFAULT_GRACE`]).
     #[must_use]
     pub fn new(run_dir: impl Into<PathBuf>, output: impl Output, grace: Duration) -> Self {
+        Self::with_printer(run_dir.into(), Printer::new(output), watch::Sender::default(), grace)
+    }
+
+    /// Creates a supervisor like [`new`](Self::new), with its output in `log`. `statuses` has the
+    /// statuses of the services whose start has begun, in start order. Empties `statuses`.
+    pub(super) fn with_log(
+        run_dir: impl Into<PathBuf>,
+        log: SharedLog,
+        statuses: watch::Sender<Vec<Status>>,
+        grace: Duration,
+    ) -> Self {
+        statuses.send_modify(Vec::clear);
+        Self::with_printer(run_dir.into(), Printer::Log(log), statuses, grace)
+    }
+
+    fn with_printer(
+        run_dir: PathBuf,
+        printer: Printer,
+        statuses: watch::Sender<Vec<Status>>,
+        grace: Duration,
+    ) -> Self {
         let init = PathBuf::from("/proc/self/exe");
-        let printer = Printer::new(output);
-        Self { run_dir: run_dir.into(), init, printer, grace, started: false, services: Vec::new() }
+        Self { run_dir, init, printer, grace, started: false, services: Vec::new(), statuses }
     }
 
     /// Sets the program that runs as the init of services. It must be a `tidegate`. Default: this
@@ -103,7 +125,10 @@ impl Supervisor {
             restarts: 0,
             since: SystemTime::now(),
         };
-        let (status, seen) = watch::channel(first);
+        let (status, seen) = watch::channel(first.clone());
+        self.statuses.send_modify(|statuses| statuses.push(first));
+        let status =
+            StatusSender { own: status, all: self.statuses.clone(), index: self.services.len() };
         let (target, target_of_service) = watch::channel(Target::Run);
         let (started, has_started) = oneshot::channel();
         let service = Service {
@@ -216,11 +241,7 @@ impl Handle {
 /// Validates `specs` and returns the level of each service.
 fn check(specs: &[ServiceSpec]) -> Result<Vec<usize>, ServiceError> {
     for spec in specs {
-        let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-        let begins_valid = spec.name.starts_with(|c: char| c.is_ascii_alphanumeric());
-        if !begins_valid || spec.name.len() > MAX_NAME || !spec.name.chars().all(allowed) {
-            return Err(ServiceError::Name(spec.name.clone()));
-        }
+        check_name(&spec.name)?;
         if spec.command.is_empty() {
             return Err(ServiceError::NoCommand(spec.name.clone()));
         }
@@ -228,4 +249,14 @@ fn check(specs: &[ServiceSpec]) -> Result<Vec<usize>, ServiceError> {
     let needs: Vec<(&str, &[String])> =
         specs.iter().map(|spec| (spec.name.as_str(), spec.depends_on.as_slice())).collect();
     levels(&needs)
+}
+
+/// Returns an error unless `name` is a valid name of a service.
+pub(super) fn check_name(name: &str) -> Result<(), ServiceError> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    let begins_valid = name.starts_with(|c: char| c.is_ascii_alphanumeric());
+    if !begins_valid || name.len() > MAX_NAME || !name.chars().all(allowed) {
+        return Err(ServiceError::Name(name.to_owned()));
+    }
+    Ok(())
 }
