@@ -16,12 +16,14 @@
 //! the routes. `docs/openapi.json` is a copy; a test compares the two.
 
 mod problem;
+mod projects;
 mod reserve;
 mod routes;
 mod server;
 mod view;
 
 pub(crate) use problem::{Problem, blocking};
+pub(crate) use projects::{ProjectOrder, ProjectsView, Supervised};
 pub(crate) use reserve::{Reserved, label_of, reserve_port};
 pub(crate) use server::{MAX_CLIENTS, Server};
 pub(crate) use view::{Adopted, Order, View, snapshot};

@@ -3,9 +3,9 @@
 use crate::socket::{self, SocketError, explain_connect};
 use crate::types::ErrorBody;
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Bytes;
+use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1::handshake;
-use hyper::{Method, Request, StatusCode};
+use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -20,6 +20,9 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Maximum size of a response in bytes, enough for the maximum number of ports.
 const MAX_ANSWER: usize = 128 << 20;
+
+/// Maximum length of a line of a sequence, in bytes.
+const MAX_LINE: usize = 1 << 20;
 
 /// Why a request has no usable response.
 #[derive(Debug, thiserror::Error)]
@@ -131,6 +134,12 @@ impl Client {
         Ok(running()?.into_iter().map(|(_, path)| Self { path }).collect())
     }
 
+    /// Whether an instance listens on the socket.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        socket::has_listener(&self.path)
+    }
+
     /// The path of the socket.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -175,16 +184,102 @@ impl Client {
         self.send::<Option<()>>(Method::DELETE, target, Bytes::new()).await.map(drop)
     }
 
+    /// Posts `body` to `target` and waits without limit: services start or stop meanwhile.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    ///
+    /// # Panics
+    /// As for [`get`](Self::get).
+    pub async fn post_and_wait<T: DeserializeOwned>(
+        &self,
+        target: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body).expect("API types can be serialized");
+        self.send_within(Duration::MAX, Method::POST, target, body.into()).await
+    }
+
+    /// Deletes `target` and waits without limit.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    ///
+    /// # Panics
+    /// As for [`get`](Self::get).
+    pub async fn delete_and_wait(&self, target: &str) -> Result<(), ClientError> {
+        let deleted =
+            self.send_within::<Option<()>>(Duration::MAX, Method::DELETE, target, Bytes::new());
+        deleted.await.map(drop)
+    }
+
+    /// Fetches `target`, a sequence of JSON values, one per line, and calls `each` for every value
+    /// until the sequence ends or `each` fails.
+    ///
+    /// # Errors
+    /// [`ClientError`], or that of `each`.
+    ///
+    /// # Panics
+    /// As for [`get`](Self::get).
+    pub async fn lines<T: DeserializeOwned, E: From<ClientError>>(
+        &self,
+        target: &str,
+        mut each: impl FnMut(T) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let invalid = |what| ClientError::Response { path: self.path.clone(), what };
+        let opened =
+            timeout(TIMEOUT, open(self.connect().await?, Method::GET, target, Bytes::new()));
+        let opened = opened.await.unwrap_or(Err(ResponseError::Timeout));
+        let answer = opened.map_err(invalid)?;
+        let status = answer.status();
+        let mut body = answer.into_body();
+        let mut received = Vec::new();
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|error| invalid(ResponseError::Http(error)))?;
+            received.extend_from_slice(frame.data_ref().map_or(&[][..], |data| data));
+            if received.len() > MAX_LINE {
+                return Err(invalid(ResponseError::Body("a line is too long".into())).into());
+            }
+            if !status.is_success() {
+                continue;
+            }
+            while let Some(end) = received.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = received.drain(..=end).collect();
+                let value = serde_json::from_slice(&line);
+                each(value.map_err(|error| invalid(ResponseError::Json(error)))?)?;
+            }
+        }
+        if status.is_success() {
+            return Ok(());
+        }
+        let error = serde_json::from_slice::<ErrorBody>(&received);
+        let error = error.map_err(|error| invalid(ResponseError::Json(error)))?.error;
+        Err(ClientError::Refused(error).into())
+    }
+
     async fn send<T: DeserializeOwned>(
         &self,
         method: Method,
         target: &str,
         body: Bytes,
     ) -> Result<T, ClientError> {
+        self.send_within(TIMEOUT, method, target, body).await
+    }
+
+    async fn connect(&self) -> Result<UnixStream, ClientError> {
         let connected = UnixStream::connect(&self.path).await;
-        let stream =
-            connected.map_err(|source| ClientError::Connect { path: self.path.clone(), source })?;
-        let answer = timeout(TIMEOUT, request(stream, method, target, body)).await;
+        connected.map_err(|source| ClientError::Connect { path: self.path.clone(), source })
+    }
+
+    async fn send_within<T: DeserializeOwned>(
+        &self,
+        limit: Duration,
+        method: Method,
+        target: &str,
+        body: Bytes,
+    ) -> Result<T, ClientError> {
+        let stream = self.connect().await?;
+        let answer = timeout(limit, request(stream, method, target, body)).await;
         let answer = answer.unwrap_or(Err(ResponseError::Timeout));
         let parsed = answer.and_then(|(status, body)| {
             Ok(match status {
@@ -207,12 +302,22 @@ async fn request(
     target: &str,
     body: Bytes,
 ) -> Result<(StatusCode, Bytes), ResponseError> {
+    let answer = open(stream, method, target, body).await?;
+    let status = answer.status();
+    let body = Limited::new(answer.into_body(), MAX_ANSWER).collect().await;
+    Ok((status, body.map_err(ResponseError::Body)?.to_bytes()))
+}
+
+/// Sends a request over `stream`. Returns the response, whose body may follow later.
+async fn open(
+    stream: UnixStream,
+    method: Method,
+    target: &str,
+    body: Bytes,
+) -> Result<Response<Incoming>, ResponseError> {
     let (mut sender, connection) = handshake(TokioIo::new(stream)).await?;
     tokio::spawn(connection);
     let request = Request::builder().method(method).uri(target).header("host", "tidegate");
     let request = request.body(Full::new(body)).expect("`target` is a path");
-    let answer = sender.send_request(request).await?;
-    let status = answer.status();
-    let body = Limited::new(answer.into_body(), MAX_ANSWER).collect().await;
-    Ok((status, body.map_err(ResponseError::Body)?.to_bytes()))
+    Ok(sender.send_request(request).await?)
 }

@@ -2,6 +2,7 @@
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use utoipa::ToSchema;
 
@@ -391,6 +392,9 @@ pub struct NewNetwork {
     #[serde(default)]
     #[schema(value_type = Vec<String>)]
     pub dns: Vec<IpAddr>,
+    /// DNS is served at the gateway addresses, instead of in each container.
+    #[serde(default)]
+    pub dns_at_gateway: bool,
 }
 
 /// A subnet of a network to create.
@@ -445,4 +449,143 @@ pub struct NewAttachment {
     /// The endpoint may also send from other addresses (routers, VRRP).
     #[serde(default)]
     pub any_source: bool,
+}
+
+/// A project to bring up in the background.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewProject {
+    /// The name of the project, 1 to 63 characters.
+    #[schema(example = "shop")]
+    pub name: String,
+    /// The absolute path of its Compose file, for reports.
+    #[serde(default)]
+    #[schema(example = "/srv/shop/compose.yaml")]
+    pub compose_file: Option<String>,
+    /// The time between SIGTERM and SIGKILL when its services are stopped, in milliseconds.
+    #[serde(default = "ten_seconds")]
+    #[schema(default = 10000)]
+    pub grace_ms: u64,
+    /// Its networks. They are named `PROJECT/NAME` elsewhere.
+    pub networks: Vec<NewNetwork>,
+    /// Its services, in order. Their endpoints are named `PROJECT/NAME` elsewhere.
+    pub services: Vec<NewService>,
+}
+
+fn ten_seconds() -> u64 {
+    10_000
+}
+
+/// A service of a project: a command, or an adopted network namespace.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewService {
+    /// The name of the service, 1 to 63 characters. It is a DNS name on its networks.
+    #[schema(example = "web")]
+    pub name: String,
+    /// The program and its arguments, which run in a new network namespace. Empty with `netns`.
+    #[serde(default)]
+    pub command: Vec<String>,
+    /// The absolute path of the network namespace to adopt, instead of a command.
+    #[serde(default)]
+    pub netns: Option<String>,
+    /// Environment variables of the command in addition to PATH, HOME, LANG, TERM and USER of the
+    /// daemon.
+    #[serde(default)]
+    pub environment: BTreeMap<String, String>,
+    /// The host name, also a DNS name on its networks. If null, the name of the service.
+    #[serde(default)]
+    pub hostname: Option<String>,
+    /// The absolute path of the working directory of the command.
+    #[serde(default = "root")]
+    #[schema(example = "/srv/shop")]
+    pub working_dir: String,
+    /// Its networks, in the order of its interfaces. The first one that is not internal provides
+    /// the default route.
+    pub networks: Vec<NewAttachment>,
+    /// Ports to publish, in the syntax of `docker run -p`.
+    #[serde(default)]
+    pub ports: Vec<String>,
+    /// Upstream DNS servers. If empty, those of its networks.
+    #[serde(default)]
+    #[schema(value_type = Vec<String>)]
+    pub dns: Vec<IpAddr>,
+    /// DNS search domains. If empty, those of the host.
+    #[serde(default)]
+    pub dns_search: Vec<String>,
+    /// Options of resolv.conf(5).
+    #[serde(default)]
+    pub dns_options: Vec<String>,
+    /// What happens when the command exits.
+    #[serde(default)]
+    pub restart: RestartPolicy,
+    /// The maximum number of restarts with `on-failure`. If null, there is no limit.
+    #[serde(default)]
+    pub max_restarts: Option<u32>,
+    /// The services that have to run before this one starts.
+    #[serde(default)]
+    pub depends_on: Vec<String>,
+}
+
+fn root() -> String {
+    "/".to_owned()
+}
+
+/// A restart policy, as in Compose.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestartPolicy {
+    /// The command is not restarted.
+    #[default]
+    No,
+    /// It is restarted after an exit code other than 0, and after a signal.
+    OnFailure,
+    /// It is always restarted.
+    Always,
+    /// The same.
+    UnlessStopped,
+}
+
+/// A project in the background.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Project {
+    /// The name of the project.
+    #[schema(example = "shop")]
+    pub name: String,
+    /// The path of its Compose file.
+    #[schema(example = "/srv/shop/compose.yaml")]
+    pub compose_file: Option<String>,
+    /// The process that runs its services, which outlives the daemon; null while it is started.
+    pub supervisor: Option<u32>,
+    /// The names of its networks, as `PROJECT/NAME`.
+    pub networks: Vec<String>,
+    /// Its services. Their names are `PROJECT/NAME`.
+    pub services: Vec<Service>,
+}
+
+/// A line of output of a service. The logs are a sequence of such objects, one per line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct LogLine {
+    /// The name of the service in the project.
+    #[schema(example = "web")]
+    pub service: String,
+    /// Where it comes from.
+    pub stream: OutputStream,
+    /// When it was written (RFC 3339 with milliseconds, UTC).
+    #[schema(example = "2026-01-31T12:00:00.000Z")]
+    pub time: String,
+    /// The line, without its end.
+    pub text: String,
+}
+
+/// Where a line of the logs comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OutputStream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+    /// A message of tidegate about the service, for instance its exit.
+    Notice,
 }

@@ -1,6 +1,7 @@
 //! The routes of the API and their handlers.
 
 use super::problem::{Problem, blocking};
+use super::projects;
 use super::reserve::{Reserved, label_of, parse_spec, reserve_specs};
 use super::view::{Order, View, port_of};
 use axum::body::Bytes;
@@ -47,6 +48,11 @@ const MAX_BODY: usize = 64 << 10;
         ports,
         add_ports,
         remove_port,
+        projects::projects,
+        projects::up,
+        projects::project,
+        projects::down,
+        projects::logs,
         figures,
         document
     ),
@@ -55,8 +61,8 @@ const MAX_BODY: usize = 64 << 10;
 struct Document;
 
 type Response<T> = Result<Json<T>, Problem>;
-type Named = Result<Path<String>, PathRejection>;
-type Body = Result<Bytes, BytesRejection>;
+pub(super) type Named = Result<Path<String>, PathRejection>;
+pub(super) type Body = Result<Bytes, BytesRejection>;
 
 /// All routes, over `view`.
 pub(super) fn router(view: Arc<View>) -> Router {
@@ -69,6 +75,14 @@ pub(super) fn router(view: Arc<View>) -> Router {
         .route("/v1/endpoints/{name}/namespace", put(set_namespace))
         .route("/v1/ports", get(ports).post(add_ports))
         .route("/v1/ports/{id}", delete(remove_port))
+        .route(
+            "/v1/projects",
+            get(projects::projects)
+                .post(projects::up)
+                .layer(DefaultBodyLimit::max(projects::MAX_PROJECT)),
+        )
+        .route("/v1/projects/{name}", get(projects::project).delete(projects::down))
+        .route("/v1/projects/{name}/logs", get(projects::logs))
         .route("/v1/figures", get(figures))
         .route("/v1/openapi.json", get(document))
         .fallback(no_such_path)
@@ -371,7 +385,7 @@ async fn send(
     is_done.await.map_err(|_| closed())?
 }
 
-fn parse_name(name: &str) -> Result<Name, Problem> {
+pub(super) fn parse_name(name: &str) -> Result<Name, Problem> {
     Name::new(None, name).map_err(|_| {
         Problem::bad_request(&format!(
             "invalid name {name:?}: use 1 to 63 letters, digits, dots, hyphens and underscores, with a letter or digit first"
@@ -379,7 +393,7 @@ fn parse_name(name: &str) -> Result<Name, Problem> {
     })
 }
 
-fn network_spec(new: NewNetwork) -> Result<NetworkSpec, Problem> {
+pub(super) fn network_spec(new: NewNetwork) -> Result<NetworkSpec, Problem> {
     let subnets: Vec<_> = new.subnets.iter().map(|one| (one.subnet, one.gateway)).collect();
     let has_v6 = subnets.iter().any(|(subnet, _)| subnet.addr().is_ipv6());
     Ok(NetworkSpec {
@@ -390,25 +404,28 @@ fn network_spec(new: NewNetwork) -> Result<NetworkSpec, Problem> {
         mtu: new.mtu,
         bridge: new.bridge,
         dns: new.dns,
+        names_at_gateway: new.dns_at_gateway,
         ..NetworkSpec::new(parse_name(&new.name)?)
     })
 }
 
 fn attach_spec(new: NewEndpoint, ports: Vec<PublishedPort>) -> Result<AttachSpec, Problem> {
-    let attachment = |one: NewAttachment| {
-        Ok(NetworkAttachment {
-            addresses: one.addresses,
-            aliases: one.aliases,
-            any_source: one.any_source,
-            ..NetworkAttachment::new(parse_name(&one.network)?)
-        })
-    };
     Ok(AttachSpec {
         name: parse_name(&new.name)?,
         namespace: new.netns.into(),
-        networks: new.networks.into_iter().map(attachment).collect::<Result<_, Problem>>()?,
+        networks: new.networks.iter().map(attachment).collect::<Result<_, Problem>>()?,
         hostname: new.hostname,
+        dns: Vec::new(),
         ports,
+    })
+}
+
+pub(super) fn attachment(new: &NewAttachment) -> Result<NetworkAttachment, Problem> {
+    Ok(NetworkAttachment {
+        addresses: new.addresses.clone(),
+        aliases: new.aliases.clone(),
+        any_source: new.any_source,
+        ..NetworkAttachment::new(parse_name(&new.network)?)
     })
 }
 
@@ -423,13 +440,13 @@ fn find_endpoint(view: &View, name: String) -> Response<Endpoint> {
 }
 
 /// The name in the path.
-fn text(name: Named) -> Result<String, Problem> {
+pub(super) fn text(name: Named) -> Result<String, Problem> {
     name.map(|Path(name)| name)
         .map_err(|rejection| Problem::of(rejection.status(), &rejection.body_text()))
 }
 
 /// The body as JSON, regardless of its `Content-Type`; `curl -d` sends another type.
-fn json<T: DeserializeOwned>(body: Body) -> Result<T, Problem> {
+pub(super) fn json<T: DeserializeOwned>(body: Body) -> Result<T, Problem> {
     let body = body.map_err(|rejection| match rejection.status() {
         StatusCode::PAYLOAD_TOO_LARGE => {
             Problem::of(rejection.status(), &format!("request body exceeds {MAX_BODY} bytes"))
@@ -471,6 +488,9 @@ mod tests {
                 "/v1/openapi.json",
                 "/v1/ports",
                 "/v1/ports/{id}",
+                "/v1/projects",
+                "/v1/projects/{name}",
+                "/v1/projects/{name}/logs",
                 "/v1/status"
             ]
         );

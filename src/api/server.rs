@@ -1,21 +1,28 @@
 //! Accepts clients, with bounds on their number and time.
 
+use super::problem::Problem;
 use super::routes::router;
 use super::view::View;
+use hyper::Request;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tidegate_api::socket::{Socket, SocketPath};
 use tokio::net::UnixListener;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
 /// Maximum number of concurrent clients; more wait in the backlog of the socket. Clients are
 /// commands and scripts of one user.
 pub(crate) const MAX_CLIENTS: usize = 32;
+
+/// Maximum number of clients without a limit of time.
+const MAX_LONG_RUNNING: usize = MAX_CLIENTS / 2;
 
 /// The time for a client to send the head of its request.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
@@ -29,6 +36,34 @@ const MAX_HEAD: usize = 16 << 10;
 
 /// Maximum number of headers of a request.
 const MAX_HEADERS: usize = 64;
+
+/// Lifts the limit of time of a connection: services start or stop, or their logs are followed.
+#[derive(Clone, Debug)]
+pub(super) struct LongRunning {
+    places: Arc<Semaphore>,
+    place: Arc<OnceLock<OwnedSemaphorePermit>>,
+}
+
+impl LongRunning {
+    /// Lifts the limit.
+    ///
+    /// # Errors
+    /// [`MAX_LONG_RUNNING`] connections have no limit already.
+    pub(super) fn lift(&self) -> Result<(), Problem> {
+        let place = Arc::clone(&self.places).try_acquire_owned().map_err(|_| {
+            Problem::conflict(&format!(
+                "{MAX_LONG_RUNNING} clients follow logs, or wait for services; end one of them first"
+            ))
+        })?;
+        // Fails if it was lifted before.
+        let _ = self.place.set(place);
+        Ok(())
+    }
+
+    fn is_lifted(&self) -> bool {
+        self.place.get().is_some()
+    }
+}
 
 /// Serves clients until it is dropped.
 #[derive(Debug)]
@@ -68,8 +103,9 @@ async fn serve(listener: UnixListener, view: Arc<View>) {
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(MAX_HEAD)
         .max_headers(MAX_HEADERS);
-    let router = router(view);
+    let router = TowerToHyperService::new(router(view));
     let places = Arc::new(Semaphore::new(MAX_CLIENTS));
+    let long_running = Arc::new(Semaphore::new(MAX_LONG_RUNNING));
     let mut clients = tokio::task::JoinSet::new();
     while let Ok(place) = Arc::clone(&places).acquire_owned().await {
         let (client, _) = match listener.accept().await {
@@ -82,11 +118,18 @@ async fn serve(listener: UnixListener, view: Arc<View>) {
             }
         };
         while clients.try_join_next().is_some() {}
-        let connection =
-            http.serve_connection(TokioIo::new(client), TowerToHyperService::new(router.clone()));
+        let limit = LongRunning { places: Arc::clone(&long_running), place: Arc::default() };
+        let (router, of_request) = (router.clone(), limit.clone());
+        let service = service_fn(move |mut request: Request<Incoming>| {
+            request.extensions_mut().insert(of_request.clone());
+            router.call(request)
+        });
+        let mut connection = http.serve_connection(TokioIo::new(client), service);
         clients.spawn(async move {
             // An error or a timeout concerns this client only.
-            let _ = timeout(TIMEOUT, connection).await;
+            if timeout(TIMEOUT, &mut connection).await.is_err() && limit.is_lifted() {
+                let _ = connection.await;
+            }
             drop(place);
         });
     }

@@ -1,6 +1,7 @@
 //! The state of the running project, converted to the types of the API.
 
 use super::problem::Problem;
+use super::projects::ProjectsView;
 use super::reserve::Reserved;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -54,6 +55,8 @@ pub(crate) struct View {
     pub(crate) metrics: Option<MetricsStatus>,
     /// The channel to the task that changes networks.
     pub(crate) orders: mpsc::Sender<Order>,
+    /// The projects of a daemon; `None` for a project in the foreground.
+    pub(crate) projects: Option<ProjectsView>,
 }
 
 /// The paths of adopted namespaces by endpoint, and whether each of them is gone.
@@ -130,7 +133,7 @@ impl View {
         let statuses = self.observer.statuses();
         let service = |name: &String| match statuses.iter().find(|status| status.name == *name) {
             Some(status) => service_of(status),
-            None => {
+            None => self.projects.as_ref().and_then(|all| all.service(name)).unwrap_or_else(|| {
                 let gone = self.adopted.get(name).is_some_and(|(_, gone)| gone);
                 let state = if gone { State::Gone } else { State::Adopted };
                 Service {
@@ -141,7 +144,7 @@ impl View {
                     exit: None,
                     since: None,
                 }
-            }
+            }),
         };
         Status {
             version: VERSION.to_owned(),
@@ -350,7 +353,7 @@ fn microseconds(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
-fn service_of(status: &tidegate_services::Status) -> Service {
+pub(super) fn service_of(status: &tidegate_services::Status) -> Service {
     let exit = |exit: tidegate_services::Exit| match exit {
         tidegate_services::Exit::Code(code) => Exit { code: Some(code), signal: None },
         tidegate_services::Exit::Signal(signal) => Exit { code: None, signal: Some(signal) },

@@ -4,10 +4,12 @@ mod completion;
 mod daemon;
 mod doctor;
 mod duration;
+mod exec;
 mod hello;
 mod instance_options;
 mod network;
 mod output;
+mod project;
 mod ps;
 mod publish;
 mod top;
@@ -46,7 +48,10 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Up(up::Up),
+    Up(Box<up::Up>),
+    Down(project::Down),
+    Logs(project::Logs),
+    Exec(exec::Exec),
     Daemon(Box<daemon::Daemon>),
     Network(network::Networks),
     Attach(network::Attach),
@@ -96,6 +101,12 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     if args.get(1).is_some_and(|command| command == tidegate_services::init::SUBCOMMAND) {
         return tidegate_services::init::main();
     }
+    if args.get(1).is_some_and(|command| command == exec::ENTER) {
+        return exec::enter(args.into_iter().skip(2));
+    }
+    if let Some(directory) = supervisor_directory(&args) {
+        return tidegate_services::process::run(Path::new(directory));
+    }
     if args.get(1).is_some_and(|command| command == TRIAL) {
         return trial(args.into_iter().skip(2));
     }
@@ -138,6 +149,9 @@ impl Command {
         let done = |()| true;
         match self {
             Self::Up(up) => up.run(),
+            Self::Down(down) => down.run().map(done),
+            Self::Logs(logs) => logs.run().map(done),
+            Self::Exec(exec) => exec.run().map(done),
             Self::Daemon(daemon) => daemon.run(),
             Self::Network(network) => network.run().map(done),
             Self::Attach(attach) => attach.run().map(done),
@@ -155,6 +169,11 @@ impl Command {
             Self::Man(man) => man.run(Cli::command()).map(done),
         }
     }
+}
+
+/// The directory of a supervisor process, if the arguments start one.
+fn supervisor_directory(args: &[OsString]) -> Option<&OsString> {
+    args.get(2).filter(|_| args[1] == tidegate_services::process::SUBCOMMAND)
 }
 
 /// Creates an event loop on this thread, for requests to a running instance.

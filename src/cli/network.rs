@@ -186,6 +186,7 @@ impl Create {
             mtu: self.mtu,
             bridge: self.bridge.clone(),
             dns: self.dns.clone(),
+            dns_at_gateway: false,
         })
     }
 }

@@ -6,8 +6,8 @@ use super::output::print;
 use crate::table::table;
 use clap::Args;
 use serde::Serialize;
-use tidegate_api::client::{Client, ClientError};
-use tidegate_api::types::{Endpoint, Network, Service, State, Status};
+use tidegate_api::client::{Client, ClientError, DAEMON};
+use tidegate_api::types::{Endpoint, Network, Project, Service, State, Status};
 use tidegate_model::PublishLabel;
 use tidegate_publish::bind::runs;
 
@@ -20,7 +20,7 @@ use tidegate_publish::bind::runs;
     after_help = "Examples:\n  tidegate ps\n  tidegate ps shop --json | jq '.[].endpoints[].ports[].publish'"
 )]
 pub(super) struct Ps {
-    /// Only this project; "daemon" for the daemon
+    /// Only this project; "daemon" for the daemon with all projects in the background
     #[arg(value_name = "PROJECT")]
     project: Option<String>,
 
@@ -47,6 +47,14 @@ impl Instance {
         })
     }
 
+    /// Removes what does not belong to `project`, which runs in the background.
+    fn restrict_to(&mut self, project: &str) {
+        let prefix = format!("{project}/");
+        self.status.services.retain(|one| one.name.starts_with(&prefix));
+        self.networks.retain(|one| one.name.starts_with(&prefix));
+        self.endpoints.retain(|one| one.name.starts_with(&prefix));
+    }
+
     fn tables(&self) -> String {
         let services = services_table(&self.status.services, &self.endpoints);
         format!("{services}\n{}{}", networks_table(&self.networks), not_served(&self.status))
@@ -55,13 +63,21 @@ impl Instance {
 
 impl Ps {
     pub(super) fn run(&self) -> anyhow::Result<()> {
+        let event_loop = event_loop()?;
+        let mut background = None;
         let clients = match &self.project {
-            Some(project) => vec![Client::of(checked(project)?)?],
+            Some(project) => {
+                let own = Client::of(checked(project)?)?;
+                background = event_loop.block_on(background_project(&own, project))?;
+                vec![if background.is_some() { Client::of(DAEMON)? } else { own }]
+            }
             None => Client::all()?,
         };
-        let event_loop = event_loop()?;
         let fetch = |client: &Client| event_loop.block_on(Instance::fetch(client));
-        let instances = clients.iter().map(fetch).collect::<Result<Vec<Instance>, _>>()?;
+        let mut instances = clients.iter().map(fetch).collect::<Result<Vec<Instance>, _>>()?;
+        if let (Some(project), [daemon]) = (&background, &mut instances[..]) {
+            daemon.restrict_to(&project.name);
+        }
         let text = match &instances[..] {
             _ if self.json => format!("{}\n", serde_json::to_string_pretty(&instances)?),
             [one] => one.tables(),
@@ -77,7 +93,17 @@ impl Ps {
     }
 }
 
-/// List the running instances: the daemon, and projects in the foreground
+/// Returns `project` if it runs in the background. `own` is the client of an instance of that name.
+async fn background_project(own: &Client, project: &str) -> anyhow::Result<Option<Project>> {
+    let daemon = Client::of(DAEMON)?;
+    if project == DAEMON || own.is_running() || !daemon.is_running() {
+        return Ok(None);
+    }
+    let projects: Vec<Project> = daemon.get("/v1/projects").await?;
+    Ok(projects.into_iter().find(|one| one.name == project))
+}
+
+/// List the running instances: the daemon, and projects in the foreground and in the background
 ///
 /// Shows those of this user, or the instance on the socket TIDEGATE_SOCKET.
 #[derive(Debug, Args)]
@@ -85,8 +111,8 @@ impl Ps {
     after_help = "Examples:\n  tidegate ls\n  tidegate ls --json | jq -r '.[] | .status.project, .socket'"
 )]
 pub(super) struct Ls {
-    /// Print JSON: an array with an object for each instance, which has status in the format of the
-    /// API, and the path of its socket
+    /// Print JSON: an array with an object for each instance, which has status and projects (those
+    /// in the background) in the format of the API, and the path of its socket
     #[arg(long)]
     json: bool,
 }
@@ -95,30 +121,48 @@ impl Ls {
     pub(super) fn run(&self) -> anyhow::Result<()> {
         let clients = Client::running()?;
         let event_loop = event_loop()?;
-        let fetch = |client: &Client| event_loop.block_on(client.get("/v1/status"));
-        let statuses = clients.iter().map(fetch).collect::<Result<Vec<Status>, _>>()?;
+        let fetch = |client: &Client| -> Result<(Status, Vec<Project>), ClientError> {
+            event_loop.block_on(async {
+                Ok((client.get("/v1/status").await?, client.get("/v1/projects").await?))
+            })
+        };
+        let statuses = clients.iter().map(fetch).collect::<Result<Vec<_>, _>>()?;
         let all = statuses.iter().zip(&clients);
         if self.json {
-            let all = all.map(
-                |(status, client)| serde_json::json!({ "status": status, "socket": client.path() }),
-            );
+            let all = all.map(|((status, projects), client)| {
+                let socket = client.path();
+                serde_json::json!({ "status": status, "projects": projects, "socket": socket })
+            });
             return print(&format!(
                 "{}\n",
                 serde_json::to_string_pretty(&all.collect::<Vec<_>>())?
             ));
         }
         let mut rows = vec![["PROJECT", "SERVICES", "PID", "STARTED", "FILE"].map(str::to_owned)];
-        for status in &statuses {
+        let up = |services: &[Service]| {
             let is_up = |one: &&Service| matches!(one.state, State::Running | State::Adopted);
-            let up = status.services.iter().filter(is_up).count();
+            format!("{}/{}", services.iter().filter(is_up).count(), services.len())
+        };
+        for (status, projects) in &statuses {
             let file = status.compose_file.as_ref().or(status.state_file.as_ref());
             rows.push([
                 status.project.clone(),
-                format!("{up}/{}", status.services.len()),
+                up(&status.services),
                 status.pid.to_string(),
                 status.started.clone(),
                 file.cloned().unwrap_or_default(),
             ]);
+            // The process of a project in the background is its supervisor.
+            for project in projects {
+                let began = project.services.iter().filter_map(|one| one.since.clone()).min();
+                rows.push([
+                    project.name.clone(),
+                    up(&project.services),
+                    project.supervisor.map(|pid| pid.to_string()).unwrap_or_default(),
+                    began.unwrap_or_default(),
+                    project.compose_file.clone().unwrap_or_default(),
+                ]);
+            }
         }
         print(&table(&rows))
     }

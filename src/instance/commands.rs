@@ -30,6 +30,7 @@ use tidegate_netsetup::{Observed, SetupError};
 use tidegate_proxy::{GatewayAcl, Listener};
 use tidegate_publish::firewall::{link_local_members, zones};
 use tidegate_publish::publisher::{OpenPort, PublishTarget};
+use tokio::sync::watch;
 use tokio::time::timeout;
 
 /// Maximum time that the answer to a command waits for the DNS server of a new endpoint. Root in
@@ -41,7 +42,7 @@ const VERIFY_DELAY: Duration = Duration::from_millis(300);
 
 /// The state of the networks, and where it is kept.
 pub(super) struct Owner {
-    pub(super) state: State,
+    state: watch::Sender<Arc<State>>,
     /// `None` for a project in the foreground, whose networks end with the process.
     store: Option<Store>,
     quarantine: Quarantine,
@@ -50,12 +51,26 @@ pub(super) struct Owner {
 }
 
 impl Owner {
-    pub(super) fn new(state: State, store: Option<Store>, absent: BTreeSet<Name>) -> Self {
+    /// `state` has a sender, because readers subscribe before the owner exists.
+    pub(super) fn new(
+        state: watch::Sender<Arc<State>>,
+        store: Option<Store>,
+        absent: BTreeSet<Name>,
+    ) -> Self {
         Self { state, store, quarantine: Quarantine::new(), absent }
+    }
+
+    pub(super) fn state(&self) -> Arc<State> {
+        Arc::clone(&self.state.borrow())
+    }
+
+    fn set_state(&self, state: State) {
+        self.state.send_replace(Arc::new(state));
     }
 
     /// Returns the state after `command` on a host like `observed`.
     fn decide(&mut self, command: &Command, observed: &Observed) -> Result<State, Problem> {
+        let state = self.state();
         let mut surroundings = Surroundings {
             observed,
             host_id: host_id(),
@@ -63,7 +78,7 @@ impl Owner {
             now: Instant::now(),
             quarantine: &mut self.quarantine,
         };
-        control::apply(&self.state, command, &mut surroundings).map_err(|refusal| refused(&refusal))
+        control::apply(&state, command, &mut surroundings).map_err(|refusal| refused(&refusal))
     }
 
     /// Records the change from `old` to `new` durably, if there is a store.
@@ -91,12 +106,12 @@ impl Instance {
             )));
         }
         let observed = match command {
-            Command::CreateNetwork(_) => {
+            Command::CreateNetwork(_) | Command::ApplyProject(_) => {
                 self.setup.surroundings().await.map_err(|error| Problem::failed(&error))?
             }
             _ => Observed::default(),
         };
-        let old = self.owner.state.clone();
+        let old = self.owner.state();
         let new = self.owner.decide(command, &observed)?;
         let changes = control::changes(&old, &new);
         // After a crash, the next daemon removes from the host what the store lacks, but it cannot
@@ -130,7 +145,7 @@ impl Instance {
             self.show();
             return result;
         }
-        self.owner.state = new;
+        self.owner.set_state(new);
         self.show();
         // The check of the host verifies the changes. It follows a burst of commands, because its
         // cost depends on the number of all objects.
@@ -145,7 +160,7 @@ impl Instance {
     /// # Errors
     /// It could not be recorded durably.
     pub(super) fn record_path(&mut self, endpoint: &str, path: &Path) -> Result<(), Problem> {
-        let old = self.owner.state.clone();
+        let old = self.owner.state();
         let known = old.endpoints().iter().find(|(_, known)| known.setup.name == endpoint);
         let Some((name, _)) = known.filter(|(_, known)| known.namespace != path) else {
             return Ok(());
@@ -157,7 +172,7 @@ impl Instance {
                 "endpoint {endpoint} is attached, but its path was not stored: {error}"
             ))
         })?;
-        self.owner.state = new;
+        self.owner.set_state(new);
         Ok(())
     }
 
@@ -423,7 +438,7 @@ impl Instance {
     /// Attaches endpoints whose namespace has appeared.
     pub(super) async fn attach_absent(&mut self) {
         for name in self.owner.absent.clone() {
-            let Some(endpoint) = self.owner.state.endpoints().get(&name).map(Arc::clone) else {
+            let Some(endpoint) = self.owner.state().endpoints().get(&name).map(Arc::clone) else {
                 self.owner.absent.remove(&name);
                 continue;
             };
@@ -454,11 +469,12 @@ impl Instance {
             return;
         }
         let open = self.up.publisher.ports();
-        if open.len() >= self.owner.state.ports().count() {
+        if open.len() >= self.owner.state().ports().count() {
             return;
         }
         let open: BTreeSet<_> = open.into_iter().map(|port| port.label).collect();
-        let missing = self.owner.state.ports().filter(|(endpoint, port)| {
+        let state = self.owner.state();
+        let missing = state.ports().filter(|(endpoint, port)| {
             !self.owner.absent.contains(&endpoint.name) && !open.contains(&label_of(port))
         });
         let missing: Vec<_> =
@@ -477,7 +493,7 @@ impl Instance {
         path: &Path,
     ) -> Option<Result<(), Problem>> {
         let name = self.owner.absent.iter().find(|absent| absent.to_string() == name)?.clone();
-        let endpoint = self.owner.state.endpoints().get(&name).map(Arc::clone)?;
+        let endpoint = self.owner.state().endpoints().get(&name).map(Arc::clone)?;
         let moved = Endpoint { namespace: path.to_owned(), ..(*endpoint).clone() };
         let attached = self.add_endpoint(&moved).await;
         if attached.is_err() {
@@ -566,7 +582,7 @@ pub(super) fn endpoint_dns(endpoint: &Endpoint) -> EndpointDns {
     let aliases = endpoint.aliases.iter();
     EndpointDns {
         hostname: endpoint.hostname.clone(),
-        servers: Vec::new(),
+        servers: endpoint.dns.clone(),
         aliases: aliases.map(|(network, names)| (network.to_string(), names.clone())).collect(),
     }
 }

@@ -24,12 +24,13 @@ mod initial;
 mod layout;
 mod metrics;
 mod names;
+mod projects;
 mod repair_schedule;
 mod routing;
 mod signals;
 mod tracked_flows;
 
-use crate::api::{Adopted, MAX_CLIENTS, Order, Server, View, snapshot};
+use crate::api::{Adopted, MAX_CLIENTS, Order, ProjectsView, Server, View, snapshot};
 use crate::port_guards::{self, bridge_programs, has_bridge_guards};
 use crate::service_manager::ServiceManager;
 use anyhow::{Context, anyhow, bail};
@@ -43,6 +44,7 @@ use front_end::FrontEnd;
 use initial::{Initial, openings, specs, targets_of};
 use layout::{Layout, foreign_networks};
 use names::NameServers;
+use projects::Projects;
 use repair_schedule::RepairSchedule;
 use routing::{
     foreign_bridges, preceding_rule, reply_paths, rules_ahead, uplinks, warn_of_preceding_rule,
@@ -436,6 +438,17 @@ impl Up {
             Source::Daemon { state } => (None, Some(absolute(state.join(STATE_FILE)))),
         };
         let services = project.iter().flat_map(|project| &project.services);
+        let state = watch::Sender::new(Arc::new(state));
+        let projects = store.is_some().then(|| {
+            let directory = run.join("projects");
+            let rootless = host_context.is_rootless();
+            let projects = Projects::new(directory, orders.clone(), state.subscribe(), rootless);
+            let (orders, received) = mpsc::channel(ORDER_QUEUE);
+            let supervised = projects.supervised();
+            // It begins with orders, which are executed once the instance is complete.
+            front_end.runtime().spawn(projects.serve(received));
+            ProjectsView { state: state.subscribe(), supervised, orders }
+        });
         let view = View {
             compose_file,
             state_file,
@@ -451,6 +464,7 @@ impl Up {
             adopted: Arc::clone(&up.adopted),
             metrics: up.metrics.clone(),
             orders,
+            projects,
             project: project.as_ref().map_or("daemon", |project| &project.name).to_owned(),
         };
         let server = {
@@ -804,6 +818,14 @@ impl Instance {
                 networks,
                 endpoints,
                 "networks stay up without published ports and names; start tidegate daemon to manage or remove them"
+            );
+        }
+        for project in self.owner.state().projects().values() {
+            tracing::info!(
+                project = %project.name,
+                services = project.services.len(),
+                "services continue to run; tidegate down {} stops them once a daemon runs again",
+                project.name
             );
         }
     }

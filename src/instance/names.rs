@@ -205,7 +205,7 @@ impl NameServers {
         for attachment in &endpoint.attachments {
             let spec = EndpointSpec {
                 container: endpoint.name.clone(),
-                name: endpoint.name.clone(),
+                name: dns_name(&endpoint.name).to_owned(),
                 aliases: dns.aliases.get(&attachment.network).cloned().unwrap_or_default(),
                 hostname: dns.hostname.clone(),
                 addresses: attachment.addresses.iter().map(ipnet::IpNet::addr).collect(),
@@ -237,7 +237,8 @@ impl NameServers {
 
     fn remove_names(&self, endpoint: &Endpoint) {
         for attachment in &endpoint.attachments {
-            self.resolver.remove_endpoint(&attachment.network, &endpoint.name, &endpoint.name);
+            let (network, name) = (&attachment.network, &endpoint.name);
+            self.resolver.remove_endpoint(network, dns_name(name), name);
         }
     }
 
@@ -329,6 +330,11 @@ impl NameServers {
     }
 }
 
+/// The DNS name of an endpoint: its name within its project.
+fn dns_name(endpoint: &str) -> &str {
+    endpoint.rsplit_once('/').map_or(endpoint, |(_, name)| name)
+}
+
 impl GatewayServers {
     fn start(
         &mut self,
@@ -380,9 +386,15 @@ pub(super) fn host_resolv_conf() -> ResolvConf {
 
 /// `/etc/hosts` of a service: localhost, and its own addresses with its names.
 pub(super) fn hosts(layout: &Layout, service: &str, hostname: &str) -> String {
+    let addresses = layout.addresses.get(service).map(Vec::as_slice).unwrap_or_default();
+    hosts_of(addresses, service, hostname)
+}
+
+/// `/etc/hosts` of a service with `addresses`.
+pub(super) fn hosts_of(addresses: &[IpAddr], service: &str, hostname: &str) -> String {
     let mut text =
         String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
-    for address in layout.addresses.get(service).into_iter().flatten() {
+    for address in addresses {
         let names =
             if hostname == service { service.to_owned() } else { format!("{hostname} {service}") };
         // Writing to a string does not fail.
