@@ -314,13 +314,21 @@ fn the_next_endpoint_with_an_address_receives_nothing_of_the_last() {
                 (buffer[..length] == *question).then_some(from)
             })
         };
-        let old = attach(&scene, "old", &["--ip", "10.9.0.50"]);
-        let old = bind(&old);
+        let old_namespace = attach(&scene, "old", &["--ip", "10.9.0.50"]);
+        let old = bind(&old_namespace);
+        // Entries of ICMP have no ports.
+        if firewall != "--firewall=none" {
+            old_namespace.exec("ping", &["-c", "1", "-W", "5", "203.0.113.9"]);
+        }
         let mapped = open(&old, b"of the old one").expect("egress");
         server.send_to(b"for the old one", mapped).unwrap();
         let mut buffer = [0; 64];
         assert_eq!(old.recv(&mut buffer).unwrap(), 15, "{firewall}");
         scene.succeeds(&["detach", "old"]);
+        if firewall != "--firewall=none" {
+            let entries = scene.net.host.exec("conntrack", &["-L"]);
+            assert!(!entries.contains("10.9.0.50"), "{firewall}: {entries}");
+        }
         let new = attach(&scene, "new", &["--ip", "10.9.0.50"]);
         // The neighbour entry of the host has the address of the new one.
         new.exec("ping", &["-c", "1", "-W", "2", "10.9.0.1"]);
@@ -373,6 +381,30 @@ fn the_next_endpoint_with_an_address_receives_nothing_from_published_ports_of_th
         assert!(!matches!(ended, Ok(1..)) && !is_timeout(&ended), "{firewall}: {ended:?}");
         other.write_all(b"still here").unwrap();
         assert_eq!(accepted_other.read(&mut [0; 64]).unwrap(), 10, "{firewall}");
+    }
+}
+
+/// The host and another endpoint have neighbour entries from the previous owner.
+#[test]
+fn an_address_is_reachable_at_once_when_it_has_another_owner() {
+    let scene = Scene::new();
+    let _daemon = scene.daemon(&["--firewall=none"]);
+    let create = ["network", "create", "front", "--subnet", "10.9.0.0/24", "--subnet", "fd09::/64"];
+    scene.succeeds(&create);
+    let other = attach(&scene, "other", &[]);
+    let at = &["--ip", "10.9.0.50", "--ip", "fd09::50"];
+    let ping = |from: &Namespace, address: &str| {
+        from.command("ping").args(["-c", "1", "-W", "1", address]).output().unwrap().status.success()
+    };
+    for owner in ["first", "second", "third"] {
+        let _namespace = attach(&scene, owner, at);
+        for address in ["10.9.0.50", "fd09::50"] {
+            let reached = eventually(Duration::from_secs(2), || ping(&other, address));
+            assert!(reached, "{owner} from an endpoint at {address}");
+            let reached = eventually(Duration::from_secs(2), || ping(&scene.net.host, address));
+            assert!(reached, "{owner} from the host at {address}");
+        }
+        scene.succeeds(&["detach", owner]);
     }
 }
 

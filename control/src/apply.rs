@@ -364,6 +364,13 @@ fn bridge_name(network: &Name, attempt: u32) -> String {
     registry::bridge_name(network.name(), &text)
 }
 
+/// Returns six bytes that depend on an address of a network.
+fn mac_of(network: &Name, address: IpAddr) -> [u8; 6] {
+    let hash = registry::folded_hash(format!("{network} {address}").as_bytes());
+    let [.., a, b, c, d, e, f] = hash.to_be_bytes();
+    [a, b, c, d, e, f]
+}
+
 /// Returns a random MAC address that is neither in the state nor in `new`, and adds it to `new`.
 fn unused_mac(
     state: &State,
@@ -475,9 +482,13 @@ fn attach(
             name: unused_veth_name(state, &attachments, name, with)?,
             mac: unused_mac(state, &mut macs, name, with.random)?,
         };
+        // The next owner of an address has the same MAC address. Neighbours have it in their caches,
+        // and would use that of the previous owner for half a minute.
+        let mut of_address = addresses.first().map(|one| mac_of(&wanted.network, one.address));
+        let mut candidates = || of_address.take().unwrap_or_else(|| (with.random)());
         let inside = Interface {
             name: format!("eth{number}"),
-            mac: unused_mac(state, &mut macs, name, with.random)?,
+            mac: unused_mac(state, &mut macs, name, &mut candidates)?,
         };
         attachments.push(Attachment {
             network: wanted.network.to_string(),

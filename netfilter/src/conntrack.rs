@@ -54,6 +54,8 @@ const ASSURED: u32 = 1 << 2;
 pub struct Entry<'a> {
     /// Source address of the first packet.
     pub client: IpAddr,
+    /// Destination address of the first packet, before destination NAT.
+    pub destination: IpAddr,
     /// Source address of replies: the server, after destination NAT.
     pub server: IpAddr,
     /// The flow with its ports, for TCP and UDP.
@@ -124,34 +126,34 @@ impl Conntrack {
     ) -> io::Result<()> {
         for family in families.iter().map(|family| family.number()) {
             self.0.dump(&message(GET, family, Attributes::default()), |_, attributes| {
-                let source =
-                    |kind| addresses(attribute(attributes, kind)?).map(|(source, _)| source);
-                if let (Some(client), Some(server)) =
-                    (source(field::ORIGINAL), source(field::REPLY))
+                let of = |kind| addresses(attribute(attributes, kind)?);
+                if let (Some((client, destination)), Some((server, _))) =
+                    (of(field::ORIGINAL), of(field::REPLY))
                 {
-                    each(&Entry { client, server, flow: flow(attributes), family, attributes });
+                    let flow = flow(attributes);
+                    each(&Entry { client, destination, server, flow, family, attributes });
                 }
             })?;
         }
         Ok(())
     }
 
-    /// Deletes the flows of `families` that match `filter` and returns their number. Later packets
-    /// create new flows.
+    /// Deletes the entries of `families` that match `filter`, of all protocols, and returns their
+    /// number. Later packets create new entries.
     ///
     /// # Errors
     /// Errors of the kernel.
     pub fn delete(
         &mut self,
         families: &[TableFamily],
-        filter: impl Fn(&Flow) -> bool,
+        filter: impl Fn(&Entry<'_>) -> bool,
     ) -> io::Result<usize> {
         if is_empty() {
             return Ok(0);
         }
         let mut found = Vec::new();
         self.for_each(families, |entry| {
-            if entry.flow.is_some_and(|flow| filter(&flow)) {
+            if filter(entry) {
                 found.push(entry.key());
             }
         })?;

@@ -27,12 +27,12 @@ use std::cmp::Reverse;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 use tidegate_model::{Histogram, HistogramReading, Protocol, registry};
-use tidegate_netfilter::{Conntrack, Flow, Gate, GatePolicy, TableFamily, Transport};
+use tidegate_netfilter::{Conntrack, Entry, Flow, Gate, GatePolicy, TableFamily, Transport};
 use tidegate_netns::{ChangeListener, Namespace};
 
 /// A firewall of the host.
@@ -558,6 +558,7 @@ fn delete_shadowing_flows(subnets: &[IpNet], ports: &BTreeSet<(Protocol, u16)>) 
             && flow.client.ip() != flow.reply_destination.ip()
             && ports.contains(&(protocol_of(flow), flow.reply_destination.port()))
     };
+    let is_one = |entry: &Entry<'_>| entry.flow.as_ref().is_some_and(is_one);
     let deleted = Conntrack::open()?.delete(&[TableFamily::Ipv4, TableFamily::Ipv6], is_one)?;
     tracing::debug!(flows = deleted, "shadowing conntrack entries deleted");
     Ok(())
@@ -577,8 +578,8 @@ fn delete_flows(subnets: &[IpNet], ports: &BTreeSet<Opening>) -> io::Result<()> 
     if families.is_empty() {
         return Ok(());
     }
-    let inside = |address: SocketAddr| subnets.iter().any(|net| net.contains(&address.ip()));
-    let is_one = |flow: &Flow| {
+    let inside = |address: IpAddr| subnets.iter().any(|net| net.contains(&address));
+    let is_to_port = |flow: &Flow| {
         let protocol = protocol_of(flow);
         let at = |address: IpAddr| {
             // The set is ordered, so the ports that differ only in their target are adjacent.
@@ -596,9 +597,11 @@ fn delete_flows(subnets: &[IpNet], ports: &BTreeSet<Opening>) -> io::Result<()> 
         } else {
             Ipv6Addr::UNSPECIFIED.into()
         };
-        at(flow.destination.ip())
-            || at(any)
-            || [flow.client, flow.destination, flow.server].into_iter().any(inside)
+        at(flow.destination.ip()) || at(any)
+    };
+    let is_one = |entry: &Entry<'_>| {
+        [entry.client, entry.destination, entry.server].into_iter().any(inside)
+            || entry.flow.as_ref().is_some_and(is_to_port)
     };
     let deleted = Conntrack::open()?.delete(&families, is_one)?;
     tracing::debug!(flows = deleted, "stale conntrack entries deleted");

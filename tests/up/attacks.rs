@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
-use tidegate_testbed::frames::{LinkSocket, checksum, ethernet, udp4, udp6};
+use tidegate_testbed::frames::{LinkSocket, checksum, ethernet, icmp6, ipv4, udp4, udp6};
 use tidegate_testbed::server::PeerServer;
 use tidegate_testbed::{Namespace, Process, Signal, addr, eventually};
 
@@ -295,6 +295,71 @@ fn a_packet_that_was_bridged_before_does_not_leave_without_masquerade() {
             let seen = client.recv_from(&mut [0; 9]);
             assert!(seen.is_err(), "{firewall}: {seen:?}");
         }
+    }
+}
+
+/// A neighbour of the host forges the source address of a container, in packets that conntrack
+/// considers invalid or does not track. The kernel would return an ICMP error that quotes them.
+#[test]
+fn a_neighbour_cannot_have_the_host_send_its_payload_to_a_container() {
+    const PAYLOAD: &[u8] = b"payload of the neighbour";
+    for firewall in FIREWALLS {
+        let scene = Scene::new();
+        let container = Namespace::new();
+        let file = file(&container, "").replace(
+            "home: { ipam: { config: [ { subnet: 10.77.1.0/24 } ] } }",
+            "home: { internal: true, enable_ipv6: true, ipam: { config: [ { subnet: 10.77.1.0/24 }, { subnet: 'fd77:1::/64' } ] } }",
+        );
+        let file = file.replace("10.77.1.10 }", "10.77.1.10, ipv6_address: 'fd77:1::10' }");
+        let _up = up(&scene, &file, &[firewall]);
+        let mac = |namespace: &Namespace| {
+            mac_of(link_layer_address(&namespace.ip(&["-o", "link", "show", "eth0"])))
+        };
+        let (host, neighbour) = (mac(&scene.net.host), mac(&scene.net.client));
+        // Errors about packets of the container arrive. Before the forged ones, because the kernel
+        // limits the rate of errors to one destination.
+        let traced = container.exec("ping", &["-c", "1", "-W", "5", "10.77.1.1"]);
+        assert!(traced.contains("1 received"), "{traced}");
+        let closed = container.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap();
+        closed.connect("10.77.1.1:9").unwrap();
+        closed.set_read_timeout(Some(SOON)).unwrap();
+        closed.send(b"to a closed port").unwrap();
+        let refused = closed.recv(&mut [0; 9]).unwrap_err();
+        assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused, "{firewall}");
+        let inside = LinkSocket::open(&container, "eth0");
+        let link = LinkSocket::open(&scene.net.client, "eth0");
+        let v4 = |text: &str| text.parse::<std::net::Ipv4Addr>().unwrap();
+        let v6 = |text: &str| text.parse::<Ipv6Addr>().unwrap();
+        for (to, to_v6) in [("10.77.1.77", "fd77:1::77"), ("198.51.100.1", "2001:db8:9::9")] {
+            // An echo reply that no one has requested.
+            let mut reply = [&[0, 0, 0, 0, 0, 1, 0, 1][..], PAYLOAD].concat();
+            let sum = checksum(&reply);
+            reply[2..4].copy_from_slice(&sum.to_be_bytes());
+            for ttl in [1, 64] {
+                let mut packet = ipv4(v4("10.77.1.10"), v4(to), 1, &reply);
+                packet[8] = ttl;
+                packet[10..12].copy_from_slice(&[0, 0]);
+                let sum = checksum(&packet[..20]);
+                packet[10..12].copy_from_slice(&sum.to_be_bytes());
+                link.send(&ethernet(host, neighbour, 0x0800, &packet));
+            }
+            // MLD and neighbour discovery are not tracked.
+            for kind in [130, 131, 132, 134, 135, 136, 143] {
+                let target = v6(to_v6).octets();
+                let message = [&[kind, 0, 0, 0, 0, 0, 0, 0][..], &target, PAYLOAD].concat();
+                for hops in [1, 255] {
+                    let mut packet = icmp6(v6("fd77:1::10"), v6(to_v6), &message);
+                    packet[7] = hops;
+                    link.send(&ethernet(host, neighbour, 0x86dd, &packet));
+                }
+            }
+        }
+        thread::sleep(PAUSE);
+        let received = inside.received();
+        let quotes =
+            |frame: &&Vec<u8>| frame.windows(PAYLOAD.len()).any(|window| window == PAYLOAD);
+        let quoting: Vec<_> = received.iter().filter(quotes).collect();
+        assert!(quoting.is_empty(), "{firewall}: {quoting:x?}");
     }
 }
 

@@ -274,6 +274,7 @@ pub(crate) fn table(ruleset: &Ruleset) -> Table {
         between_networks(),
         to_network(ruleset),
         from_network(ruleset),
+        sent_by_host(ruleset),
         other_interfaces(ruleset),
         from_container(ruleset),
     ];
@@ -536,6 +537,22 @@ fn from_network(ruleset: &Ruleset) -> Chain {
     ]);
     Chain { name: "from-network".to_owned(), base: None, rules }
 }
+
+/// Conntrack knows the packets that an ICMP error of the host concerns. It does not know forged ones
+/// that are invalid, or not tracked: a neighbour of the host could otherwise have the host send
+/// their payload to a container, by the source address.
+fn sent_by_host(ruleset: &Ruleset) -> Chain {
+    let errors = ICMP.map(|number| {
+        let is_icmp = Match::Is { key: Key::Protocol, value: protocol(number), not: false };
+        let matches = vec![own_bridge(Key::OutGroup, ruleset), is_icmp, Match::Invalid];
+        rule(matches, drop(), "ICMP error about a packet of no connection")
+    });
+    let rules = errors.into_iter().chain([rule(vec![], accept(), "sent by the host itself")]);
+    Chain { name: "from-host".to_owned(), base: None, rules: rules.collect() }
+}
+
+/// ICMP and ICMPv6.
+const ICMP: [u8; 2] = [1, 58];
 
 /// Packets between foreign interfaces that belong to a connection of a container: an external host
 /// has spoofed the address of the container to inject packets. Translated packets are identified by
@@ -805,7 +822,11 @@ fn postrouting(ruleset: &Ruleset) -> Chain {
         rule(vec![own_bridge(key, ruleset)], vec![Action::Jump(chain.to_owned())], comment)
     };
     let mut rules = vec![
-        rule(vec![Match::FromHost], accept(), "sent by the host itself"),
+        rule(
+            vec![Match::FromHost],
+            vec![Action::Goto("from-host".to_owned())],
+            "sent by the host itself",
+        ),
         jump(Key::OutGroup, "to-network", "to a container"),
         jump(Key::InGroup, "from-network", "from a container"),
         rule(
