@@ -394,7 +394,12 @@ fn an_address_is_reachable_at_once_when_it_has_another_owner() {
     let other = attach(&scene, "other", &[]);
     let at = &["--ip", "10.9.0.50", "--ip", "fd09::50"];
     let ping = |from: &Namespace, address: &str| {
-        from.command("ping").args(["-c", "1", "-W", "1", address]).output().unwrap().status.success()
+        from.command("ping")
+            .args(["-c", "1", "-W", "1", address])
+            .output()
+            .unwrap()
+            .status
+            .success()
     };
     for owner in ["first", "second", "third"] {
         let _namespace = attach(&scene, owner, at);

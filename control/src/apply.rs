@@ -482,8 +482,8 @@ fn attach(
             name: unused_veth_name(state, &attachments, name, with)?,
             mac: unused_mac(state, &mut macs, name, with.random)?,
         };
-        // The next owner of an address has the same MAC address. Neighbours have it in their caches,
-        // and would use that of the previous owner for half a minute.
+        // The next owner of an address has the same MAC address. Neighbours have it in their
+        // caches, and would use that of the previous owner for half a minute.
         let mut of_address = addresses.first().map(|one| mac_of(&wanted.network, one.address));
         let mut candidates = || of_address.take().unwrap_or_else(|| (with.random)());
         let inside = Interface {

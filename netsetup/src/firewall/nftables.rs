@@ -538,9 +538,9 @@ fn from_network(ruleset: &Ruleset) -> Chain {
     Chain { name: "from-network".to_owned(), base: None, rules }
 }
 
-/// Conntrack knows the packets that an ICMP error of the host concerns. It does not know forged ones
-/// that are invalid, or not tracked: a neighbour of the host could otherwise have the host send
-/// their payload to a container, by the source address.
+/// Conntrack knows the packets that an ICMP error of the host concerns. It does not know forged
+/// ones that are invalid, or not tracked: a neighbour of the host could otherwise have the host
+/// send their payload to a container, by the source address.
 fn sent_by_host(ruleset: &Ruleset) -> Chain {
     let errors = ICMP.map(|number| {
         let is_icmp = Match::Is { key: Key::Protocol, value: protocol(number), not: false };
