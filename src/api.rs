@@ -15,6 +15,7 @@
 //! internal types can change independently. The OpenAPI document is generated from them and from
 //! the routes. `docs/openapi.json` is a copy; a test compares the two.
 
+mod events;
 mod problem;
 mod projects;
 mod reserve;

@@ -241,6 +241,41 @@ services:
     assert!(follower.wait(SOON).success(), "it ends with the project");
 }
 
+/// The events of a project, in order: its objects, its services, and their end.
+#[test]
+fn events_report_the_objects_and_services_of_a_project() {
+    let scene = Background::new();
+    let _daemon = scene.daemon(&["--firewall=none"]);
+    let mut command = scene.tidegate();
+    let mut listener = Process::spawn(command.args(["events", "--json"]));
+    std::thread::sleep(Duration::from_millis(300));
+    scene.up(SHOP);
+    scene.succeeds(&["down", "shop"]);
+    listener.wait_for_line("\"removed\",\"kind\":\"project\"", SOON);
+    let printed = listener.output();
+    let events: Vec<Value> =
+        printed.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let position = |change: &str, kind: &str, name: &str| {
+        let is =
+            |one: &Value| one["change"] == change && one["kind"] == kind && one["name"] == name;
+        events.iter().position(is).unwrap_or_else(|| panic!("{change} {kind} {name}: {printed}"))
+    };
+    let begun = position("added", "network", "shop/front");
+    let published = position("added", "port", "0.0.0.0:8080/tcp");
+    let running = events.iter().position(|one| {
+        one["kind"] == "service"
+            && one["name"] == "shop/web"
+            && one["service"]["state"] == "running"
+    });
+    let removed = position("removed", "network", "shop/front");
+    assert!(
+        begun <= published && Some(published) <= running && running < Some(removed),
+        "{printed}"
+    );
+    assert!(position("removed", "endpoint", "shop/web") < removed);
+    listener.stop(Signal::TERM, SOON);
+}
+
 #[test]
 fn a_command_runs_in_the_namespaces_of_a_service() {
     let scene = Background::new();

@@ -589,3 +589,48 @@ pub enum OutputStream {
     /// A message of tidegate about the service, for instance its exit.
     Notice,
 }
+
+/// A change of an object. The events are a sequence of such objects, one per line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Event {
+    /// When it was observed (RFC 3339 with milliseconds, UTC).
+    #[schema(example = "2026-01-31T12:00:00.000Z")]
+    pub time: String,
+    /// What happened.
+    pub change: Change,
+    /// The kind of the object.
+    pub kind: ObjectKind,
+    /// The name of the object; for a port the label `0.0.0.0:8080/tcp`.
+    #[schema(example = "shop/web")]
+    pub name: String,
+    /// The current state of a service, the last one if it was removed; null for other objects.
+    pub service: Option<Service>,
+}
+
+/// What happened to an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Change {
+    /// It was created.
+    Added,
+    /// It was removed.
+    Removed,
+    /// The state of a service has changed.
+    Changed,
+}
+
+/// The kind of an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ObjectKind {
+    /// A network.
+    Network,
+    /// An endpoint.
+    Endpoint,
+    /// A published port.
+    Port,
+    /// A project in the background.
+    Project,
+    /// A service, or an adopted endpoint.
+    Service,
+}

@@ -5,7 +5,9 @@ use super::order::levels;
 use super::output::{Output, Printer, SharedLog};
 use super::service::{Service, StatusSender, Target};
 use super::{Ended, ServiceError, ServiceSpec, State, Status};
+use std::future::{Future, poll_fn};
 use std::path::PathBuf;
+use std::task::Poll;
 use std::time::{Duration, SystemTime};
 use tokio::sync::{oneshot, watch};
 
@@ -202,6 +204,26 @@ impl Supervisor {
 pub struct Observer(Vec<watch::Receiver<Status>>);
 
 impl Observer {
+    /// Waits until a status changes. Never returns if no service can change any more. Cancel safe.
+    pub async fn changed(&mut self) {
+        let mut waits: Vec<_> =
+            self.0.iter_mut().map(|status| Box::pin(status.changed())).collect();
+        poll_fn(|context| {
+            let mut is_changed = false;
+            // The task of a service has ended if there is an error.
+            waits.retain_mut(|wait| match wait.as_mut().poll(context) {
+                Poll::Ready(Ok(())) => {
+                    is_changed = true;
+                    false
+                }
+                Poll::Ready(Err(_)) => false,
+                Poll::Pending => true,
+            });
+            if is_changed { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+
     /// Returns the current statuses, in start order.
     #[must_use]
     pub fn statuses(&self) -> Vec<Status> {

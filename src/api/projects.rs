@@ -94,6 +94,11 @@ impl ProjectsView {
         Some(types::Service { name: name.to_string(), ..service_of(status?) })
     }
 
+    /// Returns the names of all projects.
+    pub(super) fn names(&self) -> Vec<String> {
+        self.state.borrow().projects().keys().map(Name::to_string).collect()
+    }
+
     fn all(&self, view: &View) -> Vec<Project> {
         let state = Arc::clone(&self.state.borrow());
         let supervised = Arc::clone(&self.supervised.borrow());

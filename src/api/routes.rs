@@ -1,5 +1,6 @@
 //! The routes of the API and their handlers.
 
+use super::events;
 use super::problem::{Problem, blocking};
 use super::projects;
 use super::reserve::{Reserved, label_of, parse_spec, reserve_specs};
@@ -53,6 +54,7 @@ const MAX_BODY: usize = 64 << 10;
         projects::project,
         projects::down,
         projects::logs,
+        events::events,
         figures,
         document
     ),
@@ -83,6 +85,7 @@ pub(super) fn router(view: Arc<View>) -> Router {
         )
         .route("/v1/projects/{name}", get(projects::project).delete(projects::down))
         .route("/v1/projects/{name}/logs", get(projects::logs))
+        .route("/v1/events", get(events::events))
         .route("/v1/figures", get(figures))
         .route("/v1/openapi.json", get(document))
         .fallback(no_such_path)
@@ -293,7 +296,9 @@ async fn add_ports(
     let spec = parse_spec(&new.spec)?;
     // Binding sockets is fast; finding the holder of a port in use is slow.
     let endpoint = new.endpoint.clone();
-    let opened = blocking(move || view.publisher.publish(&endpoint, &spec)).await??;
+    let publisher = Arc::clone(&view.publisher);
+    let opened = blocking(move || publisher.publish(&endpoint, &spec)).await??;
+    view.ports_changed.send_replace(());
     let ports: Vec<_> = opened.iter().map(|port| (port.label, port.container_port)).collect();
     for (publish, to) in runs(&ports) {
         tracing::info!(publish, endpoint = new.endpoint, to, "published");
@@ -325,7 +330,9 @@ async fn remove_port(State(view): State<Arc<View>>, id: Named) -> Result<StatusC
         order(&view, command, Reserved::new()).await?;
         return Ok(StatusCode::NO_CONTENT);
     }
-    let removed = blocking(move || view.publisher.unpublish(PortId(number))).await?;
+    let publisher = Arc::clone(&view.publisher);
+    let removed = blocking(move || publisher.unpublish(PortId(number))).await?;
+    view.ports_changed.send_replace(());
     let port = removed.ok_or_else(not_there)?;
     tracing::info!(publish = %port.label, endpoint = port.endpoint, "port closed");
     Ok(StatusCode::NO_CONTENT)
@@ -482,6 +489,7 @@ mod tests {
                 "/v1/endpoints",
                 "/v1/endpoints/{name}",
                 "/v1/endpoints/{name}/namespace",
+                "/v1/events",
                 "/v1/figures",
                 "/v1/networks",
                 "/v1/networks/{name}",

@@ -1,7 +1,7 @@
 //! The state of the running project, converted to the types of the API.
 
 use super::problem::Problem;
-use super::projects::ProjectsView;
+use super::projects::{ProjectsView, Supervised};
 use super::reserve::Reserved;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use tidegate_api::types::{
     Attachment, Endpoint, Exit, Figures, Fill, Metrics, NatFigures, Network, NetworkFigures, Port,
     PortFigures, Service, State, Status, Subnet, Transport, UpstreamFigures,
 };
-use tidegate_control::Command;
+use tidegate_control::{Command, Name};
 use tidegate_dns::Resolver;
 use tidegate_model::{Direction, Protocol};
 use tidegate_nat as nat;
@@ -57,11 +57,50 @@ pub(crate) struct View {
     pub(crate) orders: mpsc::Sender<Order>,
     /// The projects of a daemon; `None` for a project in the foreground.
     pub(crate) projects: Option<ProjectsView>,
+    /// Notified when this API publishes or closes a port of a project in the foreground. All other
+    /// changes of ports follow one of `desired`.
+    pub(crate) ports_changed: watch::Sender<()>,
+}
+
+/// Waits for changes of what a [`View`] shows.
+pub(super) struct Changes {
+    desired: watch::Receiver<Arc<Desired>>,
+    observer: Observer,
+    supervised: Option<watch::Receiver<Arc<BTreeMap<Name, Supervised>>>>,
+    ports: watch::Receiver<()>,
+    adopted: watch::Receiver<()>,
+}
+
+/// Time in which changes are combined.
+const COMBINE: Duration = Duration::from_millis(20);
+
+impl Changes {
+    /// Waits for the next change. `None` if the instance ends.
+    pub(super) async fn next(&mut self) -> Option<()> {
+        let supervised = async {
+            match &mut self.supervised {
+                Some(supervised) => supervised.changed().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            changed = self.desired.changed() => changed.ok()?,
+            changed = supervised => changed.ok()?,
+            changed = self.ports.changed() => changed.ok()?,
+            changed = self.adopted.changed() => changed.ok()?,
+            () = self.observer.changed() => {}
+        }
+        tokio::time::sleep(COMBINE).await;
+        Some(())
+    }
 }
 
 /// The paths of adopted namespaces by endpoint, and whether each of them is gone.
 #[derive(Debug, Default)]
-pub(crate) struct Adopted(Mutex<BTreeMap<String, (PathBuf, bool)>>);
+pub(crate) struct Adopted {
+    paths: Mutex<BTreeMap<String, (PathBuf, bool)>>,
+    changed: watch::Sender<()>,
+}
 
 /// A change to the networks.
 #[derive(Debug)]
@@ -87,7 +126,8 @@ pub(crate) enum Order {
 impl Adopted {
     /// All `paths` lead to existing namespaces.
     pub(crate) fn new(paths: impl IntoIterator<Item = (String, PathBuf)>) -> Self {
-        Self(Mutex::new(paths.into_iter().map(|(name, path)| (name, (path, false))).collect()))
+        let paths = paths.into_iter().map(|(name, path)| (name, (path, false))).collect();
+        Self { paths: Mutex::new(paths), ..Self::default() }
     }
 
     /// All paths.
@@ -106,20 +146,27 @@ impl Adopted {
         for name in endpoints {
             all.entry(name).and_modify(|(_, gone)| *gone = true);
         }
+        self.changed.send_replace(());
     }
 
     /// Forgets `endpoint`.
     pub(crate) fn remove(&self, endpoint: &str) {
         self.all().remove(endpoint);
+        self.changed.send_replace(());
     }
 
     /// Records the path of the namespace of `endpoint`, and whether the namespace is gone.
     pub(crate) fn set(&self, endpoint: &str, path: PathBuf, gone: bool) {
-        self.all().insert(endpoint.to_owned(), (path, gone));
+        let new = (path, gone);
+        let old = self.all().insert(endpoint.to_owned(), new.clone());
+        // It is set again with each poll.
+        if old != Some(new) {
+            self.changed.send_replace(());
+        }
     }
 
     fn all(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, (PathBuf, bool)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.paths.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -129,6 +176,17 @@ pub(crate) fn snapshot(desired: &watch::Receiver<Arc<Desired>>) -> Arc<Desired> 
 }
 
 impl View {
+    /// Subscribes to changes.
+    pub(super) fn changes(&self) -> Changes {
+        Changes {
+            desired: self.desired.clone(),
+            observer: self.observer.clone(),
+            supervised: self.projects.as_ref().map(|projects| projects.supervised.clone()),
+            ports: self.ports_changed.subscribe(),
+            adopted: self.adopted.changed.subscribe(),
+        }
+    }
+
     pub(super) fn status(&self) -> Status {
         let statuses = self.observer.statuses();
         let service = |name: &String| match statuses.iter().find(|status| status.name == *name) {

@@ -4,6 +4,7 @@ mod completion;
 mod daemon;
 mod doctor;
 mod duration;
+mod events;
 mod exec;
 mod hello;
 mod instance_options;
@@ -56,6 +57,7 @@ enum Command {
     Network(network::Networks),
     Attach(network::Attach),
     Detach(network::Detach),
+    Events(events::Events),
     Ps(ps::Ps),
     Ls(ps::Ls),
     Top(top::Top),
@@ -156,6 +158,7 @@ impl Command {
             Self::Network(network) => network.run().map(done),
             Self::Attach(attach) => attach.run().map(done),
             Self::Detach(detach) => detach.run().map(done),
+            Self::Events(events) => events.run().map(done),
             Self::Ps(ps) => ps.run().map(done),
             Self::Ls(ls) => ls.run().map(done),
             Self::Top(top) => top.run().map(done),

@@ -14,3 +14,9 @@ pub(super) fn print(text: &str) -> anyhow::Result<()> {
         result => result.context("standard output"),
     }
 }
+
+/// Whether the reader of standard output has closed it.
+pub(super) fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<io::Error>();
+    error.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}

@@ -1,7 +1,7 @@
 //! `tidegate up -d`, `down` and `logs`: projects in the background, which a daemon runs.
 
 use super::network::checked;
-use super::output::print;
+use super::output::{is_broken_pipe, print};
 use super::ps::services_table;
 use super::up::compose_file;
 use super::{UsageError, event_loop};
@@ -118,11 +118,6 @@ impl Logs {
         };
         Ok(written?)
     }
-}
-
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    let error = error.downcast_ref::<std::io::Error>();
-    error.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 /// Brings `project` of `file` up in the background.
@@ -287,7 +282,7 @@ services:
         assert_eq!(back.subnets[0].gateway, Some("10.77.0.9".parse().unwrap()));
         let web = &new.services[0];
         assert_eq!(web.command, ["httpd", "-f"]);
-        assert_eq!(web.ports, ["8080:80/tcp", "127.0.0.1:5353:53/udp"]);
+        assert_eq!(web.ports, ["8080:80", "127.0.0.1:5353:53/udp"]);
         assert_eq!((web.restart, web.max_restarts), (RestartPolicy::OnFailure, Some(3)));
         assert_eq!(web.networks[1].addresses, ["10.77.0.2".parse::<std::net::IpAddr>().unwrap()]);
         assert_eq!((web.working_dir.as_str(), web.depends_on.len()), ("/srv/shop", 1));

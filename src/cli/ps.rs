@@ -215,7 +215,7 @@ pub(super) fn networks_table(networks: &[Network]) -> String {
 }
 
 /// `running`, `ended (1)`, `restarting (signal 9, 3 times)`.
-fn state(service: &Service) -> String {
+pub(super) fn state(service: &Service) -> String {
     let word = match service.state {
         State::Starting => "starting",
         State::Running => "running",

@@ -465,6 +465,7 @@ impl Up {
             metrics: up.metrics.clone(),
             orders,
             projects,
+            ports_changed: watch::Sender::default(),
             project: project.as_ref().map_or("daemon", |project| &project.name).to_owned(),
         };
         let server = {
