@@ -362,6 +362,14 @@ fn errors_name_the_object_and_leave_nothing_behind() {
     // A part of a project is changed with its project only.
     let (status, _) = ask(&scene.socket(), "DELETE", "/v1/endpoints/shop%2Fweb", "");
     assert_eq!(status, 400);
+    let moved = r#"{ "netns": "/proc/self/ns/net" }"#;
+    let target = "/v1/endpoints/shop%2Fweb/namespace";
+    let (status, answer) = ask(&scene.socket(), "PUT", target, moved);
+    let line = "endpoint shop/web belongs to project shop, and is changed with it only";
+    assert_eq!((status, &answer["error"]), (409, &line.into()));
+    let port = &get(&scene.socket(), "/v1/ports").1[0]["id"];
+    let (status, answer) = ask(&scene.socket(), "DELETE", &format!("/v1/ports/{port}"), "");
+    assert_eq!((status, &answer["error"]), (409, &line.into()));
     scene.succeeds(&["down", "shop"]);
     unchanged();
 }

@@ -364,9 +364,14 @@ fn bridge_name(network: &Name, attempt: u32) -> String {
     registry::bridge_name(network.name(), &text)
 }
 
-/// Returns six bytes that depend on an address of a network.
-fn mac_of(network: &Name, address: IpAddr) -> [u8; 6] {
-    let hash = registry::folded_hash(format!("{network} {address}").as_bytes());
+/// Returns six bytes that depend on addresses of a network.
+fn mac_of(network: &Name, addresses: impl Iterator<Item = IpAddr>) -> [u8; 6] {
+    let mut text = network.to_string();
+    for address in addresses {
+        // Writing to a string does not fail.
+        let _ = write!(text, " {address}");
+    }
+    let hash = registry::folded_hash(text.as_bytes());
     let [.., a, b, c, d, e, f] = hash.to_be_bytes();
     [a, b, c, d, e, f]
 }
@@ -482,10 +487,12 @@ fn attach(
             name: unused_veth_name(state, &attachments, name, with)?,
             mac: unused_mac(state, &mut macs, name, with.random)?,
         };
-        // The next owner of an address has the same MAC address. Neighbours have it in their
-        // caches, and would use that of the previous owner for half a minute.
-        let mut of_address = addresses.first().map(|one| mac_of(&wanted.network, one.address));
-        let mut candidates = || of_address.take().unwrap_or_else(|| (with.random)());
+        // The next owner of the same addresses has the same MAC address. Neighbours have it in
+        // their caches, and would use that of the previous owner for half a minute. An owner of
+        // only one of them has another one: it must not receive the packets to the others.
+        let of_addresses = addresses.iter().map(|one| one.address);
+        let mut of_addresses = Some(mac_of(&wanted.network, of_addresses));
+        let mut candidates = || of_addresses.take().unwrap_or_else(|| (with.random)());
         let inside = Interface {
             name: format!("eth{number}"),
             mac: unused_mac(state, &mut macs, name, &mut candidates)?,

@@ -860,3 +860,30 @@ fn a_refused_project_changes_nothing() {
         assert_eq!(format!("{:?}", environment.quarantine), quarantine, "{expected}");
     }
 }
+
+#[test]
+fn the_next_owner_of_the_same_addresses_has_the_same_mac_address() {
+    let mut environment = Environment::without_collisions();
+    let network = NetworkSpec {
+        subnets: vec![
+            ("10.77.0.0/24".parse().unwrap(), None),
+            ("fd77::/64".parse().unwrap(), None),
+        ],
+        ipv6: true,
+        ..NetworkSpec::new(name("a"))
+    };
+    let state = apply_all(&mut environment, &[Command::CreateNetwork(network)]);
+    let mut mac = |text: &str, addresses: [&str; 2]| {
+        let at = NetworkAttachment {
+            addresses: addresses.map(|address| address.parse().unwrap()).to_vec(),
+            ..NetworkAttachment::new(name("a"))
+        };
+        let spec = AttachSpec { networks: vec![at], ..attach(text, &[]) };
+        let state = environment.apply(&state, &Command::Attach(spec)).unwrap();
+        state.endpoints[&name(text)].setup.attachments[0].inside.mac
+    };
+    let first = mac("first", ["10.77.0.2", "fd77::2"]);
+    assert_eq!(mac("second", ["10.77.0.2", "fd77::2"]), first);
+    assert_ne!(mac("of-one", ["10.77.0.2", "fd77::3"]), first);
+    assert_ne!(mac("of-the-other", ["10.77.0.3", "fd77::2"]), first);
+}

@@ -765,6 +765,20 @@ impl Kernel {
         }
     }
 
+    /// Deletes the neighbour entries of the host for `addresses` on `link`, which may have the MAC
+    /// address of a previous owner. A failure only delays packets.
+    pub async fn forget_neighbours(&mut self, link: &str, addresses: &[IpAddr]) {
+        let Ok(index) = self.index(&Place::Host, link).await else { return };
+        let Ok(host) = self.host() else { return };
+        for address in addresses {
+            let mut known = host.neighbours().add(index, *address);
+            let deletion = host.neighbours().del(known.message_mut().clone());
+            if let Err(failed) = deletion.execute().await {
+                tracing::trace!(link, %address, error = %error(failed), "no neighbour entry");
+            }
+        }
+    }
+
     /// Returns the firewall of `fact`, if it is in use.
     fn firewall(&self, fact: &Fact) -> io::Result<Arc<Firewall>> {
         let named = |firewall: &&Arc<Firewall>| firewall.fact() == *fact;

@@ -40,7 +40,8 @@ impl Snapshot {
         Self(plain.chain(services).collect())
     }
 
-    /// Returns the events from `self` to `new`: removed objects first, in the reverse order of kinds.
+    /// Returns the events from `self` to `new`: removed objects first, in the reverse order of
+    /// kinds.
     fn events_to(&self, new: &Self, time: &str) -> Vec<Event> {
         let event =
             |change, (kind, name): &(ObjectKind, String), service: &Option<Service>| Event {

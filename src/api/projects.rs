@@ -94,6 +94,17 @@ impl ProjectsView {
         Some(types::Service { name: name.to_string(), ..service_of(status?) })
     }
 
+    /// Whether a project runs a command in the endpoint `name`.
+    pub(super) fn runs(&self, name: &str) -> bool {
+        let Ok(name) = name.parse::<Name>() else { return false };
+        let Some(project) = name.project().and_then(|one| Name::new(None, one).ok()) else {
+            return false;
+        };
+        let state = self.state.borrow();
+        let project = state.projects().get(&project);
+        project.is_some_and(|one| one.services.iter().any(|service| service.name == name.name()))
+    }
+
     /// Returns the names of all projects.
     pub(super) fn names(&self) -> Vec<String> {
         self.state.borrow().projects().keys().map(Name::to_string).collect()

@@ -259,6 +259,9 @@ async fn set_namespace(
             netns.display()
         )));
     }
+    if view.projects.as_ref().is_some_and(|projects| projects.runs(&name)) {
+        return Err(part_of_project(&name));
+    }
     let endpoint = name.clone();
     send(&view, |done| Order::Reattach { endpoint, netns, done }).await?;
     find_endpoint(&view, name)
@@ -324,7 +327,11 @@ async fn remove_port(State(view): State<Arc<View>>, id: Named) -> Result<StatusC
     let number = id.parse().map_err(|_| not_there())?;
     if view.state_file.is_some() {
         let open = view.publisher.ports().into_iter().find(|port| port.id == PortId(number));
-        let label = open.ok_or_else(not_there)?.label;
+        let open = open.ok_or_else(not_there)?;
+        if open.endpoint.contains('/') {
+            return Err(part_of_project(&open.endpoint));
+        }
+        let label = open.label;
         let (address, port) = (label.address().ip(), label.address().port());
         let command = Command::Unpublish { address, port, protocol: label.protocol() };
         order(&view, command, Reserved::new()).await?;
@@ -434,6 +441,13 @@ pub(super) fn attachment(new: &NewAttachment) -> Result<NetworkAttachment, Probl
         any_source: new.any_source,
         ..NetworkAttachment::new(parse_name(&new.network)?)
     })
+}
+
+fn part_of_project(endpoint: &str) -> Problem {
+    let project = endpoint.split('/').next().unwrap_or_default();
+    Problem::conflict(&format!(
+        "endpoint {endpoint} belongs to project {project}, and is changed with it only"
+    ))
 }
 
 fn find_network(view: &View, name: &str) -> Response<Network> {

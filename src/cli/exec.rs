@@ -137,6 +137,9 @@ pub(super) fn enter(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let process = unsafe { OwnedFd::from_raw_fd(process) };
     let entered = enter_namespaces(&process, user == "other-user");
     drop(process);
+    // Descriptors that the caller has left open are not for the service.
+    // SAFETY: this process owns only the descriptors 0 to 2 here.
+    unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
     let status = entered.and_then(|()| {
         // It may not exist in the mount namespace.
         if std::env::set_current_dir(&directory).is_err() {

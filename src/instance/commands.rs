@@ -371,7 +371,7 @@ impl Instance {
     /// Ends the flows of the addresses of `endpoint`. Otherwise the next owner of an address would
     /// receive their packets.
     pub(super) async fn end_flows_of(
-        &self,
+        &mut self,
         endpoint: &tidegate_netsetup::Endpoint,
     ) -> Result<(), Problem> {
         let attachments = endpoint.attachments.iter();
@@ -381,6 +381,13 @@ impl Instance {
                 own.chain([IpAddr::from(one.inside.mac.link_local())])
             })
             .collect();
+        for attachment in &endpoint.attachments {
+            let networks = &self.up.layout.desired.networks;
+            let network = networks.iter().find(|network| network.name == attachment.network);
+            let Some(bridge) = network.map(|network| network.bridge.name.clone()) else { continue };
+            let own: Vec<IpAddr> = attachment.addresses.iter().map(ipnet::IpNet::addr).collect();
+            self.setup.kernel().forget_neighbours(&bridge, &own).await;
+        }
         let firewall = self.chosen.firewall.clone();
         let engine = self.up.egress.as_ref().map(|egress| Arc::clone(egress.nat()));
         let publisher = Arc::clone(&self.up.publisher);

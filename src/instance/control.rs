@@ -633,8 +633,8 @@ impl Instance {
         let old = self.up.publisher.namespace(endpoint).map(|namespace| namespace.id());
         let server_ends_first = old == Some(namespace.id());
         let desired = self.up.layout.desired.endpoints.iter().find(|one| one.name == endpoint);
-        if let Some(desired) = desired.filter(|_| !server_ends_first)
-            && let Err(problem) = self.end_flows_of(desired).await
+        if let Some(desired) = desired.filter(|_| !server_ends_first).cloned()
+            && let Err(problem) = self.end_flows_of(&desired).await
         {
             tracing::warn!(endpoint, error = %problem, "flows of the previous namespace not ended");
         }

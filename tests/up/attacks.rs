@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
-use tidegate_testbed::frames::{LinkSocket, checksum, ethernet, icmp6, ipv4, udp4, udp6};
+use tidegate_testbed::frames::{LinkSocket, checksum, ethernet, icmp6, ipv4, ipv6, udp4, udp6};
 use tidegate_testbed::server::PeerServer;
 use tidegate_testbed::{Namespace, Process, Signal, addr, eventually};
 
@@ -306,6 +306,7 @@ fn a_neighbour_cannot_have_the_host_send_its_payload_to_a_container() {
     for firewall in FIREWALLS {
         let scene = Scene::new();
         let container = Namespace::new();
+        scene.net.host.sysctl("net.ipv4.ipfrag_time", "1");
         let file = file(&container, "").replace(
             "home: { ipam: { config: [ { subnet: 10.77.1.0/24 } ] } }",
             "home: { internal: true, enable_ipv6: true, ipam: { config: [ { subnet: 10.77.1.0/24 }, { subnet: 'fd77:1::/64' } ] } }",
@@ -330,7 +331,11 @@ fn a_neighbour_cannot_have_the_host_send_its_payload_to_a_container() {
         let link = LinkSocket::open(&scene.net.client, "eth0");
         let v4 = |text: &str| text.parse::<std::net::Ipv4Addr>().unwrap();
         let v6 = |text: &str| text.parse::<Ipv6Addr>().unwrap();
-        for (to, to_v6) in [("10.77.1.77", "fd77:1::77"), ("198.51.100.1", "2001:db8:9::9")] {
+        for (to, to_v6) in [
+            ("10.77.1.77", "fd77:1::77"),
+            ("198.51.100.1", "2001:db8:9::9"),
+            ("203.0.113.1", "2001:db8:1::1"),
+        ] {
             // An echo reply that no one has requested.
             let mut reply = [&[0, 0, 0, 0, 0, 1, 0, 1][..], PAYLOAD].concat();
             let sum = checksum(&reply);
@@ -343,6 +348,16 @@ fn a_neighbour_cannot_have_the_host_send_its_payload_to_a_container() {
                 packet[10..12].copy_from_slice(&sum.to_be_bytes());
                 link.send(&ethernet(host, neighbour, 0x0800, &packet));
             }
+            // A fragment that is never completed.
+            let mut packet = ipv4(v4("10.77.1.10"), v4(to), 17, &[PAYLOAD, PAYLOAD].concat());
+            (packet[6], packet[10], packet[11]) = (0x20, 0, 0);
+            let sum = checksum(&packet[..20]);
+            packet[10..12].copy_from_slice(&sum.to_be_bytes());
+            link.send(&ethernet(host, neighbour, 0x0800, &packet));
+            // An unknown hop-by-hop option whose type requires an error (RFC 8200, 4.2).
+            let options = [&[59, 0, 0x80, 4, 0, 0, 0, 0][..], PAYLOAD].concat();
+            let packet = ipv6(v6("fd77:1::10"), v6(to_v6), 0, &options);
+            link.send(&ethernet(host, neighbour, 0x86dd, &packet));
             // MLD and neighbour discovery are not tracked.
             for kind in [130, 131, 132, 134, 135, 136, 143] {
                 let target = v6(to_v6).octets();
@@ -354,7 +369,8 @@ fn a_neighbour_cannot_have_the_host_send_its_payload_to_a_container() {
                 }
             }
         }
-        thread::sleep(PAUSE);
+        // Errors about fragments follow after `ipfrag_time`.
+        thread::sleep(Duration::from_secs(2));
         let received = inside.received();
         let quotes =
             |frame: &&Vec<u8>| frame.windows(PAYLOAD.len()).any(|window| window == PAYLOAD);

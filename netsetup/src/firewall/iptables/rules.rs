@@ -180,6 +180,7 @@ impl Renderer<'_> {
         });
         let mut rules: Vec<_> = from.collect();
         if self.ruleset.gated {
+            rules.extend(self.unrelated_errors());
             let to = zones.iter().filter(|zone| !zone.internal).map(|Zone { bridge, .. }| {
                 rule(
                     &format!("-o {bridge} -m conntrack --ctstate RELATED,ESTABLISHED,DNAT"),
@@ -207,11 +208,28 @@ impl Renderer<'_> {
         self.marking(rules, "PREROUTING")
     }
 
+    /// Drops ICMP errors of the host about packets of no connection. Conntrack knows the packets
+    /// that an error concerns, except for forged ones that the kernel rejects before: fragments
+    /// that are never completed, and unknown options. A neighbour of the host, or a router in a
+    /// container, could otherwise have the host send their payload to a container.
+    fn unrelated_errors(&self) -> Vec<String> {
+        let icmp = if self.family.is_v6() { "ipv6-icmp" } else { "icmp" };
+        let of = |zone: &Zone| {
+            let matches = format!("-o {} -p {icmp} -m conntrack --ctstate INVALID", zone.bridge);
+            rule(&matches, "DROP", "ICMP error about a packet of no connection")
+        };
+        self.ruleset.zones.iter().map(of).collect()
+    }
+
     /// Builds the table in which `rules` set the mark. The chain is entered after all foreign rules
     /// in the built-in chain `from`, so that these neither see nor change the mark.
     fn marking(&self, rules: Vec<String>, from: &'static str) -> Table {
         let mut chains = vec![(self.chain("MARK"), rules)];
         let mut jumps = vec![(from, "MARK")];
+        if from != "POSTROUTING" {
+            chains.push((self.chain("ERRORS"), self.unrelated_errors()));
+            jumps.push(("POSTROUTING", "ERRORS"));
+        }
         let marks = |value: fn(u8) -> u32| -> Vec<String> {
             let replies = self.ruleset.replies.iter().filter(|(_, net)| self.is_of(net.addr()));
             replies
