@@ -250,6 +250,8 @@ fn events_report_the_objects_and_services_of_a_project() {
     let mut listener = Process::spawn(command.args(["events", "--json"]));
     std::thread::sleep(Duration::from_millis(300));
     scene.up(SHOP);
+    // Changes that follow each other at once are combined.
+    listener.wait_for_line("\"name\":\"shop/web\",\"state\":\"running\"", SOON);
     scene.succeeds(&["down", "shop"]);
     listener.wait_for_line("\"removed\",\"kind\":\"project\"", SOON);
     let printed = listener.output();
