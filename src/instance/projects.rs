@@ -19,6 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tidegate_control::{Command, Endpoint, Name, Project, ProjectSpec, Refusal, Service, State};
@@ -162,7 +163,7 @@ impl Projects {
             return Err(problem);
         }
         tracing::info!(project = %project.name, supervisor = supervisor.pid(), "project is up");
-        self.follow(project.name, supervisor);
+        self.follow(project.name, supervisor).await;
         Ok(())
     }
 
@@ -187,7 +188,7 @@ impl Projects {
         if let Some(supervisor) = supervisor
             && let Err(error) = supervisor.stop().await
         {
-            self.follow(project.clone(), supervisor);
+            self.follow(project.clone(), supervisor).await;
             return Err(error.into());
         }
         self.order(Command::RemoveProject(project.clone()), Reserved::new()).await?;
@@ -309,7 +310,7 @@ impl Projects {
         }
         let text = if is_new { "services started again" } else { "services adopted" };
         tracing::info!(project = %project.name, supervisor = supervisor.pid(), "{text}");
-        self.follow(project.name.clone(), supervisor);
+        self.follow(project.name.clone(), supervisor).await;
         Ok(())
     }
 
@@ -330,12 +331,26 @@ impl Projects {
         supervisor.start(specs, project.grace).await.map_err(Problem::from)
     }
 
-    /// Follows the statuses of the services of `project` in a task.
-    fn follow(&self, project: Name, supervisor: RemoteSupervisor) {
+    /// Follows the statuses of the services of `project` in a task. The current ones are known on
+    /// return.
+    async fn follow(&self, project: Name, supervisor: RemoteSupervisor) {
         lock(&self.0.running).insert(project.clone(), supervisor.clone());
-        self.publish(&project, &supervisor, Vec::new());
-        let projects = self.clone();
-        tokio::spawn(async move { projects.follow_until_end(project, supervisor).await });
+        let first = match supervisor.statuses().await {
+            Ok(mut statuses) => statuses.next().await,
+            // It is reported by the task.
+            Err(_) => None,
+        };
+        self.publish(&project, &supervisor, first.unwrap_or_default());
+        tokio::spawn(self.clone().follower(project, supervisor));
+    }
+
+    /// Boxed, because it starts the services again, and with them a task of the same kind.
+    fn follower(
+        self,
+        project: Name,
+        supervisor: RemoteSupervisor,
+    ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        Box::pin(async move { self.follow_until_end(project, supervisor).await })
     }
 
     async fn follow_until_end(&self, project: Name, supervisor: RemoteSupervisor) {
@@ -368,8 +383,7 @@ impl Projects {
         lock(&self.0.running).remove(&project);
         let known = self.state().projects().get(&project).map(Arc::clone);
         if let Some(known) = known {
-            // Boxed, because it starts this function again.
-            Box::pin(self.restore_one(&known)).await;
+            self.restore_one(&known).await;
         }
     }
 
