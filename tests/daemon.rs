@@ -384,6 +384,23 @@ fn the_next_endpoint_with_an_address_receives_nothing_from_published_ports_of_th
     }
 }
 
+/// A daemon can be killed after it has removed an endpoint and before it has ended its flows.
+#[test]
+fn a_start_ends_flows_of_addresses_without_an_endpoint() {
+    let scene = Scene::new();
+    let mut before = daemon(&scene, &["--firewall=nftables"]);
+    let _web = attach(&scene, "web", &["--ip", "10.9.0.50"]);
+    before.stop(Signal::KILL, SOON);
+    for (source, port) in [("10.9.0.50", "7001"), ("10.9.0.99", "7002")] {
+        scene.sh(&format!(
+            "conntrack -I -p udp -s {source} -d 203.0.113.9 --sport {port} --dport 7000 -u SEEN_REPLY -t 60"
+        ));
+    }
+    let _daemon = scene.daemon(&["--firewall=nftables"]);
+    let entries = scene.net.host.exec("conntrack", &["-L"]);
+    assert!(entries.contains("sport=7001") && !entries.contains("sport=7002"), "{entries}");
+}
+
 /// The host and another endpoint have neighbour entries from the previous owner.
 #[test]
 fn an_address_is_reachable_at_once_when_it_has_another_owner() {

@@ -483,6 +483,23 @@ impl Firewall {
         self.host.with(|| delete_flows(&hosts, &BTreeSet::new()))?
     }
 
+    /// Ends the tracked flows of `subnets` except for those of the addresses in `kept`: endpoints
+    /// and gateways. A killed process may have removed an endpoint without ending its flows.
+    ///
+    /// # Errors
+    /// Errors of the kernel.
+    pub fn end_flows_except(&self, subnets: &[IpNet], kept: &BTreeSet<IpAddr>) -> io::Result<()> {
+        let is_left = |address: &IpAddr| {
+            !kept.contains(address) && subnets.iter().any(|net| net.contains(address))
+        };
+        let is_one =
+            |entry: &Entry<'_>| [entry.client, entry.destination, entry.server].iter().any(is_left);
+        let families = [TableFamily::Ipv4, TableFamily::Ipv6];
+        let deleted = self.host.with(|| Conntrack::open()?.delete(&families, is_one))??;
+        tracing::debug!(flows = deleted, "conntrack entries of removed endpoints deleted");
+        Ok(())
+    }
+
     /// Returns the number of entries of the conntrack table at the last check, the limit above
     /// which flows are evicted, and the number of flows evicted so far.
     #[must_use]

@@ -305,9 +305,13 @@ impl Instance {
         namespace: &Namespace,
     ) -> Result<(), Problem> {
         let name = &endpoint.setup.name;
-        // A previous owner of its addresses may not have been detached by this process, or may have
-        // used them without being their owner.
-        self.end_flows_of(&endpoint.setup).await?;
+        // Flows of previous owners of its addresses have ended. Where sources are not verified,
+        // others may have used the addresses since.
+        let networks = endpoint.setup.attachments.iter().map(|one| &one.network);
+        let desired = &self.up.layout.desired;
+        if !networks.into_iter().all(|network| desired.verifies_sources(network)) {
+            self.end_flows_of(&endpoint.setup).await?;
+        }
         self.extend(&[name]).await?;
         self.verify_sources(endpoint);
         let added = self.up.names.add_endpoint(&endpoint.setup, &endpoint_dns(endpoint));

@@ -30,7 +30,7 @@ mod routing;
 mod signals;
 mod tracked_flows;
 
-use crate::api::{Adopted, MAX_CLIENTS, Order, ProjectsView, Server, View, snapshot};
+use crate::api::{Adopted, MAX_CLIENTS, Order, ProjectsView, Server, View, blocking, snapshot};
 use crate::port_guards::{self, bridge_programs, has_bridge_guards};
 use crate::service_manager::ServiceManager;
 use anyhow::{Context, anyhow, bail};
@@ -571,14 +571,21 @@ impl Up {
             setup.kernel().add_endpoint(name, namespace.clone());
         }
         let stop = setup.stop_handle();
+        let kind = chosen.firewall.as_ref().map(|firewall| firewall.kind());
+        let is_other =
+            |fact: &Fact| matches!(fact, Fact::Ruleset { firewall, .. } if Some(*firewall) != kind);
+        let other_rules = setup.owned().iter().any(is_other);
         let applied = {
             let applying = async {
                 if project.is_some() {
                     setup.apply(&layout.desired).await
+                } else if other_rules {
+                    // They are removed last.
+                    setup.change(&layout.desired).await
                 } else {
                     // Networks of a daemon are in use: routes that were added since are no
-                    // conflict, and the rules of another firewall are removed last.
-                    setup.change(&layout.desired).await
+                    // conflict.
+                    setup.update(&layout.desired).await
                 }
             };
             tokio::pin!(applying);
@@ -595,6 +602,9 @@ impl Up {
             Err(SetupError::Stopped) => return Ok(None),
             applied => applied?,
         };
+        if let Some(firewall) = chosen.firewall.clone().filter(|_| project.is_none()) {
+            end_flows_of_removed(firewall, &layout).await;
+        }
         let start = |device: egress::Device| -> anyhow::Result<_> {
             let rate = NonZeroU32::new(self.nat_limits.unanswered).unwrap_or(NonZeroU32::MIN);
             let guards = guards.as_ref();
@@ -758,6 +768,18 @@ impl Up {
             metrics,
         };
         Ok(Some((running, absent)))
+    }
+}
+
+/// Ends tracked flows in the networks of a daemon that are not those of its endpoints.
+async fn end_flows_of_removed(firewall: Arc<Firewall>, layout: &Layout) {
+    let subnets = || layout.desired.networks.iter().flat_map(|network| &network.subnets);
+    let gateways = subnets().map(|subnet| subnet.gateway);
+    let kept = layout.addresses.values().flatten().copied().chain(gateways).collect();
+    let subnets: Vec<_> = subnets().map(|subnet| subnet.subnet).collect();
+    let ended = blocking(move || firewall.end_flows_except(&subnets, &kept)).await;
+    if let Ok(Err(error)) = ended {
+        tracing::warn!(%error, "tracked flows of removed endpoints not ended");
     }
 }
 
