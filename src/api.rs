@@ -16,6 +16,7 @@
 //! the routes. `docs/openapi.json` is a copy; a test compares the two.
 
 mod events;
+mod json_lines;
 mod problem;
 mod projects;
 mod reserve;

@@ -288,6 +288,11 @@ fn a_command_runs_in_the_namespaces_of_a_service() {
         scene.succeeds(&["exec", "shop/web", "sh", "-c", "echo $COLOUR $(hostname) $PPID"]);
     assert_eq!(inside, "green web 0\n", "environment, UTS and PID namespace");
     assert!(scene.succeeds(&["exec", "db", "ip", "address"]).contains("10.77.2.9/24"));
+    // Descriptors that the caller has left open are not for the service.
+    let file = fs::File::open("/etc/passwd").unwrap();
+    rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::empty()).unwrap();
+    let open = scene.succeeds(&["exec", "db", "ls", "-l", "/proc/self/fd"]);
+    assert!(open.contains(" 0 -> ") && !open.contains("/etc/passwd"), "{open}");
     let code =
         |args: &[&str]| scene.tidegate().arg("exec").args(args).output().unwrap().status.code();
     assert_eq!(code(&["db", "sh", "-c", "exit 7"]), Some(7));

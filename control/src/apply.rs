@@ -156,7 +156,7 @@ fn check_parts(spec: &ProjectSpec) -> Result<(), Refusal> {
     if project.project().is_some() {
         return Err(foreign(format!("name {project}")));
     }
-    let is_part = |part: &Name| part.project() == Some(project.name());
+    let is_part = |part: &Name| part.is_part_of(project);
     if let Some(network) = spec.networks.iter().find(|network| !is_part(&network.name)) {
         return Err(foreign(format!("network {}", network.name)));
     }
@@ -184,7 +184,7 @@ fn remove_project(
     if !state.projects.contains_key(name) {
         return Err(Refusal::UnknownProject(name.clone()));
     }
-    let is_part = |part: &&Name| part.project() == Some(name.name());
+    let is_part = |part: &&Name| part.is_part_of(name);
     let mut after = state.clone();
     for endpoint in state.endpoints.keys().filter(is_part) {
         after = detach(&after, endpoint, with)?;

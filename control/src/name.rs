@@ -45,6 +45,18 @@ impl Name {
         self.project.as_deref()
     }
 
+    /// Returns the name of the project that it is a part of.
+    #[must_use]
+    pub fn project_name(&self) -> Option<Self> {
+        self.project.clone().map(|name| Self { project: None, name })
+    }
+
+    /// Whether it is a part of `project`.
+    #[must_use]
+    pub fn is_part_of(&self, project: &Self) -> bool {
+        project.project.is_none() && self.project.as_ref() == Some(&project.name)
+    }
+
     /// Returns the name within the project.
     #[must_use]
     pub fn name(&self) -> &str {

@@ -448,8 +448,12 @@ fn write_difference(database: &Database, old: &State, new: &State) -> Result<(),
     let networks = difference(&old.networks, &new.networks);
     let endpoints = difference(&old.endpoints, &new.endpoints);
     let projects = difference(&old.projects, &new.projects);
-    let lengths = [networks.0.len(), networks.1.len(), endpoints.0.len(), endpoints.1.len()];
-    if lengths == [0; 4] && projects.0.len() + projects.1.len() == 0 {
+    let lengths = [
+        [networks.0.len(), networks.1.len()],
+        [endpoints.0.len(), endpoints.1.len()],
+        [projects.0.len(), projects.1.len()],
+    ];
+    if lengths == [[0; 2]; 3] {
         return Ok(());
     }
     let transaction = database.begin_write()?;

@@ -73,6 +73,11 @@ pub struct EntryKey {
 }
 
 impl Entry<'_> {
+    /// Returns whether one of the addresses of the flow satisfies `is`.
+    pub fn has_address(&self, is: impl Fn(&IpAddr) -> bool) -> bool {
+        [self.client, self.destination, self.server].iter().any(is)
+    }
+
     /// Returns whether the entry is assured. When the table is full, the kernel evicts only entries
     /// that are not (`early_drop`, net/netfilter/nf_conntrack_core.c).
     #[must_use]

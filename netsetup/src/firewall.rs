@@ -492,8 +492,7 @@ impl Firewall {
         let is_left = |address: &IpAddr| {
             !kept.contains(address) && subnets.iter().any(|net| net.contains(address))
         };
-        let is_one =
-            |entry: &Entry<'_>| [entry.client, entry.destination, entry.server].iter().any(is_left);
+        let is_one = |entry: &Entry<'_>| entry.has_address(is_left);
         let families = [TableFamily::Ipv4, TableFamily::Ipv6];
         let deleted = self.host.with(|| Conntrack::open()?.delete(&families, is_one))??;
         tracing::debug!(flows = deleted, "conntrack entries of removed endpoints deleted");
@@ -595,7 +594,7 @@ fn delete_flows(subnets: &[IpNet], ports: &BTreeSet<Opening>) -> io::Result<()> 
     if families.is_empty() {
         return Ok(());
     }
-    let inside = |address: IpAddr| subnets.iter().any(|net| net.contains(&address));
+    let inside = |address: &IpAddr| subnets.iter().any(|net| net.contains(address));
     let is_to_port = |flow: &Flow| {
         let protocol = protocol_of(flow);
         let at = |address: IpAddr| {
@@ -617,8 +616,7 @@ fn delete_flows(subnets: &[IpNet], ports: &BTreeSet<Opening>) -> io::Result<()> 
         at(flow.destination.ip()) || at(any)
     };
     let is_one = |entry: &Entry<'_>| {
-        [entry.client, entry.destination, entry.server].into_iter().any(inside)
-            || entry.flow.as_ref().is_some_and(is_to_port)
+        entry.has_address(inside) || entry.flow.as_ref().is_some_and(is_to_port)
     };
     let deleted = Conntrack::open()?.delete(&families, is_one)?;
     tracing::debug!(flows = deleted, "stale conntrack entries deleted");

@@ -197,7 +197,7 @@ fn start(request: &StartRequest) -> Result<Pid, Report> {
 
 /// Unblocks all signals for the calling thread and the program that it executes.
 /// Async-signal-safe.
-fn unblock_signals() {
+pub(super) fn unblock_signals() {
     let mut none = MaybeUninit::uninit();
     // SAFETY: `sigemptyset` initialises the set that the second call reads; neither can fail on
     // valid pointers.

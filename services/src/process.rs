@@ -19,7 +19,7 @@ use super::files::{is_at, sweep};
 use super::protocol::Inbox;
 use super::server::{REQUEST_TIMEOUT, Server};
 use super::supervisor::check_name;
-use super::wire::{ACKNOWLEDGED, Failure, LOCK, Launch, ReceiveError, Reply, SOCKET};
+use super::wire::{ACKNOWLEDGED, Failure, LOCK, Launch, Reply, SOCKET};
 use super::wire::{receive_message, send_message};
 use rustix::process::geteuid;
 use std::collections::BTreeMap;
@@ -116,14 +116,11 @@ async fn supervise(directory: &Path, handshake: StdUnixStream) -> io::Result<boo
     let services = match request {
         Ok(Ok(Launch { services })) => services,
         // The client has ended.
-        Err(_) | Ok(Err(ReceiveError::Closed)) => return Ok(false),
-        Ok(Err(ReceiveError::Version)) => {
-            let _ = send_message(&mut handshake, &failure(Failure::Version)).await;
-            return Ok(false);
-        }
-        Ok(Err(ReceiveError::Invalid(reason))) => {
-            let reason = failure(Failure::Other(format!("invalid request: {reason}")));
-            let _ = send_message(&mut handshake, &reason).await;
+        Err(_) => return Ok(false),
+        Ok(Err(error)) => {
+            if let Some(reason) = error.into_failure() {
+                let _ = send_message(&mut handshake, &failure(reason)).await;
+            }
             return Ok(false);
         }
     };

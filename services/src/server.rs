@@ -6,7 +6,7 @@
 use super::log::{Dropped, Limits, LogLine, size_of_line};
 use super::output::SharedLog;
 use super::protocol::Inbox;
-use super::wire::{Failure, ReceiveError, Reply, Request};
+use super::wire::{Failure, Reply, Request};
 use super::wire::{encode_message, receive_message, send_message};
 use super::{RemoteSpec, Status, Supervisor};
 use rustix::process::geteuid;
@@ -143,11 +143,11 @@ impl Server {
         let request = timeout(REQUEST_TIMEOUT, receive_message(&mut inbox, &mut stream)).await;
         // An error means that the client has closed the connection.
         let _ = match request {
-            Err(_) | Ok(Err(ReceiveError::Closed)) => return,
-            Ok(Err(ReceiveError::Version)) => fail(&mut stream, Failure::Version).await,
-            Ok(Err(ReceiveError::Invalid(reason))) => {
-                fail(&mut stream, Failure::Other(format!("invalid request: {reason}"))).await
-            }
+            Err(_) => return,
+            Ok(Err(error)) => match error.into_failure() {
+                Some(failure) => fail(&mut stream, failure).await,
+                None => return,
+            },
             Ok(Ok(request)) => self.handle(request, &mut stream).await,
         };
     }

@@ -1,9 +1,9 @@
 //! Starts a supervisor process, detached from this one.
 
+use super::init::unblock_signals;
 use rustix::process::setsid;
 use std::ffi::OsStr;
 use std::io;
-use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -59,13 +59,7 @@ fn detach() -> io::Result<()> {
         // SAFETY: SIG_DFL is a valid disposition of every signal.
         unsafe { libc::signal(signal, libc::SIG_DFL) };
     }
-    let mut none = MaybeUninit::uninit();
-    // SAFETY: `sigemptyset` initialises the set that the second call reads; neither can fail on
-    // valid pointers.
-    unsafe {
-        libc::sigemptyset(none.as_mut_ptr());
-        libc::pthread_sigmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut());
-    }
+    unblock_signals();
     // Only on execve(2): std reports its failure through one of these descriptors. Has no effect
     // before Linux 5.11; `process::run` closes them, too.
     let flags = libc::CLOSE_RANGE_CLOEXEC as libc::c_int;

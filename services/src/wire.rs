@@ -123,6 +123,17 @@ pub(super) enum ReceiveError {
     Invalid(String),
 }
 
+impl ReceiveError {
+    /// What to answer to an invalid request. `None` if the peer has closed the socket.
+    pub(super) fn into_failure(self) -> Option<Failure> {
+        match self {
+            Self::Closed => None,
+            Self::Version => Some(Failure::Version),
+            Self::Invalid(reason) => Some(Failure::Other(format!("invalid request: {reason}"))),
+        }
+    }
+}
+
 /// Returns `message` with its version and length.
 ///
 /// # Errors

@@ -3,18 +3,17 @@
 //! Events are the differences of two snapshots. A client that reads slowly therefore gets fewer
 //! events, each from an older to the current state, and takes no memory.
 
+use super::json_lines::json_lines;
 use super::problem::Problem;
 use super::projects::ProjectsView;
 use super::server::LongRunning;
 use super::view::View;
 use axum::Extension;
 use axum::extract::{Query, State};
-use axum::http::header;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use futures_util::stream::unfold;
 use serde::Deserialize;
 use std::collections::BTreeMap;
-use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::SystemTime;
 use tidegate_api::types::{Change, ErrorBody, Event, ObjectKind, Service};
@@ -99,18 +98,12 @@ pub(super) async fn events(
             let time = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
             let events = before.events_to(&now, &time);
             if !events.is_empty() {
-                let mut text = Vec::new();
-                for event in events {
-                    text.extend(serde_json::to_vec(&event).unwrap_or_default());
-                    text.push(b'\n');
-                }
-                return Some((Ok::<_, Infallible>(text), (view, changes, now)));
+                return Some((events, (view, changes, now)));
             }
             changes.next().await?;
         }
     });
-    let kind = [(header::CONTENT_TYPE, "application/x-ndjson")];
-    Ok((kind, axum::body::Body::from_stream(stream)).into_response())
+    Ok(json_lines(stream))
 }
 
 #[cfg(test)]

@@ -1,18 +1,18 @@
 //! Projects in the background: their routes, and orders to the task that runs them.
 
+use super::json_lines::json_lines;
 use super::problem::{Problem, blocking};
 use super::reserve::{Reserved, reserve_specs};
-use super::routes::{Body, Named, attachment, json, network_spec, parse_name, text};
+use super::routes::{Body, Named, attachment, json, network_spec, parse_name, send, text};
 use super::server::LongRunning;
 use super::view::{View, service_of};
 use axum::extract::{Query, State};
-use axum::http::{StatusCode, header};
-use axum::response::{IntoResponse, Response};
+use axum::http::StatusCode;
+use axum::response::Response;
 use axum::{Extension, Json};
 use futures_util::stream::unfold;
 use serde::Deserialize;
 use std::collections::BTreeMap;
-use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +21,6 @@ use tidegate_api::types::{
 };
 use tidegate_control::{self as control, AttachSpec, Name, ProjectSpec, Refusal};
 use tidegate_model::Restart;
-use tidegate_publish::publisher::PublishError;
 use tidegate_services::LogStream;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -88,7 +87,7 @@ impl ProjectsView {
     /// Returns the service whose endpoint is `name`, if it has a command.
     pub(super) fn service(&self, name: &str) -> Option<types::Service> {
         let name: Name = name.parse().ok()?;
-        let project = Name::new(None, name.project()?).ok()?;
+        let project = name.project_name()?;
         let supervised = self.supervised.borrow();
         let status = supervised.get(&project)?.statuses.iter().find(|one| one.name == name.name());
         Some(types::Service { name: name.to_string(), ..service_of(status?) })
@@ -97,9 +96,7 @@ impl ProjectsView {
     /// Whether a project runs a command in the endpoint `name`.
     pub(super) fn runs(&self, name: &str) -> bool {
         let Ok(name) = name.parse::<Name>() else { return false };
-        let Some(project) = name.project().and_then(|one| Name::new(None, one).ok()) else {
-            return false;
-        };
+        let Some(project) = name.project_name() else { return false };
         let state = self.state.borrow();
         let project = state.projects().get(&project);
         project.is_some_and(|one| one.services.iter().any(|service| service.name == name.name()))
@@ -115,7 +112,7 @@ impl ProjectsView {
         let supervised = Arc::clone(&self.supervised.borrow());
         let services = view.status().services;
         let project = |project: &control::Project| {
-            let is_part = |name: &&Name| name.project() == Some(project.name.name());
+            let is_part = |name: &&Name| name.is_part_of(&project.name);
             let prefix = format!("{}/", project.name);
             Project {
                 name: project.name.to_string(),
@@ -261,14 +258,10 @@ pub(super) async fn logs(
     let tail = tail.unwrap_or(TAIL);
     let logs = |done| ProjectOrder::Logs { project, service, tail, follow, done };
     let lines = send(orders(&view)?, logs).await?;
-    let stream = unfold(lines, async |mut lines| {
+    Ok(json_lines(unfold(lines, async |mut lines| {
         let line = line_of(lines.next().await?);
-        let mut text = serde_json::to_vec(&line).unwrap_or_default();
-        text.push(b'\n');
-        Some((Ok::<_, Infallible>(text), lines))
-    });
-    let kind = [(header::CONTENT_TYPE, "application/x-ndjson")];
-    Ok((kind, axum::body::Body::from_stream(stream)).into_response())
+        Some((vec![line], lines))
+    })))
 }
 
 fn line_of(line: tidegate_services::LogLine) -> LogLine {
@@ -298,16 +291,6 @@ fn orders(view: &View) -> Result<&mpsc::Sender<ProjectOrder>, Problem> {
             view.project
         ))
     })
-}
-
-async fn send<T>(
-    orders: &mpsc::Sender<ProjectOrder>,
-    order: impl FnOnce(oneshot::Sender<Result<T, Problem>>) -> ProjectOrder,
-) -> Result<T, Problem> {
-    let (done, is_done) = oneshot::channel();
-    let closed = || Problem::from(PublishError::Closed);
-    orders.send(order(done)).await.map_err(|_| closed())?;
-    is_done.await.map_err(|_| closed())?
 }
 
 /// Converts a project. Returns the port specs of each endpoint, too.

@@ -22,7 +22,7 @@ use tidegate_control::{AttachSpec, Command, Name, NetworkAttachment, NetworkSpec
 use tidegate_model::PublishLabel;
 use tidegate_publish::bind::runs;
 use tidegate_publish::publisher::{PortId, PublishError};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use utoipa::OpenApi;
 
 /// Maximum size of a request body in bytes, about a hundred times the size of a valid one.
@@ -263,7 +263,7 @@ async fn set_namespace(
         return Err(part_of_project(&name));
     }
     let endpoint = name.clone();
-    send(&view, |done| Order::Reattach { endpoint, netns, done }).await?;
+    send(&view.orders, |done| Order::Reattach { endpoint, netns, done }).await?;
     find_endpoint(&view, name)
 }
 
@@ -385,17 +385,17 @@ async fn publish_durably(
 
 /// Sends `command` to the owner of the state, and waits until it is in force and durable.
 async fn order(view: &View, command: Command, reserved: Reserved) -> Result<(), Problem> {
-    send(view, |done| Order::Command { command, reserved, done }).await
+    send(&view.orders, |done| Order::Command { command, reserved, done }).await
 }
 
-/// Sends an order to the task that changes networks, and waits for its result.
-async fn send(
-    view: &View,
-    order: impl FnOnce(oneshot::Sender<Result<(), Problem>>) -> Order,
-) -> Result<(), Problem> {
+/// Sends an order to the task that executes it, and waits for its result.
+pub(super) async fn send<O, T>(
+    orders: &mpsc::Sender<O>,
+    order: impl FnOnce(oneshot::Sender<Result<T, Problem>>) -> O,
+) -> Result<T, Problem> {
     let (done, is_done) = oneshot::channel();
     let closed = || Problem::from(PublishError::Closed);
-    view.orders.send(order(done)).await.map_err(|_| closed())?;
+    orders.send(order(done)).await.map_err(|_| closed())?;
     is_done.await.map_err(|_| closed())?
 }
 

@@ -553,10 +553,12 @@ pub(super) fn is_of_a_process(path: &Path) -> bool {
 
 fn refused(refusal: &Refusal) -> Problem {
     match refusal {
-        Refusal::UnknownNetwork(_) | Refusal::UnknownEndpoint(_) | Refusal::NotPublished { .. } => {
-            Problem::not_found(refusal)
-        }
-        Refusal::NetworkExists(_)
+        Refusal::UnknownNetwork(_)
+        | Refusal::UnknownEndpoint(_)
+        | Refusal::UnknownProject(_)
+        | Refusal::NotPublished { .. } => Problem::not_found(refusal),
+        Refusal::ProjectExists(_)
+        | Refusal::NetworkExists(_)
         | Refusal::EndpointExists(_)
         | Refusal::NetworkInUse { .. }
         | Refusal::TooMany { .. }

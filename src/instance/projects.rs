@@ -174,11 +174,7 @@ impl Projects {
     /// succeed.
     async fn down(&self, project: &Name) -> Result<(), Problem> {
         let _changing = self.begin(project)?;
-        if !self.state().projects().contains_key(project) {
-            return Err(Problem::not_found(&format!(
-                "project {project} is not up in the background; tidegate ls lists the projects"
-            )));
-        }
+        self.known(project)?;
         // Removed first, so that its end is no failure.
         let running = lock(&self.0.running).remove(project);
         let supervisor = match running {
@@ -205,12 +201,7 @@ impl Projects {
         tail: usize,
         follow: bool,
     ) -> Result<LogStream, Problem> {
-        let state = self.state();
-        let known = state.projects().get(project).ok_or_else(|| {
-            Problem::not_found(&format!(
-                "project {project} is not up in the background; tidegate ls lists the projects"
-            ))
-        })?;
+        let known = self.known(project)?;
         if let Some(service) = &service
             && !known.services.iter().any(|one| one.name == *service)
         {
@@ -415,6 +406,15 @@ impl Projects {
 
     async fn send(&self, order: Order) -> Result<(), Problem> {
         self.0.orders.send(order).await.map_err(|_| closing())
+    }
+
+    /// Returns a project of the state.
+    fn known(&self, project: &Name) -> Result<Arc<Project>, Problem> {
+        self.state().projects().get(project).map(Arc::clone).ok_or_else(|| {
+            Problem::not_found(&format!(
+                "project {project} is not up in the background; tidegate ls lists the projects"
+            ))
+        })
     }
 
     fn state(&self) -> Arc<State> {

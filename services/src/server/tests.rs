@@ -4,6 +4,7 @@
 use super::*;
 use crate::log::{LogLine, OutputStream};
 use crate::process::Directory;
+use crate::wire::ReceiveError;
 use crate::wire::{LOCK, SOCKET, VERSION};
 use crate::{LogStream, RemoteError, RemoteSpec, RemoteSupervisor};
 use std::os::unix::fs::PermissionsExt;
