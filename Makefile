@@ -84,7 +84,7 @@ install: $(addprefix $(RELEASE)/,$(PROGRAMS))
 	[ -z "$$newer" ] || echo "note: $$newer is newer than $(RELEASE)/tidegate; run make build to include it" >&2
 	install -d "$(DEST)/bin" "$(DEST)/share/man/man1" "$(DEST)/share/bash-completion/completions" \
 	  "$(DEST)/share/zsh/site-functions" "$(DEST)/share/fish/vendor_completions.d" \
-	  "$(DEST)/lib/systemd/system" "$(DEST)/lib/systemd/user"
+	  "$(DEST)/lib/systemd/system" "$(DEST)/lib/systemd/user" "$(DEST)/share/tidegate"
 	install -m 755 $^ "$(DEST)/bin/"
 	$(RELEASE)/tidegate man "$(DEST)/share/man/man1"
 	$(RELEASE)/tidegate completion bash > "$(DEST)/share/bash-completion/completions/tidegate"
@@ -92,6 +92,7 @@ install: $(addprefix $(RELEASE)/,$(PROGRAMS))
 	$(RELEASE)/tidegate completion fish > "$(DEST)/share/fish/vendor_completions.d/tidegate.fish"
 	install -m 644 packaging/systemd/tidegate.service packaging/systemd/tidegate.socket "$(DEST)/lib/systemd/system/"
 	install -m 644 packaging/systemd/user/tidegate.service packaging/systemd/user/tidegate.socket "$(DEST)/lib/systemd/user/"
+	install -m 644 packaging/systemd/projects.conf "$(DEST)/share/tidegate/"
 	@# Units name programs by absolute path, and DESTDIR is not part of it.
 	sed -i 's|/usr/bin/tidegate|$(abspath $(PREFIX))/bin/tidegate|' \
 	  "$(DEST)/lib/systemd/system/tidegate.service" "$(DEST)/lib/systemd/user/tidegate.service"

@@ -17,7 +17,7 @@ use std::io::Read;
 use std::net::TcpStream;
 use std::path::Path;
 use std::time::Duration;
-use tidegate_testbed::{Process, Signal, eventually};
+use tidegate_testbed::{Namespace, Process, Signal, eventually};
 
 const SOON: Duration = Duration::from_secs(10);
 
@@ -178,6 +178,78 @@ fn services_outlive_a_killed_daemon_and_the_next_one_adopts_them() {
         scene.succeeds(&["down", "shop"]);
         assert!(before.values().all(|pid| !exists(*pid)));
     }
+}
+
+/// The networks of an ordinary user continue to exist as well, in namespaces that a process keeps.
+#[test]
+fn a_project_of_an_ordinary_user_outlives_its_daemon() {
+    let scene = Background(Scene::new().with_open_tun());
+    let as_user = |args: &[&str]| {
+        let output = scene.tidegate_as_nobody().args(args).output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{args:?}: {error}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let mut daemon = scene.daemon_as_nobody(&[]);
+    as_user(&["up", "-d", "-f", &scene.file(SHOP)]);
+    assert!(eventually(SOON, || scene.answers()));
+    let resolved = as_user(&["exec", "web", "getent", "ahostsv4", "sql"]);
+    assert!(resolved.starts_with("10.77.2.9 "), "{resolved}");
+
+    let (before, keeper) = (scene.processes(), scene.keeper().expect("a keeper"));
+    let (bridges, web) = (scene.kept_namespace(), before["shop/web"]);
+    let links = || bridges.exec("ip", &["-o", "link"]).replace("NO-CARRIER", "");
+    let web = Namespace::at(Path::new(&format!("/proc/{web}/ns/net")));
+    let ours = |links: String| -> Vec<String> {
+        links.lines().filter(|line| line.contains(": tg-")).map(str::to_owned).collect()
+    };
+    for end in [Signal::KILL, Signal::INT] {
+        let links_before = ours(links());
+        assert_eq!(links_before.len(), 2, "bridges");
+        daemon.stop(end, SOON);
+        assert!(before.values().all(|pid| exists(*pid)), "{end:?}");
+        // Members of a network reach each other while no daemon runs.
+        web.exec("ping", &["-c", "1", "-W", "5", "10.77.2.9"]);
+        daemon = scene.daemon_as_nobody(&[]);
+        assert_eq!(ours(links()), links_before, "{end:?}: adopted");
+        assert_eq!(scene.keeper(), Some(keeper), "{end:?}");
+        assert!(eventually(SOON, || scene.answers()), "{end:?}");
+        assert!(eventually(SOON, || scene.processes() == before), "the same processes");
+    }
+    as_user(&["down", "shop"]);
+    assert!(before.values().all(|pid| !exists(*pid)));
+    daemon.stop(Signal::INT, SOON);
+    assert_eq!(scene.keeper(), None);
+    let ended = || !exists(keeper.unsigned_abs().into());
+    assert!(eventually(SOON, ended), "the keeper ends with the last network");
+}
+
+/// Without the process that keeps the namespaces, they end with the daemon, and the next one
+/// creates networks and services again.
+#[test]
+fn a_project_of_an_ordinary_user_is_started_again_after_its_namespaces_were_removed() {
+    let scene = Background(Scene::new().with_open_tun());
+    let mut daemon = scene.daemon_as_nobody(&[]);
+    scene.up(SHOP);
+    let (before, keeper) = (scene.processes(), scene.keeper().expect("a keeper"));
+    let pid = rustix::process::Pid::from_raw(keeper).unwrap();
+    rustix::process::kill_process(pid, Signal::KILL).unwrap();
+    assert!(eventually(SOON, || scene.answers()), "the daemon continues");
+    daemon.stop(Signal::KILL, SOON);
+
+    // A file that names a process without a lock is ignored.
+    let lock = scene.run.path().join("daemon/namespaces.lock");
+    fs::write(lock, format!("{}\n", std::process::id())).unwrap();
+    let mut daemon = scene.daemon_as_nobody(&[]);
+    assert!(eventually(SOON, || scene.answers()));
+    let after = scene.processes();
+    assert_eq!(after.len(), 2);
+    assert!(before.iter().all(|(name, pid)| after[name] != *pid), "{before:?}, {after:?}");
+    assert!(before.values().all(|pid| !exists(*pid)));
+    assert_ne!(scene.keeper(), Some(keeper));
+    scene.succeeds(&["down", "shop"]);
+    daemon.stop(Signal::INT, SOON);
+    assert_eq!(scene.keeper(), None);
 }
 
 /// The kernel kills the services of a killed supervisor process.

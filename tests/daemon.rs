@@ -540,6 +540,36 @@ fn containers_return_in_another_namespace() {
     assert!(eventually(SOON, || ports() == 2 && shown() == "\"adopted\""), "{}", shown());
 }
 
+/// The second daemon joins the namespaces of the first, fails, and leaves them as they are.
+#[test]
+fn a_second_daemon_of_an_ordinary_user_changes_nothing() {
+    let scene = Scene::new().with_open_tun();
+    let mut daemon = scene.daemon_as_nobody(&[]);
+    scene.succeeds(&["network", "create", "front", "--subnet", "10.9.0.0/24"]);
+    let (keeper, inside) = (scene.keeper(), scene.kept_namespace());
+    let before = state(&inside);
+    assert!(before.contains("10.9.0.1/24"), "{before}");
+    let mut second = scene.tidegate_as_nobody();
+    second.args(["daemon", "--metrics", "none", "--state"]).arg(scene.run.path().join("state"));
+    let line = scene::refused(&mut second);
+    assert!(line.starts_with("tidegate: error: tidegate is up already (process"), "{line}");
+    assert_eq!((scene.keeper(), state(&inside)), (keeper, before.clone()));
+
+    // A daemon that fails on its own keeps the networks of the previous one, too.
+    daemon.stop(Signal::INT, SOON);
+    let file = scene.run.path().join("state/state.redb");
+    let good = fs::read(&file).unwrap();
+    fs::write(&file, b"not a database").unwrap();
+    let line = scene::refused(&mut second);
+    assert!(line.contains("corrupt"), "{line}");
+    assert_eq!(scene.keeper(), keeper);
+    fs::write(&file, good).unwrap();
+    let mut daemon = scene.daemon_as_nobody(&[]);
+    scene.succeeds(&["network", "rm", "front"]);
+    daemon.stop(Signal::INT, SOON);
+    assert_eq!(scene.keeper(), None);
+}
+
 #[test]
 fn two_daemons_and_bad_state_files_are_one_line() {
     let scene = Scene::new();
@@ -554,6 +584,7 @@ fn two_daemons_and_bad_state_files_are_one_line() {
     let line = start("other.sock");
     assert!(line.contains("is in use by another process"), "{line}");
     daemon.stop(Signal::INT, SOON);
+    assert_eq!(scene.keeper(), None, "only a daemon without root needs one");
     fs::write(&file, b"not a database").unwrap();
     let before = state(&scene.net.host);
     let line = start("api.sock");

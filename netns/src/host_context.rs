@@ -12,8 +12,10 @@
 //! In a rootless instance, each service has its own user namespace, a child of the new one. It owns
 //! only the network namespace of the service.
 
+use crate::user::join_user_namespace;
 use crate::{Namespace, become_root_of_a_user_namespace, is_privileged};
 use rustix::io::Errno;
+use std::fs::File;
 use std::io;
 
 /// A failure to create or open the namespaces.
@@ -71,6 +73,22 @@ impl HostContext {
         Ok(Self { networks, ..here })
     }
 
+    /// Uses the current namespace for published ports, and `networks`, which was created by another
+    /// process, for networks. This process becomes root of the user namespace `user`, unless it is
+    /// a member. Must be called while the process is single-threaded.
+    ///
+    /// # Errors
+    /// `EPERM` if `user` belongs to another user.
+    pub fn joining(user: &File, networks: Namespace) -> io::Result<Self> {
+        let here = Self::here()?;
+        let id = |file: rustix::fs::Stat| (file.st_dev, file.st_ino);
+        let own = rustix::fs::stat("/proc/self/ns/user").map(id)?;
+        if rustix::fs::fstat(user).map(id)? != own {
+            join_user_namespace(user)?;
+        }
+        Ok(Self { networks, ..here })
+    }
+
     /// Creates a network namespace for a service. In a rootless instance it is owned by a user
     /// namespace of its own, so that root in the service has no capability over the namespace of
     /// the bridges. The veth pair of the service reveals the ID of that namespace
@@ -79,8 +97,8 @@ impl HostContext {
     ///
     /// # Errors
     /// One line that names the cause and, for user namespaces, the host settings to change.
-    pub fn create_for_service(&self) -> Result<Namespace, HostContextError> {
-        if !self.is_rootless() {
+    pub fn create_for_service() -> Result<Namespace, HostContextError> {
+        if Namespace::current_is_enterable() {
             return Namespace::create().map_err(HostContextError::Network);
         }
         Namespace::create_in_user_namespace().map_err(explain)

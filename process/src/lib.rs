@@ -14,6 +14,15 @@ pub const EXIT_FAILURE: u8 = 1;
 /// The exit status of an invalid command line.
 pub const EXIT_USAGE: u8 = 2;
 
+/// Returns whether the calling thread has a system call filter and cannot gain privileges, as with
+/// the hardening of a service unit. Child processes inherit both.
+#[must_use]
+pub fn is_restricted() -> bool {
+    use rustix::thread::{SecureComputingMode, no_new_privs, secure_computing_mode};
+    no_new_privs().unwrap_or(false)
+        && matches!(secure_computing_mode(), Ok(SecureComputingMode::Filter))
+}
+
 /// Raises the soft limit of file descriptors to the hard limit: each connection needs two.
 pub fn raise_descriptor_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};

@@ -65,6 +65,7 @@ mod backoff;
 mod error;
 mod files;
 pub mod init;
+pub mod keeper;
 mod launch;
 mod lines;
 mod log;

@@ -170,10 +170,9 @@ fn create_namespaces(services: &[String]) -> Result<BTreeMap<String, Namespace>,
         return Err(Failure::Other(reason));
     }
     let other = |error: &dyn std::error::Error| Failure::Other(without_errno(&error.to_string()));
-    let context = HostContext::for_networks().map_err(|error| other(&error))?;
     for service in services {
         check_name(service).map_err(|error| other(&error))?;
-        let namespace = context.create_for_service().map_err(|error| {
+        let namespace = HostContext::create_for_service().map_err(|error| {
             Failure::Other(format!("service {service:?}: {}", without_errno(&error.to_string())))
         })?;
         if namespaces.insert(service.clone(), namespace).is_some() {
@@ -262,7 +261,7 @@ impl Drop for Directory {
 
 /// Creates the directory at `path` with mode 0700, or takes the permissions of others to an
 /// existing one. Returns whether it was created.
-fn create_private(path: &Path) -> io::Result<bool> {
+pub(super) fn create_private(path: &Path) -> io::Result<bool> {
     if let Some(parent) = path.parent() {
         DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
     }

@@ -288,6 +288,15 @@ impl RemoteSupervisor {
         self.pid
     }
 
+    /// Returns whether the process is in the user namespace of this one. The namespaces of its
+    /// services can be entered only then.
+    #[must_use]
+    pub fn shares_user_namespace(&self) -> bool {
+        let id = |path: &str| rustix::fs::stat(path).map(|file| (file.st_dev, file.st_ino));
+        let theirs = id(&format!("/proc/{}/ns/user", self.pid));
+        theirs.is_ok_and(|theirs| id("/proc/self/ns/user") == Ok(theirs))
+    }
+
     /// Returns the path of the network namespace of each service, `/proc/PID/fd/N`. Valid until the
     /// process ends, also while the service does not run.
     #[must_use]

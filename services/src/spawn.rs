@@ -1,13 +1,14 @@
-//! Starts a supervisor process, detached from this one.
+//! Starts processes that are detached from this one and outlive it.
 
 use super::init::unblock_signals;
 use rustix::process::setsid;
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
-use tokio::process::{Child, Command};
+use std::process::{Command, Stdio};
+use tokio::process::Child;
 
 /// Variables of the service manager that refer to the daemon (sd_listen_fds(3), sd_notify(3)).
 const OF_THE_DAEMON: [&str; 6] = [
@@ -20,11 +21,27 @@ const OF_THE_DAEMON: [&str; 6] = [
 ];
 
 /// Starts `program` as the supervisor process of `directory`, with `handshake` as its standard
-/// input. It has no parent death signal, as fork(2) clears it. Requires a tokio runtime.
+/// input. Requires a tokio runtime.
 ///
 /// # Errors
 /// `program` cannot be executed, or the process limit is reached.
 pub(super) fn spawn(program: &Path, directory: &Path, handshake: OwnedFd) -> io::Result<Child> {
+    let mut command =
+        detached(program, [OsStr::new(super::process::SUBCOMMAND), directory.as_os_str()])?;
+    command.stdin(Stdio::from(handshake)).stdout(Stdio::null()).stderr(Stdio::inherit());
+    tokio::process::Command::from(command).kill_on_drop(false).spawn()
+}
+
+/// Returns a command that runs `program`, a tidegate, with `arguments` and without relations to
+/// this process: it has a session, signal dispositions and a working directory of its own, no
+/// descriptors above 2, and no parent death signal, as fork(2) clears it.
+///
+/// # Errors
+/// The path of `program` is relative and cannot be resolved.
+pub(super) fn detached<const N: usize>(
+    program: &Path,
+    arguments: [&OsStr; N],
+) -> io::Result<Command> {
     // The working directory changes before execve(2).
     let program = if program.components().count() > 1 {
         std::path::absolute(program)?
@@ -32,20 +49,13 @@ pub(super) fn spawn(program: &Path, directory: &Path, handshake: OwnedFd) -> io:
         PathBuf::from(program)
     };
     let mut command = Command::new(program);
-    command
-        .arg0("tidegate")
-        .args([OsStr::new(super::process::SUBCOMMAND), directory.as_os_str()])
-        .current_dir("/")
-        .stdin(Stdio::from(handshake))
-        .stdout(Stdio::null())
-        .stderr(Stdio::inherit())
-        .kill_on_drop(false);
+    command.arg0("tidegate").args(arguments).current_dir("/");
     for name in OF_THE_DAEMON {
         command.env_remove(name);
     }
     // SAFETY: `detach` makes system calls only, and neither allocates nor locks.
     unsafe { command.pre_exec(detach) };
-    command.spawn()
+    Ok(command)
 }
 
 /// Detaches the calling process from the session, signal settings and descriptors of the daemon.

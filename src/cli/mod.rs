@@ -106,6 +106,9 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     if args.get(1).is_some_and(|command| command == exec::ENTER) {
         return exec::enter(args.into_iter().skip(2));
     }
+    if args.get(1).is_some_and(|command| command == tidegate_services::keeper::SUBCOMMAND) {
+        return tidegate_services::keeper::run();
+    }
     if let Some(directory) = supervisor_directory(&args) {
         return tidegate_services::process::run(Path::new(directory));
     }

@@ -39,11 +39,7 @@ pub(super) struct Initial<'a> {
 
 impl<'a> Initial<'a> {
     /// The networks and services of `project`.
-    pub(super) fn of_project(
-        project: &'a Project,
-        host_context: &HostContext,
-        observed: &Observed,
-    ) -> anyhow::Result<Self> {
+    pub(super) fn of_project(project: &'a Project, observed: &Observed) -> anyhow::Result<Self> {
         let mut surroundings = Surroundings {
             observed,
             host_id: host_id(),
@@ -57,8 +53,7 @@ impl<'a> Initial<'a> {
         let mut adopted = BTreeMap::new();
         for service in &project.services {
             let namespace = match &service.run {
-                Run::Command(_) => host_context
-                    .create_for_service()
+                Run::Command(_) => HostContext::create_for_service()
                     .with_context(|| format!("service {:?}", service.name))?,
                 Run::Adopt(path) => {
                     adopted.insert(service.name.clone(), path.clone());

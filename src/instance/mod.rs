@@ -78,6 +78,7 @@ use tidegate_publish::firewall::{
 };
 use tidegate_publish::limits::ProxyLimits;
 use tidegate_publish::publisher::{PublishTarget, Publisher};
+use tidegate_services::keeper::Keeper;
 use tidegate_services::{StandardOutput, Supervisor};
 use tidegate_telemetry::metrics_endpoint::{MetricsAddress, MetricsStatus, Recorder};
 use tokio::io::{Interest, unix::AsyncFd};
@@ -93,6 +94,21 @@ const SERVICE_DESCRIPTORS: usize = 5;
 
 /// Capacity of the queue of API orders. The API waits while it is full.
 const ORDER_QUEUE: usize = 8;
+
+/// The program of detached processes: this one.
+const PROGRAM: &str = "/proc/self/exe";
+
+/// There is no directory for runtime files.
+const NO_RUN_DIRECTORY: &str =
+    "no directory for runtime files: set XDG_RUNTIME_DIR or TIDEGATE_RUN_DIR";
+
+/// How an instance has ended.
+struct End {
+    /// Every service ended successfully or was stopped.
+    success: bool,
+    /// Networks were left for the next daemon.
+    networks_remain: bool,
+}
 
 /// Where the networks of an instance come from.
 #[derive(Debug)]
@@ -255,22 +271,36 @@ impl Up {
     /// The project could not be brought up or rolled back. The text has one line. After an error
     /// at startup, all changes have been rolled back, unless the log says `rollback incomplete`.
     pub(crate) fn run(&self, manager: ServiceManager) -> anyhow::Result<bool> {
-        // Creating a user namespace requires a single-threaded process (unshare(2)).
-        let host_context = HostContext::for_networks()?;
+        // Creating or joining a user namespace requires a single-threaded process (unshare(2)).
+        let (host_context, keeper) = match &self.source {
+            Source::Project { .. } => (HostContext::for_networks()?, None),
+            Source::Daemon { .. } => {
+                let directory = run_directory().context(NO_RUN_DIRECTORY)?.join("daemon");
+                Keeper::namespaces(Path::new(PROGRAM), &directory)?
+            }
+        };
         // One thread starts all children: PR_SET_PDEATHSIG kills a child when the thread that
         // created it exits. DNS and the API run on another thread (`FrontEnd`).
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .context("event loop")?;
-        runtime.block_on(self.run_on(&host_context, manager))
+        let end = runtime.block_on(self.run_on(&host_context, manager));
+        if let Some(keeper) = keeper {
+            // After an error, the networks of a previous daemon still exist.
+            let is_needed = end.as_ref().map_or(!keeper.is_new(), |end| end.networks_remain);
+            if !is_needed {
+                keeper.end();
+            }
+        }
+        Ok(end?.success)
     }
 
     async fn run_on(
         &self,
         host_context: &HostContext,
         mut manager: ServiceManager,
-    ) -> anyhow::Result<bool> {
+    ) -> anyhow::Result<End> {
         let (started, begun) = (SystemTime::now(), Instant::now());
         let project = match &self.source {
             Source::Project { file, name } => {
@@ -289,8 +319,7 @@ impl Up {
         for warning in project.iter().flat_map(|project| &project.warnings) {
             tracing::warn!("{warning}");
         }
-        let run = run_directory()
-            .context("no directory for runtime files: set XDG_RUNTIME_DIR or TIDEGATE_RUN_DIR")?;
+        let run = run_directory().context(NO_RUN_DIRECTORY)?;
         let run = match &project {
             Some(project) => run.join("projects").join(&project.name),
             None => run.join("daemon"),
@@ -419,7 +448,8 @@ impl Up {
             Ok(Some(up)) => up,
             failed_or_interrupted if store.is_some() => {
                 // Networks of a daemon outlive it.
-                return failed_or_interrupted.map(|_| true);
+                let networks_remain = !state.networks().is_empty();
+                return failed_or_interrupted.map(|_| End { success: true, networks_remain });
             }
             failed_or_interrupted => {
                 // The first error is returned. The journal keeps what could not be rolled back for
@@ -428,7 +458,8 @@ impl Up {
                     Ok(()) => drop(fs::remove_dir_all(&run)),
                     Err(second) => tracing::warn!(error = %second, "rollback incomplete"),
                 }
-                return failed_or_interrupted.map(|_| true);
+                return failed_or_interrupted
+                    .map(|_| End { success: true, networks_remain: false });
             }
         };
         let (orders, received) = mpsc::channel(ORDER_QUEUE);
@@ -441,8 +472,7 @@ impl Up {
         let state = watch::Sender::new(Arc::new(state));
         let projects = store.is_some().then(|| {
             let directory = run.join("projects");
-            let rootless = host_context.is_rootless();
-            let projects = Projects::new(directory, orders.clone(), state.subscribe(), rootless);
+            let projects = Projects::new(directory, orders.clone(), state.subscribe());
             let (orders, received) = mpsc::channel(ORDER_QUEUE);
             let supervised = projects.supervised();
             // It begins with orders, which are executed once the instance is complete.
@@ -507,12 +537,13 @@ impl Up {
         let success = instance.supervise(&mut signals).await;
         manager.notify("STOPPING=1\nSTATUS=Closing published ports");
         if project.is_none() {
+            let networks_remain = !instance.owner.state().networks().is_empty();
             instance.leave().await;
-            return Ok(success);
+            return Ok(End { success, networks_remain });
         }
         instance.take_down(&mut signals).await?;
         let _ = fs::remove_dir_all(&run);
-        Ok(success)
+        Ok(End { success, networks_remain: false })
     }
 
     /// Brings the project up. Returns `None` if a signal interrupted it. After an interruption or
@@ -541,7 +572,7 @@ impl Up {
         }
         let (initial, absent) = match source {
             InitialSource::Project(project) => {
-                (Initial::of_project(project, host_context, &observed)?, BTreeSet::new())
+                (Initial::of_project(project, &observed)?, BTreeSet::new())
             }
             InitialSource::State(state) => Initial::of_state(state, host_context, setup).await,
         };
@@ -836,7 +867,7 @@ impl Instance {
         // After the publisher, whose UDP ports can use the engine.
         drop(egress);
         let (networks, endpoints) = (layout.desired.networks.len(), layout.desired.endpoints.len());
-        if networks > 0 && !self.rootless {
+        if networks > 0 {
             tracing::info!(
                 networks,
                 endpoints,

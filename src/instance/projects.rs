@@ -13,7 +13,7 @@
 //! again.
 
 use super::commands::addresses_of;
-use super::names;
+use super::{PROGRAM, names};
 use crate::api::{Order, Problem, ProjectOrder, Reserved, Supervised};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -27,9 +27,6 @@ use tidegate_dns::{ResolvConf, SERVER};
 use tidegate_services::{LogStream, RemoteError, RemoteSpec, RemoteSupervisor, Status};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::sleep;
-
-/// The program of supervisor processes: this one.
-const PROGRAM: &str = "/proc/self/exe";
 
 /// Time before services are started again whose supervisor was killed. Doubled with each attempt,
 /// up to [`LONGEST_BACKOFF`].
@@ -54,8 +51,8 @@ struct Shared {
     running: Mutex<BTreeMap<Name, RemoteSupervisor>>,
     /// Projects that are being changed.
     changing: Mutex<BTreeSet<Name>>,
-    /// The networks are in a user namespace that ends with the daemon.
-    rootless: bool,
+    /// This process has restrictions that services would inherit.
+    restricted: bool,
 }
 
 /// The permission to change a project. Released on drop.
@@ -71,13 +68,11 @@ impl Drop for Changing<'_> {
 }
 
 impl Projects {
-    /// Projects with their runtime files in `directory`, and the state `state`. `rootless`: the
-    /// networks are in a user namespace of this process.
+    /// Projects with their runtime files in `directory`, and the state `state`.
     pub(super) fn new(
         directory: PathBuf,
         orders: mpsc::Sender<Order>,
         state: watch::Receiver<Arc<State>>,
-        rootless: bool,
     ) -> Self {
         Self(Arc::new(Shared {
             directory,
@@ -86,7 +81,7 @@ impl Projects {
             supervised: watch::Sender::default(),
             running: Mutex::default(),
             changing: Mutex::default(),
-            rootless,
+            restricted: tidegate_process::is_restricted(),
         }))
     }
 
@@ -127,13 +122,6 @@ impl Projects {
     /// Nothing was changed.
     async fn up(&self, mut spec: ProjectSpec, reserved: Reserved) -> Result<(), Problem> {
         let project = spec.project.clone();
-        if self.0.rootless {
-            return Err(Problem::conflict(&format!(
-                "project {}: the networks of a daemon without root end with it, so it runs no projects in the \
-                 background; use tidegate up without -d",
-                project.name
-            )));
-        }
         let _changing = self.begin(&project.name)?;
         if self.state().projects().contains_key(&project.name) {
             return Err(Problem::conflict(&Refusal::ProjectExists(project.name)));
@@ -269,8 +257,16 @@ impl Projects {
     }
 
     async fn adopt_or_launch(&self, project: &Project) -> Result<(), Problem> {
-        let found = RemoteSupervisor::connect(&self.directory(&project.name)).await;
-        let (supervisor, is_new) = match found? {
+        let mut found = RemoteSupervisor::connect(&self.directory(&project.name)).await?;
+        if let Some(other) = found.take_if(|one| !one.shares_user_namespace()) {
+            tracing::warn!(
+                project = %project.name,
+                supervisor = other.pid(),
+                "services belong to namespaces that were removed; stopping them"
+            );
+            other.stop().await?;
+        }
+        let (supervisor, is_new) = match found {
             Some(supervisor) => (supervisor, false),
             None => (self.launch(project).await?, true),
         };
@@ -306,6 +302,13 @@ impl Projects {
     }
 
     async fn launch(&self, project: &Project) -> Result<RemoteSupervisor, Problem> {
+        if self.0.restricted {
+            return Err(Problem::conflict(&format!(
+                "project {}: its services would inherit the restrictions of the daemon's service unit; remove them \
+                 with the drop-in projects.conf (docs/systemd.md, Projects in the background)",
+                project.name
+            )));
+        }
         let services: Vec<String> = project.services.iter().map(|one| one.name.clone()).collect();
         let directory = self.directory(&project.name);
         RemoteSupervisor::launch(Path::new(PROGRAM), &directory, &services)

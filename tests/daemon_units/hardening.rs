@@ -2,8 +2,10 @@
 
 use super::host::{Host, SOON, TIDEGATE, read};
 use super::installed::values;
-use std::io::Read;
+use std::fs;
+use std::io::{self, Read};
 use std::net::TcpStream;
+use std::os::unix::process::CommandExt;
 use std::process::Command;
 use tidegate_testbed::server::PeerServer;
 use tidegate_testbed::{Namespace, Process, require_program};
@@ -73,4 +75,37 @@ fn without_ptrace_containers_of_other_users_cannot_be_attached() {
     host.tidegate(&["network", "create", "front", "--subnet", "10.9.0.0/24"]);
     let refused = attach(&host, &process).output().unwrap();
     assert_eq!(refused.status.code(), Some(1), "{}", String::from_utf8_lossy(&refused.stdout));
+}
+
+/// A service would inherit the restrictions of the unit, and could not be set up.
+#[test]
+fn a_restricted_daemon_names_the_drop_in_for_projects() {
+    let host = Host::new();
+    let mut command = host.daemon();
+    let filter = [libc::sock_filter {
+        code: (libc::BPF_RET | libc::BPF_K) as u16,
+        jt: 0,
+        jf: 0,
+        k: libc::SECCOMP_RET_ALLOW,
+    }];
+    // SAFETY: the closure makes system calls only. The kernel copies the filter.
+    unsafe {
+        command.pre_exec(move || {
+            let program = libc::sock_fprog { len: 1, filter: filter.as_ptr().cast_mut() };
+            let mode = libc::SECCOMP_MODE_FILTER;
+            let restricted = libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+                && libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program) == 0;
+            if restricted { Ok(()) } else { Err(io::Error::last_os_error()) }
+        });
+    }
+    let daemon = Process::spawn(&mut command);
+    daemon.wait_for_line("tidegate daemon is up", SOON);
+    let file = host.path("compose.yaml");
+    fs::write(&file, "name: shop\nservices: { web: { command: sleep 60 } }\n").unwrap();
+    let up = host.command(TIDEGATE).args(["up", "-d", "-f"]).arg(&file).output().unwrap();
+    let error = String::from_utf8(up.stderr).unwrap();
+    assert_eq!((up.status.code(), error.lines().count()), (Some(1), 1), "{error}");
+    assert!(error.starts_with("tidegate: error: project shop: its services would"), "{error}");
+    assert!(error.contains("the drop-in projects.conf"), "{error}");
+    host.tidegate(&["network", "create", "front"]);
 }

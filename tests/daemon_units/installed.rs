@@ -69,6 +69,7 @@ fn make_install_installs_units_that_start_the_installed_program() {
         "share/bash-completion/completions/tidegate",
         "share/zsh/site-functions/_tidegate",
         "share/fish/vendor_completions.d/tidegate.fish",
+        "share/tidegate/projects.conf",
     ] {
         assert!(usr.join(file).is_file(), "{file}");
     }
@@ -139,6 +140,29 @@ fn the_units_are_valid_and_hardened() {
     let security = ["security", "--offline=true", "--no-pager", &threshold];
     let rating = analyze(&security, &["system/tidegate.service"]);
     assert!(rating.contains("Overall exposure level for tidegate.service: "), "{rating}");
+}
+
+/// Services of projects are not restricted by the unit of the daemon with the drop-in.
+#[test]
+fn the_drop_in_for_projects_removes_all_restrictions() {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging/systemd");
+    let drop_in = read(&directory.join("projects.conf"));
+    for unit in ["tidegate.service", "user/tidegate.service"] {
+        let unit = read(&directory.join(unit));
+        let service = unit.split("[Service]").nth(1).unwrap().split("[Install]").next().unwrap();
+        let directives = service.lines().filter_map(|line| line.split_once('='));
+        for (directive, _) in directives.filter(|(name, _)| !name.starts_with('#')) {
+            let is_kept = directive.starts_with("Runtime")
+                || directive.starts_with("State")
+                || directive.starts_with("Restart")
+                || directive.starts_with("Limit")
+                || ["Type", "ExecStart", "KillMode", "UMask"].contains(&directive);
+            let removed = values(&drop_in, directive);
+            assert_eq!(removed.len(), usize::from(!is_kept), "{directive}");
+            let permissive = ["", "no", "~", "default", "inherit"];
+            assert!(removed.iter().all(|value| permissive.contains(value)), "{directive}");
+        }
+    }
 }
 
 /// The lines of systemd-analyze about our units. It also complains about units of the machine.

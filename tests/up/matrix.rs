@@ -182,6 +182,11 @@ impl Mode {
         Self { forwarding: true, ..self }
     }
 
+    #[track_caller]
+    fn daemon(self, scene: &Scene) -> Process {
+        if self.rootless { scene.daemon_as_nobody(self.flags) } else { scene.daemon(self.flags) }
+    }
+
     /// Whether containers have egress.
     fn has_egress(self) -> bool {
         self.lacks != "tun"
@@ -285,6 +290,8 @@ struct Matrix {
     witness: Witness,
     _servers: [PeerServer; 2],
     up: Process,
+    /// Processes in endpoints of an unprivileged daemon.
+    containers: Vec<Process>,
 }
 
 impl Matrix {
@@ -296,20 +303,28 @@ impl Matrix {
     /// The same networks, created at run time in a daemon.
     #[track_caller]
     fn of_daemon(mode: Mode) -> Self {
-        Self::with(mode, |scene| {
-            let daemon = scene.daemon(mode.flags);
+        let mut containers = Vec::new();
+        let mut matrix = Self::with(mode, |scene| {
+            let daemon = mode.daemon(scene);
             for (name, number) in NETWORKS.into_iter().zip(1..) {
                 let (v4, v6) = (format!("10.77.{number}.0/24"), format!("fd77:{number}::/64"));
                 let mut create = vec!["network", "create", name, "--subnet", &v4, "--subnet", &v6];
                 create.extend(["--internal"].iter().filter(|_| name == "inside"));
                 scene.succeeds(&create);
             }
-            let endpoints = ENDPOINTS.map(|_| Namespace::new());
-            for ((name, network), namespace) in
+            let endpoints = ENDPOINTS.map(|_| {
+                if !mode.rootless {
+                    let namespace = Namespace::new();
+                    let path = namespace.path().to_str().unwrap().to_owned();
+                    return (namespace, path);
+                }
+                let (process, namespace, path) = scene.namespace_below_the_daemon();
+                containers.push(process);
+                (namespace, path)
+            });
+            for ((name, network), (_, path)) in
                 ENDPOINTS.into_iter().zip(["home", "home", "away", "inside"]).zip(&endpoints)
             {
-                let path = namespace.path();
-                let path = path.to_str().unwrap();
                 let mut attach = vec!["attach", network, "--name", name, "--netns", path];
                 if name == "server" {
                     attach.extend(["--ip", "10.77.1.10", "--ip", "fd77:1::10"]);
@@ -336,8 +351,10 @@ impl Matrix {
                 ];
                 scene.net.host.exec("curl", &args);
             }
-            (daemon, endpoints)
-        })
+            (daemon, endpoints.map(|(namespace, _)| namespace))
+        });
+        matrix.containers = containers;
+        matrix
     }
 
     #[track_caller]
@@ -362,7 +379,8 @@ impl Matrix {
             ["10.77.1.10:80", "[fd77:1::10]:80"].map(|at| at.parse().unwrap());
         let servers = at.map(|at| PeerServer::tcp(&endpoints[0], at));
         let witness = Witness::new(&endpoints[0], &at);
-        Self { mode, before, scene, uplink, endpoints, witness, _servers: servers, up }
+        let containers = Vec::new();
+        Self { mode, before, scene, uplink, endpoints, witness, _servers: servers, up, containers }
     }
 
     fn place(&self, from: From) -> &Namespace {
@@ -911,11 +929,15 @@ fn assert_isolation_in_a_daemon(mode: Mode) {
         assert_eq!(matrix.delivered_spoofed_probes(), [""; 0], "{round}");
         assert_eq!(matrix.echo_deviations(), [""; 0], "{round}");
         assert_eq!(matrix.egress_deviations(), [""; 0], "{round}");
-        let links = matrix.scene.net.host.exec("ip", &["-o", "link"]);
+        let bridges = match mode.rootless {
+            true => matrix.scene.kept_namespace(),
+            false => matrix.scene.net.host.clone(),
+        };
+        let links = bridges.exec("ip", &["-o", "link"]);
         matrix.up.signal(Signal::KILL);
         matrix.up.wait(SOON);
-        matrix.up = matrix.scene.daemon(mode.flags);
-        let after = matrix.scene.net.host.exec("ip", &["-o", "link"]);
+        matrix.up = mode.daemon(&matrix.scene);
+        let after = bridges.exec("ip", &["-o", "link"]);
         let ours = |links: &str| {
             let ours =
                 links.lines().filter(|line| line.contains(": tg-") || line.contains(": tgv"));
@@ -932,6 +954,12 @@ fn assert_isolation_in_a_daemon(mode: Mode) {
     matrix.up.stop(Signal::INT, SOON);
     // The rules of a daemon without networks continue to exist, and permit nothing.
     assert!(!state(&matrix.scene.net.host).contains("10.77."));
+    assert_eq!(matrix.scene.keeper(), None);
+}
+
+#[test]
+fn in_a_rootless_daemon() {
+    assert_isolation_in_a_daemon(ROOTLESS);
 }
 
 #[test]

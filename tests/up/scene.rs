@@ -15,8 +15,28 @@ pub(crate) const TIDEGATE: &str = env!("CARGO_BIN_EXE_tidegate");
 /// The user ID of `nobody` on most distributions.
 const NOBODY: u32 = 65_534;
 
+/// Kills the process that keeps the namespaces of an unprivileged daemon. It outlives the daemon,
+/// and would outlive a test that panics.
+struct EndKeeper {
+    run: PathBuf,
+}
+
+impl Drop for EndKeeper {
+    fn drop(&mut self) {
+        if let Some(pid) = keeper_in(&self.run).and_then(rustix::process::Pid::from_raw) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    }
+}
+
+/// The process that keeps the namespaces of an unprivileged daemon with the run directory `run`.
+fn keeper_in(run: &Path) -> Option<i32> {
+    fs::read_to_string(run.join("daemon/namespaces.lock")).ok()?.trim().parse().ok()
+}
+
 /// A host, an external client, and temporary directories.
 pub(crate) struct Scene {
+    _keeper: EndKeeper,
     pub(crate) net: Topology,
     /// `TIDEGATE_RUN_DIR`.
     pub(crate) run: tempfile::TempDir,
@@ -33,9 +53,11 @@ pub(crate) struct Scene {
 impl Scene {
     pub(crate) fn new() -> Self {
         let directory = || tempfile::tempdir().unwrap();
+        let run = directory();
         Self {
+            _keeper: EndKeeper { run: run.path().to_owned() },
             net: Topology::three(),
-            run: directory(),
+            run,
             directory: directory(),
             programs: directory(),
             lacks: "",
@@ -150,11 +172,52 @@ impl Scene {
     /// Starts the daemon, and waits until it is up.
     #[track_caller]
     pub(crate) fn daemon(&self, flags: &[&str]) -> Process {
-        let mut command = self.tidegate();
+        self.start_daemon(self.tidegate(), flags)
+    }
+
+    /// Like [`Self::daemon`], as an unprivileged user.
+    #[track_caller]
+    pub(crate) fn daemon_as_nobody(&self, flags: &[&str]) -> Process {
+        self.start_daemon(self.tidegate_as_nobody(), flags)
+    }
+
+    #[track_caller]
+    fn start_daemon(&self, mut command: Command, flags: &[&str]) -> Process {
         command.args(["daemon", "--metrics", self.metrics, "--state"]);
         let daemon = Process::spawn(command.arg(self.run.path().join("state")).args(flags));
         daemon.wait_for_line("tidegate daemon is up", Duration::from_secs(10));
         daemon
+    }
+
+    /// The process that keeps the namespaces of an unprivileged daemon.
+    pub(crate) fn keeper(&self) -> Option<i32> {
+        keeper_in(self.run.path())
+    }
+
+    /// The namespace of the networks of an unprivileged daemon.
+    #[track_caller]
+    pub(crate) fn kept_namespace(&self) -> Namespace {
+        let keeper = self.keeper().expect("a keeper");
+        Namespace::at(Path::new(&format!("/proc/{keeper}/ns/net")))
+    }
+
+    /// Creates a network namespace as the user of an unprivileged daemon does, in a user namespace
+    /// below that of the daemon. It exists as long as the process. Returns its path, too.
+    #[track_caller]
+    pub(crate) fn namespace_below_the_daemon(&self) -> (Process, Namespace, String) {
+        let keeper = self.keeper().expect("a keeper");
+        let mut command = self.net.host.command("setpriv");
+        command.args([&format!("--reuid={NOBODY}"), &format!("--regid={NOBODY}")]);
+        command.args(["--clear-groups", "--pdeathsig", "KILL", "nsenter", "--user"]);
+        command.args(["--preserve-credentials", "--target", &keeper.to_string()]);
+        command.args(["unshare", "--user", "--map-root-user", "--net", "--fork", "--kill-child"]);
+        let process = Process::spawn(command.args(["sh", "-c", "echo inside; exec sleep 600"]));
+        process.wait_for_line("inside", Duration::from_secs(10));
+        let children = format!("/proc/{0}/task/{0}/children", process.pid());
+        let child = fs::read_to_string(children).unwrap();
+        let path = format!("/proc/{}/ns/net", child.trim());
+        let namespace = Namespace::at(Path::new(&path));
+        (process, namespace, path)
     }
 
     /// Runs `tidegate` with `args`, which must succeed, and returns its standard output.
