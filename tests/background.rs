@@ -252,6 +252,31 @@ fn a_project_of_an_ordinary_user_is_started_again_after_its_namespaces_were_remo
     assert_eq!(scene.keeper(), None);
 }
 
+/// tidegate raises its own limit of open files only.
+#[test]
+fn services_have_the_limit_of_open_files_that_tidegate_was_started_with() {
+    let file = "
+name: limits
+services:
+  one: { command: [ sh, -c, 'echo limits $$(ulimit -Sn) $$(ulimit -Hn); sleep 60' ] }
+";
+    let limited = ["prlimit", "--nofile=1900:2900"];
+    let scene = Background::new();
+    let daemon = scene.start_daemon(scene.tidegate_through(&limited), &["--firewall=none"]);
+    scene.up(file);
+    let logged = || scene.succeeds(&["logs", "-p", "limits"]).contains("limits 1900 2900\n");
+    assert!(eventually(SOON, logged), "{}", scene.succeeds(&["logs", "-p", "limits"]));
+    let own = fs::read_to_string(format!("/proc/{}/limits", daemon.pid())).unwrap();
+    let own = own.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    assert!(!own.contains(" 1900 "), "{own}");
+    scene.succeeds(&["down", "limits"]);
+
+    let mut up = scene.tidegate_through(&limited);
+    up.args(["up", "--metrics=none", "--firewall=none", "-f", &scene.file(file)]);
+    let up = Process::spawn(up.env("TIDEGATE_SOCKET", scene.run.path().join("other.sock")));
+    up.wait_for_line("limits 1900 2900", SOON);
+}
+
 /// The kernel kills the services of a killed supervisor process.
 #[test]
 fn services_of_a_killed_supervisor_are_started_again() {

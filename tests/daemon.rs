@@ -140,6 +140,44 @@ fn a_project_in_the_foreground_refuses_commands() {
     assert!(line.starts_with("project \"demo\" runs in the foreground"), "{line}");
 }
 
+/// Descriptors that endpoints hold are not those of connections. At the limit, the next endpoint is
+/// refused, and others are served.
+#[test]
+fn an_endpoint_without_file_descriptors_is_refused() {
+    let scene = Scene::new();
+    let limited = ["prlimit", "--nofile=1000:1000", "setpriv", "--bounding-set=-sys_resource"];
+    let _daemon = scene.start_daemon(scene.tidegate_through(&limited), &["--firewall=nftables"]);
+    scene.succeeds(&["network", "create", "front", "--subnet", "10.9.0.0/24"]);
+    let first = attach(&scene, "first", &["-p", "8080:80"]);
+    let _server = PeerServer::tcp(&first, "10.9.0.2:80".parse().unwrap());
+    let answers = || {
+        scene.net.client.run(|| {
+            let mut stream = TcpStream::connect("203.0.113.1:8080")?;
+            stream.set_read_timeout(Some(SOON))?;
+            stream.read(&mut [0; 100])
+        })
+    };
+    let mut attached = Vec::new();
+    let refused = (0..100).find_map(|number| {
+        let (name, namespace) = (format!("e{number}"), Namespace::new());
+        let path = namespace.path();
+        let args = ["attach", "front", "--name", &name, "--netns", path.to_str().unwrap()];
+        let output = scene.tidegate().args(args).output().unwrap();
+        if output.status.success() {
+            attached.push(namespace);
+            return None;
+        }
+        Some(String::from_utf8(output.stderr).unwrap())
+    });
+    let line = refused.expect("the limit");
+    let expected = format!("endpoint e{} leaves no file descriptors", attached.len());
+    assert!(line.contains(&expected) && line.contains("LimitNOFILE="), "{line}");
+    assert!(answers().is_ok_and(|length| length > 0));
+    scene.succeeds(&["detach", "e0"]);
+    let _again = attach(&scene, "again", &[]);
+    assert!(scene.fails(&["detach", &format!("e{}", attached.len())]).contains("does not exist"));
+}
+
 /// Every command is in force after a kill that follows its answer.
 #[test]
 fn a_command_is_durable_when_it_is_answered() {

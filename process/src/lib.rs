@@ -5,6 +5,9 @@
 //! | [`confine`] | drops privileges, file access and system calls |
 //! | [`startup_pages`] | releases pages that only startup used |
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use std::sync::OnceLock;
+
 pub mod confine;
 pub mod startup_pages;
 
@@ -23,10 +26,30 @@ pub fn is_restricted() -> bool {
         && matches!(secure_computing_mode(), Ok(SecureComputingMode::Filter))
 }
 
-/// Raises the soft limit of file descriptors to the hard limit: each connection needs two.
+/// The limit of file descriptors before [`raise_descriptor_limit`].
+static INHERITED_DESCRIPTOR_LIMIT: OnceLock<Rlimit> = OnceLock::new();
+
+/// Raises the limit of file descriptors: each connection needs two, and each endpoint several. The
+/// new limit is that of the kernel for a process (`fs.nr_open`) with `CAP_SYS_RESOURCE`, otherwise
+/// the hard limit.
 pub fn raise_descriptor_limit() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
+    INHERITED_DESCRIPTOR_LIMIT.get_or_init(|| limit);
+    let highest = std::fs::read_to_string("/proc/sys/fs/nr_open");
+    let highest = highest.ok().and_then(|text| text.trim().parse().ok());
+    let highest = highest.filter(|highest| limit.maximum.is_some_and(|hard| hard < *highest));
+    let set = |value| setrlimit(Resource::Nofile, Rlimit { current: value, maximum: value });
     // On error, the limit is unchanged.
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+    if highest.is_none() || set(highest).is_err() {
+        let _ = set(limit.maximum);
+    }
+}
+
+/// Undoes [`raise_descriptor_limit`], for a child process before execve(2). Programs that use
+/// select(2), or close all possible descriptors, expect a low soft limit. Async-signal-safe.
+pub fn restore_descriptor_limit() {
+    if let Some(limit) = INHERITED_DESCRIPTOR_LIMIT.get() {
+        // On error, the limit is unchanged.
+        let _ = setrlimit(Resource::Nofile, *limit);
+    }
 }

@@ -72,9 +72,14 @@ pub enum PublishError {
     TooMany(usize),
     /// File descriptors are exhausted.
     #[error(
-        "{0} more ports leave no file descriptors for connections; raise the limit (ulimit -n)"
+        "{0} more ports leave no file descriptors for connections; raise the limit of open files (ulimit -n, LimitNOFILE= of a service unit)"
     )]
     NoDescriptors(usize),
+    /// File descriptors are exhausted.
+    #[error(
+        "endpoint {0} leaves no file descriptors for connections; raise the limit of open files (ulimit -n, LimitNOFILE= of a service unit)"
+    )]
+    NoDescriptorsForEndpoint(String),
     /// No upstream into the namespace of the endpoint could be created.
     #[error("endpoint {endpoint:?}: {source}")]
     NoUpstream {
@@ -120,6 +125,8 @@ pub struct Publisher {
 #[derive(Default)]
 struct State {
     endpoints: BTreeMap<String, PublishTarget>,
+    /// Descriptors that other parts of the process hold for an endpoint.
+    descriptors: BTreeMap<String, Permit>,
     ports: BTreeMap<PortId, Port>,
     /// Ports without series that the NAT engine forwards and that are being closed. Their counts
     /// are not yet added to the sum of closed ports.
@@ -278,6 +285,20 @@ impl Publisher {
         usage
     }
 
+    /// Reserves `count` descriptors for an endpoint until it is removed, with two left for a
+    /// connection. They are those that other parts of the process hold for it.
+    ///
+    /// # Errors
+    /// [`PublishError::NoDescriptorsForEndpoint`].
+    pub fn reserve_for_endpoint(&self, name: &str, count: u32) -> Result<(), PublishError> {
+        let permit = self.engine.reserve(count);
+        let permit = permit.filter(|_| self.engine.descriptors_left() >= 2);
+        let permit =
+            permit.ok_or_else(|| PublishError::NoDescriptorsForEndpoint(name.to_owned()))?;
+        self.state().descriptors.insert(name.to_owned(), permit);
+        Ok(())
+    }
+
     /// Adds an endpoint.
     pub fn add_endpoint(&self, name: &str, endpoint: PublishTarget) {
         self.state().endpoints.insert(name.to_owned(), endpoint);
@@ -300,7 +321,10 @@ impl Publisher {
             self.unpublish(id);
         }
         // Not under the lock: the drop removes policy rules in the namespace, which takes a while.
-        let removed = self.state().endpoints.remove(name);
+        let removed = {
+            let mut state = self.state();
+            (state.endpoints.remove(name), state.descriptors.remove(name))
+        };
         drop(removed);
     }
 

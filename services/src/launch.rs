@@ -17,6 +17,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
+use tidegate_process::restore_descriptor_limit;
 use tokio::net::UnixStream;
 use tokio::process::{Child, ChildStderr, ChildStdout, Command};
 use tokio::runtime::Handle;
@@ -53,12 +54,13 @@ pub(super) fn launch(program: &Path, spec: &ServiceSpec) -> io::Result<Launched>
         .stderr(Stdio::piped())
         .kill_on_drop(true);
     let namespace = spec.namespace.clone();
-    // SAFETY: the closure makes two system calls and neither allocates nor locks.
+    // SAFETY: the closure makes three system calls and neither allocates nor locks.
     unsafe {
         command.pre_exec(move || {
             // PID 1 ignores signals without a handler, but blocked ones stay pending until it reads
             // them.
             block_signals();
+            restore_descriptor_limit();
             Ok(fcntl_setfd(namespace.as_fd(), FdFlags::empty())?)
         });
     }

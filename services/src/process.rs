@@ -33,7 +33,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use tidegate_model::without_errno;
 use tidegate_netns::{HostContext, Lock, Namespace, is_privileged, lock_file};
-use tidegate_process::{EXIT_FAILURE, EXIT_USAGE};
+use tidegate_process::{EXIT_FAILURE, EXIT_USAGE, raise_descriptor_limit};
 use tokio::io::AsyncReadExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
@@ -69,6 +69,7 @@ pub fn run(directory: &Path) -> ExitCode {
         );
         return ExitCode::from(EXIT_USAGE);
     };
+    raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let result = runtime.and_then(|runtime| runtime.block_on(supervise(directory, handshake)));
     match result {

@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use tidegate_process::restore_descriptor_limit;
 use tokio::process::Child;
 
 /// Variables of the service manager that refer to the daemon (sd_listen_fds(3), sd_notify(3)).
@@ -70,6 +71,7 @@ fn detach() -> io::Result<()> {
         unsafe { libc::signal(signal, libc::SIG_DFL) };
     }
     unblock_signals();
+    restore_descriptor_limit();
     // Only on execve(2): std reports its failure through one of these descriptors. Has no effect
     // before Linux 5.11; `process::run` closes them, too.
     let flags = libc::CLOSE_RANGE_CLOEXEC as libc::c_int;

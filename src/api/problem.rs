@@ -64,16 +64,17 @@ impl From<PublishError> for Problem {
                 }
                 _ => Self::failed(&error),
             },
-            PublishError::TooMany(_) | PublishError::Bypasses(..) | PublishError::Closed => {
-                Self::conflict(&error)
-            }
+            PublishError::TooMany(_)
+            | PublishError::NoDescriptors(_)
+            | PublishError::NoDescriptorsForEndpoint(_)
+            | PublishError::Bypasses(..)
+            | PublishError::Closed => Self::conflict(&error),
             PublishError::Firewall(source) | PublishError::DockerUser(source)
                 if source.kind() == io::ErrorKind::TimedOut =>
             {
                 Self::unavailable(&error)
             }
-            PublishError::NoDescriptors(_)
-            | PublishError::DockerUser(_)
+            PublishError::DockerUser(_)
             | PublishError::NoUpstream { .. }
             | PublishError::Firewall(_)
             | PublishError::Engine(_) => Self::failed(&error),
@@ -115,7 +116,7 @@ mod tests {
         assert_eq!(of(PublishError::NoEndpoint("x".into())), 404);
         assert_eq!(of(PublishError::TooMany(1)), 409);
         assert_eq!(of(PublishError::Closed), 409);
-        assert_eq!(of(PublishError::NoDescriptors(1)), 500);
+        assert_eq!(of(PublishError::NoDescriptors(1)), 409);
         assert_eq!(of(PublishError::Firewall(io::ErrorKind::TimedOut.into())), 503);
         assert_eq!(of(PublishError::Firewall(io::ErrorKind::Other.into())), 500);
     }

@@ -14,7 +14,7 @@
 use super::endpoint_work::Progress;
 use super::initial::{host_id, random_bytes, targets_of};
 use super::names::{EndpointDns, NetworkDns};
-use super::{Instance, bridge_indexes, egress};
+use super::{ENDPOINT_DESCRIPTORS, Instance, bridge_indexes, egress};
 use crate::api::{Problem, Reserved, blocking, label_of, reserve_port};
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -285,6 +285,7 @@ impl Instance {
             )));
         }
         let name = endpoint.setup.name.clone();
+        self.up.publisher.reserve_for_endpoint(&name, ENDPOINT_DESCRIPTORS)?;
         self.setup.kernel().add_endpoint(&name, namespace.clone());
         self.up.layout.desired.endpoints.push(endpoint.setup.clone());
         self.up.layout.addresses.insert(name.clone(), addresses_of(endpoint));

@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
 /// File descriptors per endpoint.
-pub(super) const DESCRIPTORS: usize = 2;
+pub(super) const DESCRIPTORS: u32 = 2;
 
 /// Pause of a task after a notification. Processes of an endpoint can cause thousands of them per
 /// second.

@@ -88,9 +88,13 @@ use tokio::sync::{mpsc, watch};
 /// no longer exist, so they only flush data.
 const DRAIN: Duration = Duration::from_millis(100);
 
-/// File descriptors for each service: its namespace, and the socket, pidfd, stdout and stderr of
-/// its init process.
-const SERVICE_DESCRIPTORS: usize = 5;
+/// File descriptors for each endpoint: its namespace, two directories of sysctls in it, the map of
+/// its port guard, and those of its DNS server and of the [`endpoint_watch`].
+const ENDPOINT_DESCRIPTORS: u32 = 4 + names::DESCRIPTORS + endpoint_watch::DESCRIPTORS;
+
+/// File descriptors for each service of a project in the foreground: the socket, pidfd, stdout and
+/// stderr of its init process.
+const SERVICE_DESCRIPTORS: usize = 4;
 
 /// Capacity of the queue of API orders. The API waits while it is full.
 const ORDER_QUEUE: usize = 8;
@@ -663,9 +667,9 @@ impl Up {
         if egress.is_some() {
             settings.reserved_descriptors += egress::descriptors();
         }
-        let per_service = SERVICE_DESCRIPTORS + names::DESCRIPTORS + endpoint_watch::DESCRIPTORS;
+        settings.reserved_descriptors += names::SHARED_DESCRIPTORS + MAX_CLIENTS;
         settings.reserved_descriptors +=
-            per_service * namespaces.len() + names::SHARED_DESCRIPTORS + MAX_CLIENTS;
+            SERVICE_DESCRIPTORS * (namespaces.len().saturating_sub(adopted.len()));
         let bridges = bridge_indexes(&layout, host_context.networks())
             .context("read the indexes of the bridges")?;
         let gateway_networks = Arc::new(GatewayNetworks::new(layout.gateway_networks(&bridges)));
@@ -680,6 +684,10 @@ impl Up {
             let endpoint = PublishTarget::new(namespace.clone(), addresses, acl);
             let endpoint = endpoint.translated_to(targets_of(&layout, name));
             let behind_engine = egress::addresses_behind_engine(&layout, name);
+            // A start is not prevented: published ports fail first.
+            if let Err(error) = publisher.reserve_for_endpoint(name, ENDPOINT_DESCRIPTORS) {
+                tracing::error!("{error}");
+            }
             publisher.add_endpoint(name, endpoint.behind_engine(behind_engine));
         }
         if let Some(egress) = &egress {

@@ -20,7 +20,7 @@ use tidegate_netsetup::{Endpoint, Network};
 use tokio::runtime::Handle;
 
 /// File descriptors of a service's DNS server: a UDP and a TCP socket, twice during relocation.
-pub(super) const DESCRIPTORS: usize = 4;
+pub(super) const DESCRIPTORS: u32 = 4;
 
 /// DNS servers that are started at the same time, each on a thread.
 const STARTS_AT_ONCE: usize = 128;

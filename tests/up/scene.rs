@@ -133,6 +133,13 @@ impl Scene {
         self.with_environment(self.net.host.command(TIDEGATE))
     }
 
+    /// `tidegate` started by the command `words`.
+    pub(crate) fn tidegate_through(&self, words: &[&str]) -> Command {
+        let mut command = self.net.host.command(words[0]);
+        command.args(&words[1..]).arg(TIDEGATE);
+        self.with_environment(command)
+    }
+
     /// Like [`Self::tidegate`], as an unprivileged user.
     pub(crate) fn tidegate_as_nobody(&self) -> Command {
         for directory in [&self.run, &self.directory] {
@@ -181,8 +188,9 @@ impl Scene {
         self.start_daemon(self.tidegate_as_nobody(), flags)
     }
 
+    /// Starts the daemon with `command`, and waits until it is up.
     #[track_caller]
-    fn start_daemon(&self, mut command: Command, flags: &[&str]) -> Process {
+    pub(crate) fn start_daemon(&self, mut command: Command, flags: &[&str]) -> Process {
         command.args(["daemon", "--metrics", self.metrics, "--state"]);
         let daemon = Process::spawn(command.arg(self.run.path().join("state")).args(flags));
         daemon.wait_for_line("tidegate daemon is up", Duration::from_secs(10));
