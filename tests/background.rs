@@ -137,6 +137,13 @@ fn a_project_is_brought_up_listed_and_taken_down() {
         // Names of the project, and its isolation.
         let resolved = scene.succeeds(&["exec", "web", "getent", "ahostsv4", "sql"]);
         assert!(resolved.starts_with("10.77.2.9 "), "{resolved}");
+        let dig = |name: &str| {
+            scene.succeeds(&["exec", "web", "dig", "+short", "+timeout=5", "@127.0.0.11", name])
+        };
+        assert_eq!(dig("db.back"), "10.77.2.9\n", "{firewall}");
+        assert_eq!(dig("db.front"), "", "{firewall}");
+        let from = ["exec", "web", "dig", "+short", "@127.0.0.11", "-x", "10.77.2.9"];
+        assert_eq!(scene.succeeds(&from), "db.back.\n", "{firewall}");
         let ping = ["exec", "shop/web", "ping", "-c", "1", "-W", "5", "db"];
         assert!(scene.succeeds(&ping).contains("10.77.2.9"));
 

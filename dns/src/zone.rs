@@ -44,8 +44,10 @@ impl Default for Limits {
 /// A network as the resolver needs it.
 #[derive(Clone, Debug)]
 pub struct NetworkSpec {
-    /// The name of the network: `NAME` in `web.NAME`, and in metrics.
+    /// The unique name of the network, as in metrics.
     pub name: String,
+    /// `DOMAIN` in `web.DOMAIN`. Networks may share it. Default: the name.
+    pub domain: Option<String>,
     /// The subnets. Reverse queries for addresses in them are never forwarded; without an endpoint
     /// the response is NXDOMAIN.
     pub subnets: Vec<IpNet>,
@@ -65,6 +67,7 @@ impl Default for NetworkSpec {
     fn default() -> Self {
         Self {
             name: String::new(),
+            domain: None,
             subnets: Vec::new(),
             internal: false,
             servers: Vec::new(),
@@ -96,7 +99,7 @@ pub(crate) struct Endpoint {
     container: Arc<str>,
     pub(crate) v4: Vec<Ipv4Addr>,
     pub(crate) v6: Vec<Ipv6Addr>,
-    /// The PTR target of its addresses: `name.network.` in wire format.
+    /// The PTR target of its addresses: `name.domain.` in wire format.
     pub(crate) canonical: Arc<[u8]>,
     names: Vec<Name>,
 }
@@ -111,7 +114,7 @@ struct Holder {
 
 #[derive(Debug)]
 pub(crate) struct Network {
-    name: Name,
+    domain: Name,
     subnets: Vec<IpNet>,
     internal: bool,
     sources_are_verified: bool,
@@ -122,7 +125,7 @@ pub(crate) struct Network {
     reverse: HashMap<IpAddr, Arc<Endpoint>>,
     /// Endpoints by container and name.
     endpoints: BTreeMap<(Arc<str>, Name), Arc<Endpoint>>,
-    /// `name.network` of removed endpoints, oldest first. They are not forwarded, so that the name
+    /// `name.domain` of removed endpoints, oldest first. They are not forwarded, so that the name
     /// of a restarting service is not disclosed to upstream servers.
     removed: VecDeque<Name>,
     pub(crate) stats: Arc<NetworkStats>,
@@ -135,7 +138,7 @@ impl Network {
     /// Records a removed name if it is qualified; other names are not forwarded anyway.
     fn remember_removed(&mut self, name: &Name) {
         let is_qualified =
-            suffixes(name.wire()).skip(1).any(|(_, suffix)| suffix == self.name.wire());
+            suffixes(name.wire()).skip(1).any(|(_, suffix)| suffix == self.domain.wire());
         if is_qualified && !self.removed.contains(name) {
             if self.removed.len() == MAX_REMOVED {
                 self.removed.pop_front();
@@ -169,7 +172,7 @@ pub(crate) struct Zones {
     limits: Limits,
     networks: BTreeMap<Number, Network>,
     by_name: BTreeMap<String, Number>,
-    by_wire: HashMap<Name, Number>,
+    by_domain: HashMap<Name, Vec<Number>>,
     containers: HashMap<Arc<str>, Membership>,
     endpoints: usize,
     next: Number,
@@ -187,8 +190,9 @@ impl Zones {
         servers: Option<ServerList>,
         stats: Arc<NetworkStats>,
     ) -> Result<(), ZoneError> {
-        let wire = parse(&spec.name)?;
-        if self.by_wire.contains_key(&wire) {
+        let domain = parse(spec.domain.as_ref().unwrap_or(&spec.name))?;
+        let is_taken = spec.domain.is_none() && self.by_domain.contains_key(&domain);
+        if is_taken || self.by_name.contains_key(&spec.name) {
             return Err(ZoneError::NetworkExists(spec.name.clone()));
         }
         if self.networks.len() >= self.limits.networks {
@@ -200,9 +204,9 @@ impl Zones {
         let number = self.next;
         self.next += 1;
         self.by_name.insert(spec.name.clone(), number);
-        self.by_wire.insert(wire.clone(), number);
+        self.by_domain.entry(domain.clone()).or_default().push(number);
         let network = Network {
-            name: wire,
+            domain,
             subnets: spec.subnets.clone(),
             internal: spec.internal,
             sources_are_verified: spec.sources_are_verified,
@@ -230,7 +234,12 @@ impl Zones {
     pub(crate) fn remove_network(&mut self, name: &str) -> bool {
         let Some(number) = self.by_name.remove(name) else { return false };
         let Some(network) = self.networks.remove(&number) else { return false };
-        self.by_wire.remove(&network.name);
+        if let Some(numbers) = self.by_domain.get_mut(&network.domain) {
+            numbers.retain(|one| *one != number);
+            if numbers.is_empty() {
+                self.by_domain.remove(&network.domain);
+            }
+        }
         self.endpoints -= network.endpoints.len();
         for (container, _) in network.endpoints.into_keys() {
             self.leave(&container, number);
@@ -255,7 +264,9 @@ impl Zones {
             return Err(limit_exceeded("addresses", self.limits.addresses));
         }
         let name = parse(&spec.name)?;
-        let suffix = parse(network)?;
+        let Some(suffix) = self.networks.get(&number).map(|one| one.domain.clone()) else {
+            return Err(ZoneError::NoNetwork(network.to_owned()));
+        };
         let mut names: Vec<(Name, bool)> = Vec::new();
         let mut add = |name: Name, own: bool| {
             if !names.iter().any(|(other, _)| *other == name) {
@@ -506,14 +517,18 @@ impl<'a> View<'a> {
             .any(|network| network.subnets.iter().any(|subnet| subnet.contains(&address)))
     }
 
-    /// If `name` is or was `name.network` of an endpoint on any network, the offset of the network
-    /// in it.
+    /// If `name` is or was `name.domain` of an endpoint on any network, the offset of the domain in
+    /// it.
     pub(crate) fn hidden(&self, name: &[u8]) -> Option<usize> {
+        let is_known = |network: &Network| {
+            network.names.contains_key(name)
+                || network.removed.iter().any(|removed| removed.wire() == name)
+        };
         suffixes(name).skip(1).find_map(|(at, suffix)| {
-            let network = self.zones.networks.get(self.zones.by_wire.get(suffix)?)?;
-            let is_known = network.names.contains_key(name)
-                || network.removed.iter().any(|removed| removed.wire() == name);
-            is_known.then_some(at)
+            let mut numbers = self.zones.by_domain.get(suffix)?.iter();
+            numbers
+                .any(|number| self.zones.networks.get(number).is_some_and(is_known))
+                .then_some(at)
         })
     }
 

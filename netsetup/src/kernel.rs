@@ -7,8 +7,11 @@ mod observe;
 use crate::{Fact, Firewall, Interface, KernelError, Observed, Op, Passes, Place, Uplink};
 use futures_util::TryStreamExt;
 use rtnetlink::packet_core::ErrorMessage;
+use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{AddressHeaderFlags, AddressScope};
-use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkMessage};
+use rtnetlink::packet_route::link::{
+    InfoData, InfoVeth, LinkAttribute, LinkExtentMask, LinkMessage,
+};
 use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
 use rtnetlink::{Handle, LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth};
 use std::collections::BTreeSet;
@@ -210,6 +213,11 @@ impl Kernel {
         facts: &[Fact],
     ) -> Result<Observed, KernelError> {
         self.observe_at(place, facts, Depth::Links).await
+    }
+
+    /// Observes like [`observe`](Self::observe), but on the host only the links that `facts` name.
+    pub(crate) async fn observe_named(&mut self, facts: &[Fact]) -> Result<Observed, KernelError> {
+        self.observe_at(&Place::Host, facts, Depth::Named).await
     }
 
     async fn observe_at(
@@ -495,8 +503,7 @@ impl Kernel {
             return Ok(());
         }
         let handle = self.host()?;
-        let links: Vec<LinkMessage> =
-            handle.link().get().execute().try_collect().await.map_err(error)?;
+        let links = all_links(&handle).await.map_err(error)?;
         let groups: BTreeSet<u32> =
             links.iter().flat_map(|link| &link.attributes).filter_map(group).collect();
         // The group is empty, so no foreign link is deleted.
@@ -882,6 +889,13 @@ impl Kernel {
         connection.indexes.insert(link.to_owned(), index);
         Ok(index)
     }
+}
+
+/// Lists all links, without statistics, which are half of a message.
+async fn all_links(handle: &Handle) -> Result<Vec<LinkMessage>, rtnetlink::Error> {
+    let request = handle.link().get();
+    let request = request.set_filter_mask(AddressFamily::Unspec, vec![LinkExtentMask::SkipStats]);
+    request.execute().try_collect().await
 }
 
 /// Returns the link with the name or alternative name `name`.

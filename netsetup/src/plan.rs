@@ -1,8 +1,11 @@
 //! Planning: operations from the observed to the desired state. Pure.
 
-use crate::{ConflictError, Desired, Fact, Interface, Isolation, KernelModel, Observed, Op, Place};
+use crate::{
+    ConflictError, Desired, Fact, Interface, Isolation, KernelModel, Network, Observed, Op, Place,
+};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::net::IpAddr;
 
 /// Maximum length of an interface name in bytes (`IFNAMSIZ` without the NUL).
@@ -29,7 +32,7 @@ pub fn plan(
 ) -> Result<Plan, ConflictError> {
     check(desired)?;
     check_surroundings(desired, owned, observed)?;
-    Ok(difference(desired, owned, observed, isolation))
+    Ok(difference(&desired.facts(isolation), owned, observed))
 }
 
 /// Plans like [`plan`] for networks that are in use. Ignores conflicts with routes that were added
@@ -44,33 +47,27 @@ pub(crate) fn plan_update(
     isolation: &dyn Isolation,
 ) -> Result<Plan, ConflictError> {
     check_links(desired, observed)?;
-    Ok(difference(desired, owned, observed, isolation))
+    Ok(difference(&desired.facts(isolation), owned, observed))
 }
 
-/// Plans the missing facts of `part`, the part of `desired` that is new or may have changed.
-/// `owned` are the facts that the same owner created before.
+/// Plans those of `facts` that are missing, which are facts of `part`, the part of `desired` that
+/// is new or may have changed. `owned` are the facts that the same owner created before.
 ///
 /// # Errors
 /// [`ConflictError`] if `desired` is inconsistent, or `part` conflicts with foreign objects.
 pub(crate) fn plan_extension(
     part: &Desired,
     desired: &Desired,
+    facts: &[Fact],
     owned: &[Fact],
     observed: &Observed,
-    isolation: &dyn Isolation,
 ) -> Result<Plan, ConflictError> {
     check(desired)?;
     check_surroundings(part, owned, observed)?;
-    Ok(difference(part, &[], observed, isolation))
+    Ok(difference(facts, &[], observed))
 }
 
-fn difference(
-    desired: &Desired,
-    owned: &[Fact],
-    observed: &Observed,
-    isolation: &dyn Isolation,
-) -> Plan {
-    let facts = desired.facts(isolation);
+fn difference(facts: &[Fact], owned: &[Fact], observed: &Observed) -> Plan {
     let wanted: BTreeSet<&Fact> = facts.iter().collect();
     let mut holding = observed.facts.clone();
     // Rules that are modified, or those of a killed process, do not hold but may exist. Removing
@@ -79,7 +76,7 @@ fn difference(
     holding.extend(owned.iter().filter(is_ruleset).filter(|fact| !wanted.contains(fact)).cloned());
     let mut model = KernelModel::new(holding);
     let mut ops = removals(owned.iter().filter(|fact| !wanted.contains(fact)), &mut model);
-    for fact in &facts {
+    for fact in facts {
         if !model.holds(fact) {
             let op = Op::Add(fact.clone());
             model.execute(&op);
@@ -117,6 +114,21 @@ pub(crate) fn removals<'a>(
     ops
 }
 
+/// Who has an address.
+enum Holder<'a> {
+    Network(&'a str),
+    Endpoint(&'a str),
+}
+
+impl fmt::Display for Holder<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Network(name) => write!(f, "the gateway of network {name:?}"),
+            Self::Endpoint(name) => write!(f, "endpoint {name:?}"),
+        }
+    }
+}
+
 /// Checks `desired` for inconsistencies.
 fn check(desired: &Desired) -> Result<(), ConflictError> {
     let mut subnets: Vec<(IpNet, &str)> = Vec::new();
@@ -143,22 +155,19 @@ fn check(desired: &Desired) -> Result<(), ConflictError> {
             subnets.push((subnet.subnet, &network.name));
         }
     }
-    let mut addresses: BTreeMap<(&str, IpAddr), String> = BTreeMap::new();
+    let mut addresses: BTreeMap<(&str, IpAddr), Holder> = BTreeMap::new();
     for network in &desired.networks {
         for subnet in &network.subnets {
-            addresses.insert(
-                (&network.name, subnet.gateway),
-                format!("the gateway of network {:?}", network.name),
-            );
+            addresses.insert((&network.name, subnet.gateway), Holder::Network(&network.name));
         }
     }
+    let networks: BTreeMap<&str, &Network> =
+        desired.networks.iter().map(|network| (network.name.as_str(), network)).collect();
     for endpoint in &desired.endpoints {
         for attachment in &endpoint.attachments {
             check_name(&attachment.host_end)?;
             check_name(&attachment.inside)?;
-            let Some(network) =
-                desired.networks.iter().find(|network| network.name == attachment.network)
-            else {
+            let Some(network) = networks.get(attachment.network.as_str()) else {
                 return Err(ConflictError::NoSuchNetwork {
                     endpoint: endpoint.name.clone(),
                     network: attachment.network.clone(),
@@ -172,13 +181,12 @@ fn check(desired: &Desired) -> Result<(), ConflictError> {
                         network: network.name.clone(),
                     });
                 }
-                let holder_name = format!("endpoint {:?}", endpoint.name);
-                if let Some(holder) = addresses.insert((&network.name, address.addr()), holder_name)
-                {
+                let holder = Holder::Endpoint(&endpoint.name);
+                if let Some(holder) = addresses.insert((&network.name, address.addr()), holder) {
                     return Err(ConflictError::AddressInUse {
                         endpoint: endpoint.name.clone(),
                         address: address.addr(),
-                        holder,
+                        holder: holder.to_string(),
                     });
                 }
             }

@@ -194,9 +194,33 @@ impl Setup {
         part.networks.retain(|network| {
             used.contains(&network.name) || !existing.contains(network.bridge.name.as_str())
         });
-        let observed = self.kernel.observe(&part.facts(&*self.isolation)).await?;
-        let ops =
-            plan_extension(&part, desired, self.journal.facts(), &observed, &*self.isolation)?;
+        let mut facts = part.facts(&*self.isolation);
+        let is_new = |network: &crate::Network| !existing.contains(network.bridge.name.as_str());
+        let mut observed = None;
+        if !part.networks.iter().any(is_new) {
+            // Then the facts of their networks exist.
+            let of_endpoints: BTreeSet<Fact> =
+                part.endpoints.iter().flat_map(|endpoint| part.facts_of(endpoint)).collect();
+            let is_shared =
+                |fact: &Fact| matches!(fact, Fact::Ruleset { .. } | Fact::GuardTable { .. });
+            let narrow =
+                facts.iter().filter(|fact| is_shared(fact) || of_endpoints.contains(*fact));
+            let narrow: Vec<Fact> = narrow.cloned().collect();
+            let there = self.kernel.observe_named(&narrow).await?;
+            let links = there.links.get(&Place::Host);
+            let exists = |network: &crate::Network| {
+                links.is_some_and(|links| links.contains_key(&network.bridge.name))
+            };
+            // Otherwise, other software has removed one.
+            if part.networks.iter().all(exists) {
+                (facts, observed) = (narrow, Some(there));
+            }
+        }
+        let observed = match observed {
+            Some(observed) => observed,
+            None => self.kernel.observe(&facts).await?,
+        };
+        let ops = plan_extension(&part, desired, &facts, self.journal.facts(), &observed)?;
         self.execute_or_roll_back(&ops.ops).await?;
         Ok(ops.ops.len())
     }

@@ -167,6 +167,7 @@ impl NameServers {
         self.resolver
             .add_network(&NetworkSpec {
                 name: network.name.clone(),
+                domain: Some(dns_name(&network.name).to_owned()),
                 subnets: network.subnets.iter().map(|subnet| subnet.subnet.trunc()).collect(),
                 internal: network.internal,
                 servers: dns.servers.iter().map(|ip| SocketAddr::new(*ip, PORT)).collect(),
@@ -330,9 +331,9 @@ impl NameServers {
     }
 }
 
-/// The DNS name of an endpoint: its name within its project.
-fn dns_name(endpoint: &str) -> &str {
-    endpoint.rsplit_once('/').map_or(endpoint, |(_, name)| name)
+/// The DNS name of an endpoint or a network: its name within its project.
+fn dns_name(name: &str) -> &str {
+    name.rsplit_once('/').map_or(name, |(_, name)| name)
 }
 
 impl GatewayServers {

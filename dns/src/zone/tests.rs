@@ -64,6 +64,35 @@ fn a_name_resolves_on_its_network_only() {
 }
 
 #[test]
+fn networks_with_the_same_domain_have_separate_names() {
+    let with = |name: &str| NetworkSpec { domain: Some("front".into()), ..network(name) };
+    let mut zones = zones(
+        &[with("one/front"), with("two/front")],
+        &[
+            ("one/front", endpoint("web", &[], &["10.0.1.2"])),
+            ("one/front", endpoint("db", &[], &["10.0.1.3"])),
+            ("two/front", endpoint("other", &["db"], &["10.0.2.2"])),
+        ],
+    );
+    assert_eq!(addresses(&zones, "web", "db.front"), ["10.0.1.3"]);
+    assert_eq!(addresses(&zones, "other", "db.front"), ["10.0.2.2"]);
+    assert_eq!(addresses(&zones, "other", "web.front"), [""; 0]);
+    let web = ClientId::Container("web".into());
+    let hidden = |zones: &Zones, name: &str| {
+        let view = zones.view(&web, [0; 4].into());
+        view.hidden(Name::parse(name).unwrap().wire())
+    };
+    // The names of both are never forwarded.
+    for name in ["db.front", "other.front"] {
+        assert!(hidden(&zones, name).is_some(), "{name}");
+    }
+    assert!(zones.remove_network("two/front"));
+    assert_eq!(hidden(&zones, "other.front"), None);
+    assert!(hidden(&zones, "db.front").is_some());
+    assert_eq!(addresses(&zones, "web", "db.front"), ["10.0.1.3"]);
+}
+
+#[test]
 fn a_removed_endpoint_loses_all_its_names() {
     let mut zones = zones(
         &[network("a")],
@@ -78,7 +107,7 @@ fn a_removed_endpoint_loses_all_its_names() {
     assert_eq!(addresses(&zones, "me", "x"), ["10.0.1.3"]);
     assert!(addresses(&zones, "me", "web.a").is_empty());
     assert!(zones.remove_network("a"));
-    assert!(zones.containers.is_empty() && zones.endpoints == 0 && zones.by_wire.is_empty());
+    assert!(zones.containers.is_empty() && zones.endpoints == 0 && zones.by_domain.is_empty());
 }
 
 #[test]

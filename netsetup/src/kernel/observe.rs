@@ -12,7 +12,6 @@ use futures_util::TryStreamExt;
 use ipnet::IpNet;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::AddressAttribute;
-use rtnetlink::packet_route::link::LinkMessage;
 use rtnetlink::packet_route::neighbour::{NeighbourAttribute, NeighbourState};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol};
 use rtnetlink::packet_route::rule::RuleMessage;
@@ -46,6 +45,10 @@ pub(super) enum Depth {
     Links,
     /// Also addresses and routes.
     All,
+    /// The same in endpoints. On the host, only the links that the facts name are queried, so the
+    /// time does not depend on the number of links. Addresses, routes and rules of the host count
+    /// as missing.
+    Named,
 }
 
 /// Maximum number of addresses and routes read per namespace. Further ones count as missing.
@@ -53,7 +56,8 @@ const MAX_ENTRIES: usize = 65_536;
 
 impl Snapshot {
     /// Lists links, and other objects only as far as `facts` requires, because there may be
-    /// thousands of endpoints. On the host, all links are listed. In an endpoint, only the links in
+    /// thousands of endpoints. On the host, all links are listed, unless `depth` is
+    /// [`Depth::Named`]. In an endpoint, only the links in
     /// `facts` are queried, because its processes may create any number of links.
     pub(super) async fn observe(
         kernel: &mut Kernel,
@@ -68,10 +72,9 @@ impl Snapshot {
             }
         };
         let handle = kernel.connection(place)?.handle.clone();
-        let host = *place == Place::Host;
+        let host = *place == Place::Host && depth != Depth::Named;
         let links = if host {
-            let links: Vec<LinkMessage> =
-                handle.link().get().execute().try_collect().await.map_err(failed("links"))?;
+            let links = super::all_links(&handle).await.map_err(failed("links"))?;
             links.iter().map(link_of).map(|link| (link.index, link)).collect()
         } else {
             let mut links = BTreeMap::new();
@@ -87,7 +90,7 @@ impl Snapshot {
             }
             links
         };
-        let depth = if host { Depth::All } else { depth };
+        let is_deep = *place != Place::Host && depth != Depth::Links;
         let indexes = links.values().map(|link| (link.name.clone(), link.index)).collect();
         let mut snapshot = Self {
             links,
@@ -106,7 +109,7 @@ impl Snapshot {
                 .iter()
                 .any(|fact| matches!(fact, Fact::Address { .. }) && snapshot.has_links_of(fact))
         };
-        if host || depth == Depth::All && has_addresses() {
+        if host || is_deep && has_addresses() {
             let mut listed = handle.address().get().execute();
             while let Some(message) = listed.try_next().await.map_err(failed("addresses"))? {
                 if !host && snapshot.addresses.len() >= MAX_ENTRIES {
@@ -141,7 +144,7 @@ impl Snapshot {
             };
             let has_routes =
                 || facts.iter().any(|fact| is_route(fact) && snapshot.has_links_of(fact));
-            if host || depth == Depth::All && has_routes() {
+            if host || is_deep && has_routes() {
                 let ours = RouteProtocol::Other(registry::ROUTE_PROTOCOL);
                 let mut listed = handle.route().get(any).execute();
                 let mut read = 0;
