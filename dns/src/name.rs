@@ -151,6 +151,9 @@ pub(crate) enum Reverse {
 const IN_ADDR_ARPA: &[u8] = b"\x07in-addr\x04arpa\0";
 const IP6_ARPA: &[u8] = b"\x03ip6\x04arpa\0";
 
+/// Length of the prefix of IPv4-mapped addresses.
+const MAPPED_PREFIX: u8 = 96;
+
 /// Parses a name of the reverse tree. `None` for other names, and for names in that tree that
 /// represent no address or prefix.
 pub(crate) fn reverse(wire: &[u8]) -> Option<Reverse> {
@@ -184,12 +187,13 @@ pub(crate) fn reverse(wire: &[u8]) -> Option<Reverse> {
         let digit = char::from(*digit).to_digit(16)?;
         bits |= u128::from(digit) << (124 - 4 * index);
     }
-    let ip = Ipv6Addr::from(bits).into();
-    Some(if labels.len() == 32 {
-        Reverse::Address(ip)
-    } else {
-        Reverse::Prefix(ip, 4 * labels.len() as u8)
-    })
+    let (ip, length) = (Ipv6Addr::from(bits), 4 * labels.len() as u8);
+    // An IPv4-mapped address (RFC 4291 section 2.5.5.2) is as private as the IPv4 address.
+    let (ip, length, full) = match ip.to_ipv4_mapped().filter(|_| length >= MAPPED_PREFIX) {
+        Some(ip) => (IpAddr::V4(ip), length - MAPPED_PREFIX, 32),
+        None => (IpAddr::V6(ip), length, 128),
+    };
+    Some(if length == full { Reverse::Address(ip) } else { Reverse::Prefix(ip, length) })
 }
 
 #[cfg(test)]
@@ -282,5 +286,18 @@ mod tests {
             Some(Reverse::Prefix("fd00::".parse().unwrap(), 8))
         );
         assert_eq!(parse_reverse("fd.ip6.arpa"), None);
+    }
+
+    #[test]
+    fn reverse_names_of_ipv4_mapped_addresses_are_those_of_ipv4_addresses() {
+        let mapped = format!("f.f.f.f.{}ip6.arpa", "0.".repeat(20));
+        assert_eq!(
+            parse_reverse(&format!("2.0.0.0.9.0.a.0.{mapped}")),
+            Some(Reverse::Address("10.9.0.2".parse().unwrap()))
+        );
+        assert_eq!(
+            parse_reverse(&format!("9.0.a.0.{mapped}")),
+            Some(Reverse::Prefix("10.9.0.0".parse().unwrap(), 16))
+        );
     }
 }

@@ -77,6 +77,36 @@ pub enum TableFamily {
     Ipv4,
     /// `ip6`
     Ipv6,
+    /// `inet`
+    Inet,
+}
+
+/// A rule as the kernel lists it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListedRule {
+    /// The chain.
+    pub chain: String,
+    /// The names of its expressions, as in `payload`, `cmp`, `immediate`.
+    pub expressions: Vec<String>,
+    /// The chain to which it jumps.
+    pub target: Option<String>,
+}
+
+impl ListedRule {
+    fn of(chain: String, expressions: &[u8]) -> Self {
+        let mut listed = Self { chain, expressions: Vec::new(), target: None };
+        for (_, expression) in attributes(expressions) {
+            // NFTA_EXPR_NAME, _DATA; NFTA_IMMEDIATE_DATA; NFTA_DATA_VERDICT; NFTA_VERDICT_CHAIN
+            listed.expressions.extend(attribute(expression, 1).map(text));
+            let data = attribute(expression, 2).unwrap_or_default();
+            let verdict = attribute(attribute(data, 2).unwrap_or_default(), 2);
+            let is_immediate = listed.expressions.last().is_some_and(|name| name == "immediate");
+            if let Some(verdict) = verdict.filter(|_| is_immediate) {
+                listed.target = attribute(verdict, 2).map(text);
+            }
+        }
+        listed
+    }
 }
 
 impl TableFamily {
@@ -85,6 +115,7 @@ impl TableFamily {
         match self {
             Self::Ipv4 => 2,
             Self::Ipv6 => 10,
+            Self::Inet => INET,
         }
     }
 }
@@ -314,6 +345,44 @@ impl Connection {
         let request_message =
             list(request::GET_CHAIN, Attributes::default().text(1, table).text(3, name));
         Ok(self.find(&Message { family: family.number(), ..request_message })?.is_some())
+    }
+
+    /// Returns whether the base chain `name` in `table` of `family` drops packets by its policy.
+    ///
+    /// # Errors
+    /// Same as [`tables`](Self::tables).
+    pub fn drops_by_policy(
+        &mut self,
+        family: TableFamily,
+        table: &str,
+        name: &str,
+    ) -> io::Result<bool> {
+        let mut drops = false;
+        let chains = list(request::GET_CHAIN, Attributes::default().text(1, table));
+        // NFTA_CHAIN_TABLE, _NAME, _POLICY: `NF_DROP`
+        self.socket.dump(&Message { family: family.number(), ..chains }, |_, chain| {
+            let is = |kind, value| attribute(chain, kind).map(text).as_deref() == Some(value);
+            drops |= is(1, table) && is(3, name) && attribute(chain, 5).and_then(number) == Some(0);
+        })?;
+        Ok(drops)
+    }
+
+    /// Lists the rules of `table` in `family`, in the order of the kernel.
+    ///
+    /// # Errors
+    /// Same as [`tables`](Self::tables).
+    pub fn list_rules(&mut self, family: TableFamily, table: &str) -> io::Result<Vec<ListedRule>> {
+        let mut rules = Vec::new();
+        let request_message = list(request::GET_RULE, Attributes::default().text(1, table));
+        // NFTA_RULE_TABLE, _CHAIN, _EXPRESSIONS
+        self.socket.dump(&Message { family: family.number(), ..request_message }, |_, rule| {
+            let of = |kind| attribute(rule, kind).map(text).unwrap_or_default();
+            if of(1) == table {
+                let expressions = attribute(rule, 4).unwrap_or_default();
+                rules.push(ListedRule::of(of(2), expressions));
+            }
+        })?;
+        Ok(rules)
     }
 
     /// Lists the `postrouting` base chains with a priority above `priority` that have a rule

@@ -27,7 +27,7 @@ mod table;
 mod text;
 mod wire;
 
-pub use connection::{Change, Connection, Error, Listed, TableFamily};
+pub use connection::{Change, Connection, Error, Listed, ListedRule, TableFamily};
 pub use conntrack::{Conntrack, Entry, EntryKey, Flow};
 pub use gate::{Gate, GatePolicy};
 #[doc(hidden)]

@@ -275,6 +275,15 @@ impl Firewall {
         Fact::Ruleset { firewall: self.kind, owner: self.owner.clone() }
     }
 
+    /// Returns whether the user chain of nftables has rules in `host`.
+    ///
+    /// # Errors
+    /// The namespace cannot be entered, or the rules cannot be listed.
+    pub fn nftables_has_user_rules(host: &Namespace) -> io::Result<bool> {
+        let table = registry::NFTABLES_USER_TABLE;
+        host.with(|| iptables::user_chain_has_rules(TableFamily::Inet, table))?
+    }
+
     /// Returns whether legacy iptables is in use on `host`. The kernel sends no notifications about
     /// its changes.
     #[must_use]

@@ -2,6 +2,7 @@
 
 use clap::ValueEnum;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -73,6 +74,16 @@ pub enum ChoiceError {
         /// The rule, as iptables-save prints it.
         rule: String,
     },
+    /// Rules of TIDEGATE-USER would not be applied.
+    #[error(
+        "the chain TIDEGATE-USER of {rules} has rules, which --firewall={} does not apply; {}", .selected.map_or("none", FirewallKind::name), .rules.remedy()
+    )]
+    UserRules {
+        /// The rules.
+        rules: UserRules,
+        /// The selected firewall.
+        selected: Option<FirewallKind>,
+    },
     /// Ports served by sockets would bypass a rule of DOCKER-USER.
     #[error(
         "--publish=proxy with {kind}: DOCKER-USER has the rule {rule:?}, which ports served by a socket would bypass; use --publish=kernel, or remove the rule"
@@ -83,6 +94,49 @@ pub enum ChoiceError {
         /// The rule, as iptables-save prints it.
         rule: String,
     },
+}
+
+/// A set of rules of the administrator that the selected firewall does not apply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UserRules {
+    /// The chain TIDEGATE-USER of nftables.
+    Nftables,
+    /// The chain TIDEGATE-USER of iptables or ip6tables, in the variant in `PATH`.
+    Iptables,
+    /// The same in the other variant of iptables, legacy or nf_tables.
+    OtherIptables,
+}
+
+impl fmt::Display for UserRules {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Nftables => "nftables",
+            Self::Iptables => "iptables",
+            Self::OtherIptables => "the other variant of iptables (iptables-legacy, iptables-nft)",
+        })
+    }
+}
+
+impl UserRules {
+    /// Returns the rules in `host` that `kind` does not apply.
+    fn ignored_by(kind: Option<FirewallKind>, host: &Namespace) -> io::Result<Option<Self>> {
+        if kind != Some(FirewallKind::Nftables) && Firewall::nftables_has_user_rules(host)? {
+            return Ok(Some(Self::Nftables));
+        }
+        let [ours, other] = IptablesState::has_user_rules(host)?;
+        if ours && kind != Some(FirewallKind::Iptables) {
+            return Ok(Some(Self::Iptables));
+        }
+        Ok(other.then_some(Self::OtherIptables))
+    }
+
+    fn remedy(self) -> &'static str {
+        match self {
+            Self::Nftables => "use --firewall=nftables, or remove them",
+            Self::Iptables => "use --firewall=iptables, or remove them",
+            Self::OtherIptables => "move them to the chain of the programs in PATH, or remove them",
+        }
+    }
 }
 
 /// The selected firewall, with the reason.
@@ -137,11 +191,13 @@ impl BypassedRules {
                 Some(FirewallKind::Iptables) => docker_user.about_forwarding(),
                 Some(FirewallKind::Nftables) | None => docker_user.rules.first(),
             };
+            // tidegate's iptables chains do not jump to those of the other variant.
+            let rule = rule.or(docker_user.elsewhere.first());
             rule.map(|rule| rule.text.clone())
         });
-        let jumps_itself = kind == Some(FirewallKind::Iptables);
+        let jumps = kind == Some(FirewallKind::Iptables);
         let forward = docker_user.each_ref().map(|docker_user| {
-            jumps_itself || docker_user.as_ref().is_some_and(|docker_user| docker_user.forward)
+            docker_user.as_ref().map_or(jumps, |chain| chain.applies_to_forwarded(jumps))
         });
         Self { rules, forward }
     }
@@ -187,6 +243,12 @@ pub fn choose(
     };
     let (firewall, mut why) = choose_firewall(choice, host_context, owner, &iptables)?;
     let kind = firewall.as_ref().map(|firewall| firewall.kind());
+    if !host_context.is_rootless() {
+        let ignored = UserRules::ignored_by(kind, host_context.networks());
+        if let Some(rules) = ignored.map_err(ChoiceError::Rules)? {
+            return Err(ChoiceError::UserRules { rules, selected: kind });
+        }
+    }
     let docker_user = iptables.each_ref().map(|state| Some(state.as_ref()?.docker_user.clone()));
     let bypassed = BypassedRules::of(kind, &docker_user);
     let publish = match (kind, publish, bypassed.any()) {
@@ -326,7 +388,7 @@ mod tests {
             rules.iter().map(|rule| UserRule { text: format!("-A DOCKER-USER {rule}") }).collect();
         [
             Some(IptablesState {
-                docker_user: DockerUser { rules, forward: true },
+                docker_user: DockerUser { rules, forward: true, ..DockerUser::default() },
                 ..IptablesState::default()
             }),
             None,
@@ -347,7 +409,8 @@ mod tests {
     fn rules_of_docker_user_are_bypassed_by_packets_that_do_not_traverse_it() {
         let with_rules = |rules: &[&str]| {
             let rule = |rule: &&str| UserRule { text: format!("-A DOCKER-USER {rule}") };
-            [Some(DockerUser { rules: rules.iter().map(rule).collect(), forward: true }), None]
+            let rules = rules.iter().map(rule).collect();
+            [Some(DockerUser { rules, forward: true, ..DockerUser::default() }), None]
         };
         let (about_clients, about_containers) =
             ("-s 203.0.113.0/24 -j DROP", "-p tcp --dport 80 -j DROP");
@@ -361,6 +424,18 @@ mod tests {
         );
         assert_eq!(bypassed(None), bypassed(Some(FirewallKind::Nftables)));
         assert_eq!(BypassedRules::of(iptables, &with_rules(&[about_clients])).any(), None);
+
+        let elsewhere = all.clone().map(|chain| {
+            let chain = chain?;
+            Some(DockerUser {
+                elsewhere: chain.rules,
+                forward_elsewhere: true,
+                ..DockerUser::default()
+            })
+        });
+        let other = BypassedRules::of(iptables, &elsewhere);
+        assert_eq!(other.any(), Some(&*format!("-A DOCKER-USER {about_clients}")));
+        assert!(other.forward[0], "the kernel forwards through the chain of the other variant");
 
         let bypassed = BypassedRules::of(None, &all);
         let at = |at: &str, to: Option<&str>| {

@@ -341,6 +341,98 @@ fn a_docker_user_chain_without_a_jump_rejects_the_port_with_nftables() {
     assert_eq!(status, 409, "{printed}");
 }
 
+/// nft(8) can add rules to DOCKER-USER that iptables cannot print, or prints without a match.
+#[test]
+fn rules_in_docker_user_that_iptables_cannot_print_hold() {
+    let unprintable = "FAMILY filter DOCKER-USER ct status dnat counter";
+    let misprinted = "FAMILY filter DOCKER-USER tcp dport { 79, 80 } ip saddr 203.0.113.9 drop";
+    for rule in [unprintable, misprinted] {
+        let wall = Wall::new(Scene::new());
+        let (blocked, other) = (&wall.scene.net.client, &wall.uplink.client);
+        let by_iptables =
+            if rule == unprintable { "-s 203.0.113.9 -j DROP" } else { "-i none -j DROP" };
+        wall.scene.sh(&docker_user(by_iptables));
+        for family in ["ip", "ip6"] {
+            let rule = rule.replace("FAMILY", family);
+            let rule = match family {
+                "ip6" => rule.replace("ip saddr 203.0.113.9", "ip6 saddr 2001:db8:1::9"),
+                _ => rule,
+            };
+            wall.scene.sh(&format!("nft insert rule {rule}"));
+        }
+        for flags in [&[][..], MODES[1]] {
+            let mut up = wall.up(flags);
+            let _servers = wall.servers();
+            wall.assert_tcp_answers(other, 8080, true);
+            wall.assert_tcp_answers(blocked, 8080, false);
+            up.stop(Signal::INT, SOON);
+        }
+        for flags in [MODES[0], MODES[2], &["--firewall=none"]] {
+            let printed = wall.refused(flags);
+            assert!(printed.contains("cannot print"), "{rule}, {flags:?}: {printed}");
+            assert_eq!(printed.lines().count(), 1, "{printed}");
+        }
+    }
+}
+
+/// A host can use both variants of iptables, and tidegate's rules are those of one of them.
+#[test]
+fn rules_in_docker_user_of_the_other_variant_of_iptables_hold() {
+    for (scene, other_variant) in
+        [(Scene::new(), "-legacy"), (Scene::with_legacy_iptables(), "-nft")]
+    {
+        let wall = Wall::new(scene);
+        let rules = docker_user("-s 203.0.113.9 -j DROP");
+        let rules = rules.replace("iptables ", &format!("iptables{other_variant} "));
+        let rules = rules.replace("ip6tables ", &format!("ip6tables{other_variant} "));
+        wall.scene.sh(&rules);
+        for flags in [&[][..], MODES[1], MODES[3]] {
+            let mut up = wall.up(flags);
+            let _servers = wall.servers();
+            wall.assert_answers(&wall.uplink.client, true);
+            wall.assert_answers(&wall.scene.net.client, false);
+            up.stop(Signal::INT, SOON);
+        }
+        for flags in [MODES[0], MODES[2], &["--firewall=none"]] {
+            let printed = wall.refused(flags);
+            let rule = "\"-A DOCKER-USER -s 203.0.113.9/32 -j DROP\"";
+            assert!(printed.contains(rule), "{other_variant}, {flags:?}: {printed}");
+        }
+    }
+}
+
+/// TIDEGATE-USER belongs to one firewall. Another one would not apply its rules.
+#[test]
+fn a_users_rule_is_not_lost_with_another_firewall() {
+    for (of, others) in [(MODES[0], [MODES[2], MODES[3]]), (MODES[2], [MODES[0], MODES[1]])] {
+        let wall = Wall::new(Scene::new());
+        let mut up = wall.up(of);
+        wall.scene.sh(&rules(of, true));
+        up.stop(Signal::INT, SOON);
+        let before = state(&wall.scene.net.host);
+        for flags in others.into_iter().chain([&["--firewall=none"][..]]) {
+            let printed = wall.refused(flags);
+            let firewall = of[0];
+            assert!(
+                printed.contains("the chain TIDEGATE-USER of ")
+                    && printed.contains(&format!("use {firewall}")),
+                "{flags:?}: {printed}"
+            );
+            assert_eq!(printed.lines().count(), 1, "{printed}");
+            assert_eq!(state(&wall.scene.net.host), before);
+        }
+        let _up = wall.up(of);
+        let _servers = wall.servers();
+        wall.assert_answers(&wall.scene.net.client, false);
+    }
+    let wall = Wall::new(Scene::new());
+    wall.scene.sh("iptables-legacy -N TIDEGATE-USER; iptables-legacy -A TIDEGATE-USER -j DROP");
+    for flags in [MODES[0], MODES[2], &["--firewall=none"]] {
+        let printed = wall.refused(flags);
+        assert!(printed.contains("of the other variant of iptables"), "{flags:?}: {printed}");
+    }
+}
+
 #[test]
 fn a_users_rule_holds_for_ports_published_later() {
     for flags in MODES {

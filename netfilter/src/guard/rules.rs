@@ -18,7 +18,8 @@
 //! IPv4   destination 127.0.0.0/8 (RFC 1122, 3.2.1.3)          ─► drop
 //!        IGMP queries (RFC 3376, 4.1)                         ─► drop
 //!        source 0.0.0.0 for IGMP (RFC 3376, 4.2.13)           ─► accept
-//!        own source, ICMP: no redirects; errors only for packets to own addresses, not ICMP ─► accept
+//!        own source, ICMP: no redirects, no router advertisements; errors only for packets to own
+//!        addresses, not ICMP                                  ─► accept
 //! IPv6   source `::`: duplicate address detection of own target (RFC 4862, 5.4.2), MLD reports
 //!        (RFC 3810, 5.2.13)                                         ─► accept
 //!        own source: router and neighbour solicitations and advertisements with at most one option,
@@ -106,7 +107,7 @@ pub enum SpoofReason {
     Ipv6Source,
     /// Neighbour discovery with a foreign target or link-layer address.
     NeighborDiscovery,
-    /// Router advertisement, or ICMP or ICMPv6 redirect.
+    /// ICMP or ICMPv6 router advertisement or redirect.
     Router,
     /// Extension headers that could hide an ICMPv6 message.
     ExtensionHeader,
@@ -291,6 +292,8 @@ const AFTER_EXTENSION: [u8; 9] = [4, TCP, UDP, 41, 47, 50, 59, 115, 132];
 /// ICMP errors: destination unreachable, source quench, time exceeded, parameter problem (RFC 792).
 const ICMP_ERRORS: [u8; 4] = [3, 4, 11, 12];
 const ICMP_REDIRECT: u8 = 5;
+/// Router advertisement (RFC 1256).
+const ICMP_ADVERTISEMENT: u8 = 9;
 
 /// IGMP membership query, sent by multicast routers (RFC 3376, 4.1).
 const IGMP_QUERY: u8 = 0x11;
@@ -474,10 +477,10 @@ fn to_loopback() -> Rule {
     rule(tests, Verdict::Drop(SpoofReason::Loopback))
 }
 
-/// Drops ICMP redirects.
-fn redirect_v4() -> Rule {
+/// Drops ICMP messages of the type `kind`, which only routers send.
+fn of_routers_v4(kind: u8) -> Rule {
     let tests = icmp_v4().chain([is(at::V4_HEAD, &WITHOUT_OPTIONS)]).chain(first_fragment_v4());
-    let tests = tests.chain([is(at::V4_ICMP, &[ICMP_REDIRECT])]);
+    let tests = tests.chain([is(at::V4_ICMP, &[kind])]);
     rule(tests, Verdict::Drop(SpoofReason::Router))
 }
 
@@ -597,7 +600,7 @@ fn any_address(policy: &PortPolicy) -> Vec<Rule> {
         ),
         rule([v6()].into_iter().chain(plain), Accept),
         to_loopback(),
-        redirect_v4(),
+        of_routers_v4(ICMP_REDIRECT),
         rule(
             [v6(), is(at::V6_NEXT, &[ICMPV6]), is(at::V6_PAYLOAD, &[REDIRECT])],
             Drop(SpoofReason::Router),
@@ -634,7 +637,7 @@ fn ipv4(policy: &PortPolicy) -> Vec<Rule> {
     let foreign = policy.v4.iter().map(|ip| is_not(at::V4_SOURCE, &ip.octets()));
     rules.push(rule([v4()].into_iter().chain(foreign), foreign_source));
     // From here on the source is valid and the protocol is ICMP or IGMP.
-    rules.push(redirect_v4());
+    rules.extend([ICMP_REDIRECT, ICMP_ADVERTISEMENT].map(of_routers_v4));
     rules.extend(icmp_errors_v4(&policy.v4));
     rules.extend(
         policy.v4.iter().map(|ip| rule([v4(), is(at::V4_SOURCE, &ip.octets())], Verdict::Accept)),

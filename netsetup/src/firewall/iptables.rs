@@ -8,6 +8,7 @@
 //! iptables has no sets: the number of rules grows with the number of ports, and each change of a
 //! port costs a run.
 
+mod docker_user;
 mod program;
 mod rules;
 mod saved;
@@ -251,50 +252,77 @@ impl IptablesState {
         if !is_in_use(family) {
             return Ok(None);
         }
+        let docker_user = docker_user::of_family(family)?;
         let program = match Program::find(family) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            // Rules of nft(8) in a table of this name.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let state = Self { docker_user, ..Self::default() };
+                return Ok(Some(state).filter(|state| state.docker_user.has_rules()));
+            }
             found => found?,
         };
-        let lines = match program.list_filter() {
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => return Ok(None),
-            listed => listed?,
+        let forward_drops = match program.list_filter() {
+            // The table has rules that iptables cannot print.
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                Connection::open()?.drops_by_policy(table_family(family), "filter", "FORWARD")?
+            }
+            lines => Saved::of_listed("filter", &lines?).forward_drops(),
         };
-        let saved = Saved::of_listed("filter", &lines);
-        let (forward_drops, docker_user) = (saved.forward_drops(), saved.docker_user());
         Ok(Some(Self { version: program.version, forward_drops, docker_user }))
+    }
+
+    /// Returns whether the user chain of iptables or ip6tables has rules in `host`: in the variant
+    /// in `PATH`, and in the other one.
+    ///
+    /// # Errors
+    /// The namespace cannot be entered, or the rules cannot be listed.
+    pub fn has_user_rules(host: &Namespace) -> io::Result<[bool; 2]> {
+        let of = |family: Family| -> io::Result<[bool; 2]> {
+            let of_legacy = is_legacy_in_use(family) && {
+                let saved = Saved::of(&Program::legacy(family)?.save(Some("filter"))?);
+                saved.rules_in("filter", registry::USER_CHAIN) > 0
+            };
+            let of_nftables = user_chain_has_rules(table_family(family), "filter")?;
+            if !of_legacy && !of_nftables {
+                return Ok([false; 2]);
+            }
+            let is_legacy_ours =
+                Program::find(family).is_ok_and(|program| !program.uses_nftables());
+            let both = [of_nftables, of_legacy];
+            Ok(if is_legacy_ours { [both[1], both[0]] } else { both })
+        };
+        host.with(|| {
+            let ([ours, other], [ours_v6, other_v6]) = (of(Family::V4)?, of(Family::V6)?);
+            Ok([ours || ours_v6, other || other_v6])
+        })?
     }
 }
 
 impl DockerUser {
-    /// Reads the current chains of `host` for IPv4 and IPv6. Costs one request to the kernel if the
-    /// chain does not exist, otherwise a run of `iptables-save`, which is limited to 10 s.
+    /// Reads the current chains of `host` for IPv4 and IPv6. Costs one request to the kernel if no
+    /// variant of iptables has the chain, otherwise runs of `iptables-save`, each limited to 10 s.
     ///
     /// # Errors
-    /// The request to the kernel or the program failed.
+    /// The request to the kernel or a program failed.
     pub fn of(host: &Namespace) -> io::Result<[Self; 2]> {
-        let of = |family| -> io::Result<Self> {
-            if !may_have_docker_user(family)? {
-                return Ok(Self::default());
-            }
-            Ok(Saved::of(&Program::find(family)?.save(Some("filter"))?).docker_user())
-        };
+        let of = docker_user::of_family;
         host.with(|| Ok([of(Family::V4)?, of(Family::V6)?]))?
     }
 }
 
-/// Returns whether the calling thread's network namespace may have the chain DOCKER-USER. For
-/// legacy iptables this cannot be queried from the kernel, so the result is `true`.
-fn may_have_docker_user(family: Family) -> io::Result<bool> {
-    if is_legacy_in_use(family) {
-        return Ok(true);
-    }
+/// Returns whether the user chain in `table` of nftables has rules, in the network namespace of the
+/// calling thread.
+pub(super) fn user_chain_has_rules(family: TableFamily, table: &str) -> io::Result<bool> {
     let mut connection = match Connection::open() {
         Ok(connection) => connection,
         // A kernel without netfilter has no chains.
         Err(error) if error.kind() == io::ErrorKind::Unsupported => return Ok(false),
         Err(error) => return Err(error),
     };
-    connection.has_chain(table_family(family), "filter", saved::DOCKER_USER)
+    if !connection.has_chain(family, table, registry::USER_CHAIN)? {
+        return Ok(false);
+    }
+    Ok(connection.list_rules(family, table)?.iter().any(|rule| rule.chain == registry::USER_CHAIN))
 }
 
 /// Returns whether legacy iptables has a table `filter` in `host`, in either family. The kernel

@@ -415,7 +415,7 @@ fn the_chosen_firewall_is_reported_with_the_reason() {
         let state = IptablesState {
             version: "iptables v1.8.9 (legacy)".into(),
             forward_drops: rules.is_empty(),
-            docker_user: DockerUser { rules, forward: true },
+            docker_user: DockerUser { rules, forward: true, ..DockerUser::default() },
         };
         Host { iptables: Ok([Some(state), None]), ..good() }
     };

@@ -98,6 +98,16 @@ const OWN: &str = "fd09::7";
 const LINK_LOCAL: &str = "fe80::ff:fe00:7";
 
 #[test]
+fn icmp_messages_of_routers_are_dropped() {
+    let frame = |kind| ethernet(MAC, IPV4, &message_v4(kind, [10, 9, 0, 7]));
+    for kind in [ICMP_REDIRECT, ICMP_ADVERTISEMENT] {
+        assert_eq!(evaluate(&frame(kind)), Verdict::Drop(SpoofReason::Router), "{kind}");
+    }
+    // A solicitation is one of hosts.
+    assert_eq!(evaluate(&frame(10)), Verdict::Accept);
+}
+
+#[test]
 fn link_local_address_matches_the_kernel() {
     assert_eq!(MacAddress(MAC).link_local().to_string(), LINK_LOCAL);
 }

@@ -62,6 +62,11 @@ pub(super) enum ProgramError {
         seconds = TIMEOUT.tv_sec
     )]
     NoResponse(&'static str),
+    /// nft(8) has added rules that the program cannot print.
+    #[error(
+        "iptables-save: table {0} has rules of nft that iptables cannot print; use --firewall=nftables, or remove them"
+    )]
+    Unprintable(String),
     /// The program could not be started, or ended without a message.
     #[error("{0}: {1}")]
     Failed(String, String),
@@ -102,7 +107,36 @@ impl Program {
     /// The program is not installed, its version cannot be determined, or it is older than 1.6 (of
     /// 2015) and cannot wait for the lock.
     pub(super) fn find(family: Family) -> io::Result<Self> {
-        let name = family.program();
+        Self::named(family, family.program())
+    }
+
+    /// Finds the programs of the legacy variant.
+    ///
+    /// # Errors
+    /// As of [`find`](Self::find).
+    pub(super) fn legacy(family: Family) -> io::Result<Self> {
+        Self::variant(family, false)
+    }
+
+    /// Finds the programs of the nf_tables variant.
+    ///
+    /// # Errors
+    /// As of [`find`](Self::find).
+    pub(super) fn of_nftables(family: Family) -> io::Result<Self> {
+        Self::variant(family, true)
+    }
+
+    fn variant(family: Family, nftables: bool) -> io::Result<Self> {
+        match Self::find(family) {
+            Ok(program) if program.uses_nftables() == nftables => Ok(program),
+            _ => {
+                let end = if nftables { "-nft" } else { "-legacy" };
+                Self::named(family, &format!("{}{end}", family.program()))
+            }
+        }
+    }
+
+    fn named(family: Family, name: &str) -> io::Result<Self> {
         let [program, save, restore] =
             ["", "-save", "-restore"].map(|end| find(&format!("{name}{end}")));
         let program = program?;
@@ -154,7 +188,22 @@ impl Program {
     }
 
     /// Lists the rules of one or all tables.
+    ///
+    /// # Errors
+    /// A table cannot be printed.
     pub(super) fn save(&self, table: Option<&str>) -> io::Result<String> {
+        let text = self.save_printable(table)?;
+        let unprintable = text.lines().find_map(|line| {
+            line.strip_prefix("# Table `")?.split_once("' is incompatible").map(|(name, _)| name)
+        });
+        match unprintable {
+            Some(table) => Err(ProgramError::Unprintable(table.to_owned()).into()),
+            None => Ok(text),
+        }
+    }
+
+    /// Lists the rules of one or all tables, without tables that cannot be printed.
+    pub(super) fn save_printable(&self, table: Option<&str>) -> io::Result<String> {
         let of: &[&str] = match &table {
             Some(table) => &["-t", table],
             None => &[],

@@ -141,6 +141,11 @@ impl Saved {
         })
     }
 
+    /// Returns the number of rules in a chain.
+    pub(super) fn rules_in(&self, table: &str, chain: &str) -> usize {
+        self.table(table).map_or(0, |table| table.rules_of(chain).count())
+    }
+
     /// Returns whether the user chain is empty and only `owner` jumps to it.
     pub(super) fn user_chain_is_unused_by_others(&self, owner: &str) -> bool {
         self.table("filter").is_some_and(|table| {
@@ -215,7 +220,7 @@ impl Saved {
             }
         }
         let forward = table.rules_of("FORWARD").any(|rule| rule.ends_with(TO_DOCKER_USER));
-        DockerUser { rules, forward }
+        DockerUser { rules, forward, ..DockerUser::default() }
     }
 }
 
@@ -235,6 +240,10 @@ pub struct DockerUser {
     pub rules: Vec<UserRule>,
     /// FORWARD jumps to the chain, so it applies to traffic forwarded by the kernel.
     pub forward: bool,
+    /// Rules of the variant of iptables that tidegate does not use.
+    pub elsewhere: Vec<UserRule>,
+    /// The same as `forward` for that variant.
+    pub forward_elsewhere: bool,
 }
 
 impl DockerUser {
@@ -242,6 +251,14 @@ impl DockerUser {
     #[must_use]
     pub fn has_rules(&self) -> bool {
         !self.rules.is_empty()
+    }
+
+    /// Returns whether all rules apply to packets that the kernel forwards. With `jumps`, packets
+    /// traverse the chain of tidegate's variant in any case.
+    #[must_use]
+    pub fn applies_to_forwarded(&self, jumps: bool) -> bool {
+        (jumps || self.forward || self.rules.is_empty())
+            && (self.forward_elsewhere || self.elsewhere.is_empty())
     }
 
     /// Returns the first rule that is meaningful for forwarded packets only.

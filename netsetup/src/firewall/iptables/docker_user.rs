@@ -1,0 +1,115 @@
+//! Docker's chain DOCKER-USER: of both variants of iptables, which a host can use side by side.
+//!
+//! The rules are those that the programs print. nft(8) can add rules to the same chain that
+//! iptables cannot print, or prints without some of their matches. Each of these is represented by
+//! one rule of unknown meaning.
+
+use super::program::{Family, Program};
+use super::saved::{DOCKER_USER, DockerUser, Saved, UserRule};
+use super::{is_legacy_in_use, table_family};
+use std::collections::BTreeSet;
+use std::io;
+use tidegate_netfilter::{Connection, ListedRule};
+
+/// The table of the chain.
+const TABLE: &str = "filter";
+
+/// Attempts to read the same rules from the kernel and from iptables-save, between which they can
+/// change.
+const ATTEMPTS: usize = 3;
+
+/// Stands for a rule that iptables cannot print.
+const UNPRINTABLE: &str = "-A DOCKER-USER (a rule of nft that iptables cannot print)";
+
+/// Expressions of the rules that iptables-nft adds, and prints completely.
+const PRINTABLE: [&str; 12] = [
+    "bitwise",
+    "byteorder",
+    "cmp",
+    "counter",
+    "immediate",
+    "limit",
+    "log",
+    "match",
+    "meta",
+    "payload",
+    "range",
+    "target",
+];
+
+/// Reads the chain in the network namespace of the calling thread.
+///
+/// # Errors
+/// The kernel or a program failed, or a variant is in use whose programs are missing.
+pub(super) fn of_family(family: Family) -> io::Result<DockerUser> {
+    let of_nftables = of_nftables(family)?;
+    let of_legacy = if is_legacy_in_use(family) {
+        Some(Saved::of(&Program::legacy(family)?.save(Some(TABLE))?).docker_user())
+    } else {
+        None
+    };
+    if of_nftables.is_none() && of_legacy.is_none() {
+        // The version of the program is not needed.
+        return Ok(DockerUser::default());
+    }
+    // tidegate's iptables chains are those of the variant in `PATH`.
+    let is_legacy_ours = Program::find(family).is_ok_and(|program| !program.uses_nftables());
+    let (ours, other) =
+        if is_legacy_ours { (of_legacy, of_nftables) } else { (of_nftables, of_legacy) };
+    let (ours, other) = (ours.unwrap_or_default(), other.unwrap_or_default());
+    Ok(DockerUser { elsewhere: other.rules, forward_elsewhere: other.forward, ..ours })
+}
+
+fn of_nftables(family: Family) -> io::Result<Option<DockerUser>> {
+    let mut connection = match Connection::open() {
+        Ok(connection) => connection,
+        // A kernel without netfilter has no chains.
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    if !connection.has_chain(table_family(family), TABLE, DOCKER_USER)? {
+        return Ok(None);
+    }
+    let mut found = DockerUser::default();
+    for _ in 0..ATTEMPTS {
+        let rules = connection.list_rules(table_family(family), TABLE)?;
+        let reached = reachable(&rules);
+        let saved = match Program::of_nftables(family) {
+            Ok(program) => Saved::of(&program.save_printable(Some(TABLE))?),
+            // The chain was created with nft(8).
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Saved::default(),
+            Err(error) => return Err(error),
+        };
+        found = saved.docker_user();
+        let jumps = |rule: &ListedRule| {
+            rule.chain == "FORWARD" && rule.target.as_deref() == Some(DOCKER_USER)
+        };
+        found.forward = rules.iter().any(jumps);
+        let in_reach = rules.iter().filter(|rule| reached.contains(rule.chain.as_str()));
+        let is_printable = |rule: &ListedRule| {
+            rule.expressions.iter().all(|name| PRINTABLE.contains(&name.as_str()))
+        };
+        let printed: usize = reached.iter().map(|chain| saved.rules_in(TABLE, chain)).sum();
+        if in_reach.clone().all(is_printable) && in_reach.count() == printed {
+            return Ok(Some(found));
+        }
+    }
+    // Errors quote the first rule, and others may be printed wrongly.
+    found.rules.insert(0, UserRule { text: UNPRINTABLE.to_owned() });
+    Ok(Some(found))
+}
+
+/// Returns DOCKER-USER and the chains to which its rules jump.
+fn reachable(rules: &[ListedRule]) -> BTreeSet<&str> {
+    let mut reached = BTreeSet::from([DOCKER_USER]);
+    let mut next = vec![DOCKER_USER];
+    while let Some(chain) = next.pop() {
+        let targets = rules.iter().filter(|rule| rule.chain == chain);
+        for target in targets.filter_map(|rule| rule.target.as_deref()) {
+            if reached.insert(target) {
+                next.push(target);
+            }
+        }
+    }
+    reached
+}
