@@ -1,15 +1,15 @@
 //! Shared parts of the tests: commands in a small domain, so that they often conflict.
 
 use crate::{
-    AttachSpec, Command, Name, NetworkAttachment, NetworkSpec, PublishedPort, Quarantine, Refusal,
-    State, Surroundings, apply,
+    AttachSpec, Command, Name, NetworkAttachment, NetworkSpec, Project, ProjectSpec, PublishedPort,
+    Quarantine, Refusal, State, Surroundings, apply,
 };
 use ipnet::IpNet;
 use proptest::prelude::*;
 use proptest::sample::select;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tidegate_model::Protocol;
 use tidegate_netsetup::{Observed, ObservedLink, Place};
 
@@ -267,6 +267,42 @@ pub(crate) fn command() -> impl Strategy<Value = Command> {
         2 => (endpoint_name(), path())
             .prop_map(|(endpoint, namespace)| Command::Relocate { endpoint, namespace }),
     ]
+}
+
+/// A project of few networks and services, and commands that change projects as a whole.
+pub(crate) fn project_command() -> impl Strategy<Value = Command> {
+    let project = || select(vec!["p", "q", "r"]).prop_map(name);
+    let networks = prop::collection::vec(network(), 0..3);
+    let endpoints = prop::collection::vec(attach(), 0..4);
+    let create = (project(), networks, endpoints, any::<bool>()).prop_map(
+        |(project, networks, endpoints, is_consistent)| {
+            let part = |one: &Name| Name::new(Some(project.name()), one.name()).unwrap();
+            let mut spec = ProjectSpec {
+                project: Project {
+                    name: project.clone(),
+                    file: None,
+                    grace: Duration::from_secs(10),
+                    services: Vec::new(),
+                },
+                networks,
+                endpoints,
+            };
+            // Otherwise it has parts of other projects, and is refused.
+            if is_consistent {
+                for network in &mut spec.networks {
+                    network.name = part(&network.name);
+                }
+                for endpoint in &mut spec.endpoints {
+                    endpoint.name = part(&endpoint.name);
+                    for attachment in &mut endpoint.networks {
+                        attachment.network = part(&attachment.network);
+                    }
+                }
+            }
+            Command::ApplyProject(spec)
+        },
+    );
+    prop_oneof![3 => create, 1 => project().prop_map(Command::RemoveProject)]
 }
 
 /// Returns the states after each of the commands that are not refused.

@@ -1,6 +1,8 @@
 //! Random commands, compared with a simple model and executed by a toy reconciler.
 
-use crate::testing::{Environment, HOST_LINK, HOST_ROUTE, command, name, port, states};
+use crate::testing::{
+    Environment, HOST_LINK, HOST_ROUTE, command, name, port, project_command, states,
+};
 use crate::{
     AttachSpec, Change, Command, Endpoint, MAX_ENDPOINTS_OF_NETWORK, MAX_PORTS, Name, Network,
     NetworkAttachment, NetworkSpec, Project, ProjectSpec, PublishedPort, Refusal, Service, State,
@@ -468,6 +470,66 @@ proptest! {
         }
     }
 
+    /// A project is created and removed as a whole, beside commands for other objects.
+    #[test]
+    fn projects_are_applied_and_removed_as_a_whole(
+        steps in prop::collection::vec(
+            (prop_oneof![command(), project_command()], 0_u64..90, any::<bool>()), 1..60,
+        )
+    ) {
+        let mut environment = Environment::new();
+        let (mut state, mut reconciled, mut host) = <(State, State, Host)>::default();
+        for (command, seconds, reconcile) in steps {
+            if changes_a_part(&command) {
+                continue;
+            }
+            environment.now += Duration::from_secs(seconds);
+            let quarantine = format!("{:?}", environment.quarantine);
+            let result = environment.apply(&state, &command);
+            match (&command, &result) {
+                (_, Err(refusal)) => {
+                    prop_assert_eq!(format!("{:?}", environment.quarantine), quarantine);
+                    let text = refusal.to_string();
+                    prop_assert!(!text.contains('\n') && text.contains("; "), "{}", text);
+                }
+                (Command::ApplyProject(spec), Ok(next)) => {
+                    let project = &spec.project.name;
+                    prop_assert_eq!(&without(next, project), &state);
+                    let of = |names: Vec<&Name>| names.into_iter().cloned().collect::<BTreeSet<_>>();
+                    let is_part = |one: &&Name| one.is_part_of(project);
+                    let networks = of(next.networks.keys().filter(is_part).collect());
+                    prop_assert_eq!(networks, of(spec.networks.iter().map(|one| &one.name).collect()));
+                    let endpoints = of(next.endpoints.keys().filter(is_part).collect());
+                    let wanted = of(spec.endpoints.iter().map(|one| &one.name).collect());
+                    prop_assert_eq!(endpoints, wanted);
+                    // Fixed addresses and configured subnets are those of the project.
+                    for endpoint in &spec.endpoints {
+                        let attachments = &next.endpoints[&endpoint.name].setup.attachments;
+                        for (wanted, made) in endpoint.networks.iter().zip(attachments) {
+                            let has = |ip: &IpAddr| made.addresses.iter().any(|net| net.addr() == *ip);
+                            prop_assert!(wanted.addresses.iter().all(has));
+                        }
+                    }
+                }
+                (Command::RemoveProject(project), Ok(next)) => {
+                    prop_assert_eq!(next, &without(&state, project));
+                }
+                _ => {}
+            }
+            if let Ok(next) = result {
+                check_invariants(&next);
+                state = next;
+            }
+            if reconcile {
+                for change in changes(&reconciled, &state) {
+                    host.execute(change);
+                }
+                host.assert_has(&state);
+                reconciled = state.clone();
+            }
+        }
+    }
+
     /// Any two states, not only successive ones.
     #[test]
     fn changes_lead_from_any_state_to_any_other(
@@ -484,6 +546,32 @@ proptest! {
         }
         prop_assert_eq!(changes(&one, &one.clone()), vec![]);
     }
+}
+
+/// `state` without the project `project` and its parts.
+fn without(state: &State, project: &Name) -> State {
+    let mut state = state.clone();
+    state.projects.remove(project);
+    state.networks.retain(|name, _| !name.is_part_of(project));
+    state.endpoints.retain(|name, _| !name.is_part_of(project));
+    state
+}
+
+/// Whether `command` changes a part of a project, which the API refuses.
+fn changes_a_part(command: &Command) -> bool {
+    let name = match command {
+        Command::CreateNetwork(network) => &network.name,
+        Command::Attach(endpoint) => {
+            let networks = endpoint.networks.iter().any(|one| one.network.project().is_some());
+            return networks || endpoint.name.project().is_some();
+        }
+        Command::RemoveNetwork(name) | Command::Detach(name) => name,
+        Command::Publish { endpoint, .. } | Command::Relocate { endpoint, .. } => endpoint,
+        // It may remove a port of a project.
+        Command::Unpublish { .. } => return false,
+        Command::ApplyProject(_) | Command::RemoveProject(_) => return false,
+    };
+    name.project().is_some()
 }
 
 fn attach(text: &str, networks: &[&str]) -> AttachSpec {
