@@ -62,7 +62,7 @@ pub(crate) fn candidates() -> Vec<Mechanism> {
 fn is_forced_off(mechanism: Mechanism) -> bool {
     let features: &[Feature] = match mechanism {
         Mechanism::Tcx => &[Feature::Tcx, Feature::BpfGuards],
-        Mechanism::Clsact => &[Feature::BpfGuards],
+        Mechanism::Clsact => &[Feature::Clsact, Feature::BpfGuards],
         Mechanism::Nftables => &[Feature::NetdevGuards],
         Mechanism::Classic => &[Feature::ClassicGuards],
     };

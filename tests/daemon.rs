@@ -472,6 +472,59 @@ fn is_timeout<T>(result: &std::io::Result<T>) -> bool {
     result.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)
 }
 
+/// No packet of a container leaves with its own address while the firewall changes.
+#[test]
+fn a_change_of_the_firewall_lets_no_untranslated_packet_out() {
+    for (before, after) in
+        [("none", "nftables"), ("none", "iptables"), ("nftables", "iptables"), ("nftables", "none")]
+    {
+        let scene = Scene::new();
+        let mut first = daemon(&scene, &[&format!("--firewall={before}")]);
+        let web = attach(&scene, "web", &[]);
+        // So that untranslated packets can arrive.
+        scene.net.client.ip_all("route add 10.9.0.0/24 via 203.0.113.1");
+        let server = scene.net.client.run(|| UdpSocket::bind("203.0.113.9:7000")).unwrap();
+        server.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+        let ends = AtomicBool::new(false);
+        let sources = thread::scope(|scope| {
+            let _end = End(&ends);
+            let receiver = scope.spawn(|| {
+                let mut sources = BTreeSet::new();
+                let deadline = Instant::now() + Duration::from_secs(60);
+                while Instant::now() < deadline && !ends.load(Ordering::Relaxed) {
+                    if let Ok((_, from)) = server.recv_from(&mut [0; 100]) {
+                        sources.insert(from.ip().to_string());
+                    }
+                }
+                sources
+            });
+            let (web, ended) = (&web, &ends);
+            scope.spawn(move || {
+                web.run(|| {
+                    let deadline = Instant::now() + Duration::from_secs(60);
+                    while Instant::now() < deadline && !ended.load(Ordering::Relaxed) {
+                        // A new flow each time.
+                        if let Ok(socket) = UdpSocket::bind("0.0.0.0:0") {
+                            let _ = socket.send_to(b"?", "203.0.113.9:7000");
+                        }
+                        thread::sleep(Duration::from_micros(300));
+                    }
+                });
+            });
+            thread::sleep(Duration::from_millis(300));
+            first.stop(Signal::TERM, SOON);
+            let second = scene.daemon(&[&format!("--firewall={after}")]);
+            thread::sleep(Duration::from_millis(700));
+            ends.store(true, Ordering::Relaxed);
+            let sources = receiver.join().unwrap();
+            drop(second);
+            sources
+        });
+        let expected = BTreeSet::from(["203.0.113.1".to_owned()]);
+        assert_eq!(sources, expected, "{before} to {after}");
+    }
+}
+
 /// The networks of the state come up with each firewall, whatever the previous one was.
 #[test]
 fn a_restart_with_another_firewall_replaces_the_rules() {

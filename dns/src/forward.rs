@@ -20,7 +20,7 @@ use crate::scheduler::Rate;
 use crate::servers::{HOST, ServerList};
 use crate::upstream::{Check, CheckStep, Failover, Figures, Form, Health, Step};
 pub(crate) use port::Bridges;
-use port::{Egress, Outstanding, Ports};
+use port::{Egress, Ingress, Outstanding, Ports};
 use rustix::net::SendFlags;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -563,8 +563,14 @@ impl Forwarder {
         let within = query.within.contains(&server);
         let namespace = if within { &self.namespaces.networks } else { &self.namespaces.host };
         // Bridge indexes are valid in the namespace of the networks only.
-        let is_beside_bridges = !within && namespace.id() == self.namespaces.networks.id();
-        Egress { namespace, bridges: is_beside_bridges.then(|| Arc::clone(&self.bridges)) }
+        let ingress = if within {
+            Ingress::Inside(Arc::clone(&self.bridges))
+        } else if namespace.id() == self.namespaces.networks.id() {
+            Ingress::Outside(Arc::clone(&self.bridges))
+        } else {
+            Ingress::Any
+        };
+        Egress { namespace, ingress }
     }
 
     /// Records that `server` has responded. The response time is recorded once per query.

@@ -21,8 +21,10 @@ pub enum Feature {
     OwnedTables,
     /// BPF programs at the egress of bridges; otherwise policy rules back up the firewall.
     Gates,
-    /// Attaching BPF programs through tcx (Linux 6.6); otherwise through the qdisc `clsact`.
+    /// Attaching gates through tcx (Linux 6.6), and port guards without `clsact`.
     Tcx,
+    /// Port guards in the qdisc `clsact`, independent of the kernel version; otherwise through tcx.
+    Clsact,
     /// Port guards as BPF programs, independent of the kernel version; otherwise nftables.
     BpfGuards,
     /// Port guards in nftables, independent of the kernel version; otherwise classic BPF.
@@ -48,11 +50,12 @@ pub enum Feature {
 
 impl Feature {
     /// All features.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Tun,
         Self::OwnedTables,
         Self::Gates,
         Self::Tcx,
+        Self::Clsact,
         Self::BpfGuards,
         Self::NetdevGuards,
         Self::ClassicGuards,
@@ -72,6 +75,7 @@ impl Feature {
             Self::OwnedTables => "owned-tables",
             Self::Gates => "gates",
             Self::Tcx => "tcx",
+            Self::Clsact => "clsact",
             Self::BpfGuards => "bpf-guards",
             Self::NetdevGuards => "netdev-guards",
             Self::ClassicGuards => "classic-guards",
@@ -95,7 +99,10 @@ impl Feature {
     /// Whether some supported kernel (Linux 5.10 or later) is too old for the feature. Other
     /// features depend on privileges or on the kernel configuration.
     const fn depends_on_version(self) -> bool {
-        !matches!(self, Self::Tun | Self::BpfGuards | Self::NetdevGuards | Self::ClassicGuards)
+        !matches!(
+            self,
+            Self::Tun | Self::Clsact | Self::BpfGuards | Self::NetdevGuards | Self::ClassicGuards
+        )
     }
 }
 

@@ -609,7 +609,12 @@ impl Up {
         let kind = chosen.firewall.as_ref().map(|firewall| firewall.kind());
         let is_other =
             |fact: &Fact| matches!(fact, Fact::Ruleset { firewall, .. } if Some(*firewall) != kind);
-        let other_rules = setup.owned().iter().any(is_other);
+        // From none to a firewall, too: without its rules, packets would leave untranslated once the
+        // policy rules are gone.
+        let has =
+            |fact: &Fact| matches!(fact, Fact::Ruleset { firewall, .. } if Some(*firewall) == kind);
+        let is_new = kind.is_some() && !setup.owned().iter().any(has);
+        let other_rules = is_new || setup.owned().iter().any(is_other);
         let applied = {
             let applying = async {
                 if project.is_some() {

@@ -19,8 +19,11 @@ use tidegate_netns::{Namespace, interface_index};
 use tidegate_netsetup::{Endpoint, Network};
 use tokio::runtime::Handle;
 
-/// File descriptors of a service's DNS server: a UDP and a TCP socket, twice during relocation.
-pub(super) const DESCRIPTORS: u32 = 4;
+/// File descriptors of an endpoint's DNS server: a UDP and a TCP socket.
+pub(super) const DESCRIPTORS: u32 = 2;
+
+/// File descriptors of servers that are relocated, which have further sockets until then.
+const RELOCATED: usize = 2 * 64;
 
 /// DNS servers that are started at the same time, each on a thread.
 const STARTS_AT_ONCE: usize = 128;
@@ -35,7 +38,7 @@ const CONNECTIONS: usize = 64;
 const TCP_CLIENTS: usize = 256;
 
 /// File descriptors that all servers share.
-pub(super) const SHARED_DESCRIPTORS: usize = SOURCE_PORTS + CONNECTIONS + TCP_CLIENTS;
+pub(super) const SHARED_DESCRIPTORS: usize = SOURCE_PORTS + CONNECTIONS + TCP_CLIENTS + RELOCATED;
 
 /// DNS options of a network.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

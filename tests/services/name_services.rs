@@ -39,6 +39,10 @@ fn supervisor_with_name_services() {
         until [ -d /run/nslcd ]; do sleep 0.01; done; hidden /run/nslcd
         until [ -e /run/again ]; do sleep 0.01; done; hidden /run/nscd; hidden /run/systemd/resolve
         cat /etc/resolv.conf
+        echo again
+        changed() { until grep -q "^nameserver 127.0.0.11" /etc/resolv.conf \
+            && grep -q "^hosts: files dns" /etc/nsswitch.conf; do sleep 0.01; done; }
+        until [ -e /run/replaced ]; do sleep 0.01; done; changed; echo kept
         echo last"#;
     let lines = Lines::default();
     run(async {
@@ -58,6 +62,14 @@ fn supervisor_with_name_services() {
         fs::write("/run/systemd/resolve/stub-resolv.conf", "nameserver 127.0.0.53\n").unwrap();
         fs::write("/run/again", "").unwrap();
         lines.wait_for("web | hidden /run/nscd").await;
+        lines.wait_for("web | again").await;
+        // Programs that replace the files: by rename, and by removal.
+        fs::write("/etc/new", "hosts: resolve dns\n").unwrap();
+        fs::rename("/etc/new", "/etc/nsswitch.conf").unwrap();
+        fs::remove_file("/etc/resolv.conf").unwrap();
+        fs::write("/etc/resolv.conf", "nameserver 192.0.2.53\n").unwrap();
+        fs::write("/run/replaced", "").unwrap();
+        lines.wait_for("web | kept").await;
         wait_until(|| lines.has("web exited with code 0"), || format!("{:#?}", lines.all())).await;
     });
     lines.all().iter().for_each(|line| println!("{line}"));
@@ -94,6 +106,8 @@ fn assert_hidden(unshare: &[&str]) {
         "hidden /run/nscd",
         "hidden /run/systemd/resolve",
         "nameserver 127.0.0.11",
+        "again",
+        "kept",
         "last",
     ];
     assert_eq!(of_service, expected, "{printed}");

@@ -375,6 +375,44 @@ fn rules_in_docker_user_that_iptables_cannot_print_hold() {
     }
 }
 
+/// One that is added at run time, in any chain, neither switches the enforcement of later rules off
+/// nor the repair of other tables.
+#[test]
+fn a_later_rule_that_iptables_cannot_print_changes_nothing_else() {
+    for flags in [MODES[0], MODES[1], MODES[2], MODES[3]] {
+        let wall = Wall::new(Scene::new());
+        wall.scene.sh(&docker_user("-j RETURN"));
+        let flags = if flags == MODES[0] { &["--firewall=nftables"] } else { flags };
+        let mut up = wall.up(flags);
+        let _servers = wall.servers();
+        let (blocked, other) = (&wall.scene.net.client, &wall.uplink.client);
+        wall.assert_tcp_answers(blocked, 8080, true);
+        for family in ["ip", "ip6"] {
+            wall.scene.sh(&format!(
+                "nft add chain {family} filter mine
+                 nft add rule {family} filter mine meta mark set 5"
+            ));
+        }
+        for chain in ["iptables -t nat", "ip6tables -t nat", "iptables -t mangle"] {
+            wall.scene.sh(&format!("{chain} -F"));
+        }
+        let answers = |from: &Namespace| {
+            let at: SocketAddr = "203.0.113.1:8080".parse().unwrap();
+            from.run(|| peer_as_seen(at, false, TIMEOUTS[0])).is_ok()
+        };
+        let outside = TcpListenerOutside::new(blocked);
+        let recovers = || answers(other) && (0..3).all(|_| outside.is_reached_from(&wall.server));
+        assert!(eventually(SOON, recovers), "{flags:?}: {}", up.output());
+        wall.scene.sh("iptables -I DOCKER-USER -s 203.0.113.9 -j DROP
+             ip6tables -I DOCKER-USER -s 2001:db8:1::9 -j DROP");
+        assert!(eventually(SOON, || !answers(blocked)), "{flags:?}: {}", up.output());
+        wall.assert_tcp_answers(blocked, 8080, false);
+        wall.assert_tcp_answers(other, 8080, true);
+        wall.scene.sh("nft flush chain ip filter mine; nft flush chain ip6 filter mine");
+        up.stop(Signal::INT, SOON);
+    }
+}
+
 /// A host can use both variants of iptables, and tidegate's rules are those of one of them.
 #[test]
 fn rules_in_docker_user_of_the_other_variant_of_iptables_hold() {

@@ -208,7 +208,7 @@ fn spoofed_frames_are_dropped_in_all_modes() {
 
 #[test]
 fn spoofed_frames_are_dropped_by_all_mechanisms() {
-    Project::as_root("nftables", "tcx").assert_guarded(true);
+    Project::as_root("nftables", "clsact").assert_guarded(true);
     Project::as_root("none", "bpf-guards").assert_guarded(true);
     Project::as_root("iptables", "bpf-guards,netdev-guards").assert_guarded(false);
 }

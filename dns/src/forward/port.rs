@@ -62,6 +62,30 @@ impl Bridges {
     }
 }
 
+/// Where responses of a server may arrive.
+#[derive(Clone, Debug)]
+pub(super) enum Ingress {
+    /// At any interface, in a namespace without bridges.
+    Any,
+    /// At an interface other than these bridges.
+    Outside(Arc<Bridges>),
+    /// At one of these bridges: the server is on a network. Or at the loopback interface, if it is
+    /// on the host.
+    Inside(Arc<Bridges>),
+}
+
+impl Ingress {
+    fn accepts(&self, interface: u32) -> bool {
+        /// The first interface of every namespace (`LOOPBACK_IFINDEX`).
+        const LOOPBACK: u32 = 1;
+        match self {
+            Self::Any => true,
+            Self::Outside(bridges) => !bridges.contains(interface),
+            Self::Inside(bridges) => interface == LOOPBACK || bridges.contains(interface),
+        }
+    }
+}
+
 /// The open source ports.
 pub(super) struct Ports {
     open: Arc<Mutex<Open>>,
@@ -98,8 +122,8 @@ struct Shared {
     server: SocketAddr,
     socket: UdpSocket,
     awaited: Mutex<AwaitedResponses>,
-    /// Bridges on which a datagram is considered forged.
-    bridges: Option<Arc<Bridges>>,
+    /// Where a datagram is not considered forged.
+    ingress: Ingress,
     metrics: Arc<ProcessMetrics>,
     open: Arc<Mutex<Open>>,
     key: PortKey,
@@ -116,8 +140,8 @@ struct AwaitedResponses {
 /// The namespace from which a query is sent.
 pub(super) struct Egress<'a> {
     pub(super) namespace: &'a Namespace,
-    /// Bridges on which no response is accepted.
-    pub(super) bridges: Option<Arc<Bridges>>,
+    /// Where responses are accepted.
+    pub(super) ingress: Ingress,
 }
 
 /// An outstanding query. Its response is ignored after it is dropped.
@@ -194,7 +218,7 @@ impl Ports {
             let kind = Type::DGRAM.nonblocking().cloexec();
             Socket::new_raw(Domain::for_address(server), kind, Some(Protocol::UDP))
         })??;
-        if egress.bridges.is_some() {
+        if !matches!(egress.ingress, Ingress::Any) {
             enable_packet_info(&socket, server.is_ipv6())?;
         }
         // Chooses the port, filters by peer, and enables ICMP errors.
@@ -204,7 +228,7 @@ impl Ports {
             server,
             socket,
             awaited: Mutex::default(),
-            bridges: egress.bridges,
+            ingress: egress.ingress,
             metrics: Arc::clone(&self.metrics),
             open: Arc::clone(&self.open),
             key,
@@ -301,7 +325,7 @@ impl Shared {
 
     /// Handles one datagram. Returns whether the port stays open.
     fn handle(&self, datagram: &Datagram<'_>) -> bool {
-        if self.bridges.as_ref().is_some_and(|bridges| bridges.contains(datagram.interface)) {
+        if !self.ingress.accepts(datagram.interface) {
             // Not counted as a mismatch that closes the port, because such a guess cannot succeed.
             self.metrics.mismatch(Mismatch::Bridge);
             return true;

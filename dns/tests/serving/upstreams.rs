@@ -657,7 +657,11 @@ fn a_response_on_a_bridge_is_dropped_unless_its_server_is_on_a_network() {
     bed.resolver.set_bridges([index]);
     let _inside = Upstream::start(&net.container, "172.30.0.2:53");
     let options = ServeOptions { servers: vec![at("172.30.0.2:53")], ..ServeOptions::default() };
-    time(&bed.serve_with("web", &options), "inside.example");
+    let client = bed.serve_with("web", &options);
+    time(&client, "inside.example");
+    // One that arrives elsewhere is forged by a neighbour of the host.
+    bed.resolver.set_bridges([index + 1000]);
+    assert_eq!(client.resolve("elsewhere.example", RecordType::A), "ServFail");
 }
 
 #[test]

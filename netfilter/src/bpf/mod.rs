@@ -271,18 +271,27 @@ pub(crate) fn find_named(
     name: &str,
 ) -> io::Result<Option<(u32, Counters)>> {
     for id in tcx_programs(index, direction)? {
-        let Ok(loaded) = info_of(id) else { continue };
-        if loaded.name() != name.as_bytes() {
-            continue;
-        }
-        if let Some(map) = loaded.map {
-            let mut attributes = ById { id: map, ..ById::default() };
-            // SAFETY: `ById` is the head of `union bpf_attr` for this command.
-            let map = unsafe { open(command::MAP_BY_ID, &mut attributes) }?;
-            return Ok(Some((id, Counters(map))));
+        if let Some(counters) = counters_of(id, name)? {
+            return Ok(Some((id, counters)));
         }
     }
     Ok(None)
+}
+
+/// Returns the counters of the program with ID `id`, if its name is `name`. `None` if it does not
+/// exist any longer.
+///
+/// # Errors
+/// Errors of the kernel.
+pub(crate) fn counters_of(id: u32, name: &str) -> io::Result<Option<Counters>> {
+    let Ok(loaded) = info_of(id) else { return Ok(None) };
+    let Some(map) = loaded.map.filter(|_| loaded.name() == name.as_bytes()) else {
+        return Ok(None);
+    };
+    let mut attributes = ById { id: map, ..ById::default() };
+    // SAFETY: `ById` is the head of `union bpf_attr` for this command.
+    let map = unsafe { open(command::MAP_BY_ID, &mut attributes) }?;
+    Ok(Some(Counters(map)))
 }
 
 /// Returns the tag of the program with ID `id`. Needs CAP_SYS_ADMIN.

@@ -22,7 +22,8 @@ mod rules;
 
 use crate::bpf::clsact::{Attached, Classic, Clsact, Code, bytes_of};
 use crate::bpf::{
-    Counters, Direction, Instruction, LinkProgram, Program, detach_stale, find_named, tcx_programs,
+    Counters, Direction, Instruction, LinkProgram, Program, counters_of, detach_stale, find_named,
+    tcx_programs,
 };
 use crate::wire::open_socket;
 use ipnet::IpNet;
@@ -60,7 +61,10 @@ pub enum Mechanism {
 
 impl Mechanism {
     /// All mechanisms, in order of preference.
-    pub const ALL: [Self; 4] = [Self::Tcx, Self::Clsact, Self::Nftables, Self::Classic];
+    ///
+    /// Attaching through tcx waits for an RCU grace period, about 12 ms, in which no other link can
+    /// be configured (`tcx_prog_attach` in `kernel/bpf/tcx.c`, under the RTNL mutex).
+    pub const ALL: [Self; 4] = [Self::Clsact, Self::Tcx, Self::Nftables, Self::Classic];
 
     /// Name in logs and reports.
     #[must_use]
@@ -244,7 +248,12 @@ impl PortGuards {
                 // takes milliseconds, and detaching one an RCU grace period.
                 let kept = match self.mechanism {
                     Mechanism::Tcx => find_named(index, Direction::Ingress, &name)?,
-                    _ => None,
+                    _ => match Clsact::open()?.attached(index, Direction::Ingress, NAME)? {
+                        Some(Attached::Program(id)) => {
+                            counters_of(id, &name)?.map(|counters| (id, counters))
+                        }
+                        _ => None,
+                    },
                 };
                 let (program, counters) = match kept {
                     Some(kept) => kept,
@@ -260,8 +269,10 @@ impl PortGuards {
                         (program.id, counters)
                     }
                 };
+                // Of an earlier policy, or of a version that prefers tcx. The kernel may lack it.
+                let detached = detach_stale(index, Direction::Ingress, PROGRAM_PREFIX, program);
                 if self.mechanism == Mechanism::Tcx {
-                    detach_stale(index, Direction::Ingress, PROGRAM_PREFIX, program)?;
+                    detached?;
                 }
                 new = Installed { program, counters: Some(counters), ..new };
                 new.set_policer()?;

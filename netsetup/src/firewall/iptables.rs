@@ -16,9 +16,10 @@ mod saved;
 pub use saved::{DockerUser, UserRule};
 
 use super::{Backend, Ruleset, Zone};
-use program::{Family, Program};
+use program::{Family, Program, unprintable_table};
+use rules::Table;
 use saved::Saved;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use tidegate_model::registry;
 use tidegate_netfilter::{Connection, TableFamily};
@@ -53,8 +54,8 @@ pub(super) struct Iptables {
 #[derive(Debug)]
 struct FamilyRules {
     program: Program,
-    /// The owner's rules as listed after they were applied.
-    listed: Vec<String>,
+    /// The owner's rules by table, as listed after they were applied.
+    listed: BTreeMap<String, Vec<String>>,
     /// Number of times that the jump to the mark chain was moved after appended foreign rules.
     moves: u32,
     /// Tables that were created for tidegate. A rule in the kernel also records this for the next
@@ -68,27 +69,48 @@ impl FamilyRules {
     fn open(family: Family) -> io::Result<Self> {
         let program = Program::find(family)?;
         program.save(None)?;
-        Ok(Self { program, listed: Vec::new(), moves: 0, created: BTreeSet::new() })
+        Ok(Self { program, listed: BTreeMap::new(), moves: 0, created: BTreeSet::new() })
     }
 
     fn saved(&self) -> io::Result<Saved> {
-        Ok(Saved::of(&self.program.save(None)?))
+        Ok(Saved::of(&self.program.save_printable(None)?))
     }
 
-    /// Installs `ruleset`.
-    fn install(&mut self, ruleset: &Ruleset) -> io::Result<()> {
+    /// Installs `ruleset` in place of `before`. A table that other software has made unprintable
+    /// keeps its rules, if they do not change.
+    fn install(&mut self, ruleset: &Ruleset, before: Option<&Ruleset>) -> io::Result<()> {
         let saved = self.saved()?;
-        let tables = rules::tables(ruleset, self.program.family, saved.docker_user().has_rules());
+        let (family, asks_docker) = (self.program.family, self.asks_docker(&saved));
+        let mut tables = rules::tables(ruleset, family, asks_docker);
+        let known = before.map(|before| rules::tables(before, family, asks_docker));
+        let is_known = |table: &Table| known.iter().flatten().any(|known| known == table);
+        let unprintable = |table: &&Table| saved.is_unprintable(table.name);
+        if let Some(table) = tables.iter().filter(unprintable).find(|table| !is_known(table)) {
+            return Err(unprintable_table(table.name));
+        }
+        tables.retain(|table| !saved.is_unprintable(table.name));
         self.created.extend(saved.created_tables());
         self.created.extend(rules::missing(&tables, &saved));
         let text = rules::restore(&tables, &ruleset.owner, &saved, &self.created);
         self.program.restore(&text)?;
-        self.listed = self.saved()?.of_owner(&ruleset.owner);
+        let mut listed = self.saved()?.of_owner(&ruleset.owner);
         // After concurrent changes, `holds` returns false, and the rules are applied again.
-        if self.listed.len() != rules::count(&text, &tables) {
-            self.listed.clear();
+        if listed.values().map(Vec::len).sum::<usize>() != rules::count(&text, &tables) {
+            listed.clear();
         }
+        self.listed.retain(|table, _| saved.is_unprintable(table));
+        self.listed.extend(listed);
         Ok(())
+    }
+
+    /// Whether the owner's chains have to jump to DOCKER-USER. They do if the chain exists, so that
+    /// rules hold that are added to it later.
+    fn asks_docker(&self, saved: &Saved) -> bool {
+        if saved.is_unprintable("filter") {
+            let mut listed = self.listed.get("filter").into_iter().flatten();
+            return listed.any(|line| line.ends_with(saved::TO_DOCKER_USER));
+        }
+        saved.has_chain("filter", saved::DOCKER_USER)
     }
 
     /// Returns whether the installed rules are unmodified, and the mark is set after all foreign
@@ -108,9 +130,12 @@ impl FamilyRules {
                 );
             }
         }
-        let asks_docker = self.listed.iter().any(|line| line.ends_with(saved::TO_DOCKER_USER));
-        Ok(saved.of_owner(&ruleset.owner) == self.listed
-            && saved.docker_user().has_rules() == asks_docker)
+        let filter = self.listed.get("filter").into_iter().flatten();
+        let asks_docker = filter.clone().any(|line| line.ends_with(saved::TO_DOCKER_USER));
+        let mut found = saved.of_owner(&ruleset.owner);
+        let unprintable = self.listed.iter().filter(|(table, _)| saved.is_unprintable(table));
+        found.extend(unprintable.map(|(table, lines)| (table.clone(), lines.clone())));
+        Ok(found == self.listed && self.asks_docker(&saved) == asks_docker)
     }
 
     /// Removes the rules of `owner`, and the tables that were created for tidegate.
@@ -119,6 +144,9 @@ impl FamilyRules {
         let text = rules::removal(&saved, owner);
         if !text.is_empty() {
             self.program.restore(&text)?;
+        }
+        if let Some(table) = self.listed.keys().find(|table| saved.is_unprintable(table)) {
+            return Err(unprintable_table(table));
         }
         let mut created = std::mem::take(&mut self.created);
         created.extend(saved.created_tables());
@@ -164,10 +192,12 @@ impl Backend for Iptables {
         let mut tried = 0;
         for rules_of_family in &mut self.families {
             tried += 1;
-            let Err(error) = rules_of_family.install(ruleset) else { continue };
+            let Err(error) = rules_of_family.install(ruleset, self.in_force.as_ref()) else {
+                continue;
+            };
             for rules_of_family in self.families.iter_mut().take(tried) {
                 let back = match &self.in_force {
-                    Some(before) => rules_of_family.install(before),
+                    Some(before) => rules_of_family.install(before, Some(before)),
                     None => rules_of_family.uninstall(&ruleset.owner),
                 };
                 if let Err(error) = back {

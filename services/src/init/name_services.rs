@@ -11,10 +11,13 @@
 //! (`detach_mounts`, fs/namespace.c). The parent directories are therefore watched while the
 //! service runs, and new directories are hidden.
 //!
+//! The same holds for the files of the service that are mounted over those below `/etc`: a program of
+//! the host that replaces `/etc/resolv.conf` by rename(2) removes the mount. It is mounted again.
+//!
 //! This is no security boundary: a service has access to the host's files, and root can unmount. In
 //! its own user namespace root cannot unmount, but it can open a new socket before it is hidden.
 
-use super::super::files::FILES;
+use super::super::files::{FILES, NSSWITCH};
 use super::reason;
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::io::Errno;
@@ -107,7 +110,33 @@ impl NameServices {
             .as_ref()
             .is_some_and(|mut events| matches!(events.read(&mut buffer), Ok(1..)))
         {}
-        self.hide_new(true)
+        let mut notes = self.hide_new(true);
+        notes.extend(self.bind_replaced());
+        notes
+    }
+
+    /// Mounts the files of the service over those that the host has replaced or created. Returns a
+    /// note for each one that cannot be mounted.
+    fn bind_replaced(&self) -> Vec<String> {
+        let id = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino()));
+        let mut notes = Vec::new();
+        for (name, target) in FILES.into_iter().chain([NSSWITCH]) {
+            let own = self.files.join(name);
+            // Without an nsswitch.conf of its own, or a file to mount over.
+            let (Ok(ours), Ok(there)) = (id(&own), id(Path::new(target))) else { continue };
+            if ours == there {
+                continue;
+            }
+            match mount_bind(&own, target) {
+                // It was replaced concurrently, which is the next event.
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(error) => notes.push(format!(
+                    "has the {target} of this host, which has replaced it: {}",
+                    reason(&format!("mount over {target}"), error)
+                )),
+            }
+        }
+        notes
     }
 
     /// Hides every existing directory that is not hidden. With `bind_files`, also mounts the
@@ -150,7 +179,8 @@ impl NameServices {
         fs::metadata(path).map(|mounted| mounted.dev()).map_err(|error| errno(&error))
     }
 
-    /// Watches all existing ancestors of hidden directories.
+    /// Watches all existing ancestors of hidden directories, and the directories of files that are
+    /// mounted over.
     fn watch(&self) {
         let Some(events) = &self.events else { return };
         let flags = WatchFlags::CREATE | WatchFlags::MOVED_TO | WatchFlags::ONLYDIR;
@@ -159,6 +189,13 @@ impl NameServices {
         for directory in ancestors.into_iter().filter(|directory| directory.parent().is_some()) {
             // Fails for a missing directory. Its creation is reported by the watch of its parent.
             let _ = inotify::add_watch(events, directory, flags);
+        }
+        for (_, target) in FILES.into_iter().chain([NSSWITCH]) {
+            let real = fs::canonicalize(target).ok();
+            let directories = [Path::new(target).parent(), real.as_deref().and_then(Path::parent)];
+            for directory in directories.into_iter().flatten() {
+                let _ = inotify::add_watch(events, directory, flags);
+            }
         }
     }
 }

@@ -73,7 +73,7 @@ fn of_nftables(family: Family) -> io::Result<Option<DockerUser>> {
     let mut found = DockerUser::default();
     for _ in 0..ATTEMPTS {
         let rules = connection.list_rules(table_family(family), TABLE)?;
-        let reached = reachable(&rules);
+        let reached = reachable(&rules, DOCKER_USER);
         let saved = match Program::of_nftables(family) {
             Ok(program) => Saved::of(&program.save_printable(Some(TABLE))?),
             // The chain was created with nft(8).
@@ -81,10 +81,7 @@ fn of_nftables(family: Family) -> io::Result<Option<DockerUser>> {
             Err(error) => return Err(error),
         };
         found = saved.docker_user();
-        let jumps = |rule: &ListedRule| {
-            rule.chain == "FORWARD" && rule.target.as_deref() == Some(DOCKER_USER)
-        };
-        found.forward = rules.iter().any(jumps);
+        found.forward = reachable(&rules, "FORWARD").contains(DOCKER_USER);
         let in_reach = rules.iter().filter(|rule| reached.contains(rule.chain.as_str()));
         let is_printable = |rule: &ListedRule| {
             rule.expressions.iter().all(|name| PRINTABLE.contains(&name.as_str()))
@@ -99,10 +96,10 @@ fn of_nftables(family: Family) -> io::Result<Option<DockerUser>> {
     Ok(Some(found))
 }
 
-/// Returns DOCKER-USER and the chains to which its rules jump.
-fn reachable(rules: &[ListedRule]) -> BTreeSet<&str> {
-    let mut reached = BTreeSet::from([DOCKER_USER]);
-    let mut next = vec![DOCKER_USER];
+/// Returns the chain `from` and those to which its rules jump.
+fn reachable<'a>(rules: &'a [ListedRule], from: &'a str) -> BTreeSet<&'a str> {
+    let mut reached = BTreeSet::from([from]);
+    let mut next = vec![from];
     while let Some(chain) = next.pop() {
         let targets = rules.iter().filter(|rule| rule.chain == chain);
         for target in targets.filter_map(|rule| rule.target.as_deref()) {

@@ -18,6 +18,9 @@ const LOCK_WAIT: &str = "5";
 /// Timeout of a program. Ten thousand rules take less than one second.
 const TIMEOUT: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
+/// The tables with rules of tidegate.
+const TABLES: [&str; 4] = ["raw", "mangle", "filter", "nat"];
+
 /// Directories of firewall programs, searched in addition to `PATH`.
 const SYSTEM_DIRECTORIES: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 
@@ -197,18 +200,28 @@ impl Program {
             line.strip_prefix("# Table `")?.split_once("' is incompatible").map(|(name, _)| name)
         });
         match unprintable {
-            Some(table) => Err(ProgramError::Unprintable(table.to_owned()).into()),
+            Some(table) => Err(unprintable_table(table)),
             None => Ok(text),
         }
     }
 
-    /// Lists the rules of one or all tables, without tables that cannot be printed.
+    /// Lists the rules of one or all tables, and only the names of tables that cannot be printed.
+    /// Depending on the rule, iptables-save reports such a table, or fails for all of them.
     pub(super) fn save_printable(&self, table: Option<&str>) -> io::Result<String> {
         let of: &[&str] = match &table {
             Some(table) => &["-t", table],
             None => &[],
         };
-        run(&self.save, of, "")
+        match (run(&self.save, of, ""), table) {
+            (Err(error), _) if !self.uses_nftables() || error.kind() == io::ErrorKind::TimedOut => {
+                Err(error)
+            }
+            (Err(_), Some(table)) => Ok(format!("# Table `{table}' is incompatible\n")),
+            (Err(_), None) => {
+                TABLES.into_iter().map(|table| self.save_printable(Some(table))).collect()
+            }
+            (saved, _) => saved,
+        }
     }
 
     /// Applies `text`.
@@ -233,6 +246,11 @@ impl Program {
             }
         })
     }
+}
+
+/// The error for a table whose rules cannot be printed.
+pub(super) fn unprintable_table(name: &str) -> io::Error {
+    ProgramError::Unprintable(name.to_owned()).into()
 }
 
 fn find(name: &str) -> io::Result<PathBuf> {

@@ -21,9 +21,9 @@ use tidegate_model::{Protocol, registry};
 const MAX_PORTS_PER_RULE: usize = 15;
 
 /// The owner's part of a table.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub(super) struct Table {
-    name: &'static str,
+    pub(super) name: &'static str,
     /// Chains with their rules. Jump targets precede the chains that jump to them.
     chains: Vec<(String, Vec<String>)>,
     /// Jumps from built-in chains to the owner's chains.
@@ -63,7 +63,8 @@ pub(super) fn count(text: &str, tables: &[Table]) -> usize {
     let chains: usize = tables.iter().map(|table| table.chains.len() + table.jumps.len()).sum();
     let ours = format!("-A {}", registry::IPTABLES_CHAIN_PREFIX);
     let rules = text.lines().filter(|line| line.starts_with(&ours)).count();
-    chains + rules + 1
+    let users = tables.iter().filter(|table| table.name == "filter").count();
+    chains + rules + users
 }
 
 /// Returns the names of `tables` that are missing in `saved`.

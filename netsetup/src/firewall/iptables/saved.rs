@@ -1,13 +1,15 @@
 //! Parsed output of `iptables-save`.
 
 use super::is_of_owner;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use tidegate_model::registry;
 
 /// The listed tables, without counters.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Saved {
     tables: Vec<SavedTable>,
+    /// Tables with rules of nft(8) that iptables cannot print. Their contents are unknown.
+    unprintable: BTreeSet<String>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -28,8 +30,12 @@ impl SavedTable {
 impl Saved {
     pub(super) fn of(text: &str) -> Self {
         let mut tables: Vec<SavedTable> = Vec::new();
+        let mut unprintable = BTreeSet::new();
         for line in text.lines() {
-            if let Some(name) = line.strip_prefix('*') {
+            if let Some(rest) = line.strip_prefix("# Table `") {
+                let name = rest.split_once("' is incompatible").map(|(name, _)| name.to_owned());
+                unprintable.extend(name);
+            } else if let Some(name) = line.strip_prefix('*') {
                 tables.push(SavedTable { name: name.to_owned(), ..SavedTable::default() });
             } else if let Some(table) = tables.last_mut() {
                 if let Some(chain) = line.strip_prefix(':') {
@@ -40,7 +46,7 @@ impl Saved {
                 }
             }
         }
-        Self { tables }
+        Self { tables, unprintable }
     }
 
     /// Parses the table `name` as listed by `iptables -S`.
@@ -55,11 +61,16 @@ impl Saved {
                 _ => {}
             }
         }
-        Self { tables: vec![table] }
+        Self { tables: vec![table], unprintable: BTreeSet::new() }
     }
 
     fn table(&self, name: &str) -> Option<&SavedTable> {
         self.tables.iter().find(|table| table.name == name)
+    }
+
+    /// Returns whether the table exists, and its contents are unknown.
+    pub(super) fn is_unprintable(&self, table: &str) -> bool {
+        self.unprintable.contains(table)
     }
 
     /// Returns whether the table exists.
@@ -172,11 +183,12 @@ impl Saved {
         created_tables.map(|table| table.name.clone()).collect()
     }
 
-    /// Lists everything of `owner`: its chains with their rules, the jumps to them, and the
+    /// Lists everything of `owner` by table: its chains with their rules, the jumps to them, and the
     /// existence of the user chain.
-    pub(super) fn of_owner(&self, owner: &str) -> Vec<String> {
-        let mut lines = Vec::new();
+    pub(super) fn of_owner(&self, owner: &str) -> BTreeMap<String, Vec<String>> {
+        let mut all = BTreeMap::new();
         for table in &self.tables {
+            let mut lines = Vec::new();
             let chains = table.chains.iter().filter(|(name, _)| is_of_owner(name, owner));
             lines.extend(chains.map(|(name, _)| format!("{}:{name}", table.name)));
             let jumps_to_owner = |rule: &str| {
@@ -188,8 +200,11 @@ impl Saved {
                 chain != registry::USER_CHAIN && (is_of_owner(chain, owner) || jumps_to_owner(rule))
             };
             lines.extend(table.rules.iter().filter(is_one).cloned());
+            if !lines.is_empty() {
+                all.insert(table.name.clone(), lines);
+            }
         }
-        lines
+        all
     }
 
     /// Returns whether the policy of FORWARD is DROP.
