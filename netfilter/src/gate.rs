@@ -16,7 +16,9 @@
 //! namespace are not sufficient. They are attached through tcx (Linux 6.6) if available, otherwise
 //! through the `clsact` qdisc.
 
+use crate::bpf::clsact::{Attached, Clsact};
 use crate::bpf::{Direction, Instruction, LinkProgram, detach_tcx, field, tcx_programs, verdict};
+use crate::guard;
 use std::io;
 
 /// Name of the program in bpftool-prog(8); at most 15 bytes.
@@ -72,8 +74,16 @@ impl Gate {
 /// network namespace. For tests.
 #[doc(hidden)]
 pub fn count_programs(index: u32) -> io::Result<usize> {
-    let count = |direction| tcx_programs(index, direction).map(|ids| ids.len());
-    Ok(count(Direction::Ingress)? + count(Direction::Egress)?)
+    let mut count = 0;
+    for direction in [Direction::Ingress, Direction::Egress] {
+        count += tcx_programs(index, direction)?.len();
+        let names = [guard::NAME, guard::BRIDGE_NAME, NAME];
+        for name in names {
+            let attached = Clsact::open()?.attached(index, direction, name)?;
+            count += usize::from(matches!(attached, Some(Attached::Program(_))));
+        }
+    }
+    Ok(count)
 }
 
 /// Detaches all programs, gates and port guards, from the link with interface index `index` in the
@@ -85,7 +95,7 @@ pub fn detach_programs(index: u32) -> io::Result<()> {
             detach_tcx(index, direction, id)?;
         }
     }
-    Ok(())
+    Clsact::open()?.delete(index)
 }
 
 fn program(policy: &GatePolicy) -> Vec<Instruction> {

@@ -609,8 +609,8 @@ impl Up {
         let kind = chosen.firewall.as_ref().map(|firewall| firewall.kind());
         let is_other =
             |fact: &Fact| matches!(fact, Fact::Ruleset { firewall, .. } if Some(*firewall) != kind);
-        // From none to a firewall, too: without its rules, packets would leave untranslated once the
-        // policy rules are gone.
+        // From none to a firewall, too: without its rules, packets would leave untranslated once
+        // the policy rules are gone.
         let has =
             |fact: &Fact| matches!(fact, Fact::Ruleset { firewall, .. } if Some(*firewall) == kind);
         let is_new = kind.is_some() && !setup.owned().iter().any(has);

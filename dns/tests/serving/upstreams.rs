@@ -589,6 +589,11 @@ fn a_server_on_a_network_is_queried_from_the_namespace_of_networks() {
     let bed = TestBed::with(host, "nameserver 127.0.0.53\n", |settings| {
         settings.networks = crate::support::handle(&networks);
     });
+    let index = networks.run(|| {
+        let any = UdpSocket::bind("127.0.0.1:0").unwrap();
+        rustix::net::netdevice::name_to_index(&any, "br0").unwrap()
+    });
+    bed.resolver.set_bridges([index]);
     let subnets = vec!["172.30.1.0/24".parse().unwrap()];
     bed.network_with(&NetworkSpec { name: "un1".into(), subnets, ..NetworkSpec::default() });
     bed.endpoint("un1", "web", &[], &["172.30.1.2"]);

@@ -10,8 +10,9 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use std::io;
 use tidegate_netlink::{NetlinkSocket, Request, write_message};
 
-/// `RTM_NEWQDISC`, `RTM_NEWTFILTER`, `RTM_GETTFILTER`.
+/// `RTM_NEWQDISC`, `RTM_DELQDISC`, `RTM_NEWTFILTER`, `RTM_GETTFILTER`.
 const NEW_QDISC: u16 = 36;
+const DELETE_QDISC: u16 = 37;
 const NEW_FILTER: u16 = 44;
 const GET_FILTER: u16 = 46;
 
@@ -123,6 +124,26 @@ impl Clsact {
             head: filter(index, direction),
             attributes: Attributes::default().text(KIND, "bpf").nest(OPTIONS, &options),
         })
+    }
+
+    /// Deletes the `clsact` qdisc of the link with interface index `index`, and with it all
+    /// classifiers.
+    ///
+    /// # Errors
+    /// Errors of the kernel. A missing qdisc is not an error.
+    pub(crate) fn delete(&mut self, index: u32) -> io::Result<()> {
+        let deleted = self.0.execute(&TrafficControl {
+            kind: DELETE_QDISC,
+            flags: 0,
+            head: [0, index, HANDLE, PARENT, 0],
+            attributes: Attributes::default().text(KIND, "clsact"),
+        });
+        match deleted {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => {
+                Ok(())
+            }
+            deleted => deleted,
+        }
     }
 
     /// Returns the program attached as `name` to the link with interface index `index`. Returns

@@ -39,12 +39,12 @@ use std::time::Duration;
 use tidegate_model::{Feature, LOOPBACK_INDEX, MacAddress, registry};
 
 /// Names of the programs and counters in bpftool(8), and of the classifier.
-const NAME: &str = "tg_port_guard";
+pub(crate) const NAME: &str = "tg_port_guard";
 
 /// Start of the name of a program, before the hash of its instructions.
 const PROGRAM_PREFIX: &str = "tg_pg_";
 const COUNTERS: &str = "tg_port_drops";
-const BRIDGE_NAME: &str = "tg_bridge";
+pub(crate) const BRIDGE_NAME: &str = "tg_bridge";
 
 /// The mechanism that implements a guard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -11,8 +11,9 @@
 //! (`detach_mounts`, fs/namespace.c). The parent directories are therefore watched while the
 //! service runs, and new directories are hidden.
 //!
-//! The same holds for the files of the service that are mounted over those below `/etc`: a program of
-//! the host that replaces `/etc/resolv.conf` by rename(2) removes the mount. It is mounted again.
+//! The same holds for the files of the service that are mounted over those below `/etc`: a program
+//! of the host that replaces `/etc/resolv.conf` by rename(2) removes the mount. It is mounted
+//! again.
 //!
 //! This is no security boundary: a service has access to the host's files, and root can unmount. In
 //! its own user namespace root cannot unmount, but it can open a new socket before it is hidden.

@@ -183,8 +183,8 @@ impl Saved {
         created_tables.map(|table| table.name.clone()).collect()
     }
 
-    /// Lists everything of `owner` by table: its chains with their rules, the jumps to them, and the
-    /// existence of the user chain.
+    /// Lists everything of `owner` by table: its chains with their rules, the jumps to them, and
+    /// the existence of the user chain.
     pub(super) fn of_owner(&self, owner: &str) -> BTreeMap<String, Vec<String>> {
         let mut all = BTreeMap::new();
         for table in &self.tables {
