@@ -217,10 +217,7 @@ impl Namespace {
     /// bind privileged ports.
     #[must_use]
     pub fn belongs_to_own_user_namespace(&self) -> bool {
-        let id = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
-        let own = rustix::fs::stat("/proc/self/ns/user").map(id);
-        let owner = self.owner().ok().and_then(|owner| fstat(owner).ok()).map(id);
-        own.is_ok_and(|own| owner == Some(own))
+        self.owner().and_then(user::is_own_user_namespace).unwrap_or(false)
     }
 
     /// Returns whether the calling thread is in this namespace. Queries the kernel and returns

@@ -12,7 +12,7 @@
 //! In a rootless instance, each service has its own user namespace, a child of the new one. It owns
 //! only the network namespace of the service.
 
-use crate::user::join_user_namespace;
+use crate::user::{is_own_user_namespace, join_user_namespace};
 use crate::{Namespace, become_root_of_a_user_namespace, is_privileged};
 use rustix::io::Errno;
 use std::fs::File;
@@ -81,9 +81,7 @@ impl HostContext {
     /// `EPERM` if `user` belongs to another user.
     pub fn joining(user: &File, networks: Namespace) -> io::Result<Self> {
         let here = Self::here()?;
-        let id = |file: rustix::fs::Stat| (file.st_dev, file.st_ino);
-        let own = rustix::fs::stat("/proc/self/ns/user").map(id)?;
-        if rustix::fs::fstat(user).map(id)? != own {
+        if !is_own_user_namespace(user)? {
             join_user_namespace(user)?;
         }
         Ok(Self { networks, ..here })

@@ -68,4 +68,6 @@ pub use policy_route::{
 };
 pub use run_directory::run_directory;
 pub use system::interface_index;
-pub use user::{become_root_of_a_user_namespace, is_privileged, join_user_namespace};
+pub use user::{
+    become_root_of_a_user_namespace, is_own_user_namespace, is_privileged, join_user_namespace,
+};

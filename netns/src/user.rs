@@ -5,6 +5,7 @@
 //! namespace, so it can publish ports there. Its threads may enter the inner network namespaces but
 //! cannot return; [`Namespace::with`](crate::Namespace::with) handles this case.
 
+use rustix::fs::{Stat, fstat, stat};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, Signal, WaitOptions, getegid, geteuid, kill_process, waitpid};
@@ -46,6 +47,15 @@ pub fn become_root_of_a_user_namespace() -> io::Result<()> {
     fs::write("/proc/self/gid_map", format!("0 {group} 1"))?;
     // A security module may permit the namespace but deny all capabilities in it.
     if is_privileged() { Ok(()) } else { Err(Errno::PERM.into()) }
+}
+
+/// Returns whether this process is in the user namespace `namespace`.
+///
+/// # Errors
+/// `/proc` is not mounted.
+pub fn is_own_user_namespace(namespace: impl AsFd) -> io::Result<bool> {
+    let id = |file: Stat| (file.st_dev, file.st_ino);
+    Ok(fstat(namespace).map(id)? == stat("/proc/self/ns/user").map(id)?)
 }
 
 /// Moves the calling process into `namespace`, a user namespace of the same user or a descendant of

@@ -5,7 +5,7 @@ use crate::plan::{check_free, check_links, plan_extension, plan_update, removals
 use crate::repair::{causes, with_derived};
 use crate::{
     ApplyError, ConflictError, Desired, Fact, FirewallKind, Interface, Isolation, Journal,
-    JournalError, Kernel, KernelError, KernelModel, Observed, Op, Place, Repaired, plan,
+    JournalError, Kernel, KernelError, KernelModel, Network, Observed, Op, Place, Repaired, plan,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -191,14 +191,24 @@ impl Setup {
             .collect();
         let attachments = || part.endpoints.iter().flat_map(|endpoint| &endpoint.attachments);
         let used: BTreeSet<String> = attachments().map(|one| one.network.clone()).collect();
-        part.networks.retain(|network| {
-            used.contains(&network.name) || !existing.contains(network.bridge.name.as_str())
-        });
-        let mut facts = part.facts(&*self.isolation);
-        let is_new = |network: &crate::Network| !existing.contains(network.bridge.name.as_str());
-        let mut observed = None;
-        if !part.networks.iter().any(is_new) {
-            // Then the facts of their networks exist.
+        let is_new = |network: &Network| !existing.contains(network.bridge.name.as_str());
+        part.networks.retain(|network| used.contains(&network.name) || is_new(network));
+        let has_new = part.networks.iter().any(is_new);
+        let (facts, observed) = self.observe_part(&part, has_new).await?;
+        let ops = plan_extension(&part, desired, &facts, self.journal.facts(), &observed)?;
+        self.execute_or_roll_back(&ops.ops).await?;
+        Ok(ops.ops.len())
+    }
+
+    /// Returns the facts of `part` that may be missing, and observes them. Those of its networks
+    /// exist, unless one is new or other software has removed it.
+    async fn observe_part(
+        &mut self,
+        part: &Desired,
+        has_new_network: bool,
+    ) -> Result<(Vec<Fact>, Observed), SetupError> {
+        let facts = part.facts(&*self.isolation);
+        if !has_new_network {
             let of_endpoints: BTreeSet<Fact> =
                 part.endpoints.iter().flat_map(|endpoint| part.facts_of(endpoint)).collect();
             let is_shared =
@@ -206,23 +216,17 @@ impl Setup {
             let narrow =
                 facts.iter().filter(|fact| is_shared(fact) || of_endpoints.contains(*fact));
             let narrow: Vec<Fact> = narrow.cloned().collect();
-            let there = self.kernel.observe_named(&narrow).await?;
-            let links = there.links.get(&Place::Host);
-            let exists = |network: &crate::Network| {
+            let observed = self.kernel.observe_named(&narrow).await?;
+            let links = observed.links.get(&Place::Host);
+            let exists = |network: &Network| {
                 links.is_some_and(|links| links.contains_key(&network.bridge.name))
             };
-            // Otherwise, other software has removed one.
             if part.networks.iter().all(exists) {
-                (facts, observed) = (narrow, Some(there));
+                return Ok((narrow, observed));
             }
         }
-        let observed = match observed {
-            Some(observed) => observed,
-            None => self.kernel.observe(&facts).await?,
-        };
-        let ops = plan_extension(&part, desired, &facts, self.journal.facts(), &observed)?;
-        self.execute_or_roll_back(&ops.ops).await?;
-        Ok(ops.ops.len())
+        let observed = self.kernel.observe(&facts).await?;
+        Ok((facts, observed))
     }
 
     /// Removes the networks of `before`, which was applied, that are not in `after`. They must have

@@ -26,6 +26,11 @@ pub(super) const FILES: [(&str, &str); 3] =
 /// As in [`FILES`]. It exists only if the host has `/etc/nsswitch.conf`, which only glibc uses.
 pub(super) const NSSWITCH: (&str, &str) = ("nsswitch.conf", "/etc/nsswitch.conf");
 
+/// All of them.
+pub(super) fn mounted() -> impl Iterator<Item = (&'static str, &'static str)> {
+    FILES.into_iter().chain([NSSWITCH])
+}
+
 /// The directory of one service. Removed on drop.
 #[derive(Debug)]
 pub(super) struct ServiceFiles {

@@ -8,7 +8,7 @@ use super::{LogLine, RemoteSpec, Status};
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, geteuid, pidfd_open, waitid};
 use std::collections::BTreeMap;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_model::without_errno;
+use tidegate_netns::is_own_user_namespace;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
@@ -292,9 +293,8 @@ impl RemoteSupervisor {
     /// services can be entered only then.
     #[must_use]
     pub fn shares_user_namespace(&self) -> bool {
-        let id = |path: &str| rustix::fs::stat(path).map(|file| (file.st_dev, file.st_ino));
-        let theirs = id(&format!("/proc/{}/ns/user", self.pid));
-        theirs.is_ok_and(|theirs| id("/proc/self/ns/user") == Ok(theirs))
+        let theirs = File::open(format!("/proc/{}/ns/user", self.pid));
+        theirs.and_then(is_own_user_namespace).unwrap_or(false)
     }
 
     /// Returns the path of the network namespace of each service, `/proc/PID/fd/N`. Valid until the

@@ -607,14 +607,13 @@ impl Up {
         }
         let stop = setup.stop_handle();
         let kind = chosen.firewall.as_ref().map(|firewall| firewall.kind());
-        let is_other =
-            |fact: &Fact| matches!(fact, Fact::Ruleset { firewall, .. } if Some(*firewall) != kind);
+        let rulesets = setup.owned().iter().filter_map(|fact| match fact {
+            Fact::Ruleset { firewall, .. } => Some(*firewall),
+            _ => None,
+        });
         // From none to a firewall, too: without its rules, packets would leave untranslated once
         // the policy rules are gone.
-        let has =
-            |fact: &Fact| matches!(fact, Fact::Ruleset { firewall, .. } if Some(*firewall) == kind);
-        let is_new = kind.is_some() && !setup.owned().iter().any(has);
-        let other_rules = is_new || setup.owned().iter().any(is_other);
+        let other_rules = !rulesets.collect::<BTreeSet<_>>().into_iter().eq(kind);
         let applied = {
             let applying = async {
                 if project.is_some() {
@@ -672,9 +671,9 @@ impl Up {
         if egress.is_some() {
             settings.reserved_descriptors += egress::descriptors();
         }
-        settings.reserved_descriptors += names::SHARED_DESCRIPTORS + MAX_CLIENTS;
+        let services = namespaces.len().saturating_sub(adopted.len());
         settings.reserved_descriptors +=
-            SERVICE_DESCRIPTORS * (namespaces.len().saturating_sub(adopted.len()));
+            names::SHARED_DESCRIPTORS + MAX_CLIENTS + SERVICE_DESCRIPTORS * services;
         let bridges = bridge_indexes(&layout, host_context.networks())
             .context("read the indexes of the bridges")?;
         let gateway_networks = Arc::new(GatewayNetworks::new(layout.gateway_networks(&bridges)));

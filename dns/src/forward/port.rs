@@ -33,6 +33,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Instant;
+use tidegate_model::LOOPBACK_INDEX;
 use tidegate_netns::{Namespace, NamespaceId};
 use tidegate_reactor::batch::{Datagram, RecvBatch, SLOTS, enable_packet_info};
 use tokio::io::Interest;
@@ -76,12 +77,10 @@ pub(super) enum Ingress {
 
 impl Ingress {
     fn accepts(&self, interface: u32) -> bool {
-        /// The first interface of every namespace (`LOOPBACK_IFINDEX`).
-        const LOOPBACK: u32 = 1;
         match self {
             Self::Any => true,
             Self::Outside(bridges) => !bridges.contains(interface),
-            Self::Inside(bridges) => interface == LOOPBACK || bridges.contains(interface),
+            Self::Inside(bridges) => interface == LOOPBACK_INDEX || bridges.contains(interface),
         }
     }
 }

@@ -16,7 +16,7 @@ mod saved;
 pub use saved::{DockerUser, UserRule};
 
 use super::{Backend, Ruleset, Zone};
-use program::{Family, Program, unprintable_table};
+use program::{Family, Program, Variants, unprintable_table};
 use rules::Table;
 use saved::Saved;
 use std::collections::{BTreeMap, BTreeSet};
@@ -73,7 +73,7 @@ impl FamilyRules {
     }
 
     fn saved(&self) -> io::Result<Saved> {
-        Ok(Saved::of(&self.program.save_printable(None)?))
+        self.program.save_printable(None)
     }
 
     /// Installs `ruleset` in place of `before`. A table that other software has made unprintable
@@ -308,18 +308,17 @@ impl IptablesState {
     /// The namespace cannot be entered, or the rules cannot be listed.
     pub fn has_user_rules(host: &Namespace) -> io::Result<[bool; 2]> {
         let of = |family: Family| -> io::Result<[bool; 2]> {
+            let variants = Variants::of(family);
             let of_legacy = is_legacy_in_use(family) && {
-                let saved = Saved::of(&Program::legacy(family)?.save(Some("filter"))?);
+                let saved = variants.with(false, |program| program.save(Some("filter")))?;
                 saved.rules_in("filter", registry::USER_CHAIN) > 0
             };
             let of_nftables = user_chain_has_rules(table_family(family), "filter")?;
-            if !of_legacy && !of_nftables {
+            if !of_nftables && !of_legacy {
+                // No program is run.
                 return Ok([false; 2]);
             }
-            let is_legacy_ours =
-                Program::find(family).is_ok_and(|program| !program.uses_nftables());
-            let both = [of_nftables, of_legacy];
-            Ok(if is_legacy_ours { [both[1], both[0]] } else { both })
+            Ok(variants.ours_first(of_nftables, of_legacy))
         };
         host.with(|| {
             let ([ours, other], [ours_v6, other_v6]) = (of(Family::V4)?, of(Family::V6)?);
@@ -343,16 +342,20 @@ impl DockerUser {
 /// Returns whether the user chain in `table` of nftables has rules, in the network namespace of the
 /// calling thread.
 pub(super) fn user_chain_has_rules(family: TableFamily, table: &str) -> io::Result<bool> {
-    let mut connection = match Connection::open() {
-        Ok(connection) => connection,
-        // A kernel without netfilter has no chains.
-        Err(error) if error.kind() == io::ErrorKind::Unsupported => return Ok(false),
-        Err(error) => return Err(error),
-    };
-    if !connection.has_chain(family, table, registry::USER_CHAIN)? {
+    let Some(mut connection) = connection_to(family, table, registry::USER_CHAIN)? else {
         return Ok(false);
-    }
+    };
     Ok(connection.list_rules(family, table)?.iter().any(|rule| rule.chain == registry::USER_CHAIN))
+}
+
+/// Opens a connection in the network namespace of the calling thread, if nftables has the chain
+/// `name` in `table` there. A kernel without netfilter has no chains.
+fn connection_to(family: TableFamily, table: &str, name: &str) -> io::Result<Option<Connection>> {
+    let mut connection = match Connection::open() {
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => return Ok(None),
+        opened => opened?,
+    };
+    Ok(connection.has_chain(family, table, name)?.then_some(connection))
 }
 
 /// Returns whether legacy iptables has a table `filter` in `host`, in either family. The kernel

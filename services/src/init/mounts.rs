@@ -1,7 +1,7 @@
 //! The mounts of a service: the host's file system, except for `/proc`, `/sys`, a few files below
 //! `/etc`, and the sockets of the host's name services.
 
-use super::super::files::{FILES, NSSWITCH};
+use super::super::files::mounted;
 use super::super::protocol::Report;
 use super::name_services::NameServices;
 use super::{reason, step};
@@ -34,8 +34,7 @@ pub(super) fn set_up(files: &Path) -> Result<(NameServices, Vec<String>), Report
     mount_sys();
     // Before the files: `/etc/resolv.conf` can be a symbolic link into one of these directories.
     let name_services = NameServices::hide(files, &mut notes);
-    let nsswitch = files.join(NSSWITCH.0).exists().then_some(NSSWITCH);
-    for (name, target) in FILES.into_iter().chain(nsswitch) {
+    for (name, target) in mounted().filter(|(name, _)| files.join(name).exists()) {
         // If `target` is a symbolic link, as with systemd-resolved, the mount point is the file
         // that it refers to.
         match mount_bind(files.join(name), target) {

@@ -18,7 +18,7 @@
 //! This is no security boundary: a service has access to the host's files, and root can unmount. In
 //! its own user namespace root cannot unmount, but it can open a new socket before it is hidden.
 
-use super::super::files::{FILES, NSSWITCH};
+use super::super::files::{FILES, mounted};
 use super::reason;
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::io::Errno;
@@ -121,7 +121,7 @@ impl NameServices {
     fn bind_replaced(&self) -> Vec<String> {
         let id = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino()));
         let mut notes = Vec::new();
-        for (name, target) in FILES.into_iter().chain([NSSWITCH]) {
+        for (name, target) in mounted() {
             let own = self.files.join(name);
             // Without an nsswitch.conf of its own, or a file to mount over.
             let (Ok(ours), Ok(there)) = (id(&own), id(Path::new(target))) else { continue };
@@ -191,7 +191,7 @@ impl NameServices {
             // Fails for a missing directory. Its creation is reported by the watch of its parent.
             let _ = inotify::add_watch(events, directory, flags);
         }
-        for (_, target) in FILES.into_iter().chain([NSSWITCH]) {
+        for (_, target) in mounted() {
             let real = fs::canonicalize(target).ok();
             let directories = [Path::new(target).parent(), real.as_deref().and_then(Path::parent)];
             for directory in directories.into_iter().flatten() {

@@ -4,9 +4,9 @@
 //! iptables cannot print, or prints without some of their matches. Each of these is represented by
 //! one rule of unknown meaning.
 
-use super::program::{Family, Program};
+use super::program::{Family, Variants};
 use super::saved::{DOCKER_USER, DockerUser, Saved, UserRule};
-use super::{is_legacy_in_use, table_family};
+use super::{connection_to, is_legacy_in_use, table_family};
 use std::collections::BTreeSet;
 use std::io;
 use tidegate_netfilter::{Connection, ListedRule};
@@ -42,43 +42,39 @@ const PRINTABLE: [&str; 12] = [
 /// # Errors
 /// The kernel or a program failed, or a variant is in use whose programs are missing.
 pub(super) fn of_family(family: Family) -> io::Result<DockerUser> {
-    let of_nftables = of_nftables(family)?;
-    let of_legacy = if is_legacy_in_use(family) {
-        Some(Saved::of(&Program::legacy(family)?.save(Some(TABLE))?).docker_user())
-    } else {
-        None
-    };
-    if of_nftables.is_none() && of_legacy.is_none() {
-        // The version of the program is not needed.
+    let connection = connection_to(table_family(family), TABLE, DOCKER_USER)?;
+    let has_legacy = is_legacy_in_use(family);
+    if connection.is_none() && !has_legacy {
+        // No program is run.
         return Ok(DockerUser::default());
     }
-    // tidegate's iptables chains are those of the variant in `PATH`.
-    let is_legacy_ours = Program::find(family).is_ok_and(|program| !program.uses_nftables());
-    let (ours, other) =
-        if is_legacy_ours { (of_legacy, of_nftables) } else { (of_nftables, of_legacy) };
-    let (ours, other) = (ours.unwrap_or_default(), other.unwrap_or_default());
+    let variants = Variants::of(family);
+    let of_nftables = match connection {
+        Some(connection) => of_nftables(family, connection, &variants)?,
+        None => DockerUser::default(),
+    };
+    let of_legacy = if has_legacy {
+        variants.with(false, |program| program.save(Some(TABLE)))?.docker_user()
+    } else {
+        DockerUser::default()
+    };
+    let [ours, other] = variants.ours_first(of_nftables, of_legacy);
     Ok(DockerUser { elsewhere: other.rules, forward_elsewhere: other.forward, ..ours })
 }
 
-fn of_nftables(family: Family) -> io::Result<Option<DockerUser>> {
-    let mut connection = match Connection::open() {
-        Ok(connection) => connection,
-        // A kernel without netfilter has no chains.
-        Err(error) if error.kind() == io::ErrorKind::Unsupported => return Ok(None),
-        Err(error) => return Err(error),
-    };
-    if !connection.has_chain(table_family(family), TABLE, DOCKER_USER)? {
-        return Ok(None);
-    }
+fn of_nftables(
+    family: Family,
+    mut connection: Connection,
+    variants: &Variants,
+) -> io::Result<DockerUser> {
     let mut found = DockerUser::default();
     for _ in 0..ATTEMPTS {
         let rules = connection.list_rules(table_family(family), TABLE)?;
         let reached = reachable(&rules, DOCKER_USER);
-        let saved = match Program::of_nftables(family) {
-            Ok(program) => Saved::of(&program.save_printable(Some(TABLE))?),
+        let saved = match variants.with(true, |program| program.save_printable(Some(TABLE))) {
             // The chain was created with nft(8).
             Err(error) if error.kind() == io::ErrorKind::NotFound => Saved::default(),
-            Err(error) => return Err(error),
+            saved => saved?,
         };
         found = saved.docker_user();
         found.forward = reachable(&rules, "FORWARD").contains(DOCKER_USER);
@@ -88,12 +84,12 @@ fn of_nftables(family: Family) -> io::Result<Option<DockerUser>> {
         };
         let printed: usize = reached.iter().map(|chain| saved.rules_in(TABLE, chain)).sum();
         if in_reach.clone().all(is_printable) && in_reach.count() == printed {
-            return Ok(Some(found));
+            return Ok(found);
         }
     }
     // Errors quote the first rule, and others may be printed wrongly.
     found.rules.insert(0, UserRule { text: UNPRINTABLE.to_owned() });
-    Ok(Some(found))
+    Ok(found)
 }
 
 /// Returns the chain `from` and those to which its rules jump.

@@ -1,9 +1,11 @@
 //! Execution of `iptables-save` and `iptables-restore`, with a timeout.
 
+use super::saved::Saved;
 use iptables::IPTables;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Access, access};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+use std::cell::OnceCell;
 use std::io::{self, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -19,7 +21,7 @@ const LOCK_WAIT: &str = "5";
 const TIMEOUT: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
 /// The tables with rules of tidegate.
-const TABLES: [&str; 4] = ["raw", "mangle", "filter", "nat"];
+pub(super) const TABLES: [&str; 4] = ["raw", "mangle", "filter", "nat"];
 
 /// Directories of firewall programs, searched in addition to `PATH`.
 const SYSTEM_DIRECTORIES: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
@@ -113,32 +115,6 @@ impl Program {
         Self::named(family, family.program())
     }
 
-    /// Finds the programs of the legacy variant.
-    ///
-    /// # Errors
-    /// As of [`find`](Self::find).
-    pub(super) fn legacy(family: Family) -> io::Result<Self> {
-        Self::variant(family, false)
-    }
-
-    /// Finds the programs of the nf_tables variant.
-    ///
-    /// # Errors
-    /// As of [`find`](Self::find).
-    pub(super) fn of_nftables(family: Family) -> io::Result<Self> {
-        Self::variant(family, true)
-    }
-
-    fn variant(family: Family, nftables: bool) -> io::Result<Self> {
-        match Self::find(family) {
-            Ok(program) if program.uses_nftables() == nftables => Ok(program),
-            _ => {
-                let end = if nftables { "-nft" } else { "-legacy" };
-                Self::named(family, &format!("{}{end}", family.program()))
-            }
-        }
-    }
-
     fn named(family: Family, name: &str) -> io::Result<Self> {
         let [program, save, restore] =
             ["", "-save", "-restore"].map(|end| find(&format!("{name}{end}")));
@@ -194,20 +170,17 @@ impl Program {
     ///
     /// # Errors
     /// A table cannot be printed.
-    pub(super) fn save(&self, table: Option<&str>) -> io::Result<String> {
-        let text = self.save_printable(table)?;
-        let unprintable = text.lines().find_map(|line| {
-            line.strip_prefix("# Table `")?.split_once("' is incompatible").map(|(name, _)| name)
-        });
-        match unprintable {
-            Some(table) => Err(unprintable_table(table)),
-            None => Ok(text),
+    pub(super) fn save(&self, table: Option<&str>) -> io::Result<Saved> {
+        let saved = self.save_printable(table)?;
+        if let Some(table) = saved.unprintable().next() {
+            return Err(unprintable_table(table));
         }
+        Ok(saved)
     }
 
     /// Lists the rules of one or all tables, and only the names of tables that cannot be printed.
     /// Depending on the rule, iptables-save reports such a table, or fails for all of them.
-    pub(super) fn save_printable(&self, table: Option<&str>) -> io::Result<String> {
+    pub(super) fn save_printable(&self, table: Option<&str>) -> io::Result<Saved> {
         let of: &[&str] = match &table {
             Some(table) => &["-t", table],
             None => &[],
@@ -216,11 +189,12 @@ impl Program {
             (Err(error), _) if !self.uses_nftables() || error.kind() == io::ErrorKind::TimedOut => {
                 Err(error)
             }
-            (Err(_), Some(table)) => Ok(format!("# Table `{table}' is incompatible\n")),
+            (Err(_), Some(table)) => Ok(Saved::of_unprintable(table)),
             (Err(_), None) => {
-                TABLES.into_iter().map(|table| self.save_printable(Some(table))).collect()
+                let tables = TABLES.into_iter().map(|table| self.save_printable(Some(table)));
+                tables.collect::<io::Result<Vec<_>>>().map(Saved::joined)
             }
-            (saved, _) => saved,
+            (Ok(text), _) => Ok(Saved::of(&text)),
         }
     }
 
@@ -245,6 +219,49 @@ impl Program {
                 None => error,
             }
         })
+    }
+}
+
+/// The programs of one family in both variants, which a host can use side by side.
+#[derive(Debug)]
+pub(super) struct Variants {
+    family: Family,
+    /// Those in `PATH`, to which the chains of tidegate belong. Their version is asked for on
+    /// demand, which runs a program.
+    in_path: OnceCell<Option<Program>>,
+}
+
+impl Variants {
+    pub(super) fn of(family: Family) -> Self {
+        Self { family, in_path: OnceCell::new() }
+    }
+
+    fn in_path(&self) -> Option<&Program> {
+        self.in_path.get_or_init(|| Program::find(self.family).ok()).as_ref()
+    }
+
+    /// Runs `f` with the programs of the nf_tables variant, or of the legacy one.
+    ///
+    /// # Errors
+    /// Those of `f`, and of [`Program::find`].
+    pub(super) fn with<T>(
+        &self,
+        nftables: bool,
+        f: impl FnOnce(&Program) -> io::Result<T>,
+    ) -> io::Result<T> {
+        match self.in_path() {
+            Some(program) if program.uses_nftables() == nftables => f(program),
+            _ => {
+                let end = if nftables { "-nft" } else { "-legacy" };
+                f(&Program::named(self.family, &format!("{}{end}", self.family.program()))?)
+            }
+        }
+    }
+
+    /// Returns that of the variant in `PATH`, and that of the other one.
+    pub(super) fn ours_first<T>(&self, nftables: T, legacy: T) -> [T; 2] {
+        let is_legacy = self.in_path().is_some_and(|program| !program.uses_nftables());
+        if is_legacy { [legacy, nftables] } else { [nftables, legacy] }
     }
 }
 

@@ -7,7 +7,7 @@
 //! and routing, so packets are identified by the original direction of their connection, and the
 //! first packet of a translated connection is marked in `nat`, next to its translation.
 
-use super::program::Family;
+use super::program::{Family, TABLES};
 use super::saved::{DOCKER_USER, Saved, TABLE_MADE};
 use crate::firewall::ruleset::{MAPPED, MASQUERADED};
 use crate::firewall::{Opening, Ruleset, Zone, link_scoped_prefixes};
@@ -610,7 +610,7 @@ pub(super) fn restore(
 /// rules.
 pub(super) fn removal(saved: &Saved, owner: &str) -> String {
     let mut text = String::new();
-    for table in ["raw", "mangle", "filter", "nat"] {
+    for table in TABLES {
         let mut lines = String::new();
         for (from, to) in saved.jumps(table, owner) {
             let _ = writeln!(lines, "-D {from} -j {to}");

@@ -49,6 +49,21 @@ impl Saved {
         Self { tables, unprintable }
     }
 
+    /// A table whose contents are unknown.
+    pub(super) fn of_unprintable(table: &str) -> Self {
+        Self { tables: Vec::new(), unprintable: BTreeSet::from([table.to_owned()]) }
+    }
+
+    /// All tables of `parts`.
+    pub(super) fn joined(parts: Vec<Self>) -> Self {
+        let mut all = Self::default();
+        for part in parts {
+            all.tables.extend(part.tables);
+            all.unprintable.extend(part.unprintable);
+        }
+        all
+    }
+
     /// Parses the table `name` as listed by `iptables -S`.
     pub(super) fn of_listed(name: &str, lines: &[String]) -> Self {
         let mut table = SavedTable { name: name.to_owned(), ..SavedTable::default() };
@@ -66,6 +81,11 @@ impl Saved {
 
     fn table(&self, name: &str) -> Option<&SavedTable> {
         self.tables.iter().find(|table| table.name == name)
+    }
+
+    /// The tables whose contents are unknown.
+    pub(super) fn unprintable(&self) -> impl Iterator<Item = &str> {
+        self.unprintable.iter().map(String::as_str)
     }
 
     /// Returns whether the table exists, and its contents are unknown.
