@@ -87,10 +87,10 @@ impl ChangeListener {
 
     fn listen<'a>(protocol: isize, groups: impl IntoIterator<Item = &'a u32>) -> io::Result<Self> {
         let mut socket = Socket::new(protocol)?;
-        socket.bind(&SocketAddr::new(0, 0))?;
-        for group in groups {
-            socket.add_membership(*group)?;
-        }
+        // All groups with one call: it takes time proportional to the number of listeners in all
+        // namespaces (`netlink_update_listeners` in net/netlink/af_netlink.c).
+        let groups = groups.into_iter().fold(0, |all, group| all | 1 << (group - 1));
+        socket.bind(&SocketAddr::new(0, groups))?;
         socket.set_non_blocking(true)?;
         Ok(Self { socket, is_routing: protocol == NETLINK_ROUTE })
     }
