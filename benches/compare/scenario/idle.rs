@@ -21,9 +21,9 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// The open files of a process in addition to its connections.
 const OTHER_FILES: usize = 400;
 
-/// The number of clients that open the connections. A single client may hold only two thirds of the
-/// connections of a port.
-const CLIENTS: u32 = 8;
+/// The number of clients that open the connections. A client may hold at most twice the number of
+/// connections that are still possible, so fewer clients would not reach the limit.
+const CLIENTS: u32 = 64;
 /// The network of the clients, a /24.
 const CLIENTS_NET: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 0);
 

@@ -358,11 +358,6 @@ impl Counters {
         // the map's sizes.
         unsafe { bpf(command::MAP_UPDATE, &mut attributes) }.map(drop)
     }
-
-    /// Returns the file descriptor, for instructions.
-    pub(crate) fn descriptor(&self) -> i32 {
-        self.0.as_raw_fd()
-    }
 }
 
 fn info(program: &OwnedFd) -> io::Result<Loaded> {
@@ -413,6 +408,16 @@ impl Instruction {
     /// Returns whether the instruction is `BPF_JMP32 | BPF_JEQ | BPF_K`.
     pub(crate) const fn is_conditional_jump(self) -> bool {
         self.code == 0x16
+    }
+
+    /// Returns the instruction with the map `counters`, if it loads a map (`BPF_LD | BPF_IMM |
+    /// BPF_DW` with `BPF_PSEUDO_MAP_FD`).
+    pub(crate) fn with_map(self, counters: &Counters) -> Self {
+        const SOURCE: u8 = 0xf0;
+        if self.code == 0x18 && self.registers & SOURCE == 1 << 4 {
+            return Self { immediate: counters.0.as_raw_fd(), ..self };
+        }
+        self
     }
 
     /// Returns the instruction with the given jump offset.

@@ -223,13 +223,13 @@ mod register {
 /// Jumps with an unresolved distance: index of the instruction, target label.
 type Pending = Vec<(usize, Label)>;
 
-/// Compiles to eBPF. The program counts drops by reason in the array map with file descriptor
-/// `counters`.
+/// Compiles to eBPF. The program counts drops by reason in an array map with [`COUNTERS`] entries,
+/// which it needs before it is loaded ([`Instruction::with_map`]).
 ///
 /// Accepted frames that match a `policed` test are dropped in excess of a rate, which is also
 /// stored in the array ([`INTERVAL`]). The policer is GCRA (ITU-T I.371, annex A): [`DUE`] is the
 /// theoretical arrival time of the next frame, with a tolerance of [`BURST`] intervals.
-pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>], counters: i32) -> Vec<Instruction> {
+pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>]) -> Vec<Instruction> {
     use register::{BEGIN, CONTEXT, END, FIRST, RESULT, SECOND, STACK};
     let of = Instruction::new;
     let steps = policed_steps(rules, policed);
@@ -329,7 +329,7 @@ pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>], counters: i32) -> 
         of(0x63, STACK, FIRST, -4, 0),
         copy(SECOND, STACK),
         add(SECOND, -4),
-        of(0x18, FIRST, 1, 0, counters),
+        of(0x18, FIRST, 1, 0, 0),
         of(0, 0, 0, 0, 0),
         of(0x85, 0, 0, 0, 1),
     ];

@@ -129,8 +129,13 @@ struct Installed {
     rate: Option<NonZeroU32>,
 }
 
-/// Returns the name of the program with the instructions `code`, in which the descriptor of the
-/// counters is 0: at most 15 bytes, with 36 bits of a hash.
+/// Returns the instructions of a compiled program that counts in `counters`.
+fn with_counters(code: Vec<Instruction>, counters: &Counters) -> Vec<Instruction> {
+    code.into_iter().map(|one| one.with_map(counters)).collect()
+}
+
+/// Returns the name of the compiled program `code`, without counters: at most 15 bytes, with 36
+/// bits of a hash.
 fn program_name(code: &[Instruction]) -> String {
     let bytes: Vec<u8> = code.iter().flat_map(Instruction::bytes).collect();
     let hash = registry::fnv1a(&bytes) & 0xf_ffff_ffff;
@@ -242,8 +247,8 @@ impl PortGuards {
             Installed { index, policy: policy_of_link, program: 0, counters: None, earlier, rate };
         match self.mechanism {
             Mechanism::Tcx | Mechanism::Clsact => {
-                let compile = |counters| compile::extended(&rules, &policed(policy), counters);
-                let name = program_name(&compile(0));
+                let code = compile::extended(&rules, &policed(policy));
+                let name = program_name(&code);
                 // The guard of a process that was killed is kept if it is the same. Loading one
                 // takes milliseconds, and detaching one an RCU grace period.
                 let kept = match self.mechanism {
@@ -259,7 +264,7 @@ impl PortGuards {
                     Some(kept) => kept,
                     None => {
                         let counters = Counters::new(COUNTERS, compile::COUNTERS)?;
-                        let program = Program::load(&name, &compile(counters.descriptor()))?;
+                        let program = Program::load(&name, &with_counters(code, &counters))?;
                         if self.mechanism == Mechanism::Tcx {
                             program.attach_tcx(index, Direction::Ingress)?;
                         } else {
@@ -390,7 +395,7 @@ impl PortGuards {
 #[doc(hidden)]
 pub fn program_time(policy: &PortPolicy, frame: &[u8], times: u32) -> io::Result<Duration> {
     let counters = Counters::new(COUNTERS, compile::COUNTERS)?;
-    let code = compile::extended(&rules(policy), &policed(policy), counters.descriptor());
+    let code = with_counters(compile::extended(&rules(policy), &policed(policy)), &counters);
     let program = Program::load(NAME, &code)?;
     program.test_run(frame, times).map(|(_, time)| time)
 }
@@ -427,7 +432,7 @@ impl BridgeGuard {
     pub fn new(policy: &BridgePolicy) -> io::Result<Self> {
         let rules = bridge_rules(policy);
         let extended = Counters::new(COUNTERS, compile::COUNTERS).and_then(|counters| {
-            let code = compile::extended(&rules, &[], counters.descriptor());
+            let code = with_counters(compile::extended(&rules, &[]), &counters);
             LinkProgram::load(BRIDGE_NAME, Direction::Ingress, &code)
         });
         match extended {

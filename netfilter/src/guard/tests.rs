@@ -3,6 +3,7 @@
 use super::compile::{classic, extended};
 use super::rules::tests::{MAC, ethernet_to, packet_v4, packet_v6, policy, verdict};
 use super::rules::{PortPolicy, Rule, Verdict, policed, rules};
+use super::with_counters;
 use crate::bpf::clsact::Classic;
 use crate::bpf::{Counters, Program, verdict as code};
 
@@ -148,7 +149,7 @@ fn ebpf_matches_the_rules_and_counts_drops_by_reason() {
     for policy in policies() {
         let rules = rules(&policy);
         let counters = Counters::new("test", super::compile::COUNTERS).unwrap();
-        let code = extended(&rules, &policed(&policy), counters.descriptor());
+        let code = with_counters(extended(&rules, &policed(&policy)), &counters);
         let program = Program::load("test", &code).unwrap();
         let mut dropped = [0; super::SpoofReason::ALL.len()];
         for _ in 0..20_000 {
