@@ -616,6 +616,7 @@ fn containers_return_in_another_namespace() {
     let path = place.to_str().unwrap();
     scene.succeeds(&["attach", "front", "--name", "web", "--netns", path, "-p", "8080:80"]);
     let is_in = |namespace: &Namespace| namespace.exec("ip", &["-o", "addr"]).contains("10.9.0.2");
+    let other = attach(&scene, "worker", &[]);
     assert!(is_in(&first));
     put(&second);
     assert!(eventually(SOON, || is_in(&second)));
@@ -625,10 +626,16 @@ fn containers_return_in_another_namespace() {
     daemon = scene.daemon(&["--firewall=nftables"]);
     let shown = || get(&scene.socket(), "/v1/status").1["services"][0]["state"].to_string();
     assert_eq!(shown(), "\"gone\"");
+    // Its name stays private. Without a reachable upstream server, a forwarded query would fail.
+    for name in ["web.front", "web"] {
+        let answer = other.exec("dig", &["@127.0.0.11", "+tries=1", "+time=2", name]);
+        assert!(answer.contains("status: NOERROR") && answer.contains("ANSWER: 0"), "{answer}");
+    }
     put(&third);
     assert!(eventually(SOON, || is_in(&third)), "{}", daemon.output());
     let ports = || get(&scene.socket(), "/v1/ports").1.as_array().unwrap().len();
     assert!(eventually(SOON, || ports() == 2 && shown() == "\"adopted\""), "{}", shown());
+    assert_eq!(other.exec("dig", &["+short", "@127.0.0.11", "web.front"]), "10.9.0.2\n");
 }
 
 /// The second daemon joins the namespaces of the first, fails, and leaves them as they are.

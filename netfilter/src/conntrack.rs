@@ -11,6 +11,7 @@ use crate::wire::{Attributes, CONNTRACK, Message, attribute};
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, SystemTime};
 use tidegate_netlink::NetlinkSocket;
 
 /// A flow: the addresses of its first packet before NAT, and the addresses of its replies.
@@ -28,6 +29,9 @@ pub struct Flow {
     pub reply_destination: SocketAddr,
 }
 
+/// The sysctl that makes conntrack record when flows begin.
+pub const TIMESTAMPS: &str = "net.netfilter.nf_conntrack_timestamp";
+
 /// The conntrack table of one network namespace.
 pub struct Conntrack(NetlinkSocket);
 
@@ -44,6 +48,7 @@ mod field {
     pub(super) const STATUS: u16 = 3;
     pub(super) const TIMEOUT: u16 = 7;
     pub(super) const ZONE: u16 = 18;
+    pub(super) const TIMESTAMP: u16 = 20;
 }
 
 /// `IPS_ASSURED` (include/uapi/linux/netfilter/nf_conntrack_common.h).
@@ -83,6 +88,15 @@ impl Entry<'_> {
     #[must_use]
     pub fn is_assured(&self) -> bool {
         self.number(field::STATUS).is_some_and(|status| status & ASSURED != 0)
+    }
+
+    /// Returns when the flow began. `None` unless the sysctl [`TIMESTAMPS`] was set at that time.
+    #[must_use]
+    pub fn began(&self) -> Option<SystemTime> {
+        // CTA_TIMESTAMP_START, in nanoseconds
+        let start = attribute(attribute(self.attributes, field::TIMESTAMP)?, 1)?;
+        let start = u64::from_be_bytes(start.try_into().ok()?);
+        Some(SystemTime::UNIX_EPOCH + Duration::from_nanos(start))
     }
 
     /// Returns the time in seconds until the entry expires without further packets. Among entries

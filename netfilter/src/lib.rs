@@ -28,7 +28,7 @@ mod text;
 mod wire;
 
 pub use connection::{Change, Connection, Error, Listed, ListedRule, TableFamily};
-pub use conntrack::{Conntrack, Entry, EntryKey, Flow};
+pub use conntrack::{Conntrack, Entry, EntryKey, Flow, TIMESTAMPS};
 pub use gate::{Gate, GatePolicy};
 #[doc(hidden)]
 pub use gate::{count_programs, detach_programs};

@@ -30,9 +30,11 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 use tidegate_model::{Histogram, HistogramReading, Protocol, registry};
-use tidegate_netfilter::{Conntrack, Entry, Flow, Gate, GatePolicy, TableFamily, Transport};
+use tidegate_netfilter::{
+    Conntrack, Entry, Flow, Gate, GatePolicy, TIMESTAMPS, TableFamily, Transport,
+};
 use tidegate_netns::{ChangeListener, Namespace};
 
 /// A firewall of the host.
@@ -64,10 +66,10 @@ impl fmt::Display for FirewallKind {
 /// A back end that installs rulesets. Its methods are called in the host namespace.
 trait Backend: fmt::Debug + Send + Sync {
     /// Atomically replaces the rules of the owner by `ruleset`.
-    fn apply(&mut self, ruleset: &Ruleset) -> io::Result<()>;
+    fn apply(&mut self, ruleset: &Ruleset) -> io::Result<Previous>;
 
     /// Installs `ruleset`, which differs from the last installed one only by the ports in `change`.
-    fn change_ports(&mut self, ruleset: &Ruleset, _change: &PortChange) -> io::Result<()> {
+    fn change_ports(&mut self, ruleset: &Ruleset, _change: &PortChange) -> io::Result<Previous> {
         self.apply(ruleset)
     }
 
@@ -89,6 +91,15 @@ trait Backend: fmt::Debug + Send + Sync {
     /// Subscribes to changes of rules. Returns `None` if the kernel sends no notifications, so the
     /// caller must poll.
     fn changes(&self) -> io::Result<Option<ChangeListener>>;
+}
+
+/// The state of the rules before they were replaced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Previous {
+    /// No rule was missing.
+    Complete,
+    /// Other software had removed or changed rules.
+    Changed,
 }
 
 /// A change of the published ports.
@@ -190,8 +201,26 @@ struct State {
     in_force: bool,
     /// The ruleset has changed since it was applied.
     stale: bool,
+    /// The subnets that the applied rules protect.
+    protected: BTreeSet<IpNet>,
+    held: Held,
     /// The link-local addresses of the endpoints on each network, in the order of the zones.
     link_local_members: Vec<BTreeSet<Ipv6Addr>>,
+}
+
+/// When the rules were in force.
+#[derive(Debug, Default)]
+struct Held {
+    /// A time until which they were complete; `None` if unknown.
+    until: Option<SystemTime>,
+    /// The time of the last call of [`Firewall::note_unchanged`].
+    unchanged: Option<SystemTime>,
+}
+
+impl Held {
+    fn at(now: SystemTime) -> Self {
+        Self { until: Some(now), unchanged: None }
+    }
 }
 
 impl Firewall {
@@ -219,6 +248,8 @@ impl Firewall {
             ruleset,
             in_force: false,
             stale: false,
+            protected: BTreeSet::new(),
+            held: Held::default(),
             link_local_members: Vec::new(),
         });
         let updates = Default::default();
@@ -344,6 +375,7 @@ impl Firewall {
     pub fn adopt(&self) {
         let mut state = self.state();
         (state.in_force, state.stale) = (true, true);
+        state.protected = subnets_of(&state.ruleset).collect();
     }
 
     /// Sets the links of the host that forward for the networks only, and the bridges of other
@@ -418,7 +450,8 @@ impl Firewall {
             let backend = &mut state.backend;
             let ports = PortChange { added, removed };
             let update = || self.host.with(|| backend.change_ports(&ruleset, &ports))?;
-            self.updates(Change::Ports).count(update)?;
+            let previous = self.updates(Change::Ports).count(update)?;
+            self.end_unprotected_flows(&mut state, previous);
             let changed =
                 ports.added.union(&ports.removed).copied().filter(delete_flows_of).collect();
             // Containers may have used such a source port while it was not published.
@@ -518,25 +551,84 @@ impl Firewall {
 
     pub(crate) fn apply(&self) -> io::Result<()> {
         let mut state = self.state();
-        let State { backend, ruleset, in_force, stale, .. } = &mut *state;
-        let is_first = !*in_force;
-        self.updates(Change::All).count(|| self.host.with(|| backend.apply(ruleset))?)?;
-        self.host.with(|| {
-            let subnets = subnets_of(ruleset);
-            if is_first {
-                delete_flows(&subnets.collect::<Vec<_>>(), &ruleset.ports)
-            } else {
-                Ok(())
-            }
-        })??;
-        (*in_force, *stale) = (true, false);
+        let State { backend, ruleset, in_force, protected, held, .. } = &mut *state;
+        let previous =
+            self.updates(Change::All).count(|| self.host.with(|| backend.apply(ruleset))?)?;
+        // The kernel has the sysctl once a rule needs conntrack.
+        if held.until.is_none()
+            && let Err(error) = self.host.set_sysctl(TIMESTAMPS, "1")
+        {
+            tracing::debug!(%error, "no start times of tracked flows");
+        }
+        let subnets: BTreeSet<_> = subnets_of(ruleset).collect();
+        let added: Vec<_> = subnets.difference(protected).copied().collect();
+        // Flows that began before the rules were in force.
+        let ended = if *in_force {
+            self.host.with(|| delete_flows(&added, &BTreeSet::new()))?
+        } else {
+            self.host.with(|| delete_flows(&added, &ruleset.ports))?
+        };
+        if *in_force {
+            self.end_unprotected_flows(&mut state, previous);
+        }
+        ended?;
+        state.protected = subnets;
+        state.held = Held::at(SystemTime::now());
+        (state.in_force, state.stale) = (true, false);
         Ok(())
+    }
+
+    /// Ends the flows of the protected subnets that began after the rules were last known to be
+    /// complete, if they were not complete in the end. Without rules, a host that forwards, or
+    /// translates for others, tracks forged packets with the address of a container as a flow of
+    /// that container. Its rules would then accept the replies.
+    fn end_unprotected_flows(&self, state: &mut State, previous: Previous) {
+        if previous == Previous::Complete {
+            return;
+        }
+        let inside = |address: &IpAddr| state.protected.iter().any(|net| net.contains(address));
+        let until = state.held.until;
+        let is_one = |entry: &Entry<'_>| {
+            let is_earlier = until.zip(entry.began()).is_some_and(|(until, began)| began < until);
+            !is_earlier && entry.has_address(inside)
+        };
+        let families = [TableFamily::Ipv4, TableFamily::Ipv6];
+        let ended = || Conntrack::open()?.delete(&families, is_one);
+        match self.host.with(ended).flatten() {
+            Ok(flows) => tracing::info!(
+                flows,
+                "firewall rules restored; flows that began without them ended"
+            ),
+            Err(error) => {
+                tracing::warn!(%error, "flows that began without firewall rules not ended");
+            }
+        }
+        state.held = Held::at(SystemTime::now());
+    }
+
+    /// Records that no change of the rules has been notified until `now`. Should be called
+    /// periodically, unless changes are not notified. The kernel queues a notification with the
+    /// change, so the rules were complete at the time of the previous call.
+    pub fn note_unchanged(&self, now: SystemTime) {
+        let mut state = self.state();
+        if state.in_force && state.held.until.is_some() {
+            state.held.until = state.held.unchanged.or(state.held.until);
+            state.held.unchanged = Some(now);
+        }
     }
 
     pub(crate) fn holds(&self) -> io::Result<bool> {
         let mut state = self.state();
         let State { backend, ruleset, in_force, stale, .. } = &mut *state;
-        Ok(*in_force && !*stale && self.host.with(|| backend.holds(ruleset))??)
+        if !*in_force || *stale {
+            return Ok(false);
+        }
+        let now = SystemTime::now();
+        let holds = self.host.with(|| backend.holds(ruleset))??;
+        if holds {
+            state.held = Held::at(now);
+        }
+        Ok(holds)
     }
 
     pub(crate) fn remove(&self) -> io::Result<()> {

@@ -9,8 +9,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use tidegate_model::{Feature, Protocol, PublishLabel, canonical};
 use tidegate_reactor::{
     BACKLOG, KEEPALIVE, UNSENT_NARROW, UNSENT_WIDE, accept_only_from_loopback, batch,
-    drop_forged_own_source, enable_stream_ingress, enlarge_datagram_buffers, narrow_receive_buffer,
-    revive_datagrams, revive_listener, widen_receive_buffer,
+    drop_forged_own_source, drop_mapped_sources, enable_stream_ingress, enlarge_datagram_buffers,
+    narrow_receive_buffer, revive_datagrams, revive_listener, widen_receive_buffer,
 };
 
 /// Maximum number of datagrams that [`Listener::open`] discards.
@@ -217,6 +217,9 @@ fn prepare(socket: &Socket, address: SocketAddr, protocol: Protocol) -> io::Resu
     // Receive offload requires Linux 5.0. Without it only throughput is lower.
     let _ = enable_gro(socket);
     enlarge_datagram_buffers(socket);
+    if address.is_ipv6() && socket.only_v6()? {
+        drop_mapped_sources(socket)?;
+    }
     batch::enable_packet_info(socket, address.is_ipv6())
 }
 

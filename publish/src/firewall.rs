@@ -1,6 +1,7 @@
 //! Selection of the host's firewall, and conversion of networks and published ports to its types.
 
 use clap::ValueEnum;
+use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
@@ -10,7 +11,8 @@ use tidegate_model::{Feature, PublishLabel};
 use tidegate_netns::HostContext;
 use tidegate_netns::Namespace;
 use tidegate_netsetup::{
-    Desired, DockerUser, Endpoint, Firewall, FirewallKind, IptablesState, Network, Opening, Zone,
+    Desired, DockerUser, Endpoint, Firewall, FirewallKind, IptablesState, Network, Opening, Subnet,
+    Zone,
 };
 
 /// The firewall that isolates networks and masquerades the egress of containers.
@@ -333,11 +335,16 @@ pub fn preference(iptables: &[Option<IptablesState>; 2]) -> ([FirewallKind; 2], 
     ([FirewallKind::Iptables, FirewallKind::Nftables], because)
 }
 
+/// The address of the gateway with the prefix length of its subnet.
+fn gateway_in(subnet: &Subnet) -> IpNet {
+    IpNet::new(subnet.gateway, subnet.subnet.prefix_len()).unwrap_or(subnet.subnet)
+}
+
 /// The firewall properties of the networks of `desired`.
 pub fn zones(desired: &Desired) -> Vec<Zone> {
     let zone = |network: &Network| Zone {
         bridge: network.bridge.name.clone(),
-        subnets: network.subnets.iter().map(|subnet| subnet.subnet).collect(),
+        subnets: network.subnets.iter().map(gateway_in).collect(),
         internal: network.internal,
         verified: desired.verifies_sources(&network.name),
     };
@@ -360,7 +367,7 @@ pub fn link_local_members(desired: &Desired) -> Vec<BTreeSet<Ipv6Addr>> {
 /// networks of its default routes, by which its replies leave.
 pub fn targets(endpoint: &Endpoint) -> Vec<IpAddr> {
     let attachments = endpoint.attachments.iter().filter(|attachment| attachment.default_route);
-    attachments.flat_map(|attachment| &attachment.addresses).map(ipnet::IpNet::addr).collect()
+    attachments.flat_map(|attachment| &attachment.addresses).map(IpNet::addr).collect()
 }
 
 /// The firewall opening of the published port `label`, which is forwarded to `container_port`.

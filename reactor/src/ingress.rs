@@ -95,21 +95,19 @@ fn v6(stream: impl AsFd) -> io::Result<StreamIngress> {
 /// address.
 ///
 /// For IPv4, the kernel drops such datagrams itself unless `accept_local` is set
-/// (`fib_validate_source`). For IPv6, it does not.
+/// (`fib_validate_source`). For IPv6, it does not. With `ipv6`, datagrams from IPv4-mapped
+/// addresses are dropped too ([`drop_mapped_sources`]).
 ///
 /// # Errors
 /// Errors of setsockopt(2).
 pub fn drop_forged_own_source(datagrams: impl AsFd, ipv6: bool) -> io::Result<()> {
-    // Classic BPF. Offsets from `SKF_NET_OFF` are relative to the IP header.
-    let at = |offset: u32| (libc::SKF_NET_OFF as u32).wrapping_add(offset);
-    let load = |address: u32| filter(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, address);
-    let verdict = |bytes: u32| filter(libc::BPF_RET | libc::BPF_K, 0, 0, bytes);
     let (source, destination, words): (u32, u32, u8) = if ipv6 { (8, 24, 4) } else { (12, 16, 1) };
     let interface = (libc::SKF_AD_OFF as u32).wrapping_add(libc::SKF_AD_IFINDEX as u32);
-    let mut program = vec![
+    let mut program = if ipv6 { mapped_sources() } else { Vec::new() };
+    program.extend([
         load(interface),
         filter(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 4 * words + 1, 0, LOOPBACK_INDEX),
-    ];
+    ]);
     for word in 0..words {
         let offset = u32::from(word) * 4;
         program.push(load(at(source + offset)));
@@ -119,12 +117,54 @@ pub fn drop_forged_own_source(datagrams: impl AsFd, ipv6: bool) -> io::Result<()
         program.push(filter(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_X, 0, to_accept, 0));
     }
     program.extend([verdict(0), verdict(u32::MAX)]);
+    attach_filter(datagrams, program)
+}
+
+/// Attaches a filter that drops IPv6 datagrams from IPv4-mapped addresses (`::ffff:0:0/96`), to a
+/// socket with `IPV6_V6ONLY`. No kernel sends from such an address, and an allow-list or a service
+/// would take the client for one with the IPv4 address.
+///
+/// # Errors
+/// Errors of setsockopt(2).
+pub fn drop_mapped_sources(datagrams: impl AsFd) -> io::Result<()> {
+    let mut program = mapped_sources();
+    program.push(verdict(u32::MAX));
+    attach_filter(datagrams, program)
+}
+
+/// Instructions that drop a packet from an IPv4-mapped address and continue otherwise.
+fn mapped_sources() -> Vec<libc::sock_filter> {
+    const SOURCE: u32 = 8;
+    let words = [(0, 0, 5), (4, 0, 3), (8, 0xffff, 1)];
+    let mut program = Vec::new();
+    for (offset, value, to_end) in words {
+        program.push(load(at(SOURCE + offset)));
+        program.push(filter(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, to_end, value));
+    }
+    program.push(verdict(0));
+    program
+}
+
+/// Offset in the IP header, for loads of classic BPF.
+const fn at(offset: u32) -> u32 {
+    (libc::SKF_NET_OFF as u32).wrapping_add(offset)
+}
+
+fn load(address: u32) -> libc::sock_filter {
+    filter(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, address)
+}
+
+fn verdict(bytes: u32) -> libc::sock_filter {
+    filter(libc::BPF_RET | libc::BPF_K, 0, 0, bytes)
+}
+
+fn attach_filter(socket: impl AsFd, mut program: Vec<libc::sock_filter>) -> io::Result<()> {
     let program = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
     // SAFETY: the pointer and the length describe `program`, which refers to a vector that outlives
     // the call.
     let result = unsafe {
         libc::setsockopt(
-            datagrams.as_fd().as_raw_fd(),
+            socket.as_fd().as_raw_fd(),
             libc::SOL_SOCKET,
             libc::SO_ATTACH_FILTER,
             (&raw const program).cast(),

@@ -34,7 +34,10 @@ pub use arena::{Arena, Key};
 pub use descriptors::{Descriptors, Permit};
 pub use epoll::{Epoll, Interest, Readiness, Token};
 pub use event_loop::{Context, EventLoop, Handler};
-pub use ingress::{StreamIngress, drop_forged_own_source, enable_stream_ingress, stream_ingress};
+pub use ingress::{
+    StreamIngress, drop_forged_own_source, drop_mapped_sources, enable_stream_ingress,
+    stream_ingress,
+};
 pub use lists::{Links, List};
 pub use mailbox::{Closed, Sender};
 pub use options::{

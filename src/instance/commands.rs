@@ -463,7 +463,8 @@ impl Instance {
             let text = name.to_string();
             if let Err(problem) = attached {
                 self.note_health(text.clone(), Some(problem.to_string()));
-                // `add_endpoint` has removed it from both.
+                // `add_endpoint` has removed it from all of these.
+                self.up.names.add_waiting_endpoint(&endpoint.setup, &endpoint_dns(&endpoint));
                 self.owner.absent.insert(name);
                 self.up.adopted.set(&text, endpoint.namespace.clone(), true);
                 continue;
@@ -509,6 +510,7 @@ impl Instance {
         let moved = Endpoint { namespace: path.to_owned(), ..(*endpoint).clone() };
         let attached = self.add_endpoint(&moved).await;
         if attached.is_err() {
+            self.up.names.add_waiting_endpoint(&endpoint.setup, &endpoint_dns(&endpoint));
             self.owner.absent.insert(name);
             self.up.adopted.set(&moved.setup.name, endpoint.namespace.clone(), true);
             return Some(attached);

@@ -35,7 +35,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tidegate_dns::Serving;
 use tidegate_netns::{
     ChangeListener, Namespace, NamespaceId, Restored, drop_in_background,
@@ -225,6 +225,12 @@ impl Instance {
                     if std::mem::take(&mut rules_changed) {
                         self.enforce_docker_user(&mut reported).await;
                         self.report_mark_setters(&mut mark_setters);
+                    }
+                    if let Some(firewall) = &self.chosen.firewall
+                        && matches!(rules, RuleChanges::Notified(_))
+                        && !self.schedule.awaits_host()
+                    {
+                        firewall.note_unchanged(SystemTime::now());
                     }
                     if let Some(Err(error)) = self.chosen.firewall.as_ref().map(|firewall| firewall.record_fingerprint()) {
                         tracing::debug!(%error, "firewall rules cannot be read");

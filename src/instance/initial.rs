@@ -15,7 +15,7 @@ use tidegate_compose::{Project, Run};
 use tidegate_control::{Name, State};
 use tidegate_model::{PortSpec, Protocol, registry};
 use tidegate_netns::{HostContext, Namespace};
-use tidegate_netsetup::{Observed, Opening, Setup};
+use tidegate_netsetup::{Endpoint, Observed, Opening, Setup};
 use tidegate_proxy::Listener;
 use tidegate_publish::bind::reserve;
 use tidegate_publish::firewall::{PublishBy, opening, targets};
@@ -29,6 +29,8 @@ pub(super) struct Initial<'a> {
     pub(super) layout: Layout,
     pub(super) networks: BTreeMap<String, NetworkDns>,
     pub(super) endpoints: BTreeMap<String, EndpointDns>,
+    /// Endpoints whose namespaces do not exist.
+    pub(super) waiting: Vec<Endpoint>,
     pub(super) namespaces: BTreeMap<String, Namespace>,
     /// The paths of adopted namespaces, by endpoint.
     pub(super) adopted: BTreeMap<String, PathBuf>,
@@ -80,6 +82,7 @@ impl<'a> Initial<'a> {
             namespaces,
             adopted,
             ports,
+            waiting: Vec::new(),
             project: Some(project),
         })
     }
@@ -100,6 +103,7 @@ impl Initial<'_> {
         let mut desired = state.desired();
         let (mut namespaces, mut adopted) = (BTreeMap::new(), BTreeMap::new());
         let (mut addresses, mut absent) = (BTreeMap::new(), BTreeSet::new());
+        let mut waiting = Vec::new();
         let mut ports = OpenPorts::new();
         for (name, endpoint) in state.endpoints() {
             let text = name.to_string();
@@ -127,6 +131,7 @@ impl Initial<'_> {
                     setup.kernel().remove_endpoint(&text);
                     desired.endpoints.retain(|one| one.name != text);
                     absent.insert(name.clone());
+                    waiting.push(endpoint.setup.clone());
                     adopted.insert(text, endpoint.namespace.clone());
                     continue;
                 }
@@ -152,8 +157,16 @@ impl Initial<'_> {
         let endpoints =
             endpoints.map(|(name, one)| (name.to_string(), endpoint_dns(one))).collect();
         let layout = Layout { desired, addresses };
-        let initial =
-            Self { layout, networks, endpoints, namespaces, adopted, ports, project: None };
+        let initial = Self {
+            layout,
+            networks,
+            endpoints,
+            waiting,
+            namespaces,
+            adopted,
+            ports,
+            project: None,
+        };
         (initial, absent)
     }
 }

@@ -580,8 +580,16 @@ impl Up {
             }
             InitialSource::State(state) => Initial::of_state(state, host_context, setup).await,
         };
-        let Initial { mut layout, networks, endpoints, namespaces, adopted, ports, project } =
-            initial;
+        let Initial {
+            mut layout,
+            networks,
+            endpoints,
+            waiting,
+            namespaces,
+            adopted,
+            ports,
+            project,
+        } = initial;
         layout.desired.guards = port_guards::attachment(guards.as_deref(), owner);
         layout.desired.rules_ahead = rules_ahead(&observed);
         let preceding_rule = preceding_rule(&observed, chosen.firewall.as_ref());
@@ -716,6 +724,10 @@ impl Up {
             for endpoint in &layout.desired.endpoints {
                 let dns = endpoints.get(&endpoint.name).cloned().unwrap_or_default();
                 names.add_endpoint(endpoint, &dns)?;
+            }
+            for endpoint in &waiting {
+                let dns = endpoints.get(&endpoint.name).cloned().unwrap_or_default();
+                names.add_waiting_endpoint(endpoint, &dns);
             }
             let mut resolvers = names.resolver().host_servers();
             if let Some(egress) = &mut egress {

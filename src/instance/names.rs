@@ -16,7 +16,7 @@ use tidegate_dns::{
 };
 use tidegate_netns::HostContext;
 use tidegate_netns::{Namespace, interface_index};
-use tidegate_netsetup::{Endpoint, Network};
+use tidegate_netsetup::{Attachment, Endpoint, Network};
 use tokio::runtime::Handle;
 
 /// File descriptors of an endpoint's DNS server: a UDP and a TCP socket.
@@ -206,19 +206,9 @@ impl NameServers {
         endpoint: &Endpoint,
         dns: &EndpointDns,
     ) -> anyhow::Result<()> {
-        for attachment in &endpoint.attachments {
-            let spec = EndpointSpec {
-                container: endpoint.name.clone(),
-                name: dns_name(&endpoint.name).to_owned(),
-                aliases: dns.aliases.get(&attachment.network).cloned().unwrap_or_default(),
-                hostname: dns.hostname.clone(),
-                addresses: attachment.addresses.iter().map(ipnet::IpNet::addr).collect(),
-            };
-            if let Err(error) = self.resolver.add_endpoint(&attachment.network, &spec) {
-                self.remove_names(endpoint);
-                return Err(error).context("names");
-            }
-        }
+        self.add_names(endpoint, dns, |attachment| {
+            attachment.addresses.iter().map(ipnet::IpNet::addr).collect()
+        })?;
         let queries_gateway = endpoint
             .attachments
             .iter()
@@ -227,6 +217,36 @@ impl NameServers {
             let servers = dns.servers.iter().map(|ip| SocketAddr::new(*ip, PORT)).collect();
             let options = ServeOptions { servers, ..ServeOptions::default() };
             self.options.insert(endpoint.name.clone(), options);
+        }
+        Ok(())
+    }
+
+    /// Adds the names of `endpoint`, which waits for its namespace, without addresses. They are
+    /// private: an upstream server would otherwise be asked for `NAME.NETWORK`.
+    pub(super) fn add_waiting_endpoint(&self, endpoint: &Endpoint, dns: &EndpointDns) {
+        if let Err(error) = self.add_names(endpoint, dns, |_| Vec::new()) {
+            tracing::warn!(endpoint = endpoint.name, "names not reserved: {error:#}");
+        }
+    }
+
+    fn add_names(
+        &self,
+        endpoint: &Endpoint,
+        dns: &EndpointDns,
+        addresses: impl Fn(&Attachment) -> Vec<IpAddr>,
+    ) -> anyhow::Result<()> {
+        for attachment in &endpoint.attachments {
+            let spec = EndpointSpec {
+                container: endpoint.name.clone(),
+                name: dns_name(&endpoint.name).to_owned(),
+                aliases: dns.aliases.get(&attachment.network).cloned().unwrap_or_default(),
+                hostname: dns.hostname.clone(),
+                addresses: addresses(attachment),
+            };
+            if let Err(error) = self.resolver.add_endpoint(&attachment.network, &spec) {
+                self.remove_names(endpoint);
+                return Err(error).context("names");
+            }
         }
         Ok(())
     }

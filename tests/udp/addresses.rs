@@ -1,6 +1,7 @@
 //! Addresses.
 
 use super::*;
+use tidegate_testbed::frames::{LinkSocket, Mac, ethernet, udp6};
 
 #[test]
 fn a_reply_comes_from_the_address_that_the_client_used() {
@@ -105,4 +106,44 @@ fn only_clients_of_the_allowed_networks_get_a_session() {
     denied.send_to(b"let me in", host(5353)).unwrap();
     let metrics = publisher.wait_for_metrics(|metrics| metrics.dropped(PORT, "not_allowed") == 1);
     assert_eq!(metrics.port("sessions_total", PORT), 1);
+}
+
+/// The kernel delivers IPv6 packets from an IPv4-mapped source, although nothing can send from such
+/// an address. The allow-list would take the client for one with the IPv4 address.
+#[test]
+fn datagrams_from_ipv4_mapped_addresses_are_dropped() {
+    let net = Topology::three();
+    let container = net.container.run(|| UdpSocket::bind(container(53))).unwrap();
+    container.set_read_timeout(Some(TIMEOUT)).unwrap();
+    let arguments = format!(
+        "5353:53/udp --to {} --allow 203.0.113.0/24 --allow 2001:db8:1::/64",
+        addr::CONTAINER_V4
+    );
+    let _publisher = Publisher::start(&net.host, &arguments);
+    let link = LinkSocket::sender(&net.client, "eth0");
+    let macs = [&net.host, &net.client].map(|namespace| {
+        let text = namespace.ip(&["-o", "link", "show", "eth0"]);
+        let mac = text.split_once("link/ether ").unwrap().1;
+        let bytes = mac.split(' ').next().unwrap().split(':');
+        let bytes: Vec<u8> = bytes.map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect();
+        Mac::try_from(bytes).unwrap()
+    });
+    let SocketAddr::V6(host) = host_v6(5353) else { unreachable!() };
+    let forged = |source: &str| {
+        let source = (source.parse().unwrap(), 4000);
+        ethernet(macs[0], macs[1], 0x86dd, &udp6(source, (*host.ip(), 5353), b"forged"))
+    };
+    for source in ["::ffff:203.0.113.7", "::ffff:127.0.0.1", "::ffff:203.0.113.1"] {
+        link.send(&forged(source));
+    }
+    // For comparison: a forged source of an allowed network.
+    link.send(&forged("2001:db8:1::77"));
+    let client = socket(&net.client, unspecified(host.into()));
+    client.send_to(b"client", host).unwrap();
+    let mut buffer = [0; 20];
+    let seen = [(); 2].map(|()| {
+        let length = container.recv(&mut buffer).unwrap();
+        String::from_utf8_lossy(&buffer[..length]).into_owned()
+    });
+    assert_eq!(seen, ["forged", "client"], "that of an allowed IPv6 source, and the client");
 }

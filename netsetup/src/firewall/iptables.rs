@@ -15,8 +15,8 @@ mod saved;
 
 pub use saved::{DockerUser, UserRule};
 
-use super::{Backend, Ruleset, Zone};
-use program::{Family, Program, Variants, unprintable_table};
+use super::{Backend, Previous, Ruleset, Zone};
+use program::{Family, Program, TABLES, Variants, unprintable_table};
 use rules::Table;
 use saved::Saved;
 use std::collections::{BTreeMap, BTreeSet};
@@ -76,10 +76,36 @@ impl FamilyRules {
         self.program.save_printable(None)
     }
 
+    /// Returns the owner's rules by table. Those of unprintable tables are taken as unmodified.
+    fn found(&self, saved: &Saved, owner: &str) -> BTreeMap<String, Vec<String>> {
+        let mut found = saved.of_owner(owner);
+        let unprintable = self.listed.iter().filter(|(table, _)| saved.is_unprintable(table));
+        found.extend(unprintable.map(|(table, lines)| (table.clone(), lines.clone())));
+        found
+    }
+
+    /// Returns whether the rules in `saved` are complete. Of the rules of a previous process, only
+    /// their presence in each table is known.
+    fn previous(&self, saved: &Saved, owner: &str) -> Previous {
+        let found = self.found(saved, owner);
+        let has_rules = |table: &&str| {
+            saved.is_unprintable(table)
+                || found
+                    .get(*table)
+                    .is_some_and(|lines| lines.iter().any(|one| one.starts_with('-')))
+        };
+        let complete = match self.listed.is_empty() {
+            true => TABLES.iter().all(has_rules),
+            false => found == self.listed,
+        };
+        if complete { Previous::Complete } else { Previous::Changed }
+    }
+
     /// Installs `ruleset` in place of `before`. A table that other software has made unprintable
     /// keeps its rules, if they do not change.
-    fn install(&mut self, ruleset: &Ruleset, before: Option<&Ruleset>) -> io::Result<()> {
+    fn install(&mut self, ruleset: &Ruleset, before: Option<&Ruleset>) -> io::Result<Previous> {
         let saved = self.saved()?;
+        let previous = self.previous(&saved, &ruleset.owner);
         let (family, asks_docker) = (self.program.family, self.asks_docker(&saved));
         let mut tables = rules::tables(ruleset, family, asks_docker);
         let known = before.map(|before| rules::tables(before, family, asks_docker));
@@ -100,7 +126,7 @@ impl FamilyRules {
         }
         self.listed.retain(|table, _| saved.is_unprintable(table));
         self.listed.extend(listed);
-        Ok(())
+        Ok(previous)
     }
 
     /// Whether the owner's chains have to jump to DOCKER-USER. They do if the chain exists, so that
@@ -132,9 +158,7 @@ impl FamilyRules {
         }
         let filter = self.listed.get("filter").into_iter().flatten();
         let asks_docker = filter.clone().any(|line| line.ends_with(saved::TO_DOCKER_USER));
-        let mut found = saved.of_owner(&ruleset.owner);
-        let unprintable = self.listed.iter().filter(|(table, _)| saved.is_unprintable(table));
-        found.extend(unprintable.map(|(table, lines)| (table.clone(), lines.clone())));
+        let found = self.found(&saved, &ruleset.owner);
         Ok(found == self.listed && self.asks_docker(&saved) == asks_docker)
     }
 
@@ -181,7 +205,7 @@ struct MissingIp6tables {
 }
 
 impl Backend for Iptables {
-    fn apply(&mut self, ruleset: &Ruleset) -> io::Result<()> {
+    fn apply(&mut self, ruleset: &Ruleset) -> io::Result<Previous> {
         let has_v6 = |zone: &&Zone| zone.subnets.iter().any(|subnet| subnet.addr().is_ipv6());
         if self.families.len() < 2
             && let Some(zone) = ruleset.zones.iter().find(has_v6)
@@ -189,15 +213,21 @@ impl Backend for Iptables {
             let bridge = zone.bridge.clone();
             return Err(io::Error::new(io::ErrorKind::Unsupported, MissingIp6tables { bridge }));
         }
+        let mut previous = Previous::Complete;
         let mut tried = 0;
         for rules_of_family in &mut self.families {
             tried += 1;
-            let Err(error) = rules_of_family.install(ruleset, self.in_force.as_ref()) else {
-                continue;
+            let error = match rules_of_family.install(ruleset, self.in_force.as_ref()) {
+                Ok(Previous::Complete) => continue,
+                Ok(Previous::Changed) => {
+                    previous = Previous::Changed;
+                    continue;
+                }
+                Err(error) => error,
             };
             for rules_of_family in self.families.iter_mut().take(tried) {
                 let back = match &self.in_force {
-                    Some(before) => rules_of_family.install(before, Some(before)),
+                    Some(before) => rules_of_family.install(before, Some(before)).map(drop),
                     None => rules_of_family.uninstall(&ruleset.owner),
                 };
                 if let Err(error) = back {
@@ -207,7 +237,7 @@ impl Backend for Iptables {
             return Err(error);
         }
         self.in_force = Some(ruleset.clone());
-        Ok(())
+        Ok(previous)
     }
 
     fn holds(&mut self, ruleset: &Ruleset) -> io::Result<bool> {

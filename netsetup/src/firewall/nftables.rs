@@ -5,7 +5,7 @@
 //! changing an element.
 
 use super::ruleset::{MAPPED, MASQUERADED, is_source_port};
-use super::{Backend, Opening, PortChange, Ruleset, Zone, link_scoped_prefixes};
+use super::{Backend, Opening, PortChange, Previous, Ruleset, Zone, link_scoped_prefixes};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use std::collections::BTreeSet;
 use std::io;
@@ -65,6 +65,16 @@ impl Nftables {
         Ok(same)
     }
 
+    /// Returns whether the tables are complete. Of the tables of a previous process, only their
+    /// existence is known.
+    fn previous(&mut self, owner: &str) -> io::Result<Previous> {
+        let complete = match self.fingerprints {
+            Some(_) => self.is_unmodified(owner)?,
+            None => self.read_fingerprints(owner)?[0].is_some(),
+        };
+        Ok(if complete { Previous::Complete } else { Previous::Changed })
+    }
+
     /// Records the fingerprints of the tables, which are known to be unmodified. Returns false if
     /// the ruleset was changed meanwhile.
     fn read_unmodified(&mut self, owner: &str) -> io::Result<bool> {
@@ -91,7 +101,8 @@ impl Nftables {
 }
 
 impl Backend for Nftables {
-    fn apply(&mut self, ruleset: &Ruleset) -> io::Result<()> {
+    fn apply(&mut self, ruleset: &Ruleset) -> io::Result<Previous> {
+        let previous = self.previous(&ruleset.owner)?;
         let replace = Change::Replace { table: table(ruleset), owned: self.owns };
         let part = Change::ReplacePart {
             part: user_table(ruleset),
@@ -109,10 +120,10 @@ impl Backend for Nftables {
             std::thread::sleep(BACKOFF * (1 + std::process::id() % 7) * attempt);
         }
         // After persistent interference, `holds` returns false, and the rules are applied again.
-        Ok(())
+        Ok(previous)
     }
 
-    fn change_ports(&mut self, ruleset: &Ruleset, change: &PortChange) -> io::Result<()> {
+    fn change_ports(&mut self, ruleset: &Ruleset, change: &PortChange) -> io::Result<Previous> {
         // Masquerade port ranges are part of rules, not of sets.
         let changes_source_ports =
             change.added.union(&change.removed).any(|port| is_source_port(&port.port));
@@ -156,7 +167,7 @@ impl Backend for Nftables {
             _ => true,
         });
         match self.commit_exclusively(&changes) {
-            Ok(true) => Ok(()),
+            Ok(true) => Ok(Previous::Complete),
             // Another program has changed the rules, or may have, so apply all of them again.
             Ok(false) | Err(_) => self.apply(ruleset),
         }

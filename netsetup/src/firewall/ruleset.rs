@@ -91,7 +91,7 @@ pub(super) fn is_source_port(port: &u16) -> bool {
 pub struct Zone {
     /// Name of the bridge.
     pub bridge: String,
-    /// Subnets, at most one per family. Host bits may be set.
+    /// The gateway addresses with the prefix lengths of their subnets, at most one per family.
     pub subnets: Vec<IpNet>,
     /// The network has no egress.
     pub internal: bool,

@@ -17,6 +17,15 @@ use std::fmt::Write;
 use std::net::IpAddr;
 use tidegate_model::{Protocol, registry};
 
+/// A connection that conntrack translates. A flow without NAT is not one of a container: tidegate
+/// translates all that pass a bridge.
+const ESTABLISHED_WITH_NAT: &str = "--ctstate RELATED,ESTABLISHED -m conntrack --ctstate SNAT,DNAT";
+/// A packet of a connection that was masqueraded.
+const REPLY_TO_EGRESS: &str = "--ctstate RELATED,ESTABLISHED -m conntrack --ctstate SNAT";
+
+/// Chain for ICMP errors about packets of no connection.
+const UNRELATED: &str = "ICMP";
+
 /// Maximum ports per rule (`XT_MULTI_PORTS`).
 const MAX_PORTS_PER_RULE: usize = 15;
 
@@ -181,21 +190,22 @@ impl Renderer<'_> {
         });
         let mut rules: Vec<_> = from.collect();
         if self.ruleset.gated {
-            rules.extend(self.unrelated_errors());
+            rules.push(self.unrelated_errors());
             let to = zones.iter().filter(|zone| !zone.internal).map(|Zone { bridge, .. }| {
-                rule(
-                    &format!("-o {bridge} -m conntrack --ctstate RELATED,ESTABLISHED,DNAT"),
-                    &mark(),
-                    "mark for the gate: established connections and published ports",
+                [("--ctstate DNAT", "published ports"), (REPLY_TO_EGRESS, "replies")].map(
+                    |(is, what)| {
+                        let matches = format!("-o {bridge} -m conntrack {is}");
+                        rule(&matches, &mark(), &format!("mark for the gate: {what}"))
+                    },
                 )
             });
-            rules.extend(to);
+            rules.extend(to.flatten());
             return self.marking(rules, "POSTROUTING");
         }
         for (zone, subnet) in self.subnets() {
             if !zone.internal {
                 rules.push(rule(
-                    &format!("-m conntrack --ctstate RELATED,ESTABLISHED --ctorigsrc {subnet} --ctdir REPLY"),
+                    &format!("-m conntrack {REPLY_TO_EGRESS} --ctorigsrc {subnet} --ctdir REPLY"),
                     &mark(),
                     "mark for policy rules: replies to containers",
                 ));
@@ -213,22 +223,25 @@ impl Renderer<'_> {
     /// that an error concerns, except for forged ones that the kernel rejects before: fragments
     /// that are never completed, and unknown options. A neighbour of the host, or a router in a
     /// container, could otherwise have the host send their payload to a container.
-    fn unrelated_errors(&self) -> Vec<String> {
+    ///
+    /// One rule selects the errors, so that the number of networks costs other packets nothing.
+    fn unrelated_errors(&self) -> String {
         let icmp = if self.family.is_v6() { "ipv6-icmp" } else { "icmp" };
-        let of = |zone: &Zone| {
-            let matches = format!("-o {} -p {icmp} -m conntrack --ctstate INVALID", zone.bridge);
-            rule(&matches, "DROP", "ICMP error about a packet of no connection")
-        };
-        self.ruleset.zones.iter().map(of).collect()
+        let matches = format!("-p {icmp} -m conntrack --ctstate INVALID");
+        rule(&matches, &self.chain(UNRELATED), "ICMP error about a packet of no connection")
     }
 
     /// Builds the table in which `rules` set the mark. The chain is entered after all foreign rules
     /// in the built-in chain `from`, so that these neither see nor change the mark.
     fn marking(&self, rules: Vec<String>, from: &'static str) -> Table {
-        let mut chains = vec![(self.chain("MARK"), rules)];
+        let drops = self.ruleset.zones.iter().map(|Zone { bridge, .. }| {
+            rule(&format!("-o {bridge}"), "DROP", "ICMP error about a packet of no connection")
+        });
+        let mut chains =
+            vec![(self.chain(UNRELATED), drops.collect()), (self.chain("MARK"), rules)];
         let mut jumps = vec![(from, "MARK")];
         if from != "POSTROUTING" {
-            chains.push((self.chain("ERRORS"), self.unrelated_errors()));
+            chains.push((self.chain("ERRORS"), vec![self.unrelated_errors()]));
             jumps.push(("POSTROUTING", "ERRORS"));
         }
         let marks = |value: fn(u8) -> u32| -> Vec<String> {
@@ -295,9 +308,9 @@ impl Renderer<'_> {
         let mut to_network = to_users("forwarded to a container: user rules first");
         to_network.push(clamp());
         to_network.push(rule(
-            "-m conntrack --ctstate RELATED,ESTABLISHED",
+            &format!("-m conntrack {ESTABLISHED_WITH_NAT}"),
             "ACCEPT",
-            "established connections",
+            "established connections with NAT",
         ));
         to_network.push(rule("-m conntrack --ctstate INVALID", "DROP", "invalid connection state"));
         to_network.extend(zones.iter().map(|Zone { bridge, .. }| {
@@ -324,7 +337,7 @@ impl Renderer<'_> {
         let mut from_network = to_users("forwarded from a container: user rules first");
         from_network.push(clamp());
         from_network.push(rule(
-            "-m conntrack --ctstate RELATED,ESTABLISHED --ctdir REPLY",
+            &format!("-m conntrack {ESTABLISHED_WITH_NAT} --ctdir REPLY"),
             "ACCEPT",
             "replies of published ports",
         ));
@@ -425,6 +438,9 @@ impl Renderer<'_> {
                 "link-local destination: served by a userspace socket",
             ));
         }
+        translate.extend(self.subnets().map(|(_, subnet)| {
+            rule(&format!("-d {subnet}"), "RETURN", "gateway: served by a userspace socket")
+        }));
         let loopback = if self.family.is_v6() { "::1/128" } else { "127.0.0.0/8" };
         let asked = format!("! -d {loopback} -m addrtype --dst-type LOCAL");
         translate.push(rule(&asked, &self.chain("PORTS"), "destination is the host"));
@@ -448,13 +464,16 @@ impl Renderer<'_> {
             own.map(|link| rule(&format!("-o {link}"), "RETURN", "not egress")).collect();
         // Forwarded packets are matched by the pair of interfaces, regardless of their source; the
         // kernel provides the input interface here since Linux 5.7. Packets that a process of the
-        // host sends from a gateway address are matched by source.
-        masquerade.extend(self.subnets().filter(|(zone, _)| !zone.internal).flat_map(
-            |(zone, subnet)| {
-                [format!("-i {}", zone.bridge), format!("-s {subnet}")]
-                    .map(|matches| rule(&matches, &self.chain("EGRESS"), "masquerade"))
-            },
-        ));
+        // host sends from a gateway address are matched by source. Other sources of the subnet are
+        // not: if the rules of `raw` are missing, they could be forged.
+        for zone in zones.iter().filter(|zone| !zone.internal) {
+            for gateway in zone.subnets.iter().map(IpNet::addr).filter(|ip| self.is_of(*ip)) {
+                masquerade.extend(
+                    [format!("-i {}", zone.bridge), format!("-s {gateway}")]
+                        .map(|matches| rule(&matches, &self.chain("EGRESS"), "masquerade")),
+                );
+            }
+        }
         let chains = vec![
             (self.chain("PORTS"), ports),
             (self.chain("DNAT"), translate),
