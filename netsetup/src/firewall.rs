@@ -201,8 +201,9 @@ struct State {
     in_force: bool,
     /// The ruleset has changed since it was applied.
     stale: bool,
-    /// The subnets that the applied rules protect.
-    protected: BTreeSet<IpNet>,
+    /// The subnets that the applied rules protect. `None` if none were applied, or those of a
+    /// process that was killed, which protected the same ones.
+    protected: Option<BTreeSet<IpNet>>,
     held: Held,
     /// The link-local addresses of the endpoints on each network, in the order of the zones.
     link_local_members: Vec<BTreeSet<Ipv6Addr>>,
@@ -248,7 +249,7 @@ impl Firewall {
             ruleset,
             in_force: false,
             stale: false,
-            protected: BTreeSet::new(),
+            protected: None,
             held: Held::default(),
             link_local_members: Vec::new(),
         });
@@ -375,7 +376,6 @@ impl Firewall {
     pub fn adopt(&self) {
         let mut state = self.state();
         (state.in_force, state.stale) = (true, true);
-        state.protected = subnets_of(&state.ruleset).collect();
     }
 
     /// Sets the links of the host that forward for the networks only, and the bridges of other
@@ -561,18 +561,20 @@ impl Firewall {
             tracing::debug!(%error, "no start times of tracked flows");
         }
         let subnets: BTreeSet<_> = subnets_of(ruleset).collect();
-        let added: Vec<_> = subnets.difference(protected).copied().collect();
-        // Flows that began before the rules were in force.
-        let ended = if *in_force {
-            self.host.with(|| delete_flows(&added, &BTreeSet::new()))?
-        } else {
-            self.host.with(|| delete_flows(&added, &ruleset.ports))?
+        let added: Vec<_> = match protected {
+            Some(protected) => subnets.difference(protected).copied().collect(),
+            None if *in_force => Vec::new(),
+            None => subnets.iter().copied().collect(),
         };
+        // Flows that began before the rules were in force.
+        let none = BTreeSet::new();
+        let ports = if *in_force { &none } else { &ruleset.ports };
+        let ended = self.host.with(|| delete_flows(&added, ports))?;
+        *protected = Some(subnets);
         if *in_force {
             self.end_unprotected_flows(&mut state, previous);
         }
         ended?;
-        state.protected = subnets;
         state.held = Held::at(SystemTime::now());
         (state.in_force, state.stale) = (true, false);
         Ok(())
@@ -586,7 +588,8 @@ impl Firewall {
         if previous == Previous::Complete {
             return;
         }
-        let inside = |address: &IpAddr| state.protected.iter().any(|net| net.contains(address));
+        let protected: Vec<_> = state.protected.iter().flatten().copied().collect();
+        let inside = |address: &IpAddr| protected.iter().any(|net| net.contains(address));
         let until = state.held.until;
         let is_one = |entry: &Entry<'_>| {
             let is_earlier = until.zip(entry.began()).is_some_and(|(until, began)| began < until);
