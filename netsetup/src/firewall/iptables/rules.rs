@@ -17,11 +17,14 @@ use std::fmt::Write;
 use std::net::IpAddr;
 use tidegate_model::{Protocol, registry};
 
-/// A connection that conntrack translates. A flow without NAT is not one of a container: tidegate
-/// translates all that pass a bridge.
-const ESTABLISHED_WITH_NAT: &str = "--ctstate RELATED,ESTABLISHED -m conntrack --ctstate SNAT,DNAT";
-/// A packet of a connection that was masqueraded.
-const REPLY_TO_EGRESS: &str = "--ctstate RELATED,ESTABLISHED -m conntrack --ctstate SNAT";
+/// A packet of an established connection that conntrack translates. A flow without NAT is not one
+/// of a container: tidegate translates all that pass a bridge. One match tests both, because each
+/// takes time for every packet; `SEEN_REPLY` is what makes a connection established.
+const ESTABLISHED_WITH_NAT: &str = "--ctstate SNAT,DNAT --ctstatus SEEN_REPLY";
+/// A reply of a connection that conntrack translates.
+const REPLY_WITH_NAT: &str = "--ctstate SNAT,DNAT --ctdir REPLY";
+/// A reply of a connection that was masqueraded.
+const REPLY_TO_EGRESS: &str = "--ctstate SNAT --ctdir REPLY";
 
 /// Chain for ICMP errors about packets of no connection.
 const UNRELATED: &str = "ICMP";
@@ -205,7 +208,7 @@ impl Renderer<'_> {
         for (zone, subnet) in self.subnets() {
             if !zone.internal {
                 rules.push(rule(
-                    &format!("-m conntrack {REPLY_TO_EGRESS} --ctorigsrc {subnet} --ctdir REPLY"),
+                    &format!("-m conntrack {REPLY_TO_EGRESS} --ctorigsrc {subnet}"),
                     &mark(),
                     "mark for policy rules: replies to containers",
                 ));
@@ -337,7 +340,7 @@ impl Renderer<'_> {
         let mut from_network = to_users("forwarded from a container: user rules first");
         from_network.push(clamp());
         from_network.push(rule(
-            &format!("-m conntrack {ESTABLISHED_WITH_NAT} --ctdir REPLY"),
+            &format!("-m conntrack {REPLY_WITH_NAT}"),
             "ACCEPT",
             "replies of published ports",
         ));
