@@ -17,15 +17,19 @@
 
 mod events;
 mod json_lines;
+mod long_running;
 mod problem;
 mod projects;
+mod projects_view;
+mod request;
 mod reserve;
 mod routes;
 mod server;
+mod service;
 mod view;
 
 pub(crate) use problem::{Problem, blocking};
-pub(crate) use projects::{ProjectOrder, ProjectsView, Supervised};
+pub(crate) use projects_view::{ProjectOrder, ProjectsView, Supervised};
 pub(crate) use reserve::{Reserved, label_of, reserve_port};
 pub(crate) use server::{MAX_CLIENTS, Server};
 pub(crate) use view::{Adopted, Order, View, snapshot};

@@ -69,6 +69,7 @@ pub mod keeper;
 mod launch;
 mod lines;
 mod log;
+mod milliseconds;
 mod nsswitch;
 mod order;
 mod output;
@@ -253,7 +254,7 @@ pub struct Status {
     pub restarts: u32,
     /// Time of the last change of `state`. With a resolution of 1 ms if the service runs in a
     /// supervisor process.
-    #[serde(with = "wire::milliseconds")]
+    #[serde(with = "milliseconds")]
     pub since: SystemTime,
 }
 

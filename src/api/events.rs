@@ -4,9 +4,9 @@
 //! events, each from an older to the current state, and takes no memory.
 
 use super::json_lines::json_lines;
+use super::long_running::LongRunning;
 use super::problem::Problem;
-use super::projects::ProjectsView;
-use super::server::LongRunning;
+use super::projects_view::ProjectsView;
 use super::view::View;
 use axum::Extension;
 use axum::extract::{Query, State};

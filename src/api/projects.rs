@@ -1,28 +1,27 @@
 //! Projects in the background: their routes, and orders to the task that runs them.
 
 use super::json_lines::json_lines;
+use super::long_running::LongRunning;
 use super::problem::{Problem, blocking};
+use super::projects_view::{ProjectOrder, ProjectsView};
+use super::request::{Body, Named, attachment, json, network_spec, parse_name, send, text};
 use super::reserve::{Reserved, reserve_specs};
-use super::routes::{Body, Named, attachment, json, network_spec, parse_name, send, text};
-use super::server::LongRunning;
-use super::view::{View, service_of};
+use super::view::View;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::Response;
 use axum::{Extension, Json};
 use futures_util::stream::unfold;
 use serde::Deserialize;
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_api::types::{
-    self, ErrorBody, LogLine, NewProject, NewService, OutputStream, Project, RestartPolicy,
+    ErrorBody, LogLine, NewProject, NewService, OutputStream, Project, RestartPolicy,
 };
 use tidegate_control::{self as control, AttachSpec, Name, ProjectSpec, Refusal};
 use tidegate_model::Restart;
-use tidegate_services::LogStream;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::mpsc;
 
 /// Maximum size of the body of a new project, in bytes.
 pub(super) const MAX_PROJECT: usize = 4 << 20;
@@ -30,110 +29,10 @@ pub(super) const MAX_PROJECT: usize = 4 << 20;
 /// Lines of logs that are sent if the request does not name a number.
 const TAIL: usize = 1_000;
 
-/// An order to the task that runs projects.
-#[derive(Debug)]
-pub(crate) enum ProjectOrder {
-    /// Create the project and start its services.
-    Up {
-        /// The project. Endpoints of services with a command have an empty path of their namespace.
-        spec: ProjectSpec,
-        /// The sockets of its ports.
-        reserved: Reserved,
-        /// Receives the result.
-        done: oneshot::Sender<Result<(), Problem>>,
-    },
-    /// Stop the services of the project and remove it.
-    Down {
-        /// The project.
-        project: Name,
-        /// Receives the result.
-        done: oneshot::Sender<Result<(), Problem>>,
-    },
-    /// Read the output of its services.
-    Logs {
-        /// The project.
-        project: Name,
-        /// Only this service.
-        service: Option<String>,
-        /// Number of lines that were written before.
-        tail: usize,
-        /// Also lines that are written from now on.
-        follow: bool,
-        /// Receives the result.
-        done: oneshot::Sender<Result<LogStream, Problem>>,
-    },
-}
-
-/// The running services of a project.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Supervised {
-    /// Process ID of the supervisor process.
-    pub(crate) pid: u32,
-    /// The services of the project.
-    pub(crate) statuses: Vec<tidegate_services::Status>,
-}
-
-/// The projects of a daemon.
-pub(crate) struct ProjectsView {
-    /// The state of the daemon.
-    pub(crate) state: watch::Receiver<Arc<control::State>>,
-    /// The running services of each project.
-    pub(crate) supervised: watch::Receiver<Arc<BTreeMap<Name, Supervised>>>,
-    /// The channel to the task that runs projects.
-    pub(crate) orders: mpsc::Sender<ProjectOrder>,
-}
-
-impl ProjectsView {
-    /// Returns the service whose endpoint is `name`, if it has a command.
-    pub(super) fn service(&self, name: &str) -> Option<types::Service> {
-        let name: Name = name.parse().ok()?;
-        let project = name.project_name()?;
-        let supervised = self.supervised.borrow();
-        let status = supervised.get(&project)?.statuses.iter().find(|one| one.name == name.name());
-        Some(types::Service { name: name.to_string(), ..service_of(status?) })
-    }
-
-    /// Whether a project runs a command in the endpoint `name`.
-    pub(super) fn runs(&self, name: &str) -> bool {
-        let Ok(name) = name.parse::<Name>() else { return false };
-        let Some(project) = name.project_name() else { return false };
-        let state = self.state.borrow();
-        let project = state.projects().get(&project);
-        project.is_some_and(|one| one.services.iter().any(|service| service.name == name.name()))
-    }
-
-    /// Returns the names of all projects.
-    pub(super) fn names(&self) -> Vec<String> {
-        self.state.borrow().projects().keys().map(Name::to_string).collect()
-    }
-
-    fn all(&self, view: &View) -> Vec<Project> {
-        let state = Arc::clone(&self.state.borrow());
-        let supervised = Arc::clone(&self.supervised.borrow());
-        let services = view.status().services;
-        let project = |project: &control::Project| {
-            let is_part = |name: &&Name| name.is_part_of(&project.name);
-            let prefix = format!("{}/", project.name);
-            Project {
-                name: project.name.to_string(),
-                compose_file: project.file.as_ref().map(|file| file.display().to_string()),
-                supervisor: supervised.get(&project.name).map(|one| one.pid),
-                networks: state.networks().keys().filter(is_part).map(Name::to_string).collect(),
-                services: services
-                    .iter()
-                    .filter(|service| service.name.starts_with(&prefix))
-                    .cloned()
-                    .collect(),
-            }
-        };
-        state.projects().values().map(|one| project(one)).collect()
-    }
-}
-
 /// All projects in the background
 #[utoipa::path(get, path = "/v1/projects", responses((status = 200, body = Vec<Project>)))]
 pub(super) async fn projects(State(view): State<Arc<View>>) -> Json<Vec<Project>> {
-    Json(view.projects.as_ref().map(|projects| projects.all(&view)).unwrap_or_default())
+    Json(view.projects.as_ref().map(|projects| all(projects, &view)).unwrap_or_default())
 }
 
 /// One project
@@ -277,8 +176,30 @@ fn line_of(line: tidegate_services::LogLine) -> LogLine {
     }
 }
 
+fn all(projects: &ProjectsView, view: &View) -> Vec<Project> {
+    let state = Arc::clone(&projects.state.borrow());
+    let supervised = Arc::clone(&projects.supervised.borrow());
+    let services = view.status().services;
+    let project = |project: &control::Project| {
+        let is_part = |name: &&Name| name.is_part_of(&project.name);
+        let prefix = format!("{}/", project.name);
+        Project {
+            name: project.name.to_string(),
+            compose_file: project.file.as_ref().map(|file| file.display().to_string()),
+            supervisor: supervised.get(&project.name).map(|one| one.pid),
+            networks: state.networks().keys().filter(is_part).map(Name::to_string).collect(),
+            services: services
+                .iter()
+                .filter(|service| service.name.starts_with(&prefix))
+                .cloned()
+                .collect(),
+        }
+    };
+    state.projects().values().map(|one| project(one)).collect()
+}
+
 fn find(view: &View, name: &str) -> Result<Project, Problem> {
-    let all = view.projects.as_ref().map(|projects| projects.all(view)).unwrap_or_default();
+    let all = view.projects.as_ref().map(|projects| all(projects, view)).unwrap_or_default();
     let found = all.into_iter().find(|project| project.name == name);
     found.ok_or_else(|| Problem::not_found(&format!("there is no project {name:?}")))
 }

@@ -3,30 +3,26 @@
 use super::events;
 use super::problem::{Problem, blocking};
 use super::projects;
+use super::request::{
+    Body, MAX_BODY, Named, attachment, json, network_spec, parse_name, send, text,
+};
 use super::reserve::{Reserved, label_of, parse_spec, reserve_specs};
 use super::view::{Order, View, port_of};
-use axum::body::Bytes;
-use axum::extract::rejection::{BytesRejection, PathRejection};
-use axum::extract::{DefaultBodyLimit, Path, State};
+use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{StatusCode, Uri};
 use axum::routing::{delete, get, put};
 use axum::{Json, Router};
-use serde::de::DeserializeOwned;
 use std::path::PathBuf;
 use std::sync::Arc;
 use tidegate_api::types::{
-    Endpoint, ErrorBody, Figures, Network, NewAttachment, NewEndpoint, NewNamespace, NewNetwork,
-    NewPorts, Port, Status,
+    Endpoint, ErrorBody, Figures, Network, NewEndpoint, NewNamespace, NewNetwork, NewPorts, Port,
+    Status,
 };
-use tidegate_control::{AttachSpec, Command, Name, NetworkAttachment, NetworkSpec, PublishedPort};
+use tidegate_control::{AttachSpec, Command, PublishedPort};
 use tidegate_model::PublishLabel;
 use tidegate_publish::bind::runs;
 use tidegate_publish::publisher::{PortId, PublishError};
-use tokio::sync::{mpsc, oneshot};
 use utoipa::OpenApi;
-
-/// Maximum size of a request body in bytes, about a hundred times the size of a valid one.
-const MAX_BODY: usize = 64 << 10;
 
 /// The OpenAPI document.
 #[derive(OpenApi)]
@@ -63,8 +59,6 @@ const MAX_BODY: usize = 64 << 10;
 struct Document;
 
 type Response<T> = Result<Json<T>, Problem>;
-pub(super) type Named = Result<Path<String>, PathRejection>;
-pub(super) type Body = Result<Bytes, BytesRejection>;
 
 /// All routes, over `view`.
 pub(super) fn router(view: Arc<View>) -> Router {
@@ -388,41 +382,6 @@ async fn order(view: &View, command: Command, reserved: Reserved) -> Result<(), 
     send(&view.orders, |done| Order::Command { command, reserved, done }).await
 }
 
-/// Sends an order to the task that executes it, and waits for its result.
-pub(super) async fn send<O, T>(
-    orders: &mpsc::Sender<O>,
-    order: impl FnOnce(oneshot::Sender<Result<T, Problem>>) -> O,
-) -> Result<T, Problem> {
-    let (done, is_done) = oneshot::channel();
-    let closed = || Problem::from(PublishError::Closed);
-    orders.send(order(done)).await.map_err(|_| closed())?;
-    is_done.await.map_err(|_| closed())?
-}
-
-pub(super) fn parse_name(name: &str) -> Result<Name, Problem> {
-    Name::new(None, name).map_err(|_| {
-        Problem::bad_request(&format!(
-            "invalid name {name:?}: use 1 to 63 letters, digits, dots, hyphens and underscores, with a letter or digit first"
-        ))
-    })
-}
-
-pub(super) fn network_spec(new: NewNetwork) -> Result<NetworkSpec, Problem> {
-    let subnets: Vec<_> = new.subnets.iter().map(|one| (one.subnet, one.gateway)).collect();
-    let has_v6 = subnets.iter().any(|(subnet, _)| subnet.addr().is_ipv6());
-    Ok(NetworkSpec {
-        subnets,
-        ipv6: new.ipv6 || has_v6,
-        internal: new.internal,
-        inter_container: !new.isolated,
-        mtu: new.mtu,
-        bridge: new.bridge,
-        dns: new.dns,
-        names_at_gateway: new.dns_at_gateway,
-        ..NetworkSpec::new(parse_name(&new.name)?)
-    })
-}
-
 fn attach_spec(new: NewEndpoint, ports: Vec<PublishedPort>) -> Result<AttachSpec, Problem> {
     Ok(AttachSpec {
         name: parse_name(&new.name)?,
@@ -431,15 +390,6 @@ fn attach_spec(new: NewEndpoint, ports: Vec<PublishedPort>) -> Result<AttachSpec
         hostname: new.hostname,
         dns: Vec::new(),
         ports,
-    })
-}
-
-pub(super) fn attachment(new: &NewAttachment) -> Result<NetworkAttachment, Problem> {
-    Ok(NetworkAttachment {
-        addresses: new.addresses.clone(),
-        aliases: new.aliases.clone(),
-        any_source: new.any_source,
-        ..NetworkAttachment::new(parse_name(&new.network)?)
     })
 }
 
@@ -460,38 +410,9 @@ fn find_endpoint(view: &View, name: String) -> Response<Endpoint> {
     found.map(Json).ok_or_else(|| PublishError::NoEndpoint(name).into())
 }
 
-/// The name in the path.
-pub(super) fn text(name: Named) -> Result<String, Problem> {
-    name.map(|Path(name)| name)
-        .map_err(|rejection| Problem::of(rejection.status(), &rejection.body_text()))
-}
-
-/// The body as JSON, regardless of its `Content-Type`; `curl -d` sends another type.
-pub(super) fn json<T: DeserializeOwned>(body: Body) -> Result<T, Problem> {
-    let body = body.map_err(|rejection| match rejection.status() {
-        StatusCode::PAYLOAD_TOO_LARGE => {
-            Problem::of(rejection.status(), &format!("request body exceeds {MAX_BODY} bytes"))
-        }
-        status => Problem::of(status, &rejection.body_text()),
-    })?;
-    serde_json::from_slice(&body)
-        .map_err(|error| Problem::bad_request(&format!("request body: {error}")))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_invalid_body_is_rejected_with_the_reason() {
-        let line =
-            |body: &str| json::<NewPorts>(Ok(Bytes::from(body.to_owned()))).unwrap_err().line;
-        assert!(line("").starts_with("request body: EOF"), "{}", line(""));
-        assert!(line(r#"{"endpoint":"web"}"#).contains("missing field `spec`"));
-        assert!(
-            line(r#"{"endpoint":"web","spec":"80","port":1}"#).contains("unknown field `port`")
-        );
-    }
 
     #[test]
     fn the_document_describes_every_route() {

@@ -1,6 +1,6 @@
 //! Accepts clients, with bounds on their number and time.
 
-use super::problem::Problem;
+use super::long_running::{LongRunning, MAX_LONG_RUNNING};
 use super::routes::router;
 use super::view::View;
 use hyper::Request;
@@ -9,11 +9,11 @@ use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 use tidegate_api::socket::{Socket, SocketPath};
 use tokio::net::UnixListener;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
@@ -21,8 +21,8 @@ use tokio::time::{sleep, timeout};
 /// commands and scripts of one user.
 pub(crate) const MAX_CLIENTS: usize = 32;
 
-/// Maximum number of clients without a limit of time.
-const MAX_LONG_RUNNING: usize = MAX_CLIENTS / 2;
+// Short requests are served beside those without a limit of time.
+const _: () = assert!(MAX_LONG_RUNNING <= MAX_CLIENTS / 2);
 
 /// The time for a client to send the head of its request.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
@@ -36,34 +36,6 @@ const MAX_HEAD: usize = 16 << 10;
 
 /// Maximum number of headers of a request.
 const MAX_HEADERS: usize = 64;
-
-/// Lifts the limit of time of a connection: services start or stop, or their logs are followed.
-#[derive(Clone, Debug)]
-pub(super) struct LongRunning {
-    places: Arc<Semaphore>,
-    place: Arc<OnceLock<OwnedSemaphorePermit>>,
-}
-
-impl LongRunning {
-    /// Lifts the limit.
-    ///
-    /// # Errors
-    /// [`MAX_LONG_RUNNING`] connections have no limit already.
-    pub(super) fn lift(&self) -> Result<(), Problem> {
-        let place = Arc::clone(&self.places).try_acquire_owned().map_err(|_| {
-            Problem::conflict(&format!(
-                "{MAX_LONG_RUNNING} clients follow logs, or wait for services; end one of them first"
-            ))
-        })?;
-        // Fails if it was lifted before.
-        let _ = self.place.set(place);
-        Ok(())
-    }
-
-    fn is_lifted(&self) -> bool {
-        self.place.get().is_some()
-    }
-}
 
 /// Serves clients until it is dropped.
 #[derive(Debug)]
@@ -118,7 +90,7 @@ async fn serve(listener: UnixListener, view: Arc<View>) {
             }
         };
         while clients.try_join_next().is_some() {}
-        let limit = LongRunning { places: Arc::clone(&long_running), place: Arc::default() };
+        let limit = LongRunning::of(&long_running);
         let (router, of_request) = (router.clone(), limit.clone());
         let service = service_fn(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(of_request.clone());

@@ -1,7 +1,7 @@
 //! `tidegate events`: changes of the running instances, as they happen.
 
 use super::event_loop;
-use super::network::checked;
+use super::object_name::checked;
 use super::ps::state;
 use clap::Args;
 use std::io::Write;

@@ -1,6 +1,7 @@
 //! The command line of `tidegate`.
 
 mod completion;
+mod compose_file;
 mod daemon;
 mod doctor;
 mod duration;
@@ -9,6 +10,7 @@ mod exec;
 mod hello;
 mod instance_options;
 mod network;
+mod object_name;
 mod output;
 mod project;
 mod ps;

@@ -1,5 +1,6 @@
 //! `tidegate network`, `attach` and `detach`: changes of a running daemon.
 
+use super::object_name::checked;
 use super::output::print;
 use super::ps::networks_table;
 use super::{UsageError, event_loop};
@@ -228,17 +229,6 @@ impl Detach {
     pub(super) fn run(&self) -> anyhow::Result<()> {
         wait(Client::new()?.delete(&format!("/v1/endpoints/{}", checked(&self.name)?)))
     }
-}
-
-/// Returns `name` if it can be part of a URL: all valid names can.
-pub(super) fn checked(name: &str) -> Result<&str, UsageError> {
-    let is_safe = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);
-    if name.is_empty() || !name.bytes().all(is_safe) {
-        return Err(UsageError(format!(
-            "{name:?} is not a name of a project, a network or an endpoint"
-        )));
-    }
-    Ok(name)
 }
 
 fn wait<T>(response: impl Future<Output = Result<T, ClientError>>) -> anyhow::Result<T> {

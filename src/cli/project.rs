@@ -1,9 +1,9 @@
 //! `tidegate up -d`, `down` and `logs`: projects in the background, which a daemon runs.
 
-use super::network::checked;
+use super::compose_file::compose_file;
+use super::object_name::checked;
 use super::output::{is_broken_pipe, print};
 use super::ps::services_table;
-use super::up::compose_file;
 use super::{UsageError, event_loop};
 use anyhow::{Context, bail};
 use clap::Args;

@@ -1,7 +1,7 @@
 //! `tidegate ps`: lists services, endpoints and networks of the running instance.
 
 use super::event_loop;
-use super::network::checked;
+use super::object_name::checked;
 use super::output::print;
 use crate::table::table;
 use clap::Args;

@@ -1,7 +1,7 @@
 //! `tidegate top`: live rates.
 
 use super::duration::timeout;
-use super::network::checked;
+use super::object_name::checked;
 use super::output::print;
 use super::{UsageError, event_loop};
 use crate::top::{Order, Rates, State, View, frame, screen};

@@ -1,6 +1,7 @@
 //! `tidegate up`: runs the networks and services of a Compose file in the foreground.
 
 use super::UsageError;
+use super::compose_file::compose_file;
 use super::duration::optional_timeout;
 use super::instance_options::InstanceOptions;
 use crate::instance::Source;
@@ -8,23 +9,6 @@ use crate::service_manager::ServiceManager;
 use clap::Args;
 use std::path::PathBuf;
 use std::time::Duration;
-
-/// The default file names of Compose, in order of precedence.
-const FILES: [&str; 4] =
-    ["compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml"];
-
-/// The Compose file `given`, or the one in this directory.
-///
-/// # Errors
-/// There is none.
-pub(super) fn compose_file(given: Option<&PathBuf>) -> Result<PathBuf, UsageError> {
-    if let Some(file) = given {
-        return Ok(file.clone());
-    }
-    FILES.iter().map(PathBuf::from).find(|file| file.exists()).ok_or_else(|| {
-        UsageError(format!("no {} in this directory; use -f FILE", FILES.join(", ")))
-    })
-}
 
 /// Bring up the networks and services of a Compose file, in the foreground or with -d in the daemon
 ///

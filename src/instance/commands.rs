@@ -13,7 +13,7 @@
 
 use super::endpoint_work::Progress;
 use super::initial::{host_id, random_bytes, targets_of};
-use super::names::{EndpointDns, NetworkDns};
+use super::stored::{addresses_of, endpoint_dns, is_of_a_process, network_dns};
 use super::{ENDPOINT_DESCRIPTORS, Instance, bridge_indexes, egress};
 use crate::api::{Problem, Reserved, blocking, label_of, reserve_port};
 use std::collections::BTreeSet;
@@ -549,11 +549,6 @@ fn inverse(change: &Change) -> Change {
     }
 }
 
-/// Whether `path` refers to a process, not to a container.
-pub(super) fn is_of_a_process(path: &Path) -> bool {
-    path.starts_with("/proc")
-}
-
 fn refused(refusal: &Refusal) -> Problem {
     match refusal {
         Refusal::UnknownNetwork(_)
@@ -588,22 +583,4 @@ fn setup_problem(error: SetupError) -> Problem {
         }
         error => Problem::failed(&error),
     }
-}
-
-pub(super) fn network_dns(network: &Network) -> NetworkDns {
-    NetworkDns { servers: network.dns.clone(), at_gateway: network.names_at_gateway }
-}
-
-pub(super) fn endpoint_dns(endpoint: &Endpoint) -> EndpointDns {
-    let aliases = endpoint.aliases.iter();
-    EndpointDns {
-        hostname: endpoint.hostname.clone(),
-        servers: endpoint.dns.clone(),
-        aliases: aliases.map(|(network, names)| (network.to_string(), names.clone())).collect(),
-    }
-}
-
-pub(super) fn addresses_of(endpoint: &Endpoint) -> Vec<IpAddr> {
-    let attachments = endpoint.setup.attachments.iter();
-    attachments.flat_map(|one| &one.addresses).map(ipnet::IpNet::addr).collect()
 }

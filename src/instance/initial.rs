@@ -1,9 +1,9 @@
 //! What an instance starts with: the networks and endpoints of a Compose project, or those that the
 //! store of a daemon has recorded.
 
-use super::commands::{addresses_of, endpoint_dns, is_of_a_process, network_dns};
 use super::layout::{Layout, Surroundings, layout};
 use super::names::{self, EndpointDns, NetworkDns};
+use super::stored::{addresses_of, endpoint_dns, is_of_a_process, network_dns};
 use crate::api::reserve_port;
 use anyhow::{Context, bail};
 use std::collections::{BTreeMap, BTreeSet};

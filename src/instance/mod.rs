@@ -28,6 +28,7 @@ mod projects;
 mod repair_schedule;
 mod routing;
 mod signals;
+mod stored;
 mod tracked_flows;
 
 use crate::api::{Adopted, MAX_CLIENTS, Order, ProjectsView, Server, View, blocking, snapshot};

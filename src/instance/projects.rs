@@ -12,7 +12,7 @@
 //! stopped. If a supervisor is killed, the kernel kills its services, and a new one starts them
 //! again.
 
-use super::commands::addresses_of;
+use super::stored::addresses_of;
 use super::{PROGRAM, names};
 use crate::api::{Order, Problem, ProjectOrder, Reserved, Supervised};
 use std::collections::{BTreeMap, BTreeSet};
