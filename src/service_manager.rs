@@ -84,6 +84,18 @@ impl ServiceManager {
         self.socket.take()
     }
 
+    /// Reports that the API answers.
+    pub(crate) fn notify_ready(&self) {
+        self.notify("READY=1\nSTATUS=Networks are up, and the API is served");
+    }
+
+    /// Reports the start of a reload, which [`Self::notify_ready`] ends.
+    pub(crate) fn notify_reloading(&self) {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        let now = now.tv_sec * 1_000_000 + now.tv_nsec / 1_000;
+        self.notify(&format!("RELOADING=1\nMONOTONIC_USEC={now}"));
+    }
+
     /// Sends `state`: lines of `NAME=VALUE` (sd_notify(3)). A failure is logged, and does not stop
     /// the daemon.
     pub(crate) fn notify(&self, state: &str) {

@@ -28,6 +28,7 @@ use super::routing::{
 use super::signals::Signals;
 use super::{Instance, Outside, bridge_indexes};
 use crate::api::{Order, Problem};
+use crate::service_manager::ServiceManager;
 use anyhow::Context;
 use std::collections::BTreeSet;
 use std::fs;
@@ -153,7 +154,11 @@ impl RuleChanges {
 impl Instance {
     /// Runs until all services have ended or a signal arrives. Returns whether every service ended
     /// successfully, or true after a signal.
-    pub(super) async fn supervise(&mut self, signals: &mut Signals) -> bool {
+    pub(super) async fn supervise(
+        &mut self,
+        signals: &mut Signals,
+        manager: &ServiceManager,
+    ) -> bool {
         let rules = match &self.chosen.firewall {
             Some(firewall) => RuleChanges::of(firewall).unwrap_or_else(|error| {
                 tracing::warn!(%error, "no notifications of firewall changes; rules are polled");
@@ -206,7 +211,12 @@ impl Instance {
                 progress = self.work.next() => self.note_progress(progress),
                 _ = silent.tick() => self.poll_silent_changes(&mut last_polled).await,
                 ended = self.up.supervisor.wait(), if has_services => return ended.success(),
-                () = signals.next() => return true,
+                ends = signals.any() => {
+                    if ends {
+                        return true;
+                    }
+                    self.check_everything(manager).await;
+                },
                 Some(order) = self.orders.recv() => self.execute(order).await,
                 Ok(()) = self.up.resolvers.changed() => {
                     let resolvers = Arc::clone(&self.up.resolvers.borrow_and_update());
@@ -353,10 +363,27 @@ impl Instance {
         }
     }
 
+    /// Checks the host and all endpoints at once, without waiting for a notification, and restores
+    /// missing objects. For an operator (`systemctl reload`).
+    async fn check_everything(&mut self, manager: &ServiceManager) {
+        manager.notify_reloading();
+        let endpoints = &self.up.layout.desired.endpoints;
+        let endpoints = endpoints.iter().map(|endpoint| endpoint.name.clone()).collect();
+        let restored = self.repair_at(true, endpoints).await;
+        self.poll_adopted().await;
+        tracing::info!(restored, "networks, endpoints and ports checked");
+        manager.notify_ready();
+    }
+
     /// Restores missing objects at the places that are due.
     async fn repair(&mut self) {
+        let (host, endpoints) = self.schedule.take(Instant::now());
+        self.repair_at(host, endpoints).await;
+    }
+
+    /// Restores missing objects on the host and of `endpoints`. Returns their number.
+    async fn repair_at(&mut self, host: bool, mut endpoints: BTreeSet<String>) -> usize {
         let begun = Instant::now();
-        let (host, mut endpoints) = self.schedule.take(begun);
         endpoints.retain(|name| self.is_in_use(name));
         if host {
             // Before the repair, so that access checks know which bridges are missing. They would
@@ -407,6 +434,7 @@ impl Instance {
             self.repairs.failed.increment(1);
             tracing::error!(endpoint, %error, "removed or changed by other software; not restored");
         }
+        repaired.restored.len()
     }
 
     /// Records the result of a check of `endpoint`.

@@ -530,7 +530,7 @@ impl Up {
         };
         instance.watch_endpoints();
         instance.up.log();
-        manager.notify("READY=1\nSTATUS=Networks are up, and the API is served");
+        manager.notify_ready();
         let announced = match &project {
             Some(_) => instance.up.announce(),
             None => instance.announce_daemon(),
@@ -539,7 +539,7 @@ impl Up {
             // The reader of standard output has closed it or does not read.
             tracing::debug!(%error, "standard output");
         }
-        let success = instance.supervise(&mut signals).await;
+        let success = instance.supervise(&mut signals, &manager).await;
         manager.notify("STOPPING=1\nSTATUS=Closing published ports");
         if project.is_none() {
             let networks_remain = !instance.owner.state().networks().is_empty();

@@ -1,10 +1,13 @@
-//! Signals that end an instance.
+//! Signals that end an instance, and the one that has it check everything.
 
 use std::io;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Signals that end the project.
-pub(super) struct Signals([Signal; 4]);
+/// Signals to this process.
+pub(super) struct Signals {
+    ends: [Signal; 4],
+    check: Signal,
+}
 
 impl Signals {
     /// SIGINT (Ctrl-C), SIGTERM, SIGHUP (terminal closed) and SIGQUIT (Ctrl-\).
@@ -18,11 +21,24 @@ impl Signals {
     /// Installs the handlers, which replace the default action (termination).
     pub(super) fn new() -> io::Result<Self> {
         let [interrupt, terminate, hangup, quit] = Self::KINDS.map(signal);
-        Ok(Self([interrupt?, terminate?, hangup?, quit?]))
+        let ends = [interrupt?, terminate?, hangup?, quit?];
+        Ok(Self { ends, check: signal(SignalKind::user_defined1())? })
     }
 
+    /// Waits for a signal. Returns whether it ends the instance; SIGUSR1 does not.
+    pub(super) async fn any(&mut self) -> bool {
+        tokio::select! {
+            () = Self::end(&mut self.ends) => true,
+            _ = self.check.recv() => false,
+        }
+    }
+
+    /// Waits for a signal that ends the instance.
     pub(super) async fn next(&mut self) {
-        let [interrupt, terminate, hangup, quit] = &mut self.0;
+        Self::end(&mut self.ends).await;
+    }
+
+    async fn end([interrupt, terminate, hangup, quit]: &mut [Signal; 4]) {
         tokio::select! {
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}

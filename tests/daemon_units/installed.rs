@@ -156,7 +156,7 @@ fn the_drop_in_for_projects_removes_all_restrictions() {
                 || directive.starts_with("State")
                 || directive.starts_with("Restart")
                 || directive.starts_with("Limit")
-                || ["Type", "ExecStart", "KillMode", "UMask"].contains(&directive);
+                || ["Type", "ExecStart", "ExecReload", "KillMode", "UMask"].contains(&directive);
             let removed = values(&drop_in, directive);
             assert_eq!(removed.len(), usize::from(!is_kept), "{directive}");
             let permissive = ["", "no", "~", "default", "inherit"];

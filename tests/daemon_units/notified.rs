@@ -42,6 +42,31 @@ fn the_manager_is_notified_once_the_api_answers_and_at_the_end() {
     assert_eq!(end.kind(), io::ErrorKind::WouldBlock, "no further notification");
 }
 
+/// `systemctl reload`: SIGUSR1, as `ExecReload=` sends it.
+#[test]
+fn a_reload_restores_what_is_missing_and_then_reports_ready() {
+    let host = Host::new();
+    let manager = manager(&host);
+    let mut command = host.daemon();
+    command.env("NOTIFY_SOCKET", host.path("notify")).env("TIDEGATE_LOG", "info");
+    let mut daemon = Process::spawn(&mut command);
+    assert_eq!(next(&manager)[0], "READY=1");
+    host.tidegate(&["network", "create", "front", "--subnet", "10.9.0.0/24"]);
+    let bridges = || host.net.ip(&["-o", "link", "show", "type", "bridge"]);
+    let listed = bridges();
+    let name = listed.split(": ").nth(1).unwrap();
+    // Without an address, the bridge stays, and the daemon is also notified of this.
+    host.net.ip(&["addr", "flush", "dev", name, "scope", "global"]);
+    daemon.signal(Signal::USR1);
+    let reloading = next(&manager);
+    assert_eq!(reloading[0], "RELOADING=1");
+    let time: u64 = reloading[1].strip_prefix("MONOTONIC_USEC=").unwrap().parse().unwrap();
+    assert!(time > 0);
+    assert_eq!(next(&manager)[0], "READY=1");
+    assert!(host.net.ip(&["-o", "addr", "show", "dev", name]).contains("10.9.0.1/24"));
+    daemon.wait_for_line("networks, endpoints and ports checked", SOON);
+}
+
 #[test]
 fn a_daemon_that_cannot_start_is_never_ready() {
     let host = Host::new();
