@@ -43,6 +43,7 @@ run: build
 test:
 	@scripts/test-deps
 	$(CARGO) test --locked --workspace --no-fail-fast
+	$(CARGO) test --locked -p tidegate-mesh --features etcd --no-fail-fast
 
 # Unit tests that need neither root nor namespaces. The skipped tests of netsetup, nat and netfilter
 # create namespaces or load BPF programs.
@@ -67,6 +68,10 @@ lint:
 	$(CARGO) fmt --all --check
 	scripts/check-columns
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	@if command -v protoc >/dev/null; then \
+	   $(CARGO) clippy --locked -p tidegate-mesh --features etcd --all-targets -- -D warnings; \
+	 elif [ -n "$$CI" ]; then echo "protoc is missing" >&2; exit 1; \
+	 else echo "note: protoc is not installed; the client of etcd was not checked"; fi
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" $(CARGO) doc --locked --workspace --no-deps --quiet
 	@if command -v cargo-deny >/dev/null; then $(CARGO) deny --locked check bans licenses sources; \
 	 elif [ -n "$$CI" ]; then echo "cargo-deny is missing" >&2; exit 1; \
