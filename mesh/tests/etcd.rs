@@ -107,13 +107,14 @@ fn calls_succeed_while_one_of_three_servers_is_down_or_does_not_answer() {
         // Stopped first, so that its connections are open. Any of them can be the leader.
         for (number, signal) in [(0, Signal::STOP), (0, Signal::CONT), (1, Signal::KILL)] {
             cluster.servers[number].signal(signal);
-            for value in 0..20 {
-                let begun = Instant::now();
+            let begun = Instant::now();
+            for value in 0..60 {
                 store.commit(put("key", &value.to_string())).await.unwrap().unwrap();
                 let (entries, _) = store.list("key").await.unwrap();
                 assert_eq!(entries[0].value, value.to_string().as_bytes(), "{signal:?}");
-                assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
             }
+            // An election, and one attempt in vain.
+            assert!(begun.elapsed() < Duration::from_secs(5), "{signal:?}: {:?}", begun.elapsed());
         }
     });
 }

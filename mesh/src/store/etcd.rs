@@ -1,8 +1,9 @@
 //! A store in a cluster of etcd servers.
 //!
-//! The client library balances calls over the servers, but repeats none: with one of three servers
-//! down, a fifth of the calls fail. Each call is therefore repeated here until it succeeds or its
-//! time is over. A server that accepts connections and does not answer is recognised by keep-alive
+//! Calls go to one server until it fails, then to the next, within the time of the call. The client
+//! library would balance them over all servers and repeat none: with one of three servers down, a
+//! fifth of the calls fail, and with one that accepts connections and does not answer, a third wait
+//! in vain. Such a server is recognised by the time of an attempt and, for watches, by keep-alive
 //! frames of HTTP/2.
 
 use super::{
@@ -14,7 +15,10 @@ use etcd_client::{
     Identity, KeyValue, PutOptions, TlsOptions, Txn, TxnOp, WatchOptions, WatchStream,
 };
 use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
+use tokio::sync::OnceCell;
 use tokio::time::{Instant, sleep, timeout};
 use tonic::Code;
 
@@ -65,14 +69,25 @@ impl fmt::Debug for EtcdOptions {
 
 /// A store in a cluster of etcd servers.
 #[derive(Clone)]
-pub struct Etcd {
-    client: Client,
-    servers: String,
+pub struct Etcd(Arc<Inner>);
+
+struct Inner {
+    servers: Vec<Server>,
+    options: ConnectOptions,
+    /// Index of the server that calls go to.
+    current: AtomicUsize,
+}
+
+struct Server {
+    url: String,
+    /// Connected by the first call. With a user, connecting includes a call.
+    client: OnceCell<Client>,
 }
 
 impl fmt::Debug for Etcd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Etcd").field("servers", &self.servers).finish_non_exhaustive()
+        let servers: Vec<_> = self.0.servers.iter().map(|server| &server.url).collect();
+        f.debug_struct("Etcd").field("servers", &servers).finish_non_exhaustive()
     }
 }
 
@@ -81,9 +96,12 @@ impl Etcd {
     ///
     /// # Errors
     /// [`StoreError::Unavailable`] if none answers in time, [`StoreError::Denied`] if the
-    /// credentials are rejected, [`StoreError::Invalid`] for invalid URLs or certificates.
+    /// credentials are rejected, [`StoreError::Invalid`] for invalid URLs or certificates, and if
+    /// no server is given.
     pub async fn connect(options: &EtcdOptions) -> Result<Self, StoreError> {
-        let servers = options.servers.join(", ");
+        if options.servers.is_empty() {
+            return Err(StoreError::Invalid("no URL of an etcd server".to_owned()));
+        }
         let mut connect = ConnectOptions::new()
             .with_keep_alive(KEEP_ALIVE, KEEP_ALIVE)
             .with_keep_alive_while_idle(true)
@@ -94,38 +112,23 @@ impl Etcd {
             connect = connect.with_user(name, password);
         }
         if let Some(tls) = &options.tls {
-            let mut config =
-                TlsOptions::new().ca_certificate(Certificate::from_pem(&tls.authorities));
+            let authorities = Certificate::from_pem(&tls.authorities);
+            let mut config = TlsOptions::new().ca_certificate(authorities);
             if let Some((certificate, key)) = &tls.identity {
                 config = config.identity(Identity::from_pem(certificate, key));
             }
             connect = connect.with_tls(config);
         }
-        let deadline = Instant::now() + CALL_TIMEOUT;
-        let unreachable = |reason: &str| {
-            StoreError::Unavailable(format!(
-                "no etcd server answers ({servers}): {reason}; check the URLs, and whether etcd runs"
-            ))
-        };
-        // With a user, connecting includes a call.
-        let client = loop {
-            let connecting = Client::connect(&options.servers, Some(connect.clone()));
-            match timeout(ATTEMPT_TIMEOUT, connecting).await {
-                Ok(Ok(client)) => break client,
-                Ok(Err(error)) => match failed(&error) {
-                    StoreError::Unavailable(_) if Instant::now() < deadline => {}
-                    StoreError::Unavailable(reason) => return Err(unreachable(&reason)),
-                    error => return Err(error),
-                },
-                Err(_) if Instant::now() < deadline => {}
-                Err(_) => return Err(unreachable("no response")),
-            }
-            sleep(PAUSE).await;
-        };
-        let store = Self { client, servers: servers.clone() };
+        let server = |url: &String| Server { url: url.clone(), client: OnceCell::new() };
+        let servers = options.servers.iter().map(server).collect();
+        let store =
+            Self(Arc::new(Inner { servers, options: connect, current: AtomicUsize::new(0) }));
         match store.list("\0").await {
             Ok(_) => Ok(store),
-            Err(StoreError::Unavailable(reason)) => Err(unreachable(&reason)),
+            Err(StoreError::Unavailable(reason)) => Err(StoreError::Unavailable(format!(
+                "no etcd server answers ({}): {reason}; check the URLs, and whether etcd runs",
+                options.servers.join(", ")
+            ))),
             Err(error) => Err(error),
         }
     }
@@ -135,17 +138,31 @@ impl Etcd {
         &self,
         attempt: impl Fn(Client) -> F,
     ) -> Result<T, StoreError> {
+        let Inner { servers, options, current } = &*self.0;
         let deadline = Instant::now() + CALL_TIMEOUT;
+        let mut tries = 0;
         loop {
-            let error = match timeout(ATTEMPT_TIMEOUT, attempt(self.client.clone())).await {
+            let number = current.load(Ordering::Relaxed);
+            let Server { url, client } = &servers[number];
+            let asked = async {
+                let connect = || Client::connect([url], Some(options.clone()));
+                attempt(client.get_or_try_init(connect).await?.clone()).await
+            };
+            let error = match timeout(ATTEMPT_TIMEOUT, asked).await {
                 Ok(Ok(result)) => return Ok(result),
                 Ok(Err(error)) => failed(&error),
-                Err(_) => StoreError::Unavailable(format!("{}: no response", self.servers)),
+                Err(_) => StoreError::Unavailable(format!("{url} does not answer")),
             };
             if !matches!(error, StoreError::Unavailable(_)) || Instant::now() >= deadline {
                 return Err(error);
             }
-            sleep(PAUSE).await;
+            // Another call may have moved on already.
+            let next = (number + 1) % servers.len();
+            let _ = current.compare_exchange(number, next, Ordering::Relaxed, Ordering::Relaxed);
+            tries += 1;
+            if tries % servers.len() == 0 {
+                sleep(PAUSE).await;
+            }
         }
     }
 }
