@@ -15,8 +15,8 @@
 //! ```
 //!
 //! A failed call leaves it unknown whether the server has executed it. Calls that only read can be
-//! repeated. A transaction can be repeated if its conditions reject the second execution: the caller
-//! then compares the stored value with its own ([`Transaction`]).
+//! repeated. A transaction can be repeated if its conditions reject the second execution: the
+//! caller then compares the stored value with its own ([`Transaction`]).
 //!
 //! | store | use |
 //! |---|---|
@@ -163,8 +163,8 @@ pub trait Watch: Send {
 
 /// The shared state of a cluster.
 pub trait ClusterStore: Send + Sync + fmt::Debug {
-    /// Lists the entries whose keys start with `prefix`, in the order of their keys, and returns the
-    /// revision at which they were read.
+    /// Lists the entries whose keys start with `prefix`, in the order of their keys, and returns
+    /// the revision at which they were read.
     fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, (Vec<Entry>, Revision)>;
 
     /// Executes `transaction`. Returns the new revision, or `None` if a condition does not hold.
