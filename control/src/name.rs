@@ -6,10 +6,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
-
-/// Maximum length of a part of a name, in bytes: a DNS label (RFC 1035, section 2.3.4), because the
-/// name of an endpoint is resolved.
-const MAX_LENGTH: usize = 63;
+use tidegate_model::validity::{OBJECT_NAME, is_object_name};
 
 /// The name of a network or an endpoint: `name`, or `project/name` for a part of a project.
 ///
@@ -25,7 +22,7 @@ pub struct Name {
 /// A text that is not a [`Name`], or not a part of one.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "invalid name {0:?}: use NAME or PROJECT/NAME, each of 1 to {MAX_LENGTH} letters, digits, \
+    "invalid name {0:?}: use NAME or PROJECT/NAME, each of 1 to {OBJECT_NAME} letters, digits, \
      dots, hyphens and underscores, with a letter or digit first"
 )]
 pub struct NameError(pub String);
@@ -65,13 +62,7 @@ impl Name {
 }
 
 fn part(text: &str) -> Result<Arc<str>, NameError> {
-    let follows = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
-    let first = text.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric());
-    if first && text.len() <= MAX_LENGTH && text.bytes().all(follows) {
-        Ok(text.into())
-    } else {
-        Err(NameError(text.to_owned()))
-    }
+    if is_object_name(text) { Ok(text.into()) } else { Err(NameError(text.to_owned())) }
 }
 
 impl fmt::Display for Name {

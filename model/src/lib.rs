@@ -22,7 +22,7 @@
 //! | [`Restart`] | restart policy of a service |
 //! | [`bracketed`], [`without_errno`] | addresses and kernel errors in messages |
 //! | [`Feature`] | kernel features that are optional, and their overrides |
-//! | [`validity`] | rules for subnets, addresses, and names of interfaces and hosts |
+//! | [`validity`] | rules for subnets, addresses, and names of interfaces, hosts and objects |
 //! | [`registry`] | identifiers that tidegate claims on the host, and the ranges of other software that it avoids |
 
 #![forbid(unsafe_code)]

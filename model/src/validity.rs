@@ -94,6 +94,20 @@ pub fn is_host_name(name: &str) -> bool {
     name.len() <= HOST_NAME && name.split('.').all(allowed)
 }
 
+/// Maximum length of the name of a network, an endpoint or a project, in bytes: that of a DNS label
+/// (RFC 1035, 2.3.4), because the name of an endpoint is resolved.
+pub const OBJECT_NAME: usize = 63;
+
+/// Returns whether `name` can name a network, an endpoint or a project: 1 to [`OBJECT_NAME`]
+/// letters, digits, dots, hyphens and underscores, with a letter or digit first.
+#[must_use]
+pub fn is_object_name(name: &str) -> bool {
+    let follows = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
+    name.len() <= OBJECT_NAME
+        && name.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric())
+        && name.bytes().all(follows)
+}
+
 /// Returns whether `alias` can be a DNS name of an endpoint. Underscores are permitted.
 #[must_use]
 pub fn is_alias(alias: &str) -> bool {

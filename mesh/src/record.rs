@@ -1,0 +1,238 @@
+//! The values of the cluster state, as JSON. Pure.
+//!
+//! Unknown fields are ignored, so that a newer host can add some.
+
+#![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
+
+use crate::key::Key;
+use crate::store::Entry;
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use std::net::IpAddr;
+use tidegate_model::MacAddress;
+
+/// A host of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Node {
+    /// The number that it has claimed.
+    pub index: u16,
+    /// Address at which other hosts reach its VXLAN endpoint (VTEP).
+    pub vtep: IpAddr,
+    /// Identifies the run of the host. Another boot has lost all state of the kernel.
+    pub boot: String,
+}
+
+/// An overlay network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Network {
+    /// The VNI that it has claimed.
+    pub vni: u32,
+    /// Subnets, each with the address of the gateway.
+    pub subnets: Vec<Subnet>,
+    /// The network has no egress.
+    #[serde(default)]
+    pub internal: bool,
+}
+
+/// A subnet of a network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Subnet {
+    /// The subnet.
+    pub subnet: IpNet,
+    /// Address of the gateway, the same on every host.
+    pub gateway: IpAddr,
+}
+
+/// The state of an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EndpointState {
+    /// It is being attached.
+    Starting,
+    /// It is reachable.
+    Ready,
+    /// It accepts no new connections.
+    Draining,
+}
+
+/// An endpoint on a network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// ID of its host.
+    pub node: String,
+    /// Distinguishes endpoints that have the same name one after another.
+    pub generation: u64,
+    /// Its addresses on the network.
+    pub addresses: Vec<IpAddr>,
+    /// Its MAC address on the network.
+    #[serde(with = "mac_address")]
+    pub mac: MacAddress,
+    /// Its state.
+    pub state: EndpointState,
+}
+
+/// The claim of an address.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Claim {
+    /// Used by the endpoint with this name.
+    Endpoint(String),
+    /// Released, and not to be used before this time, in seconds since the Unix epoch.
+    Quarantined(u64),
+}
+
+/// A key with its value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Record {
+    /// A host.
+    Node(String, Node),
+    /// The host that has claimed a number.
+    NodeIndex(u16, String),
+    /// A network.
+    Network(String, Network),
+    /// The network that has claimed a VNI.
+    Vni(u32, String),
+    /// An endpoint, with its network and name.
+    Endpoint(String, String, Endpoint),
+    /// The claim of an address of a network.
+    Address(String, IpAddr, Claim),
+}
+
+/// An entry that is not a record of this version.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("cluster state: {key}: {reason}")]
+pub struct RecordError {
+    /// The key.
+    pub key: String,
+    /// What is wrong.
+    pub reason: String,
+}
+
+impl TryFrom<&Entry> for Record {
+    type Error = RecordError;
+
+    fn try_from(entry: &Entry) -> Result<Self, RecordError> {
+        fn of<'a, T: Deserialize<'a>>(entry: &'a Entry) -> Result<T, RecordError> {
+            let error = |error: serde_json::Error| RecordError {
+                key: entry.key.clone(),
+                reason: error.to_string(),
+            };
+            serde_json::from_slice(&entry.value).map_err(error)
+        }
+        let key = entry.key.parse();
+        let key: Key = key.map_err(|error: crate::key::KeyError| RecordError {
+            key: entry.key.clone(),
+            reason: error.to_string(),
+        })?;
+        Ok(match key {
+            Key::Node(id) => Self::Node(id, of(entry)?),
+            Key::NodeIndex(number) => Self::NodeIndex(number, of(entry)?),
+            Key::Network(name) => Self::Network(name, of(entry)?),
+            Key::Vni(number) => Self::Vni(number, of(entry)?),
+            Key::Endpoint { network, name } => Self::Endpoint(network, name, of(entry)?),
+            Key::Address { network, address } => Self::Address(network, address, of(entry)?),
+        })
+    }
+}
+
+impl Record {
+    /// The key and the value, to be stored.
+    #[must_use]
+    pub fn encode(&self) -> (Key, Vec<u8>) {
+        fn value(value: &impl Serialize) -> Vec<u8> {
+            // Fails only for maps whose keys are not strings, and there are none.
+            serde_json::to_vec(value).unwrap_or_default()
+        }
+        match self {
+            Self::Node(id, node) => (Key::Node(id.clone()), value(node)),
+            Self::NodeIndex(number, id) => (Key::NodeIndex(*number), value(id)),
+            Self::Network(name, network) => (Key::Network(name.clone()), value(network)),
+            Self::Vni(number, name) => (Key::Vni(*number), value(name)),
+            Self::Endpoint(network, name, endpoint) => {
+                let key = Key::Endpoint { network: network.clone(), name: name.clone() };
+                (key, value(endpoint))
+            }
+            Self::Address(network, address, claim) => {
+                (Key::Address { network: network.clone(), address: *address }, value(claim))
+            }
+        }
+    }
+}
+
+/// A MAC address as text.
+mod mac_address {
+    use serde::{Deserialize, Deserializer, Serializer, de};
+    use tidegate_model::MacAddress;
+
+    pub(super) fn serialize<S: Serializer>(mac: &MacAddress, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(mac)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<MacAddress, D::Error> {
+        String::deserialize(from)?.parse().map_err(de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::Revision;
+
+    fn entry(key: &str, value: &str) -> Entry {
+        Entry { key: key.into(), value: value.into(), lease: None, modified: Revision(1) }
+    }
+
+    #[test]
+    fn records_are_read_as_they_were_written() {
+        let endpoint = Endpoint {
+            node: "host-a".into(),
+            generation: 7,
+            addresses: vec!["10.9.0.2".parse().unwrap(), "fd09::2".parse().unwrap()],
+            mac: MacAddress([2, 0, 10, 9, 0, 2]),
+            state: EndpointState::Ready,
+        };
+        let node = Node { index: 3, vtep: "192.0.2.1".parse().unwrap(), boot: "b".into() };
+        let subnet =
+            Subnet { subnet: "10.9.0.0/24".parse().unwrap(), gateway: "10.9.0.1".parse().unwrap() };
+        let network = Network { vni: 4097, subnets: vec![subnet], internal: true };
+        let address = "10.9.0.2".parse().unwrap();
+        for record in [
+            Record::Node("host-a".into(), node),
+            Record::NodeIndex(3, "host-a".into()),
+            Record::Network("front".into(), network),
+            Record::Vni(4097, "front".into()),
+            Record::Endpoint("front".into(), "web".into(), endpoint),
+            Record::Address("front".into(), address, Claim::Endpoint("web".into())),
+            Record::Address("front".into(), address, Claim::Quarantined(1_800_000_000)),
+        ] {
+            let (key, value) = record.encode();
+            let stored = entry(&key.to_string(), std::str::from_utf8(&value).unwrap());
+            assert_eq!(Record::try_from(&stored), Ok(record));
+        }
+    }
+
+    /// The format is that of the running hosts of a cluster.
+    #[test]
+    fn the_format_does_not_change() {
+        let stored = entry(
+            "/tidegate/1/endpoints/front/web",
+            r#"{"node":"a","generation":1,"addresses":["10.9.0.2"],"mac":"02:00:0a:09:00:02","state":"ready","new":[1]}"#,
+        );
+        let Ok(Record::Endpoint(network, name, endpoint)) = Record::try_from(&stored) else {
+            panic!("an endpoint");
+        };
+        assert_eq!((&*network, &*name, &*endpoint.node), ("front", "web", "a"));
+        assert_eq!(endpoint.mac, MacAddress([2, 0, 10, 9, 0, 2]));
+    }
+
+    #[test]
+    fn an_invalid_entry_is_named() {
+        let error = Record::try_from(&entry("/tidegate/1/nodes/a", "{}")).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "cluster state: /tidegate/1/nodes/a: missing field `index` at line 1 column 2"
+        );
+        let error = Record::try_from(&entry("/other", "{}")).unwrap_err();
+        assert!(error.to_string().contains("is not a key of the cluster state"), "{error}");
+    }
+}
