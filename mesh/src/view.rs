@@ -1,8 +1,8 @@
 //! The cluster as one host knows it. Pure.
 //!
-//! A view follows a watch. After a lost watch, or a compacted history, the entries are listed again,
-//! and the view is replaced. Readers compare two views and never see single events, so that both
-//! ways have the same result.
+//! A view follows a watch. After a lost watch, or a compacted history, the entries are listed
+//! again, and the view is replaced. Readers compare two views and never see single events, so that
+//! both ways have the same result.
 //!
 //! An entry that cannot be read is left out, and reported once for each of its versions: a newer or
 //! defective host must not stop the others.
