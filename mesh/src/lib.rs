@@ -1,5 +1,5 @@
-//! The mesh: networks that span hosts. Under construction: the cluster state, and the plan of an
-//! overlay network.
+//! The mesh: networks that span hosts. Under construction: the cluster state, and the devices of
+//! overlay networks.
 //!
 //! | module | contents |
 //! |---|---|
@@ -7,9 +7,11 @@
 //! | [`key`], [`record`] | its keys and values |
 //! | [`view`] | the cluster as one host knows it |
 //! | [`overlay`] | what a host has to program for an overlay network |
+//! | [`device`] | the VXLAN device of a network, and its entries in the kernel |
 
 #![forbid(unsafe_code)]
 
+pub mod device;
 pub mod key;
 pub mod overlay;
 pub mod record;

@@ -1,0 +1,263 @@
+//! The VXLAN device of an overlay network on this host, and its entries in the kernel.
+//!
+//! The device is a port of the bridge of the network, without learning and flooding, so the entries
+//! alone decide where a frame goes. Both forwarding databases need an entry for a remote MAC
+//! address: that of the device (`self`: the VTEP) and that of the bridge (`master`: the port). The
+//! bridge answers ARP and neighbour solicitations for remote addresses itself, from permanent
+//! neighbour entries (`neigh_suppress`).
+
+use crate::overlay::{Change, Entries, changes};
+use futures_util::TryStreamExt;
+use rtnetlink::packet_core::ErrorMessage;
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+};
+use rtnetlink::{Handle, LinkBridgePort, LinkUnspec, LinkVxlan};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use tidegate_model::MacAddress;
+use tidegate_netns::Namespace;
+use tokio::runtime::Handle as Runtime;
+use tokio::task::JoinHandle;
+
+/// UDP port of VXLAN (RFC 7348, 8.1).
+pub const PORT: u16 = 4789;
+
+/// Bytes that VXLAN adds to an IP packet: the outer IP and UDP headers, the VXLAN header and the
+/// inner Ethernet header.
+#[must_use]
+pub const fn overhead(vtep: &IpAddr) -> u32 {
+    match vtep {
+        IpAddr::V4(_) => 20 + 8 + 8 + 14,
+        IpAddr::V6(_) => 40 + 8 + 8 + 14,
+    }
+}
+
+/// A VXLAN device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceSpec {
+    /// Name of the device.
+    pub name: String,
+    /// Name of the bridge, which must exist.
+    pub bridge: String,
+    /// The VNI of the network.
+    pub vni: u32,
+    /// The VTEP of this host: the source of its VXLAN packets.
+    pub vtep: IpAddr,
+    /// Its MTU: at most that of the underlay, less the [`overhead`].
+    pub mtu: u32,
+}
+
+/// A VXLAN device that exists.
+#[derive(Debug)]
+pub struct Device {
+    handle: Handle,
+    task: JoinHandle<()>,
+    device: u32,
+    bridge: u32,
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Device {
+    /// Creates the device in `namespace`, and makes it a port of its bridge.
+    ///
+    /// # Errors
+    /// Errors of the kernel: `EEXIST` if the name is taken, or the VNI is in use by another device,
+    /// `ENODEV` if the bridge does not exist.
+    pub async fn create(namespace: &Namespace, spec: &DeviceSpec) -> io::Result<Self> {
+        let (handle, task) = connect(namespace)?;
+        let bridge = index(&handle, &spec.bridge).await?;
+        let link = LinkVxlan::new(&spec.name, spec.vni).port(PORT).learning(false).mtu(spec.mtu);
+        let link = match spec.vtep {
+            IpAddr::V4(vtep) => link.local(vtep),
+            IpAddr::V6(vtep) => link.local6(vtep),
+        };
+        handle.link().add(link.build()).execute().await.map_err(error)?;
+        let device = index(&handle, &spec.name).await?;
+        let created = Self { handle, task, device, bridge };
+        let joined = created.join_bridge().await;
+        if joined.is_err() {
+            let _ = created.remove().await;
+        }
+        joined.map(|()| created)
+    }
+
+    async fn join_bridge(&self) -> io::Result<()> {
+        let Self { handle, device, bridge, .. } = self;
+        let enslave = LinkUnspec::new_with_index(*device).controller(*bridge).build();
+        handle.link().set(enslave).execute().await.map_err(error)?;
+        let port = LinkBridgePort::new(*device)
+            .learning(false)
+            .flood(false)
+            .mcast_flood(false)
+            .bcast_flood(false)
+            .neigh_suppress(true)
+            .build();
+        handle.link().set_port(port).execute().await.map_err(error)?;
+        // Up last: it carries no frame before its port is configured.
+        let up = LinkUnspec::new_with_index(*device).up().build();
+        handle.link().set(up).execute().await.map_err(error)
+    }
+
+    /// Removes the device, with its entries. The neighbour entries of the bridge stay.
+    ///
+    /// # Errors
+    /// Errors of the kernel.
+    pub async fn remove(&self) -> io::Result<()> {
+        self.handle.link().del(self.device).execute().await.map_err(error)
+    }
+
+    /// Returns the entries that the kernel holds.
+    ///
+    /// # Errors
+    /// Errors of the kernel.
+    pub async fn entries(&self) -> io::Result<Entries> {
+        let mut entries = Entries::default();
+        let (mut vteps, mut ports) = (BTreeMap::new(), BTreeSet::new());
+        let mut found = self.neighbours(AddressFamily::Bridge);
+        while let Some(message) = found.try_next().await.map_err(error)? {
+            let Some(mac) = mac(&message).filter(|_| message.header.ifindex == self.device) else {
+                continue;
+            };
+            if message.header.flags.contains(NeighbourFlags::Own) {
+                vteps.extend(destination(&message).map(|vtep| (mac, vtep)));
+            } else if message.header.state == NeighbourState::Noarp {
+                ports.insert(mac);
+            }
+        }
+        for mac in ports.union(&vteps.keys().copied().collect()) {
+            // An incomplete pair is none of the desired ones, and is replaced.
+            let vtep = vteps.get(mac).filter(|_| ports.contains(mac)).copied();
+            entries.stations.insert(*mac, vtep.unwrap_or(Ipv4Addr::UNSPECIFIED.into()));
+        }
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut found = self.neighbours(family);
+            while let Some(message) = found.try_next().await.map_err(error)? {
+                let is_ours = message.header.ifindex == self.bridge
+                    && message.header.state == NeighbourState::Permanent;
+                if let (true, Some(mac), Some(address)) =
+                    (is_ours, mac(&message), destination(&message))
+                {
+                    entries.neighbours.insert(address, mac);
+                }
+            }
+        }
+        Ok(entries)
+    }
+
+    fn neighbours(
+        &self,
+        family: AddressFamily,
+    ) -> impl futures_util::TryStream<Ok = NeighbourMessage, Error = rtnetlink::Error> + Unpin {
+        let request = self.handle.neighbours().get().set_address_family(family);
+        Box::pin(request.execute())
+    }
+
+    /// Makes the entries of the kernel equal to `desired`. Returns the number of changes.
+    ///
+    /// # Errors
+    /// Errors of the kernel. The changes before the failed one are in force.
+    pub async fn reconcile(&self, desired: &Entries) -> io::Result<usize> {
+        let changes = changes(desired, &self.entries().await?);
+        for change in &changes {
+            self.execute(change).await?;
+        }
+        Ok(changes.len())
+    }
+
+    async fn execute(&self, change: &Change) -> io::Result<()> {
+        let neighbours = self.handle.neighbours();
+        match change {
+            Change::AddStation(mac, vtep) => {
+                let entry = neighbours.add_bridge(self.device, &mac.0).replace();
+                let entry = entry.destination(*vtep).state(NeighbourState::Permanent);
+                entry.flags(NeighbourFlags::Own).execute().await.map_err(error)?;
+                let entry = neighbours.add_bridge(self.device, &mac.0).replace();
+                let entry = entry.state(NeighbourState::Noarp);
+                entry.flags(NeighbourFlags::Controller).execute().await.map_err(error)
+            }
+            Change::RemoveStation(mac) => {
+                for flags in [NeighbourFlags::Controller, NeighbourFlags::Own] {
+                    let mut entry = neighbours.add_bridge(self.device, &mac.0).flags(flags);
+                    let entry = entry.message_mut().clone();
+                    accept_absent(neighbours.del(entry).execute().await.map_err(error))?;
+                }
+                Ok(())
+            }
+            Change::AddNeighbour(address, mac) => {
+                let entry = neighbours.add(self.bridge, *address).replace();
+                let entry = entry.state(NeighbourState::Permanent).link_layer_address(&mac.0);
+                entry.execute().await.map_err(error)
+            }
+            Change::RemoveNeighbour(address) => {
+                let mut entry = neighbours.add(self.bridge, *address);
+                let entry = entry.message_mut().clone();
+                accept_absent(neighbours.del(entry).execute().await.map_err(error))
+            }
+        }
+    }
+}
+
+/// Opens an rtnetlink socket in `namespace`, on the current runtime.
+fn connect(namespace: &Namespace) -> io::Result<(Handle, JoinHandle<()>)> {
+    // The socket is registered with the runtime, possibly from another thread.
+    let runtime = Runtime::current();
+    let open = || {
+        let _runtime = runtime.enter();
+        rtnetlink::new_connection()
+    };
+    let (connection, handle, _) = namespace.with(open)??;
+    Ok((handle, tokio::spawn(connection)))
+}
+
+async fn index(handle: &Handle, link: &str) -> io::Result<u32> {
+    let mut found = handle.link().get().match_name(link.to_owned()).execute();
+    let message = found.try_next().await.map_err(error)?;
+    message.map(|message| message.header.index).ok_or_else(|| io::ErrorKind::NotFound.into())
+}
+
+fn mac(message: &NeighbourMessage) -> Option<MacAddress> {
+    message.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::LinkLayerAddress(bytes) => {
+            bytes.as_slice().try_into().ok().map(MacAddress)
+        }
+        _ => None,
+    })
+}
+
+fn destination(message: &NeighbourMessage) -> Option<IpAddr> {
+    message.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => Some(IpAddr::V4(*ip)),
+        NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => Some(IpAddr::V6(*ip)),
+        // In entries of the family AF_BRIDGE.
+        NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => {
+            let v4 = || Some(IpAddr::from(<[u8; 4]>::try_from(bytes.as_slice()).ok()?));
+            let v6 = || Some(IpAddr::from(<[u8; 16]>::try_from(bytes.as_slice()).ok()?));
+            v4().or_else(v6)
+        }
+        _ => None,
+    })
+}
+
+fn accept_absent(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
+fn error(error: rtnetlink::Error) -> io::Error {
+    match error {
+        rtnetlink::Error::NetlinkError(ErrorMessage { code: Some(code), .. }) => {
+            io::Error::from_raw_os_error(code.get().abs())
+        }
+        error => io::Error::other(error),
+    }
+}

@@ -1,0 +1,228 @@
+//! Two and three hosts as namespaces, each with the bridge and the VXLAN device of a network.
+
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+use tidegate_mesh::device::{Device, DeviceSpec, overhead};
+use tidegate_mesh::overlay::Entries;
+use tidegate_model::MacAddress;
+use tidegate_testbed::Namespace;
+
+/// Hosts on one switch, with the underlay addresses 192.0.2.N and 2001:db8::N.
+struct Hosts {
+    _switch: Namespace,
+    hosts: Vec<Namespace>,
+}
+
+impl Hosts {
+    fn new(count: u8) -> Self {
+        let switch = Namespace::new();
+        switch.ip_all(
+            "link add br0 type bridge
+             link set br0 up",
+        );
+        let hosts = (1..=count).map(|number| {
+            let host = Namespace::new();
+            let port = format!("p{number}");
+            veth(&switch, &port, &host);
+            switch.ip_all(&format!(
+                "link set {port} master br0
+                 link set {port} up"
+            ));
+            host.ip_all(&format!(
+                "link set lo up
+                 addr add 192.0.2.{number}/24 dev eth0
+                 addr add 2001:db8::{number}/64 dev eth0 nodad
+                 link set eth0 up
+                 link add front type bridge mcast_snooping 0
+                 link set front up"
+            ));
+            host
+        });
+        Self { hosts: hosts.collect(), _switch: switch }
+    }
+
+    /// A container at host `number`, with the addresses 10.9.0.ID and fd09::ID.
+    fn container(&self, number: usize, id: u8) -> Namespace {
+        let (host, container) = (&self.hosts[number], Namespace::new());
+        let port = format!("c{id}");
+        veth(host, &port, &container);
+        host.ip_all(&format!(
+            "link set {port} master front
+             link set {port} up"
+        ));
+        container.ip_all(&format!(
+            "link set lo up
+             link set eth0 address {}
+             addr add 10.9.0.{id}/24 dev eth0
+             addr add fd09::{id}/64 dev eth0 nodad
+             link set eth0 up",
+            mac(id)
+        ));
+        container
+    }
+}
+
+/// A veth pair: `port` in `namespace`, and eth0 in `peer`.
+fn veth(namespace: &Namespace, port: &str, peer: &Namespace) {
+    let peer = peer.path();
+    let link = format!("link add {port} type veth peer name eth0 netns {}", peer.display());
+    namespace.ip_all(&link);
+}
+
+fn mac(id: u8) -> MacAddress {
+    MacAddress([2, 0, 10, 9, 0, id])
+}
+
+fn vtep(number: usize, v6: bool) -> IpAddr {
+    let text =
+        if v6 { format!("2001:db8::{}", number + 1) } else { format!("192.0.2.{}", number + 1) };
+    text.parse().unwrap()
+}
+
+fn entries(endpoints: &[(u8, IpAddr)]) -> Entries {
+    let mut entries = Entries::default();
+    for (id, vtep) in endpoints {
+        entries.stations.insert(mac(*id), *vtep);
+        for address in [format!("10.9.0.{id}"), format!("fd09::{id}")] {
+            entries.neighbours.insert(address.parse().unwrap(), mac(*id));
+        }
+    }
+    entries
+}
+
+fn spec(number: usize, vni: u32, v6: bool) -> DeviceSpec {
+    let vtep = vtep(number, v6);
+    DeviceSpec {
+        name: format!("vx{vni}"),
+        bridge: "front".into(),
+        vni,
+        mtu: 1500 - overhead(&vtep),
+        vtep,
+    }
+}
+
+async fn create(hosts: &Hosts, number: usize, vni: u32, v6: bool) -> Device {
+    let namespace = tidegate_netns::Namespace::from_path(&hosts.hosts[number].path()).unwrap();
+    Device::create(&namespace, &spec(number, vni, v6)).await.unwrap()
+}
+
+fn reaches(from: &Namespace, to: &str) -> bool {
+    let output = from.command("ping").args(["-c", "1", "-W", "1", to]).output().unwrap();
+    output.status.success()
+}
+
+fn run(test: impl Future<Output = ()>) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(test);
+}
+
+#[test]
+fn containers_on_two_hosts_reach_each_other_over_either_family() {
+    run(async {
+        for v6 in [false, true] {
+            let hosts = Hosts::new(2);
+            let (a, b) = (hosts.container(0, 7), hosts.container(1, 8));
+            let devices = [create(&hosts, 0, 4097, v6).await, create(&hosts, 1, 4097, v6).await];
+            assert!(!reaches(&a, "10.9.0.8"), "without entries");
+            devices[0].reconcile(&entries(&[(8, vtep(1, v6))])).await.unwrap();
+            devices[1].reconcile(&entries(&[(7, vtep(0, v6))])).await.unwrap();
+            assert!(reaches(&a, "10.9.0.8") && reaches(&b, "fd09::7"), "VTEP over IPv6: {v6}");
+            // The largest packet that fits, and one that is larger by a byte.
+            let largest = 1500 - overhead(&vtep(0, v6)) - 28;
+            let ping = |size: u32| {
+                let size = size.to_string();
+                let args = ["-c", "1", "-W", "1", "-M", "do", "-s", &size, "10.9.0.8"];
+                a.ip(&["link", "set", "eth0", "mtu", "1500"]);
+                a.command("ping").args(args).output().unwrap().status.success()
+            };
+            assert!(ping(largest), "{largest}");
+            assert!(!ping(largest + 1), "{largest}");
+        }
+    });
+}
+
+/// Whatever other software or a killed process has left.
+#[test]
+fn entries_are_reconciled_from_any_state_of_the_kernel() {
+    run(async {
+        let hosts = Hosts::new(1);
+        let device = create(&hosts, 0, 4097, false).await;
+        let desired = entries(&[(7, vtep(1, false)), (8, vtep(2, false))]);
+        assert_eq!(device.reconcile(&desired).await.unwrap(), 6);
+        assert_eq!(device.entries().await.unwrap(), desired);
+        assert_eq!(device.reconcile(&desired).await.unwrap(), 0);
+        hosts.hosts[0].ip(&["neigh", "del", "10.9.0.7", "dev", "front"]);
+        hosts.hosts[0].ip(&[
+            "neigh",
+            "add",
+            "10.9.0.99",
+            "lladdr",
+            "02:00:00:00:00:99",
+            "dev",
+            "front",
+        ]);
+        let bridge = |args: &[&str]| {
+            let output = hosts.hosts[0].command("bridge").args(args).output().unwrap();
+            assert!(output.status.success(), "{output:?}");
+        };
+        let (seven, eight) = (mac(7).to_string(), mac(8).to_string());
+        // Half of a pair is missing, another VTEP, and entries of nobody.
+        bridge(&["fdb", "del", &seven, "dev", "vx4097", "master"]);
+        bridge(&["fdb", "replace", &eight, "dev", "vx4097", "dst", "192.0.2.99", "self"]);
+        bridge(&["fdb", "add", "02:00:00:00:00:aa", "dev", "vx4097", "dst", "192.0.2.9", "self"]);
+        bridge(&["fdb", "add", "02:00:00:00:00:bb", "dev", "vx4097", "master", "static"]);
+        assert!(device.reconcile(&desired).await.unwrap() > 0);
+        assert_eq!(device.entries().await.unwrap(), desired);
+        assert_eq!(device.reconcile(&Entries::default()).await.unwrap(), 6);
+        assert_eq!(device.entries().await.unwrap(), Entries::default());
+    });
+}
+
+#[test]
+fn networks_with_the_same_addresses_are_isolated_by_their_vni() {
+    run(async {
+        let hosts = Hosts::new(2);
+        let (a, b) = (hosts.container(0, 7), hosts.container(1, 8));
+        let devices = [create(&hosts, 0, 4097, false).await, create(&hosts, 1, 4098, false).await];
+        devices[0].reconcile(&entries(&[(8, vtep(1, false))])).await.unwrap();
+        devices[1].reconcile(&entries(&[(7, vtep(0, false))])).await.unwrap();
+        assert!(!reaches(&a, "10.9.0.8") && !reaches(&b, "10.9.0.7"));
+    });
+}
+
+/// Prints the time for 1,000 endpoints of other hosts, 4,000 entries.
+#[test]
+fn a_thousand_endpoints_are_programmed() {
+    run(async {
+        let hosts = Hosts::new(1);
+        let device = create(&hosts, 0, 4097, false).await;
+        let mut desired = Entries::default();
+        for number in 0..1000_u16 {
+            let [high, low] = number.to_be_bytes();
+            let mac = MacAddress([2, 0, 10, 9, high, low]);
+            desired.stations.insert(mac, vtep(1, false));
+            desired.neighbours.insert([10, 9, high, low].into(), mac);
+        }
+        let begun = Instant::now();
+        assert_eq!(device.reconcile(&desired).await.unwrap(), 2000);
+        println!("1,000 endpoints programmed in {:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_secs(10));
+        assert!(device.entries().await.unwrap() == desired);
+    });
+}
+
+#[test]
+fn a_device_that_cannot_be_created_leaves_nothing() {
+    run(async {
+        let hosts = Hosts::new(1);
+        let namespace = tidegate_netns::Namespace::from_path(&hosts.hosts[0].path()).unwrap();
+        let absent = DeviceSpec { bridge: "absent".into(), ..spec(0, 4097, false) };
+        Device::create(&namespace, &absent).await.unwrap_err();
+        let _first = create(&hosts, 0, 4097, false).await;
+        let second = DeviceSpec { name: "vy".into(), ..spec(0, 4097, false) };
+        let error = Device::create(&namespace, &second).await.unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::AlreadyExists, "the VNI is in use");
+        let links = hosts.hosts[0].ip(&["-o", "link", "show", "type", "vxlan"]);
+        assert_eq!(links.lines().count(), 1, "{links}");
+    });
+}
