@@ -366,6 +366,17 @@ impl Expressions {
                 // SYN is 2, RST 4.
                 self.masked(&[2 | 4], EQUAL, &[2]);
             }
+            Match::Unfragmented => {
+                self.family(false);
+                self.payload(NETWORK, 6, 2, FIRST);
+                // More fragments, and the offset (RFC 791, 3.1).
+                self.masked(&[0x3f, 0xff], EQUAL, &[0, 0]);
+            }
+            Match::NextHeader(protocol) => {
+                self.family(true);
+                self.payload(NETWORK, 6, 1, FIRST);
+                self.compare(EQUAL, &[number_of(*protocol)]);
+            }
         }
     }
 

@@ -198,6 +198,10 @@ pub enum Match {
     NotIcmpv6,
     /// `tcp flags syn / syn,rst`: SYN or SYN-ACK.
     Syn,
+    /// `ip frag-off & 0x3fff 0`: an IPv4 packet that is not a fragment.
+    Unfragmented,
+    /// `ip6 nexthdr`: an IPv6 packet with this header after the IPv6 header.
+    NextHeader(Transport),
 }
 
 /// A packet field. Fields of one address family do not match packets of the other.

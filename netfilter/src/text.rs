@@ -123,6 +123,10 @@ impl Display for Match {
             Self::FromHost => f.write_str("iif 0"),
             Self::NotIcmpv6 => f.write_str("meta l4proto != ipv6-icmp"),
             Self::Syn => f.write_str("tcp flags syn / syn,rst"),
+            Self::Unfragmented => f.write_str("ip frag-off & 0x3fff 0"),
+            Self::NextHeader(protocol) => {
+                write!(f, "ip6 nexthdr {}", Value::Protocol(*protocol))
+            }
         }
     }
 }

@@ -933,3 +933,72 @@ fn forged_replies_reach_no_session_of_publish() {
         assert_eq!(receive().unwrap(), b"answer", "{source}: only the container's replies arrive");
     }
 }
+
+/// Part `range` of an IPv4 packet, whose identification is 77.
+fn fragment(packet: &[u8], range: std::ops::Range<usize>) -> Vec<u8> {
+    const HEADER: usize = 20;
+    let (head, payload) = packet.split_at(HEADER);
+    let mut head = head.to_vec();
+    let more = u16::from(range.end < payload.len()) << 13;
+    let offset = (range.start / 8) as u16;
+    head[2..4].copy_from_slice(&((HEADER + range.len()) as u16).to_be_bytes());
+    head[4..6].copy_from_slice(&77_u16.to_be_bytes());
+    head[6..8].copy_from_slice(&(more | offset).to_be_bytes());
+    head[10..12].fill(0);
+    let sum = checksum(&head);
+    head[10..12].copy_from_slice(&sum.to_be_bytes());
+    [&head, &payload[range]].concat()
+}
+
+/// Conntrack reassembles packets regardless of their interface. A neighbour of the host, and an
+/// endpoint on another network that may use any address, send the second part of a datagram of a
+/// container. iptables has no rule before the reassembly (docs/networks.md, known gaps).
+#[test]
+fn forged_fragments_are_not_mixed_into_datagrams_of_a_container() {
+    let scene = Scene::new();
+    let (container, router) = (Namespace::new(), Namespace::new());
+    let more = format!(
+        " }}\n  router: {{ x-netns: {}, networks: {{ away: {{ x-any-source: true }} }}",
+        router.path().display()
+    );
+    let _up = up(&scene, &file(&container, &more), &["--firewall=nftables"]);
+    let service = scene.net.host.run(|| UdpSocket::bind("10.77.1.1:6000")).unwrap();
+    let mac = |namespace: &Namespace| {
+        mac_of(link_layer_address(&namespace.ip(&["-o", "link", "show", "eth0"])))
+    };
+    let gateway_of = |namespace: &Namespace, gateway: &str| {
+        namespace.exec("ping", &["-c", "1", "-W", "5", gateway]);
+        let neighbours = namespace.ip(&["neigh", "show", gateway]);
+        mac_of(neighbours.split("lladdr ").nth(1).unwrap().split(' ').next().unwrap())
+    };
+    let own = LinkSocket::sender(&container, "eth0");
+    let own_macs = (gateway_of(&container, "10.77.1.1"), mac(&container));
+    let datagram = |text: &[u8; 24]| {
+        let source = ([10, 77, 1, 10].into(), 5000);
+        let mut packet = udp4(source, ([10, 77, 1, 1].into(), 6000), text);
+        // Without a checksum.
+        packet[26..28].fill(0);
+        packet
+    };
+    let honest = datagram(b"the honest second part..");
+    let forged = datagram(b"the honest forged part!!");
+    let attackers = [
+        (&scene.net.client, (mac(&scene.net.host), mac(&scene.net.client))),
+        (&router, (gateway_of(&router, "10.77.2.1"), mac(&router))),
+    ];
+    for (attacker, macs) in attackers {
+        let link = LinkSocket::sender(attacker, "eth0");
+        // The last part to arrive decides on which interface the datagram has been received.
+        link.send(&ethernet(macs.0, macs.1, 0x0800, &fragment(&forged, 16..32)));
+        thread::sleep(PAUSE / 3);
+        own.send(&ethernet(own_macs.0, own_macs.1, 0x0800, &fragment(&honest, 0..16)));
+        service.set_read_timeout(Some(PAUSE)).unwrap();
+        let mixed = service.recv(&mut [0; 64]);
+        assert!(mixed.is_err(), "{mixed:?}");
+        own.send(&ethernet(own_macs.0, own_macs.1, 0x0800, &fragment(&honest, 16..32)));
+        service.set_read_timeout(Some(SOON)).unwrap();
+        let mut buffer = [0; 64];
+        let length = service.recv(&mut buffer).unwrap();
+        assert_eq!(String::from_utf8_lossy(&buffer[..length]), "the honest second part..");
+    }
+}

@@ -288,6 +288,7 @@ pub(crate) fn table(ruleset: &Ruleset) -> Table {
         sent_by_host(ruleset),
         other_interfaces(ruleset),
         from_container(ruleset),
+        fragments(ruleset),
     ];
     chains.push(translate(ruleset));
     if !ruleset.gated {
@@ -609,6 +610,31 @@ fn from_container(ruleset: &Ruleset) -> Chain {
         rules.push(rule(broadcast, drop(), GATEWAY_ONLY));
     }
     Chain { name: "from-container".to_owned(), base: None, rules }
+}
+
+/// Drops fragments with a spoofed source before they are reassembled, which conntrack does at
+/// priority -400. Reassembly ignores the interface: a forged fragment would be mixed into a packet
+/// of a container, which then passes all checks.
+///
+/// Which IPv6 packets are fragments is only known after their extension headers, so all packets
+/// are checked that have any.
+fn fragments(ruleset: &Ruleset) -> Chain {
+    let mut rules = vec![rule(vec![Match::Unfragmented], accept(), "not a fragment")];
+    if families_of(ruleset).any(Family::is_v6) {
+        rules.extend(
+            [Transport::Tcp, Transport::Udp].map(|protocol| {
+                rule(vec![Match::NextHeader(protocol)], accept(), "not a fragment")
+            }),
+        );
+    }
+    rules.extend(families_of(ruleset).map(|family| {
+        let elsewhere = not_in([Key::InInterface, family.source], &family.set("own"));
+        stray(ruleset, family, family.source, vec![not_from_host(), elsewhere])
+    }));
+    if has_unverified(ruleset) {
+        rules.extend(families_of(ruleset).map(|family| spoofed_source(ruleset, family)));
+    }
+    base("fragments", Kind::Filter, Hook::Prerouting, FIRST, rules)
 }
 
 /// Verifies sources per packet, if port guards do not. Costs egress traffic one additional hook (1
