@@ -288,14 +288,13 @@ pub(crate) fn table(ruleset: &Ruleset) -> Table {
         sent_by_host(ruleset),
         other_interfaces(ruleset),
         from_container(ruleset),
-        fragments(ruleset),
     ];
     chains.push(translate(ruleset));
     if !ruleset.gated {
         chains.push(mark(ruleset));
     }
     if has_unverified(ruleset) {
-        chains.push(sources(ruleset));
+        chains.extend([sources(ruleset), fragments(ruleset)]);
     }
     if !ruleset.replies.is_empty() {
         chains.extend(reply_paths(ruleset));
@@ -616,6 +615,9 @@ fn from_container(ruleset: &Ruleset) -> Chain {
 /// priority -400. Reassembly ignores the interface: a forged fragment would be mixed into a packet
 /// of a container, which then passes all checks.
 ///
+/// The chain takes 2.7% of the throughput of a bulk transfer. Only networks whose sources no port
+/// guard verifies have it; elsewhere, only a neighbour of the host can send such fragments.
+///
 /// Which IPv6 packets are fragments is only known after their extension headers, so all packets
 /// are checked that have any.
 fn fragments(ruleset: &Ruleset) -> Chain {
@@ -631,9 +633,7 @@ fn fragments(ruleset: &Ruleset) -> Chain {
         let elsewhere = not_in([Key::InInterface, family.source], &family.set("own"));
         stray(ruleset, family, family.source, vec![not_from_host(), elsewhere])
     }));
-    if has_unverified(ruleset) {
-        rules.extend(families_of(ruleset).map(|family| spoofed_source(ruleset, family)));
-    }
+    rules.extend(families_of(ruleset).map(|family| spoofed_source(ruleset, family)));
     base("fragments", Kind::Filter, Hook::Prerouting, FIRST, rules)
 }
 
