@@ -18,11 +18,9 @@ use tokio::time::timeout;
 /// Timeout of a request.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Maximum size of a response in bytes, enough for the maximum number of ports.
+/// Maximum size of a response, and of a line of a sequence, in bytes: enough for the maximum number
+/// of ports.
 const MAX_ANSWER: usize = 128 << 20;
-
-/// Maximum length of a line of a sequence, in bytes.
-const MAX_LINE: usize = 1 << 20;
 
 /// Why a request has no usable response.
 #[derive(Debug, thiserror::Error)]
@@ -236,15 +234,17 @@ impl Client {
         let mut received = Vec::new();
         while let Some(frame) = body.frame().await {
             let frame = frame.map_err(|error| invalid(ResponseError::Http(error)))?;
+            let mut searched = received.len();
             received.extend_from_slice(frame.data_ref().map_or(&[][..], |data| data));
-            if received.len() > MAX_LINE {
+            if received.len() > MAX_ANSWER {
                 return Err(invalid(ResponseError::Body("a line is too long".into())).into());
             }
             if !status.is_success() {
                 continue;
             }
-            while let Some(end) = received.iter().position(|byte| *byte == b'\n') {
-                let line: Vec<u8> = received.drain(..=end).collect();
+            while let Some(end) = received[searched..].iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = received.drain(..=searched + end).collect();
+                searched = 0;
                 let value = serde_json::from_slice(&line);
                 each(value.map_err(|error| invalid(ResponseError::Json(error)))?)?;
             }

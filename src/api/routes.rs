@@ -1,6 +1,8 @@
 //! The routes of the API and their handlers.
 
 use super::events;
+use super::json_lines::json_lines;
+use super::long_running::LongRunning;
 use super::problem::{Problem, blocking};
 use super::projects;
 use super::request::{
@@ -8,12 +10,17 @@ use super::request::{
 };
 use super::reserve::{Reserved, label_of, parse_spec, reserve_specs};
 use super::view::{Order, View, port_of};
-use axum::extract::{DefaultBodyLimit, State};
+use axum::extract::{DefaultBodyLimit, Query, State};
 use axum::http::{StatusCode, Uri};
+use axum::response::IntoResponse;
 use axum::routing::{delete, get, put};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
+use futures_util::stream::unfold;
+use serde::Deserialize;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 use tidegate_api::types::{
     Endpoint, ErrorBody, Figures, Network, NewEndpoint, NewNamespace, NewNetwork, NewPorts, Port,
     Status,
@@ -23,6 +30,9 @@ use tidegate_model::PublishLabel;
 use tidegate_publish::bind::runs;
 use tidegate_publish::publisher::{PortId, PublishError};
 use utoipa::OpenApi;
+
+/// Pauses between the figures of a stream, in milliseconds.
+const INTERVALS: RangeInclusive<u32> = 100..=3_600_000;
 
 /// The OpenAPI document.
 #[derive(OpenApi)]
@@ -339,11 +349,55 @@ async fn remove_port(State(view): State<Arc<View>>, id: Named) -> Result<StatusC
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// The query of [`figures`].
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
+struct FiguresQuery {
+    /// Send the figures again and again, one JSON object per line, with this pause in milliseconds.
+    #[param(minimum = 100, maximum = 3_600_000)]
+    interval_ms: Option<u32>,
+}
+
 /// Counters and current values of ports, networks, the NAT engine and name servers
-#[utoipa::path(get, path = "/v1/figures", responses((status = 200, body = Figures)))]
-async fn figures(State(view): State<Arc<View>>) -> Response<Figures> {
+#[utoipa::path(
+    get,
+    path = "/v1/figures",
+    params(FiguresQuery),
+    responses(
+        (status = 200, body = Figures),
+        (status = 400, body = ErrorBody),
+        (status = 409, body = ErrorBody, description = "Too many clients follow figures, events or logs.")
+    )
+)]
+async fn figures(
+    State(view): State<Arc<View>>,
+    Extension(connection): Extension<LongRunning>,
+    Query(query): Query<FiguresQuery>,
+) -> Result<axum::response::Response, Problem> {
+    let Some(interval) = query.interval_ms else {
+        return read_figures(view).await.map(|figures| Json(figures).into_response());
+    };
+    if !INTERVALS.contains(&interval) {
+        let (least, most) = INTERVALS.into_inner();
+        return Err(Problem::bad_request(&format!(
+            "interval_ms={interval}: use {least} to {most} milliseconds"
+        )));
+    }
+    connection.lift()?;
+    let interval = Duration::from_millis(interval.into());
+    let stream = unfold((view, interval, false), async |(view, interval, follows)| {
+        if follows {
+            tokio::time::sleep(interval).await;
+        }
+        let figures = read_figures(Arc::clone(&view)).await.ok()?;
+        Some((vec![figures], (view, interval, true)))
+    });
+    Ok(json_lines(stream))
+}
+
+async fn read_figures(view: Arc<View>) -> Result<Figures, Problem> {
     // Slow with a quarter of a million ports.
-    blocking(move || view.figures()).await.map(Json)
+    blocking(move || view.figures()).await
 }
 
 /// This document

@@ -1,4 +1,4 @@
-//! The terminal, its keys, and the thread that polls the API.
+//! The terminal, its keys, and the thread that follows the figures of the API.
 
 use super::state::State;
 use super::view::draw;
@@ -7,17 +7,21 @@ use ratatui::crossterm::event::{self, Event};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use std::cell::Cell;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tidegate_api::client::{Client, ClientError};
 use tidegate_api::types::Figures;
 use tidegate_process::EXIT_FAILURE;
 
 /// How often keys and signals are polled, the bound of their latency.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// How long figures may be late. Those of a quarter of a million ports take a second.
+const MAX_SILENCE: Duration = Duration::from_secs(5);
 
 /// Fetches the counters of the instance.
 ///
@@ -36,7 +40,7 @@ pub(crate) fn show(mut state: State, client: Client) -> anyhow::Result<()> {
     for signal in [SIGHUP, SIGINT, SIGTERM] {
         signal_hook::flag::register(signal, Arc::clone(&ends)).context("signal handlers")?;
     }
-    let answers = poll_figures(client, state.interval)?;
+    let answers = follow_figures(client, state.interval)?;
     exit_with_the_terminal()?;
     // ratatui also restores the terminal on a panic.
     let mut terminal = ratatui::try_init().context("terminal")?;
@@ -96,8 +100,24 @@ impl Drop for TerminalGuard {
     }
 }
 
-/// Polls `client` every `interval`, on a thread that ends with the process.
-fn poll_figures(
+/// Why the figures are not followed any longer.
+enum Ended {
+    Client(ClientError),
+    /// The view has ended.
+    View,
+    /// No figures for [`MAX_SILENCE`].
+    Silent,
+}
+
+impl From<ClientError> for Ended {
+    fn from(error: ClientError) -> Self {
+        Self::Client(error)
+    }
+}
+
+/// Has `client` send figures every `interval`, on a thread that ends with the process. Asks again
+/// after a lost connection.
+fn follow_figures(
     client: Client,
     interval: Duration,
 ) -> anyhow::Result<Receiver<Result<Figures, String>>> {
@@ -108,11 +128,31 @@ fn poll_figures(
     std::thread::Builder::new()
         .name("tidegate-top".into())
         .spawn(move || {
+            let target = format!("/v1/figures?interval_ms={}", interval.as_millis());
             runtime.block_on(async {
                 loop {
                     tokio::time::sleep(interval).await;
-                    let answer = fetch(&client).await.map_err(|error| error.to_string());
-                    if sender.send(answer).is_err() {
+                    let latest = Cell::new(Instant::now());
+                    let followed = client.lines(&target, |figures: Figures| {
+                        latest.set(Instant::now());
+                        sender.send(Ok(figures)).map_err(|_| Ended::View)
+                    });
+                    let silent = async {
+                        while latest.get().elapsed() < interval + MAX_SILENCE {
+                            tokio::time::sleep(interval).await;
+                        }
+                    };
+                    let followed = tokio::select! {
+                        followed = followed => followed,
+                        () = silent => Err(Ended::Silent),
+                    };
+                    let lost = match followed {
+                        Err(Ended::View) => return,
+                        Err(Ended::Client(error)) => error.to_string(),
+                        Err(Ended::Silent) => "the instance does not answer".to_owned(),
+                        Ok(()) => "the instance has ended".to_owned(),
+                    };
+                    if sender.send(Err(lost)).is_err() {
                         return;
                     }
                 }
