@@ -216,7 +216,8 @@ mod tests {
     fn the_format_does_not_change() {
         let stored = entry(
             "/tidegate/1/endpoints/front/web",
-            r#"{"node":"a","generation":1,"addresses":["10.9.0.2"],"mac":"02:00:0a:09:00:02","state":"ready","new":[1]}"#,
+            r#"{"node":"a","generation":1,"addresses":["10.9.0.2"],
+                "mac":"02:00:0a:09:00:02","state":"ready","new":[1]}"#,
         );
         let Ok(Record::Endpoint(network, name, endpoint)) = Record::try_from(&stored) else {
             panic!("an endpoint");

@@ -209,6 +209,9 @@ struct State {
     link_local_members: Vec<BTreeSet<Ipv6Addr>>,
 }
 
+/// The families of tracked flows.
+const FAMILIES: [TableFamily; 2] = [TableFamily::Ipv4, TableFamily::Ipv6];
+
 /// When the rules were in force.
 #[derive(Debug, Default)]
 struct Held {
@@ -535,8 +538,7 @@ impl Firewall {
             !kept.contains(address) && subnets.iter().any(|net| net.contains(address))
         };
         let is_one = |entry: &Entry<'_>| entry.has_address(is_left);
-        let families = [TableFamily::Ipv4, TableFamily::Ipv6];
-        let deleted = self.host.with(|| Conntrack::open()?.delete(&families, is_one))??;
+        let deleted = self.host.with(|| Conntrack::open()?.delete(&FAMILIES, is_one))??;
         tracing::debug!(flows = deleted, "conntrack entries of removed endpoints deleted");
         Ok(())
     }
@@ -595,8 +597,7 @@ impl Firewall {
             let is_earlier = until.zip(entry.began()).is_some_and(|(until, began)| began < until);
             !is_earlier && entry.has_address(inside)
         };
-        let families = [TableFamily::Ipv4, TableFamily::Ipv6];
-        let ended = || Conntrack::open()?.delete(&families, is_one);
+        let ended = || Conntrack::open()?.delete(&FAMILIES, is_one);
         match self.host.with(ended).flatten() {
             Ok(flows) => tracing::info!(
                 flows,
@@ -679,7 +680,7 @@ fn delete_shadowing_flows(subnets: &[IpNet], ports: &BTreeSet<(Protocol, u16)>) 
             && ports.contains(&(protocol_of(flow), flow.reply_destination.port()))
     };
     let is_one = |entry: &Entry<'_>| entry.flow.as_ref().is_some_and(is_one);
-    let deleted = Conntrack::open()?.delete(&[TableFamily::Ipv4, TableFamily::Ipv6], is_one)?;
+    let deleted = Conntrack::open()?.delete(&FAMILIES, is_one)?;
     tracing::debug!(flows = deleted, "shadowing conntrack entries deleted");
     Ok(())
 }

@@ -31,7 +31,8 @@ pub(super) async fn send<O, T>(
 pub(super) fn parse_name(name: &str) -> Result<Name, Problem> {
     Name::new(None, name).map_err(|_| {
         Problem::bad_request(&format!(
-            "invalid name {name:?}: use 1 to 63 letters, digits, dots, hyphens and underscores, with a letter or digit first"
+            "invalid name {name:?}: use 1 to 63 letters, digits, dots, hyphens and underscores, \
+             with a letter or digit first"
         ))
     })
 }

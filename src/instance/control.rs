@@ -236,14 +236,13 @@ impl Instance {
                         self.enforce_docker_user(&mut reported).await;
                         self.report_mark_setters(&mut mark_setters);
                     }
-                    if let Some(firewall) = &self.chosen.firewall
-                        && matches!(rules, RuleChanges::Notified(_))
-                        && !self.schedule.awaits_host()
-                    {
-                        firewall.note_unchanged(SystemTime::now());
-                    }
-                    if let Some(Err(error)) = self.chosen.firewall.as_ref().map(|firewall| firewall.record_fingerprint()) {
-                        tracing::debug!(%error, "firewall rules cannot be read");
+                    if let Some(firewall) = &self.chosen.firewall {
+                        if matches!(rules, RuleChanges::Notified(_)) && !self.schedule.awaits_host() {
+                            firewall.note_unchanged(SystemTime::now());
+                        }
+                        if let Err(error) = firewall.record_fingerprint() {
+                            tracing::debug!(%error, "firewall rules cannot be read");
+                        }
                     }
                     self.poll_adopted().await;
                 },

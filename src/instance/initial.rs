@@ -29,8 +29,8 @@ pub(super) struct Initial<'a> {
     pub(super) layout: Layout,
     pub(super) networks: BTreeMap<String, NetworkDns>,
     pub(super) endpoints: BTreeMap<String, EndpointDns>,
-    /// Endpoints whose namespaces do not exist.
-    pub(super) waiting: Vec<Endpoint>,
+    /// Endpoints of the state that are left out until their namespaces appear.
+    pub(super) waiting: BTreeMap<Name, Endpoint>,
     pub(super) namespaces: BTreeMap<String, Namespace>,
     /// The paths of adopted namespaces, by endpoint.
     pub(super) adopted: BTreeMap<String, PathBuf>,
@@ -82,7 +82,7 @@ impl<'a> Initial<'a> {
             namespaces,
             adopted,
             ports,
-            waiting: Vec::new(),
+            waiting: BTreeMap::new(),
             project: Some(project),
         })
     }
@@ -91,7 +91,6 @@ impl<'a> Initial<'a> {
 impl Initial<'_> {
     /// The networks and endpoints of `state`. An endpoint whose namespace does not exist, or is
     /// that of the host or of another endpoint, and a port that is in use, are logged and left out.
-    /// Returns the names of such endpoints, too.
     ///
     /// A path below `/proc` refers to a process, whose ID may have been reused. The namespace there
     /// is only taken if it has the interfaces of the endpoint.
@@ -99,11 +98,10 @@ impl Initial<'_> {
         state: &State,
         host_context: &HostContext,
         setup: &mut Setup,
-    ) -> (Self, BTreeSet<Name>) {
+    ) -> Self {
         let mut desired = state.desired();
         let (mut namespaces, mut adopted) = (BTreeMap::new(), BTreeMap::new());
-        let (mut addresses, mut absent) = (BTreeMap::new(), BTreeSet::new());
-        let mut waiting = Vec::new();
+        let (mut addresses, mut waiting) = (BTreeMap::new(), BTreeMap::new());
         let mut ports = OpenPorts::new();
         for (name, endpoint) in state.endpoints() {
             let text = name.to_string();
@@ -130,8 +128,7 @@ impl Initial<'_> {
                     tracing::warn!(endpoint = text, "endpoint not attached: {reason}");
                     setup.kernel().remove_endpoint(&text);
                     desired.endpoints.retain(|one| one.name != text);
-                    absent.insert(name.clone());
-                    waiting.push(endpoint.setup.clone());
+                    waiting.insert(name.clone(), endpoint.setup.clone());
                     adopted.insert(text, endpoint.namespace.clone());
                     continue;
                 }
@@ -157,17 +154,7 @@ impl Initial<'_> {
         let endpoints =
             endpoints.map(|(name, one)| (name.to_string(), endpoint_dns(one))).collect();
         let layout = Layout { desired, addresses };
-        let initial = Self {
-            layout,
-            networks,
-            endpoints,
-            waiting,
-            namespaces,
-            adopted,
-            ports,
-            project: None,
-        };
-        (initial, absent)
+        Self { layout, networks, endpoints, waiting, namespaces, adopted, ports, project: None }
     }
 }
 

@@ -575,10 +575,8 @@ impl Up {
             // subnet that overlaps one of them would still hide it from the containers.
             outside.add_to(&mut observed).await?;
         }
-        let (initial, absent) = match source {
-            InitialSource::Project(project) => {
-                (Initial::of_project(project, &observed)?, BTreeSet::new())
-            }
+        let initial = match source {
+            InitialSource::Project(project) => Initial::of_project(project, &observed)?,
             InitialSource::State(state) => Initial::of_state(state, host_context, setup).await,
         };
         let Initial {
@@ -726,7 +724,7 @@ impl Up {
                 let dns = endpoints.get(&endpoint.name).cloned().unwrap_or_default();
                 names.add_endpoint(endpoint, &dns)?;
             }
-            for endpoint in &waiting {
+            for endpoint in waiting.values() {
                 let dns = endpoints.get(&endpoint.name).cloned().unwrap_or_default();
                 names.add_waiting_endpoint(endpoint, &dns);
             }
@@ -814,7 +812,7 @@ impl Up {
             publisher,
             adopted: {
                 let adopted = Adopted::new(adopted);
-                adopted.set_gone(absent.iter().map(ToString::to_string));
+                adopted.set_gone(waiting.keys().map(ToString::to_string));
                 Arc::new(adopted)
             },
             names,
@@ -823,7 +821,7 @@ impl Up {
             supervisor,
             metrics,
         };
-        Ok(Some((running, absent)))
+        Ok(Some((running, waiting.into_keys().collect())))
     }
 }
 

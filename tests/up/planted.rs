@@ -48,6 +48,13 @@ impl Planter {
         (from.ip() != CONTAINER).then(|| from.port())
     }
 
+    /// Plants entries until `over`. The port of the last one is in `planted`.
+    fn plant_until(&self, over: &AtomicBool, planted: &AtomicU16) {
+        while !over.load(Ordering::Relaxed) {
+            self.plant().inspect(|port| planted.store(*port, Ordering::Relaxed));
+        }
+    }
+
     fn attack(&self, port: u16) {
         for _ in 0..20 {
             self.socket.send_to(b"attack", ("203.0.113.1", port)).unwrap();
@@ -152,24 +159,18 @@ fn entries_from_the_removal_of_a_network_grant_no_access_to_the_next() {
         scene.succeeds(&["network", "create", "other", "--subnet", "10.8.0.0/24"]);
         let container = Namespace::new();
         create_and_attach(&scene, &container);
-        let over = AtomicBool::new(false);
-        let port = thread::scope(|scope| {
-            let planting = scope.spawn(|| {
-                let mut port = None;
-                while !over.load(Ordering::Relaxed) {
-                    port = planter.plant().or(port);
-                }
-                port
-            });
+        let (planted, over) = (AtomicU16::new(0), AtomicBool::new(false));
+        thread::scope(|threads| {
+            threads.spawn(|| planter.plant_until(&over, &planted));
             scene.succeeds(&["detach", "web"]);
             scene.succeeds(&["network", "rm", "front"]);
             thread::sleep(Duration::from_millis(500));
             create_and_attach(&scene, &container);
             over.store(true, Ordering::Relaxed);
-            planting.join().unwrap()
         });
         let server = server(&container);
-        planter.attack(port.expect("planted in between"));
+        assert_ne!(planted.load(Ordering::Relaxed), 0, "{mode:?}: planted in between");
+        planter.attack(planted.into_inner());
         assert_untouched(&scene, &server, &format!("{mode:?}, a network created again"));
     }
 }
@@ -193,14 +194,9 @@ fn entries_from_a_time_without_rules_end_with_the_repair() {
         // The rules are known to be in force up to the last tick, of one per second.
         thread::sleep(Duration::from_secs(4));
         assert_eq!(planter.plant(), None, "{mode:?}");
-        let planted = AtomicU16::new(0);
-        let over = AtomicBool::new(false);
+        let (planted, over) = (AtomicU16::new(0), AtomicBool::new(false));
         thread::scope(|threads| {
-            threads.spawn(|| {
-                while !over.load(Ordering::Relaxed) {
-                    planter.plant().inspect(|port| planted.store(*port, Ordering::Relaxed));
-                }
-            });
+            threads.spawn(|| planter.plant_until(&over, &planted));
             let (flush, list) = match mode.0 {
                 "--firewall=iptables" => (
                     "for t in raw mangle filter; do iptables -t $t -F; done".to_owned(),
