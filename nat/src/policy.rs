@@ -30,6 +30,9 @@ pub struct PolicyNetwork {
 pub struct Policy {
     /// Source addresses to accept: the subnets of the containers. Empty: any.
     pub sources: Vec<IpNet>,
+    /// Subnets of networks without egress, to which endpoints can be attached as well. Their
+    /// replies to a client in these bypass the engine.
+    pub internal: Vec<IpNet>,
     /// The networks of endpoints. Sources outside all of them form one additional network.
     pub networks: Vec<PolicyNetwork>,
     /// Addresses of the engine, which containers use as their gateway. The engine replies to pings
@@ -71,6 +74,12 @@ impl Policy {
         let unusable = source.is_unspecified() || source.is_multicast() || source.is_loopback();
         !unusable
             && (self.sources.is_empty() || self.sources.iter().any(|net| net.contains(&source)))
+    }
+
+    /// Whether `client` can be a neighbour of an endpoint, whose replies then bypass the engine.
+    #[must_use]
+    pub fn is_neighbour(&self, client: IpAddr) -> bool {
+        self.sources.iter().chain(&self.internal).any(|net| net.contains(&client))
     }
 
     /// The number of the network of `ip`: from 1 in the order of [`Self::networks`]; 0 if `ip` is

@@ -246,7 +246,7 @@ pub(super) fn descriptors() -> usize {
 pub(super) fn policy(layout: &Layout, observed: &Observed) -> Policy {
     let networks = &layout.desired.networks;
     let subnets = |internal: bool| {
-        let of = networks.iter().filter(move |network| internal || !network.internal);
+        let of = networks.iter().filter(move |network| network.internal == internal);
         of.flat_map(|network| &network.subnets).map(|subnet| subnet.subnet.trunc())
     };
     let is_containers =
@@ -259,9 +259,13 @@ pub(super) fn policy(layout: &Layout, observed: &Observed) -> Policy {
     };
     Policy {
         sources: subnets(false).collect(),
+        internal: subnets(true).collect(),
         networks: with_egress.map(policy_network).collect(),
         gateways: registry::ENGINE_ADDRESSES.to_vec(),
-        refused: subnets(true).chain(of_others.map(|(net, _)| net.trunc())).collect::<CidrSet>(),
+        refused: subnets(false)
+            .chain(subnets(true))
+            .chain(of_others.map(|(net, _)| net.trunc()))
+            .collect::<CidrSet>(),
         ..Policy::default()
     }
 }

@@ -79,8 +79,16 @@ fn the_container_sees_client_addresses_over_tcp_and_udp() {
                 assert!(!seen(&boxed, HOST[family], 8080, udp).is_empty());
             }
         }
-        // A container without egress sends nothing to the engine, so the proxy forwards its port.
+        // Replies of the container to a neighbour on an internal network would bypass the engine,
+        // and come from its own address.
         let isolated = service_namespace(&up, "isolated");
+        {
+            let _udp = PeerServer::udp(&boxed, "0.0.0.0:80".parse().unwrap());
+            // The inner namespace of an ordinary user has no port of the engine.
+            let gateway = if rootless { GATEWAY[0] } else { ENGINE[0] };
+            assert_eq!(seen(&isolated, "10.81.2.1", 8080, true), gateway, "rootless {rootless}");
+        }
+        // A container without egress sends nothing to the engine, so the proxy forwards its port.
         let _udp = PeerServer::udp(&isolated, "10.81.2.3:80".parse().unwrap());
         assert_eq!(seen(&scene.net.client, HOST[0], 8082, true), "10.81.2.1");
         up.stop(Signal::INT, SOON);

@@ -233,7 +233,7 @@ impl<H: Host> Engine<H> {
             || is_of_a_link
             || client == guest
             || policy.is_own(client)
-            || policy.sources.iter().any(|net| net.contains(&client))
+            || policy.is_neighbour(client)
             || self.host.is_local(client))
     }
 
