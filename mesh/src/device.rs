@@ -10,10 +10,12 @@ use crate::overlay::{Change, Entries, changes};
 use futures_util::TryStreamExt;
 use rtnetlink::packet_core::ErrorMessage;
 use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
 use rtnetlink::{Handle, LinkBridgePort, LinkUnspec, LinkVxlan};
+use rustix::io::Errno;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
@@ -35,6 +37,9 @@ pub const fn overhead(vtep: &IpAddr) -> u32 {
     }
 }
 
+/// Start of the alias of a device, by which it is recognised. The parameters follow.
+const ALIAS: &str = "tidegate overlay network";
+
 /// A VXLAN device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceSpec {
@@ -50,47 +55,182 @@ pub struct DeviceSpec {
     pub mtu: u32,
 }
 
-/// A VXLAN device that exists.
+impl DeviceSpec {
+    /// The alias of the device. A device with another one is replaced.
+    fn alias(&self) -> String {
+        format!("{ALIAS} {} {} {}", self.vni, self.vtep, self.mtu)
+    }
+}
+
+/// The links of a namespace, through an rtnetlink socket.
 #[derive(Debug)]
-pub struct Device {
+pub struct Links {
+    namespace: Namespace,
     handle: Handle,
     task: JoinHandle<()>,
+}
+
+/// A VXLAN device that exists.
+#[derive(Clone, Debug)]
+pub struct Device {
+    handle: Handle,
     device: u32,
     bridge: u32,
 }
 
-impl Drop for Device {
+impl Drop for Links {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
-impl Device {
-    /// Creates the device in `namespace`, and makes it a port of its bridge.
+impl Links {
+    /// Opens a socket in `namespace`, on the current runtime.
     ///
     /// # Errors
-    /// Errors of the kernel: `EEXIST` if the name is taken, or the VNI is in use by another device,
-    /// `ENODEV` if the bridge does not exist.
-    pub async fn create(namespace: &Namespace, spec: &DeviceSpec) -> io::Result<Self> {
-        let (handle, task) = connect(namespace)?;
-        let bridge = index(&handle, &spec.bridge).await?;
+    /// Errors of the kernel.
+    pub fn open(namespace: &Namespace) -> io::Result<Self> {
+        // The socket is registered with the runtime, possibly from another thread.
+        let runtime = Runtime::current();
+        let open = || {
+            let _runtime = runtime.enter();
+            rtnetlink::new_connection()
+        };
+        let (connection, handle, _) = namespace.with(open)??;
+        let task = tokio::spawn(connection);
+        Ok(Self { namespace: namespace.clone(), handle, task })
+    }
+
+    /// Returns the device of `spec` as a port of its bridge. An existing one that was created for
+    /// the same `spec` is kept with its entries, and another one of tidegate is replaced. `guard`
+    /// is called with the index of the device before it carries a frame.
+    ///
+    /// # Errors
+    /// Errors of the kernel: `EEXIST` if a link of other software has the name, or the VNI is in
+    /// use by another device, `ENOENT` if the bridge does not exist; errors of `guard`.
+    pub async fn ensure(
+        &self,
+        spec: &DeviceSpec,
+        guard: impl FnOnce(u32) -> io::Result<()>,
+    ) -> io::Result<Device> {
+        let bridge = self.find(&spec.bridge).await?.ok_or(io::ErrorKind::NotFound)?.index;
+        let mut found = self.find(&spec.name).await?;
+        if let Some(link) = &found {
+            let Some(alias) = link.alias.as_ref().filter(|alias| alias.starts_with(ALIAS)) else {
+                return Err(io::ErrorKind::AlreadyExists.into());
+            };
+            let joins = link.controller.is_none_or(|controller| controller == bridge);
+            if *alias != spec.alias() || !joins {
+                self.handle.link().del(link.index).execute().await.map_err(error)?;
+                found = None;
+            }
+        }
+        let device = match found {
+            Some(link) => link.index,
+            None => self.create(spec).await?,
+        };
+        let device = Device { handle: self.handle.clone(), device, bridge };
+        let joined = async {
+            self.configure(&spec.name)?;
+            guard(device.device)?;
+            device.join_bridge().await
+        };
+        let joined = joined.await;
+        if joined.is_err() {
+            let _ = device.remove().await;
+        }
+        joined.map(|()| device)
+    }
+
+    async fn create(&self, spec: &DeviceSpec) -> io::Result<u32> {
         let link = LinkVxlan::new(&spec.name, spec.vni).port(PORT).learning(false).mtu(spec.mtu);
         let link = match spec.vtep {
             IpAddr::V4(vtep) => link.local(vtep),
             IpAddr::V6(vtep) => link.local6(vtep),
         };
-        handle.link().add(link.build()).execute().await.map_err(error)?;
-        let device = index(&handle, &spec.name).await?;
-        let created = Self { handle, task, device, bridge };
-        let joined = created.join_bridge().await;
-        if joined.is_err() {
-            let _ = created.remove().await;
+        let link = link.append_extra_attribute(LinkAttribute::IfAlias(spec.alias()));
+        self.handle.link().add(link.build()).execute().await.map_err(error)?;
+        let created = self.find(&spec.name).await?.ok_or(io::ErrorKind::NotFound)?;
+        if created.alias.is_none() {
+            // Not every kernel takes the alias of a new link.
+            let alias = LinkAttribute::IfAlias(spec.alias());
+            let alias = LinkUnspec::new_with_index(created.index).append_extra_attribute(alias);
+            self.handle.link().set(alias.build()).execute().await.map_err(error)?;
         }
-        joined.map(|()| created)
+        Ok(created.index)
     }
 
+    /// As at other bridge ports, no packet is for the host.
+    fn configure(&self, name: &str) -> io::Result<()> {
+        for (setting, value) in [("rp_filter", "1"), ("arp_ignore", "8")] {
+            self.namespace.set_sysctl(&format!("net.ipv4.conf.{name}.{setting}"), value)?;
+        }
+        match self.namespace.set_sysctl(&format!("net.ipv6.conf.{name}.disable_ipv6"), "1") {
+            // Without IPv6 in the kernel.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            set => set,
+        }
+    }
+
+    /// Removes the devices of overlay networks whose names are not in `kept`. Returns their names.
+    ///
+    /// # Errors
+    /// Errors of the kernel.
+    pub async fn sweep(&self, kept: &BTreeSet<String>) -> io::Result<Vec<String>> {
+        let mut links = self.handle.link().get().execute();
+        let mut stale = Vec::new();
+        while let Some(message) = links.try_next().await.map_err(error)? {
+            let link = Link::of(&message);
+            let is_ours = link.alias.is_some_and(|alias| alias.starts_with(ALIAS));
+            if let Some(name) = link.name.filter(|name| is_ours && !kept.contains(name)) {
+                stale.push((name, link.index));
+            }
+        }
+        let mut removed = Vec::new();
+        for (name, index) in stale {
+            accept_absent(self.handle.link().del(index).execute().await.map_err(error))?;
+            removed.push(name);
+        }
+        Ok(removed)
+    }
+
+    async fn find(&self, name: &str) -> io::Result<Option<Link>> {
+        let mut found = self.handle.link().get().match_name(name.to_owned()).execute();
+        match found.try_next().await.map_err(error) {
+            Ok(message) => Ok(message.as_ref().map(Link::of)),
+            Err(error) if error.raw_os_error() == Some(Errno::NODEV.raw_os_error()) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// A link as the kernel reports it.
+struct Link {
+    index: u32,
+    name: Option<String>,
+    alias: Option<String>,
+    controller: Option<u32>,
+}
+
+impl Link {
+    fn of(message: &LinkMessage) -> Self {
+        let mut link =
+            Self { index: message.header.index, name: None, alias: None, controller: None };
+        for attribute in &message.attributes {
+            match attribute {
+                LinkAttribute::IfName(name) => link.name = Some(name.clone()),
+                LinkAttribute::IfAlias(alias) => link.alias = Some(alias.clone()),
+                LinkAttribute::Controller(index) => link.controller = Some(*index),
+                _ => {}
+            }
+        }
+        link
+    }
+}
+
+impl Device {
     async fn join_bridge(&self) -> io::Result<()> {
-        let Self { handle, device, bridge, .. } = self;
+        let Self { handle, device, bridge } = self;
         let enslave = LinkUnspec::new_with_index(*device).controller(*bridge).build();
         handle.link().set(enslave).execute().await.map_err(error)?;
         let port = LinkBridgePort::new(*device)
@@ -112,6 +252,12 @@ impl Device {
     /// Errors of the kernel.
     pub async fn remove(&self) -> io::Result<()> {
         self.handle.link().del(self.device).execute().await.map_err(error)
+    }
+
+    /// Returns the interface index of the device.
+    #[must_use]
+    pub fn index(&self) -> u32 {
+        self.device
     }
 
     /// Returns the entries that the kernel holds.
@@ -172,7 +318,11 @@ impl Device {
         Ok(changes.len())
     }
 
-    async fn execute(&self, change: &Change) -> io::Result<()> {
+    /// Executes one change.
+    ///
+    /// # Errors
+    /// Errors of the kernel.
+    pub async fn execute(&self, change: &Change) -> io::Result<()> {
         let neighbours = self.handle.neighbours();
         match change {
             Change::AddStation(mac, vtep) => {
@@ -203,24 +353,6 @@ impl Device {
             }
         }
     }
-}
-
-/// Opens an rtnetlink socket in `namespace`, on the current runtime.
-fn connect(namespace: &Namespace) -> io::Result<(Handle, JoinHandle<()>)> {
-    // The socket is registered with the runtime, possibly from another thread.
-    let runtime = Runtime::current();
-    let open = || {
-        let _runtime = runtime.enter();
-        rtnetlink::new_connection()
-    };
-    let (connection, handle, _) = namespace.with(open)??;
-    Ok((handle, tokio::spawn(connection)))
-}
-
-async fn index(handle: &Handle, link: &str) -> io::Result<u32> {
-    let mut found = handle.link().get().match_name(link.to_owned()).execute();
-    let message = found.try_next().await.map_err(error)?;
-    message.map(|message| message.header.index).ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
 fn mac(message: &NeighbourMessage) -> Option<MacAddress> {

@@ -8,6 +8,7 @@
 //! | `vni/N` | name of the network | with the network |
 //! | `endpoints/NETWORK/NAME` | [`Endpoint`](crate::record::Endpoint) | with the lease of its node |
 //! | `addresses/NETWORK/IP` | [`Claim`](crate::record::Claim) | after the quarantine |
+//! | `topology` | number of created networks: networks are created one after another | never |
 //!
 //! All keys are below [`PREFIX`], which contains the version of the records.
 
@@ -49,6 +50,16 @@ pub enum Key {
         /// The address.
         address: IpAddr,
     },
+    /// The number of created networks.
+    Topology,
+}
+
+impl Key {
+    /// The prefix of the keys of the endpoints on `network`.
+    #[must_use]
+    pub fn endpoints_of(network: &str) -> String {
+        format!("{PREFIX}endpoints/{network}/")
+    }
 }
 
 impl fmt::Display for Key {
@@ -61,6 +72,7 @@ impl fmt::Display for Key {
             Self::Vni(number) => write!(f, "vni/{number}"),
             Self::Endpoint { network, name } => write!(f, "endpoints/{network}/{name}"),
             Self::Address { network, address } => write!(f, "addresses/{network}/{address}"),
+            Self::Topology => f.write_str("topology"),
         }
     }
 }
@@ -75,7 +87,11 @@ impl FromStr for Key {
 
     fn from_str(text: &str) -> Result<Self, KeyError> {
         let parse = || {
-            let (kind, rest) = text.strip_prefix(PREFIX)?.split_once('/')?;
+            let rest = text.strip_prefix(PREFIX)?;
+            if rest == "topology" {
+                return Some(Self::Topology);
+            }
+            let (kind, rest) = rest.split_once('/')?;
             Some(match kind {
                 "nodes" => Self::Node(name(rest)?),
                 "node-index" => Self::NodeIndex(rest.parse().ok()?),
@@ -122,6 +138,7 @@ mod tests {
             (names(), names()).prop_map(|(network, name)| Key::Endpoint { network, name }),
             (names(), any::<IpAddr>())
                 .prop_map(|(network, address)| Key::Address { network, address }),
+            Just(Key::Topology),
         ]
     }
 

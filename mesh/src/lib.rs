@@ -13,6 +13,8 @@
 
 pub mod device;
 pub mod key;
+pub mod liveness;
+pub mod membership;
 pub mod overlay;
 pub mod record;
 pub mod store;

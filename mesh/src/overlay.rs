@@ -81,14 +81,10 @@ pub enum Conflict {
 pub fn desired(view: &View, own: &str, network: &str) -> (Entries, Vec<Conflict>) {
     let (mut entries, mut conflicts) = (Entries::default(), Vec::new());
     let mut holders: BTreeMap<MacAddress, &str> = BTreeMap::new();
-    let on_network = || {
-        let from = view.endpoints.range((network.to_owned(), String::new())..);
-        from.take_while(|((of, _), _)| of == network)
-    };
     // Another host cannot displace an endpoint of this one.
     let (here, elsewhere): (Vec<_>, Vec<_>) =
-        on_network().partition(|(_, endpoint)| endpoint.node == own);
-    for ((_, name), endpoint) in here.into_iter().chain(elsewhere) {
+        view.endpoints_on(network).partition(|(_, endpoint)| endpoint.node == own);
+    for (name, endpoint) in here.into_iter().chain(elsewhere) {
         match place(view, network, name, endpoint, holders.get(&endpoint.mac)) {
             Ok(_) if endpoint.node == own => {}
             Ok(vtep) => {
@@ -117,7 +113,8 @@ fn place(
     let (network, name) = (network.to_owned(), name.to_owned());
     let is_claimed = |address: &IpAddr| {
         let claim = view.addresses.get(&(network.clone(), *address));
-        matches!(claim, Some(Claim::Endpoint(holder)) if *holder == name)
+        let own = Claim::Endpoint { name: name.clone(), node: endpoint.node.clone() };
+        claim == Some(&own)
     };
     if let Some(address) = endpoint.addresses.iter().find(|address| !is_claimed(address)) {
         return Err(Conflict::Address { address: *address, network, endpoint: name });
@@ -249,19 +246,28 @@ mod tests {
             addresses: vec![ip(number)],
             mac: mac(number),
             state: EndpointState::Ready,
+            aliases: Vec::new(),
+            hostname: None,
         }
+    }
+
+    fn node(index: u16, number: u8) -> Node {
+        let (boot, machine) = (String::new(), String::new());
+        Node { index, vtep: vtep(number), boot, machine, mtu: 1500 }
+    }
+
+    fn claim(node: &str, name: &str) -> Claim {
+        Claim::Endpoint { name: name.into(), node: node.into() }
     }
 
     /// Two hosts, each with an endpoint on the network `front`.
     fn view() -> View {
         let mut view = View::default();
-        for (number, (node, name)) in [("a", "web"), ("b", "db")].into_iter().enumerate() {
+        for (number, (host, name)) in [("a", "web"), ("b", "db")].into_iter().enumerate() {
             let number = number as u8;
-            let record = Node { index: number.into(), vtep: vtep(number), boot: String::new() };
-            view.nodes.insert(node.into(), record);
-            view.endpoints.insert(("front".into(), name.into()), endpoint(node, number));
-            let claim = Claim::Endpoint(name.into());
-            view.addresses.insert(("front".into(), ip(number)), claim);
+            view.nodes.insert(host.into(), node(number.into(), number));
+            view.endpoints.insert(("front".into(), name.into()), endpoint(host, number));
+            view.addresses.insert(("front".into(), ip(number)), claim(host, name));
         }
         view
     }
@@ -280,14 +286,14 @@ mod tests {
     #[test]
     fn an_endpoint_without_a_claim_or_a_host_and_a_second_mac_address_are_left_out() {
         let mut view = view();
-        view.nodes.insert("c".into(), Node { index: 9, vtep: vtep(2), boot: String::new() });
+        view.nodes.insert("c".into(), node(9, 2));
         // The address of db, and the MAC address of web, which is on this host.
         view.endpoints.insert(("front".into(), "thief".into()), endpoint("c", 1));
         let twin = Endpoint { addresses: vec![ip(5)], ..endpoint("c", 0) };
         view.endpoints.insert(("front".into(), "twin".into()), twin);
-        view.addresses.insert(("front".into(), ip(5)), Claim::Endpoint("twin".into()));
+        view.addresses.insert(("front".into(), ip(5)), claim("c", "twin"));
         view.endpoints.insert(("front".into(), "lost".into()), endpoint("gone", 6));
-        view.addresses.insert(("front".into(), ip(6)), Claim::Endpoint("lost".into()));
+        view.addresses.insert(("front".into(), ip(6)), claim("gone", "lost"));
         let (entries, conflicts) = desired(&view, "a", "front");
         assert_eq!(entries.stations, [(mac(1), vtep(1))].into());
         let lines: Vec<_> = conflicts.iter().map(ToString::to_string).collect();

@@ -20,6 +20,10 @@ pub struct Node {
     pub vtep: IpAddr,
     /// Identifies the run of the host. Another boot has lost all state of the kernel.
     pub boot: String,
+    /// Identifies the machine, across boots.
+    pub machine: String,
+    /// MTU of the route between VTEPs, in bytes.
+    pub mtu: u32,
 }
 
 /// An overlay network.
@@ -27,8 +31,10 @@ pub struct Node {
 pub struct Network {
     /// The VNI that it has claimed.
     pub vni: u32,
-    /// Subnets, each with the address of the gateway.
+    /// Subnets, each with an address that no endpoint uses.
     pub subnets: Vec<Subnet>,
+    /// MTU of its interfaces, in bytes.
+    pub mtu: u32,
     /// The network has no egress.
     #[serde(default)]
     pub internal: bool,
@@ -39,7 +45,7 @@ pub struct Network {
 pub struct Subnet {
     /// The subnet.
     pub subnet: IpNet,
-    /// Address of the gateway, the same on every host.
+    /// Reserved for a gateway, the same on every host.
     pub gateway: IpAddr,
 }
 
@@ -69,14 +75,26 @@ pub struct Endpoint {
     pub mac: MacAddress,
     /// Its state.
     pub state: EndpointState,
+    /// Additional DNS names on the network.
+    #[serde(default)]
+    pub aliases: Vec<String>,
+    /// Host name, another DNS name.
+    #[serde(default)]
+    pub hostname: Option<String>,
 }
 
-/// The claim of an address.
+/// The claim of an address. It has no lease: an endpoint keeps its addresses while its host is
+/// silent, and the deletion of its record with the lease is no release.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Claim {
-    /// Used by the endpoint with this name.
-    Endpoint(String),
+    /// Used by an endpoint.
+    Endpoint {
+        /// Name of the endpoint.
+        name: String,
+        /// ID of its host.
+        node: String,
+    },
     /// Released, and not to be used before this time, in seconds since the Unix epoch.
     Quarantined(u64),
 }
@@ -96,6 +114,8 @@ pub enum Record {
     Endpoint(String, String, Endpoint),
     /// The claim of an address of a network.
     Address(String, IpAddr, Claim),
+    /// The number of created networks.
+    Topology(u64),
 }
 
 /// An entry that is not a record of this version.
@@ -131,6 +151,7 @@ impl TryFrom<&Entry> for Record {
             Key::Vni(number) => Self::Vni(number, of(entry)?),
             Key::Endpoint { network, name } => Self::Endpoint(network, name, of(entry)?),
             Key::Address { network, address } => Self::Address(network, address, of(entry)?),
+            Key::Topology => Self::Topology(of(entry)?),
         })
     }
 }
@@ -155,6 +176,7 @@ impl Record {
             Self::Address(network, address, claim) => {
                 (Key::Address { network: network.clone(), address: *address }, value(claim))
             }
+            Self::Topology(number) => (Key::Topology, value(number)),
         }
     }
 }
@@ -190,11 +212,20 @@ mod tests {
             addresses: vec!["10.9.0.2".parse().unwrap(), "fd09::2".parse().unwrap()],
             mac: MacAddress([2, 0, 10, 9, 0, 2]),
             state: EndpointState::Ready,
+            aliases: vec!["www".into()],
+            hostname: Some("w1".into()),
         };
-        let node = Node { index: 3, vtep: "192.0.2.1".parse().unwrap(), boot: "b".into() };
+        let node = Node {
+            index: 3,
+            vtep: "192.0.2.1".parse().unwrap(),
+            boot: "b".into(),
+            machine: "m".into(),
+            mtu: 1500,
+        };
         let subnet =
             Subnet { subnet: "10.9.0.0/24".parse().unwrap(), gateway: "10.9.0.1".parse().unwrap() };
-        let network = Network { vni: 4097, subnets: vec![subnet], internal: true };
+        let network = Network { vni: 4097, subnets: vec![subnet], mtu: 1450, internal: true };
+        let claim = Claim::Endpoint { name: "web".into(), node: "host-a".into() };
         let address = "10.9.0.2".parse().unwrap();
         for record in [
             Record::Node("host-a".into(), node),
@@ -202,8 +233,9 @@ mod tests {
             Record::Network("front".into(), network),
             Record::Vni(4097, "front".into()),
             Record::Endpoint("front".into(), "web".into(), endpoint),
-            Record::Address("front".into(), address, Claim::Endpoint("web".into())),
+            Record::Address("front".into(), address, claim),
             Record::Address("front".into(), address, Claim::Quarantined(1_800_000_000)),
+            Record::Topology(7),
         ] {
             let (key, value) = record.encode();
             let stored = entry(&key.to_string(), std::str::from_utf8(&value).unwrap());

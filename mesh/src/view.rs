@@ -11,7 +11,7 @@
 
 use crate::key::Key;
 use crate::record::{Claim, Endpoint, Network, Node, Record, RecordError};
-use crate::store::{Changes, Entry, Event, Revision};
+use crate::store::{Changes, Condition, Entry, Event, LeaseId, Revision};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
@@ -32,6 +32,19 @@ pub struct View {
     pub endpoints: BTreeMap<(String, String), Endpoint>,
     /// Claims of addresses by network and address.
     pub addresses: BTreeMap<(String, IpAddr), Claim>,
+    /// The number of created networks.
+    pub topology: u64,
+    /// The last write of each key, also of entries that cannot be read.
+    pub written: BTreeMap<Key, Written>,
+}
+
+/// The last write of a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Written {
+    /// Its revision.
+    pub revision: Revision,
+    /// The lease with which the entry ends.
+    pub lease: Option<LeaseId>,
 }
 
 impl View {
@@ -57,9 +70,36 @@ impl View {
         errors
     }
 
+    /// The condition that `key` is still as it is in this view.
+    #[must_use]
+    pub fn unmodified(&self, key: &Key) -> Condition {
+        match self.written.get(key) {
+            Some(written) => Condition::Unmodified(key.to_string(), written.revision),
+            None => Condition::Absent(key.to_string()),
+        }
+    }
+
+    /// The endpoints on `network`, by name.
+    pub fn endpoints_on(&self, network: &str) -> impl Iterator<Item = (&str, &Endpoint)> {
+        let from = self.endpoints.range((network.to_owned(), String::new())..);
+        let here = from.take_while(move |((of, _), _)| of == network);
+        here.map(|((_, name), endpoint)| (name.as_str(), endpoint))
+    }
+
+    /// The claims of addresses of `network`.
+    pub fn claims_on(&self, network: &str) -> impl Iterator<Item = (IpAddr, &Claim)> {
+        let first = IpAddr::from([0, 0, 0, 0]);
+        let from = self.addresses.range((network.to_owned(), first)..);
+        let here = from.take_while(move |((of, _), _)| of == network);
+        here.map(|((_, address), claim)| (*address, claim))
+    }
+
     fn put(&mut self, entry: &Entry) -> Result<(), RecordError> {
         // A previous version of the entry is no longer valid if this one cannot be read.
         self.remove(&entry.key);
+        if let Ok(key) = entry.key.parse() {
+            self.written.insert(key, Written { revision: entry.modified, lease: entry.lease });
+        }
         match Record::try_from(entry)? {
             Record::Node(id, node) => drop(self.nodes.insert(id, node)),
             Record::NodeIndex(number, id) => drop(self.node_indexes.insert(number, id)),
@@ -71,12 +111,17 @@ impl View {
             Record::Address(network, address, claim) => {
                 self.addresses.insert((network, address), claim);
             }
+            Record::Topology(number) => self.topology = number,
         }
         Ok(())
     }
 
     fn remove(&mut self, key: &str) {
-        match key.parse() {
+        let key = key.parse();
+        if let Ok(key) = &key {
+            self.written.remove(key);
+        }
+        match key {
             Ok(Key::Node(id)) => drop(self.nodes.remove(&id)),
             Ok(Key::NodeIndex(number)) => drop(self.node_indexes.remove(&number)),
             Ok(Key::Network(name)) => drop(self.networks.remove(&name)),
@@ -85,6 +130,7 @@ impl View {
             Ok(Key::Address { network, address }) => {
                 self.addresses.remove(&(network, address));
             }
+            Ok(Key::Topology) => self.topology = 0,
             Err(_) => {}
         }
     }
@@ -106,13 +152,20 @@ mod tests {
             Write::Put { key: key.to_string(), value, lease: None }
         };
         let name = || prop_oneof![Just("a".to_owned()), Just("b".to_owned())];
-        let node = |index| Node { index, vtep: [192, 0, 2, 1].into(), boot: String::new() };
+        let node = |index| Node {
+            index,
+            vtep: [192, 0, 2, 1].into(),
+            boot: String::new(),
+            machine: String::new(),
+            mtu: 1500,
+        };
         let network = |vni| Network {
             vni,
             subnets: vec![Subnet {
                 subnet: "10.9.0.0/24".parse().unwrap(),
                 gateway: [10, 9, 0, 1].into(),
             }],
+            mtu: 1450,
             internal: false,
         };
         let endpoint = |generation| Endpoint {
@@ -121,6 +174,8 @@ mod tests {
             addresses: vec![[10, 9, 0, 2].into()],
             mac: MacAddress([2; 6]),
             state: EndpointState::Ready,
+            aliases: Vec::new(),
+            hostname: None,
         };
         let address = IpAddr::from([10, 9, 0, 2]);
         prop_oneof![
@@ -135,7 +190,7 @@ mod tests {
             (name(), name()).prop_map(move |(network, name)| put(Record::Address(
                 network,
                 address,
-                Claim::Endpoint(name)
+                Claim::Endpoint { name, node: "a".into() }
             ))),
             name().prop_map(|id| Write::Put {
                 key: Key::Node(id).to_string(),

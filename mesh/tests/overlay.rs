@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
-use tidegate_mesh::device::{Device, DeviceSpec, overhead};
+use tidegate_mesh::device::{Device, DeviceSpec, Links, overhead};
 use tidegate_mesh::overlay::Entries;
 use tidegate_model::MacAddress;
 use tidegate_testbed::Namespace;
@@ -101,9 +101,14 @@ fn spec(number: usize, vni: u32, v6: bool) -> DeviceSpec {
     }
 }
 
-async fn create(hosts: &Hosts, number: usize, vni: u32, v6: bool) -> Device {
+/// The links of host `number`. Their socket stays open for the devices.
+fn links(hosts: &Hosts, number: usize) -> std::mem::ManuallyDrop<Links> {
     let namespace = tidegate_netns::Namespace::from_path(&hosts.hosts[number].path()).unwrap();
-    Device::create(&namespace, &spec(number, vni, v6)).await.unwrap()
+    std::mem::ManuallyDrop::new(Links::open(&namespace).unwrap())
+}
+
+async fn create(hosts: &Hosts, number: usize, vni: u32, v6: bool) -> Device {
+    links(hosts, number).ensure(&spec(number, vni, v6), |_| Ok(())).await.unwrap()
 }
 
 fn reaches(from: &Namespace, to: &str) -> bool {
@@ -215,14 +220,43 @@ fn a_thousand_endpoints_are_programmed() {
 fn a_device_that_cannot_be_created_leaves_nothing() {
     run(async {
         let hosts = Hosts::new(1);
-        let namespace = tidegate_netns::Namespace::from_path(&hosts.hosts[0].path()).unwrap();
+        let links = links(&hosts, 0);
         let absent = DeviceSpec { bridge: "absent".into(), ..spec(0, 4097, false) };
-        Device::create(&namespace, &absent).await.unwrap_err();
+        links.ensure(&absent, |_| Ok(())).await.unwrap_err();
+        let denied = |_| Err(std::io::ErrorKind::PermissionDenied.into());
+        links.ensure(&spec(0, 4098, false), denied).await.unwrap_err();
         let _first = create(&hosts, 0, 4097, false).await;
         let second = DeviceSpec { name: "vy".into(), ..spec(0, 4097, false) };
-        let error = Device::create(&namespace, &second).await.unwrap_err();
+        let error = links.ensure(&second, |_| Ok(())).await.unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::AlreadyExists, "the VNI is in use");
+        hosts.hosts[0].ip(&["link", "add", "vz", "type", "bridge"]);
+        let foreign = DeviceSpec { name: "vz".into(), ..spec(0, 4099, false) };
+        let error = links.ensure(&foreign, |_| Ok(())).await.unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::AlreadyExists, "a link of other software");
         let links = hosts.hosts[0].ip(&["-o", "link", "show", "type", "vxlan"]);
         assert_eq!(links.lines().count(), 1, "{links}");
+    });
+}
+
+/// After a restart, devices with the same parameters carry traffic without interruption.
+#[test]
+fn devices_of_a_previous_process_are_kept_replaced_or_removed() {
+    run(async {
+        let hosts = Hosts::new(1);
+        let device = create(&hosts, 0, 4097, false).await;
+        let desired = entries(&[(7, vtep(1, false))]);
+        device.reconcile(&desired).await.unwrap();
+        let again = create(&hosts, 0, 4097, false).await;
+        assert_eq!(again.index(), device.index());
+        assert_eq!(again.entries().await.unwrap(), desired);
+        let links = links(&hosts, 0);
+        let smaller = DeviceSpec { mtu: 1300, ..spec(0, 4097, false) };
+        let replaced = links.ensure(&smaller, |_| Ok(())).await.unwrap();
+        assert_ne!(replaced.index(), device.index());
+        assert_eq!(links.sweep(&["vx4097".to_owned()].into()).await.unwrap(), [""; 0]);
+        hosts.hosts[0].ip_all("link add other type vxlan id 9 dstport 4789 dev eth0");
+        assert_eq!(links.sweep(&[].into()).await.unwrap(), ["vx4097"]);
+        let left = hosts.hosts[0].ip(&["-o", "link", "show", "type", "vxlan"]);
+        assert!(left.lines().count() == 1 && left.contains("other"), "{left}");
     });
 }

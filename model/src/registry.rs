@@ -329,6 +329,13 @@ pub fn veth_name(random: [u8; 6]) -> String {
     format!("{INTERFACE_PREFIX}v{a:02x}{b:02x}{c:02x}{d:02x}{e:02x}{f:02x}")
 }
 
+/// Returns the name of the VXLAN device of an overlay network: `tgx` and its VNI in hexadecimal, 9
+/// bytes.
+#[must_use]
+pub fn vxlan_name(vni: u32) -> String {
+    format!("{INTERFACE_PREFIX}x{vni:06x}")
+}
+
 fn offset(value: u32, first: u32) -> Option<OwnerSlot> {
     value.checked_sub(first).and_then(|index| u8::try_from(index).ok()).map(OwnerSlot)
 }

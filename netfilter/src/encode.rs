@@ -306,6 +306,8 @@ fn type_of(fields: &[Field]) -> u32 {
                 Field::Ipv6 => 8,
                 Field::Protocol => 12,
                 Field::Port => 13,
+                // "integer"
+                Field::Vni => 4,
             }
     })
 }
@@ -318,6 +320,7 @@ fn length(field: Field) -> u32 {
         Field::Ipv6 => 16,
         Field::Protocol => 1,
         Field::Port => 2,
+        Field::Vni => 3,
     }
 }
 

@@ -60,6 +60,7 @@ pub(crate) fn bytes_of(value: &Value) -> Vec<u8> {
         Value::Protocol(protocol) => vec![number_of(*protocol)],
         Value::OtherProtocol(number) => vec![*number],
         Value::Port(port) => port.to_be_bytes().to_vec(),
+        Value::Vni(vni) => vni.to_be_bytes()[1..].to_vec(),
     }
 }
 
@@ -95,7 +96,8 @@ fn registers(key: Key) -> u32 {
         | Key::DestinationV4
         | Key::Protocol
         | Key::SourcePort
-        | Key::DestinationPort => 1,
+        | Key::DestinationPort
+        | Key::Vni => 1,
     }
 }
 
@@ -109,11 +111,13 @@ mod meta {
     pub(super) const IN_INDEX: u32 = 4;
     pub(super) const IN_INTERFACE: u32 = 6;
     pub(super) const OUT_INTERFACE: u32 = 7;
+    pub(super) const USER: u32 = 10;
     pub(super) const FAMILY: u32 = 15;
     pub(super) const PROTOCOL: u32 = 16;
     pub(super) const PACKET_TYPE: u32 = 19;
     pub(super) const IN_GROUP: u32 = 21;
     pub(super) const OUT_GROUP: u32 = 22;
+    pub(super) const IN_KIND: u32 = 26;
 }
 
 /// `NFTA_FIB_F_*`.
@@ -125,6 +129,8 @@ mod fib {
 /// `NFT_CMP_EQ`, `NFT_CMP_NEQ`.
 const EQUAL: u32 = 0;
 const DIFFERENT: u32 = 1;
+/// `NFT_CMP_GTE`.
+const AT_LEAST: u32 = 5;
 
 /// Header bases of payload expressions (`NFT_PAYLOAD_NETWORK_HEADER`,
 /// `NFT_PAYLOAD_TRANSPORT_HEADER`).
@@ -244,7 +250,8 @@ impl Expressions {
             | Key::OutGroup
             | Key::Protocol
             | Key::SourcePort
-            | Key::DestinationPort => return,
+            | Key::DestinationPort
+            | Key::Vni => return,
             // The kernel checks the family (`nft_ct_get_eval`).
             Key::OriginalSourceV4
             | Key::OriginalSourceV6
@@ -285,6 +292,7 @@ impl Expressions {
             Key::DestinationV6 => self.payload(NETWORK, 24, 16, register),
             Key::SourcePort => self.payload(TRANSPORT, 0, 2, register),
             Key::DestinationPort => self.payload(TRANSPORT, 2, 2, register),
+            Key::Vni => self.payload(TRANSPORT, 12, 3, register),
             Key::OriginalSourceV4 => {
                 self.load_ct(ct::SOURCE_V4, Some(ct::ORIGINAL), register);
             }
@@ -349,6 +357,15 @@ impl Expressions {
             Match::NotToHost => self.host_address(fib::DESTINATION, DIFFERENT),
             Match::FromHostAddress => self.host_address(fib::SOURCE, EQUAL),
             Match::Family { v6 } => self.family(*v6),
+            // The load fails without a socket of a process, and ends the rule.
+            Match::FromProcess => {
+                self.meta(meta::USER, FIRST);
+                self.compare(AT_LEAST, &0_u32.to_ne_bytes());
+            }
+            Match::FromBridge => {
+                self.meta(meta::IN_KIND, FIRST);
+                self.compare(EQUAL, &bytes_of(&Value::Interface("bridge".to_owned())));
+            }
             Match::FromHost => {
                 self.meta(meta::IN_INDEX, FIRST);
                 self.compare(EQUAL, &0_u32.to_ne_bytes());

@@ -20,6 +20,7 @@ mod connection;
 mod conntrack;
 mod encode;
 mod expression;
+mod frames;
 mod gate;
 mod guard;
 mod identity;
@@ -29,6 +30,7 @@ mod wire;
 
 pub use connection::{Change, Connection, Error, Listed, ListedRule, TableFamily};
 pub use conntrack::{Conntrack, Entry, EntryKey, Flow, TIMESTAMPS};
+pub use frames::FrameGuard;
 pub use gate::{Gate, GatePolicy};
 #[doc(hidden)]
 pub use gate::{count_programs, detach_programs};

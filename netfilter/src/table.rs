@@ -55,6 +55,8 @@ pub enum Field {
     Protocol,
     /// `inet_service`.
     Port,
+    /// `typeof vxlan vni`.
+    Vni,
 }
 
 /// A value of a [`Field`].
@@ -74,6 +76,8 @@ pub enum Value {
     OtherProtocol(u8),
     /// A port.
     Port(u16),
+    /// The number of a VXLAN network, 24 bits.
+    Vni(u32),
 }
 
 /// A transport protocol.
@@ -186,6 +190,11 @@ pub enum Match {
     FromHostAddress,
     /// `fib daddr type != local`: destination is a broadcast, multicast or remote address.
     NotToHost,
+    /// `meta skuid >= 0`: sent through the socket of a process. Packets that the kernel makes
+    /// itself have none, such as those of VXLAN devices.
+    FromProcess,
+    /// `meta iifkind bridge`: received on a bridge.
+    FromBridge,
     /// `iif 0`: no input interface, so the packet is sent by the host. Valid in `postrouting`,
     /// where the kernel sets the input interface since Linux 5.7 (`ip_output`, `ip6_output`).
     FromHost,
@@ -241,6 +250,9 @@ pub enum Key {
     SourcePort,
     /// `th dport`.
     DestinationPort,
+    /// `vxlan vni`: bytes 4 to 6 of the payload of UDP (RFC 7348, 5). For packets that are known
+    /// to be of UDP.
+    Vni,
 }
 
 /// A statement of a rule.

@@ -27,7 +27,8 @@ impl Set {
     fn write(&self, f: &mut Formatter<'_>) -> fmt::Result {
         let kind = if self.data.is_empty() { "set" } else { "map" };
         writeln!(f, "\t{kind} {} {{", self.name)?;
-        write!(f, "\t\ttype {}", Joined(&self.key))?;
+        let by = if self.key == [Field::Vni] { "typeof" } else { "type" };
+        write!(f, "\t\t{by} {}", Joined(&self.key))?;
         if !self.data.is_empty() {
             write!(f, " : {}", Joined(&self.data))?;
         }
@@ -120,6 +121,8 @@ impl Display for Match {
                 f.write_str(if *v6 { "meta nfproto ipv6" } else { "meta nfproto ipv4" })
             }
             Self::NotToHost => f.write_str("fib daddr type != local"),
+            Self::FromProcess => f.write_str("meta skuid >= 0"),
+            Self::FromBridge => f.write_str("meta iifkind \"bridge\""),
             Self::FromHost => f.write_str("iif 0"),
             Self::NotIcmpv6 => f.write_str("meta l4proto != ipv6-icmp"),
             Self::Syn => f.write_str("tcp flags syn / syn,rst"),
@@ -181,6 +184,7 @@ impl Display for Key {
             Self::Protocol => "meta l4proto",
             Self::SourcePort => "th sport",
             Self::DestinationPort => "th dport",
+            Self::Vni => "vxlan vni",
         })
     }
 }
@@ -193,6 +197,7 @@ impl Display for Field {
             Self::Ipv6 => "ipv6_addr",
             Self::Protocol => "inet_proto",
             Self::Port => "inet_service",
+            Self::Vni => "vxlan vni",
         })
     }
 }
@@ -216,6 +221,7 @@ impl Display for Value {
             Self::OtherProtocol(136) => f.write_str("udplite"),
             Self::OtherProtocol(number) => write!(f, "{number}"),
             Self::Port(port) => write!(f, "{port}"),
+            Self::Vni(vni) => write!(f, "{vni}"),
         }
     }
 }

@@ -46,10 +46,13 @@ pub async fn run(store: &dyn ClusterStore, prefix: &str) {
     };
     let absent = conditional(&[Condition::Absent(a.clone())], "taken");
     assert_eq!(store.commit(absent).await.unwrap(), None);
+    let below = |prefix: &str| conditional(&[Condition::NoneBelow(prefix.to_owned())], "1");
+    assert_eq!(store.commit(below(&part)).await.unwrap(), None);
     let unmodified = Condition::Unmodified(a.clone(), revision);
     let both = [unmodified.clone(), Condition::Absent(b.clone())];
     assert_eq!(store.commit(conditional(&both, "half")).await.unwrap(), None);
-    let second = committed(store, conditional(std::slice::from_ref(&unmodified), "4")).await;
+    let both = [unmodified.clone(), Condition::NoneBelow(key("nothing/"))];
+    let second = committed(store, conditional(&both, "4")).await;
     assert_eq!(store.commit(conditional(&[unmodified], "stale")).await.unwrap(), None);
     let (entries, _) = store.list(&a).await.unwrap();
     assert_eq!((&*entries[0].value, entries[0].modified), (&b"4"[..], second));

@@ -83,6 +83,10 @@ impl Contents {
     fn holds(&self, condition: &Condition) -> bool {
         match condition {
             Condition::Absent(key) => !self.entries.contains_key(key),
+            Condition::NoneBelow(prefix) => {
+                let mut from = self.entries.range(prefix.clone()..);
+                from.next().is_none_or(|(key, _)| !key.starts_with(prefix.as_str()))
+            }
             Condition::Unmodified(key, revision) => {
                 self.entries.get(key).is_some_and(|entry| entry.modified == *revision)
             }

@@ -233,6 +233,10 @@ impl ClusterStore for Etcd {
     fn commit(&self, transaction: Transaction) -> StoreFuture<'_, Option<Revision>> {
         let compare = |condition: &Condition| match condition {
             Condition::Absent(key) => Compare::create_revision(key.as_str(), CompareOp::Equal, 0),
+            // The comparison of a range holds if it holds for all of its keys. None has 0.
+            Condition::NoneBelow(prefix) => {
+                Compare::create_revision(prefix.as_str(), CompareOp::Equal, 0).with_prefix()
+            }
             Condition::Unmodified(key, at) => {
                 Compare::mod_revision(key.as_str(), CompareOp::Equal, number(*at))
             }

@@ -70,10 +70,12 @@ pub struct Entry {
 }
 
 /// A condition of a [`Transaction`].
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Condition {
     /// The key does not exist.
     Absent(String),
+    /// No key starts with this prefix.
+    NoneBelow(String),
     /// The key exists and was last written at this revision.
     Unmodified(String, Revision),
 }

@@ -21,6 +21,7 @@ mod command {
     pub(super) const MAP_CREATE: libc::c_long = 0;
     pub(super) const MAP_LOOKUP: libc::c_long = 1;
     pub(super) const MAP_UPDATE: libc::c_long = 2;
+    pub(super) const MAP_DELETE: libc::c_long = 3;
     pub(super) const LOAD: libc::c_long = 5;
     pub(super) const ATTACH: libc::c_long = 8;
     pub(super) const DETACH: libc::c_long = 9;
@@ -33,6 +34,10 @@ mod command {
 
 /// `BPF_PROG_TYPE_SCHED_CLS`.
 const CLASSIFIER: u32 = 3;
+/// `BPF_MAP_TYPE_HASH`.
+const HASH: u32 = 1;
+/// `BPF_F_NO_PREALLOC`: elements are allocated when they are added.
+const NO_PREALLOCATION: u32 = 1;
 /// `BPF_MAP_TYPE_ARRAY`.
 const ARRAY: u32 = 2;
 /// `BPF_F_BEFORE`: attaches ahead of existing programs, so that none of them accepts a packet
@@ -189,17 +194,37 @@ impl LinkProgram {
     /// # Errors
     /// `ENODEV` if the link does not exist.
     pub(crate) fn is_attached(&self, index: u32) -> io::Result<bool> {
-        let ids = if self.tcx {
-            tcx_programs(index, self.direction)?
-        } else {
-            match Clsact::open()?.attached(index, self.direction, self.name)? {
-                Some(Attached::Program(id)) => vec![id],
-                _ => Vec::new(),
-            }
-        };
         // Reading the tag takes CAP_SYS_ADMIN. A program whose tag cannot be read counts as a
         // foreign program.
-        Ok(ids.into_iter().any(|id| tag_of(id).is_ok_and(|tag| tag == self.program.tag)))
+        Ok(self
+            .attached(index)?
+            .into_iter()
+            .any(|id| tag_of(id).is_ok_and(|tag| tag == self.program.tag)))
+    }
+
+    /// Returns the IDs of the programs at the hook.
+    fn attached(&self, index: u32) -> io::Result<Vec<u32>> {
+        if self.tcx {
+            return tcx_programs(index, self.direction);
+        }
+        Ok(match Clsact::open()?.attached(index, self.direction, self.name)? {
+            Some(Attached::Program(id)) => vec![id],
+            _ => Vec::new(),
+        })
+    }
+
+    /// Returns whether this very program is attached to the link with interface index `index` in
+    /// the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// `ENODEV` if the link does not exist.
+    pub(crate) fn is_own_attached(&self, index: u32) -> io::Result<bool> {
+        Ok(self.attached(index)?.contains(&self.program.id))
+    }
+
+    /// Runs the program once on `frame`. Returns its verdict.
+    pub(crate) fn test_run(&self, frame: &[u8]) -> io::Result<i32> {
+        self.program.test_run(frame, 1).map(|(verdict, _)| verdict)
     }
 
     /// Attaches the program to the link with interface index `index` in the calling thread's
@@ -323,6 +348,11 @@ impl Counters {
         unsafe { open(command::MAP_CREATE, &mut attributes) }.map(Self)
     }
 
+    /// Returns the file descriptor, for instructions.
+    pub(crate) fn descriptor(&self) -> i32 {
+        self.0.as_raw_fd()
+    }
+
     /// Returns the value of counter `index`.
     ///
     /// # Errors
@@ -357,6 +387,77 @@ impl Counters {
         // SAFETY: `Lookup` is the head of `union bpf_attr` for this command too; key and value have
         // the map's sizes.
         unsafe { bpf(command::MAP_UPDATE, &mut attributes) }.map(drop)
+    }
+}
+
+/// A hash map of keys without values that a program looks up.
+#[derive(Debug)]
+pub(crate) struct HashSet {
+    map: OwnedFd,
+    key: usize,
+}
+
+impl HashSet {
+    /// Creates a set of at most `capacity` keys of `key` bytes. `name` has at most 15 bytes.
+    ///
+    /// # Errors
+    /// Same as [`Program::load`].
+    pub(crate) fn new(name: &str, key: u32, capacity: u32) -> io::Result<Self> {
+        let mut attributes = MapCreate {
+            kind: HASH,
+            key,
+            value: 1,
+            entries: capacity,
+            flags: NO_PREALLOCATION,
+            ..MapCreate::default()
+        };
+        attributes.name[..name.len()].copy_from_slice(name.as_bytes());
+        // SAFETY: `MapCreate` is the head of `union bpf_attr` for this command.
+        let map = unsafe { open(command::MAP_CREATE, &mut attributes) }?;
+        Ok(Self { map, key: key as usize })
+    }
+
+    /// Returns the file descriptor, for instructions.
+    pub(crate) fn descriptor(&self) -> i32 {
+        self.map.as_raw_fd()
+    }
+
+    /// Adds `key`.
+    ///
+    /// # Errors
+    /// `E2BIG` if the set is full.
+    pub(crate) fn insert(&self, key: &[u8]) -> io::Result<()> {
+        assert_eq!(key.len(), self.key);
+        let value = 1_u8;
+        let mut attributes = self.lookup(key, Some(&value));
+        // SAFETY: `Lookup` is the head of `union bpf_attr` for this command too; key and value have
+        // the map's sizes.
+        unsafe { bpf(command::MAP_UPDATE, &mut attributes) }.map(drop)
+    }
+
+    /// Removes `key`, if it is in the set.
+    ///
+    /// # Errors
+    /// Errors of the kernel.
+    pub(crate) fn remove(&self, key: &[u8]) -> io::Result<()> {
+        assert_eq!(key.len(), self.key);
+        let mut attributes = self.lookup(key, None);
+        // SAFETY: `Lookup` is the head of `union bpf_attr` for this command too; the key has the
+        // map's size.
+        match unsafe { bpf(command::MAP_DELETE, &mut attributes) } {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed.map(drop),
+        }
+    }
+
+    fn lookup(&self, key: &[u8], value: Option<&u8>) -> Lookup {
+        Lookup {
+            map: self.map.as_raw_fd() as u32,
+            _padding: 0,
+            key: key.as_ptr() as u64,
+            value: value.map_or(0, |value| std::ptr::from_ref(value) as u64),
+            flags: 0,
+        }
     }
 }
 

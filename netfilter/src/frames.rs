@@ -1,0 +1,272 @@
+//! Guards of VXLAN devices: source checks for the frames that other hosts send.
+//!
+//! The port of a VXLAN device carries the frames of many stations, so its guard looks the source up
+//! in a set: MAC address and IP address together. It is an eBPF program with a hash map at the
+//! ingress of the device.
+//!
+//! ```text
+//! VLAN tag                                ─► drop
+//! destination is a group address          ─► drop (nothing is flooded; hosts answer ARP themselves)
+//! IPv4, IPv6: source MAC and IP in the set ─► pass
+//! anything else                           ─► drop
+//! ```
+
+use crate::bpf::{Counters, Direction, HashSet, Instruction, LinkProgram, field, verdict};
+use std::io;
+use std::net::IpAddr;
+use tidegate_model::MacAddress;
+
+/// Name of the program in bpftool(8); at most 15 bytes.
+const NAME: &str = "tg_frames";
+
+/// Maximum number of pairs of a MAC and an IP address.
+const CAPACITY: u32 = 1 << 17;
+
+/// Length of a key: address, padded with zeros; MAC address; [`IPV4_MARK`] or zeros.
+const KEY: usize = 24;
+
+/// Marks the key of an IPv4 address, which no IPv6 address equals then.
+const IPV4_MARK: u16 = 0xffff;
+
+/// The guard of one VXLAN device.
+#[derive(Debug)]
+pub struct FrameGuard {
+    program: LinkProgram,
+    senders: HashSet,
+    drops: Counters,
+}
+
+impl FrameGuard {
+    /// Loads a guard that drops all frames.
+    ///
+    /// # Errors
+    /// `EPERM` without CAP_BPF and CAP_NET_ADMIN in the initial user namespace.
+    pub fn new() -> io::Result<Self> {
+        let senders = HashSet::new("tg_senders", KEY as u32, CAPACITY)?;
+        let drops = Counters::new("tg_frame_drops", 1)?;
+        let code = program(senders.descriptor(), drops.descriptor());
+        let program = LinkProgram::load(NAME, Direction::Ingress, &code)?;
+        Ok(Self { program, senders, drops })
+    }
+
+    /// Attaches the guard to the link with interface index `index` in the calling thread's network
+    /// namespace, instead of that of a previous process.
+    ///
+    /// # Errors
+    /// `ENODEV` if the link does not exist.
+    pub fn attach(&self, index: u32) -> io::Result<()> {
+        self.program.attach(index)
+    }
+
+    /// Returns whether this guard is attached to the link with interface index `index` in the
+    /// calling thread's network namespace.
+    ///
+    /// # Errors
+    /// `ENODEV` if the link does not exist.
+    pub fn is_attached(&self, index: u32) -> io::Result<bool> {
+        self.program.is_own_attached(index)
+    }
+
+    /// Passes frames from `mac` with the source `address`.
+    ///
+    /// # Errors
+    /// `E2BIG` if the set is full.
+    pub fn allow(&self, mac: MacAddress, address: IpAddr) -> io::Result<()> {
+        self.senders.insert(&key(mac, address))
+    }
+
+    /// Drops frames from `mac` with the source `address`. Succeeds if they are dropped already.
+    ///
+    /// # Errors
+    /// Errors of the kernel.
+    pub fn forbid(&self, mac: MacAddress, address: IpAddr) -> io::Result<()> {
+        self.senders.remove(&key(mac, address))
+    }
+
+    /// Returns the number of dropped frames.
+    ///
+    /// # Errors
+    /// Errors of the kernel.
+    pub fn dropped(&self) -> io::Result<u64> {
+        self.drops.read(0)
+    }
+
+    /// Runs the program on `frame`. Returns whether it passes. For tests.
+    #[doc(hidden)]
+    pub fn passes(&self, frame: &[u8]) -> io::Result<bool> {
+        Ok(self.program.test_run(frame)? == verdict::NEXT)
+    }
+}
+
+fn key(mac: MacAddress, address: IpAddr) -> [u8; KEY] {
+    let mut key = [0; KEY];
+    key[16..22].copy_from_slice(&mac.0);
+    match address {
+        IpAddr::V4(ip) => {
+            key[..4].copy_from_slice(&ip.octets());
+            key[22..].copy_from_slice(&IPV4_MARK.to_be_bytes());
+        }
+        IpAddr::V6(ip) => key[..16].copy_from_slice(&ip.octets()),
+    }
+    key
+}
+
+/// The program, with the descriptors of its maps.
+fn program(senders: i32, drops: i32) -> Vec<Instruction> {
+    const RESULT: u8 = 0;
+    const FIRST: u8 = 1;
+    const SECOND: u8 = 2;
+    const CONTEXT: u8 = 6;
+    const BEGIN: u8 = 7;
+    const END: u8 = 8;
+    const STACK: u8 = 10;
+    /// Place of the key on the stack.
+    const AT: i16 = -(KEY as i16);
+    const IPV4: u16 = 0x0800;
+    const IPV6: u16 = 0x86dd;
+    const ETHERNET: i16 = 14;
+    let of = Instruction::new;
+    // BPF_ALU64 | BPF_MOV, of a register and of a constant; BPF_ALU64 | BPF_ADD | BPF_K
+    let copy = |to, from| of(0xbf, to, from, 0, 0);
+    let set = |to, value| of(0xb7, to, 0, 0, value);
+    let add = |to, value| of(0x07, to, 0, 0, value);
+    // BPF_LDX | BPF_MEM of a word, a half word and a byte; BPF_STX | BPF_MEM of a word and a half
+    // word
+    let word = |to, from, at| of(0x61, to, from, at, 0);
+    let half = |to, from, at| of(0x69, to, from, at, 0);
+    let byte = |to, from, at| of(0x71, to, from, at, 0);
+    let put_word = |from, at| of(0x63, STACK, from, at, 0);
+    let put_half = |from, at| of(0x6b, STACK, from, at, 0);
+    // BPF_ST | BPF_MEM of a double word and a half word
+    let zero = |at| of(0x7a, STACK, 0, at, 0);
+    let mark = |at| of(0x6a, STACK, 0, at, IPV4_MARK.into());
+    let call = |helper| of(0x85, 0, 0, 0, helper);
+    let exit = of(0x95, 0, 0, 0, 0);
+    // BPF_LD | BPF_IMM | BPF_DW with BPF_PSEUDO_MAP_FD: two slots
+    let map = |to, descriptor| [of(0x18, to, 1, 0, descriptor), of(0, 0, 0, 0, 0)];
+    const LOOKUP: i32 = 1;
+    const PULL: i32 = 39;
+
+    // Jumps to `Drop`, `V6`, `Look` are resolved below.
+    #[derive(Clone, Copy, PartialEq)]
+    enum Label {
+        Drop,
+        V6,
+        Look,
+        Out,
+    }
+    let mut code: Vec<Instruction> = Vec::new();
+    let mut jumps: Vec<(usize, Label)> = Vec::new();
+    let mut labels: Vec<(Label, usize)> = Vec::new();
+    let mut jump = |code: &mut Vec<Instruction>, instruction: Instruction, to: Label| {
+        jumps.push((code.len(), to));
+        code.push(instruction);
+    };
+    code.extend([copy(CONTEXT, FIRST), set(SECOND, 54), call(PULL)]);
+    code.extend([word(FIRST, CONTEXT, field::VLAN_PRESENT)]);
+    // BPF_JMP | BPF_JNE | BPF_K
+    jump(&mut code, of(0x55, FIRST, 0, 0, 0), Label::Drop);
+    code.extend([word(BEGIN, CONTEXT, field::DATA), word(END, CONTEXT, field::DATA_END)]);
+    code.extend([copy(FIRST, BEGIN), add(FIRST, 34)]);
+    // BPF_JMP | BPF_JGT | BPF_X
+    jump(&mut code, of(0x2d, FIRST, END, 0, 0), Label::Drop);
+    code.push(byte(FIRST, BEGIN, 0));
+    // BPF_JMP | BPF_JSET | BPF_K: the group bit
+    jump(&mut code, of(0x45, FIRST, 0, 0, 1), Label::Drop);
+    code.extend([zero(AT), zero(AT + 8), zero(AT + 16)]);
+    for part in 0..3 {
+        code.extend([half(FIRST, BEGIN, 6 + 2 * part), put_half(FIRST, AT + 16 + 2 * part)]);
+    }
+    code.push(half(FIRST, BEGIN, 12));
+    // BPF_JMP | BPF_JEQ | BPF_K, BPF_JNE
+    jump(&mut code, of(0x15, FIRST, 0, 0, IPV6.to_be().into()), Label::V6);
+    jump(&mut code, of(0x55, FIRST, 0, 0, IPV4.to_be().into()), Label::Drop);
+    code.extend([mark(AT + 22), word(FIRST, BEGIN, ETHERNET + 12), put_word(FIRST, AT)]);
+    // BPF_JMP | BPF_JA
+    jump(&mut code, of(0x05, 0, 0, 0, 0), Label::Look);
+    labels.push((Label::V6, code.len()));
+    code.extend([copy(FIRST, BEGIN), add(FIRST, 54)]);
+    jump(&mut code, of(0x2d, FIRST, END, 0, 0), Label::Drop);
+    for part in 0..4 {
+        code.extend([word(FIRST, BEGIN, ETHERNET + 8 + 4 * part), put_word(FIRST, AT + 4 * part)]);
+    }
+    labels.push((Label::Look, code.len()));
+    code.extend(map(FIRST, senders));
+    code.extend([copy(SECOND, STACK), add(SECOND, AT.into()), call(LOOKUP)]);
+    jump(&mut code, of(0x15, RESULT, 0, 0, 0), Label::Drop);
+    code.extend([set(RESULT, verdict::NEXT), exit]);
+    labels.push((Label::Drop, code.len()));
+    // BPF_ST | BPF_MEM | BPF_W
+    code.push(of(0x62, STACK, 0, -4, 0));
+    code.extend(map(FIRST, drops));
+    code.extend([copy(SECOND, STACK), add(SECOND, -4), call(LOOKUP)]);
+    jump(&mut code, of(0x15, RESULT, 0, 0, 0), Label::Out);
+    // BPF_STX | BPF_ATOMIC | BPF_DW, BPF_ADD
+    code.extend([set(FIRST, 1), of(0xdb, RESULT, FIRST, 0, 0)]);
+    labels.push((Label::Out, code.len()));
+    code.extend([set(RESULT, verdict::DROP), exit]);
+    for (at, to) in jumps {
+        let target = labels.iter().find(|(label, _)| *label == to).map_or(0, |(_, target)| *target);
+        code[at] = code[at].with_offset((target - at - 1) as i16);
+    }
+    code
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MAC: MacAddress = MacAddress([2, 0, 10, 9, 0, 7]);
+
+    fn frame(to: u8, from: MacAddress, ethertype: u16, source: IpAddr) -> Vec<u8> {
+        let mut frame = vec![to, 0, 10, 9, 0, 8];
+        frame.extend(from.0);
+        frame.extend(ethertype.to_be_bytes());
+        match source {
+            IpAddr::V4(ip) => {
+                frame.extend([0x45, 0, 0, 20, 0, 0, 0, 0, 64, 17, 0, 0]);
+                frame.extend(ip.octets());
+                frame.extend([10, 9, 0, 8]);
+            }
+            IpAddr::V6(ip) => {
+                frame.extend([0x60, 0, 0, 0, 0, 0, 17, 64]);
+                frame.extend(ip.octets());
+                frame.extend([0; 16]);
+            }
+        }
+        frame.resize(64, 0);
+        frame
+    }
+
+    #[test]
+    fn ebpf_passes_frames_of_known_senders_only() {
+        let guard = FrameGuard::new().unwrap();
+        let (v4, v6): (IpAddr, IpAddr) = ("10.9.0.7".parse().unwrap(), "fd09::7".parse().unwrap());
+        let mapped = "::ffff:10.9.0.7".parse().unwrap();
+        let (four, six) = (frame(2, MAC, 0x0800, v4), frame(2, MAC, 0x86dd, v6));
+        assert!(!guard.passes(&four).unwrap() && !guard.passes(&six).unwrap(), "an empty set");
+        guard.allow(MAC, v4).unwrap();
+        guard.allow(MAC, v6).unwrap();
+        assert!(guard.passes(&four).unwrap() && guard.passes(&six).unwrap());
+        let before = guard.dropped().unwrap();
+        let other = MacAddress([2, 0, 10, 9, 0, 9]);
+        let forged = [
+            frame(2, other, 0x0800, v4),
+            frame(2, MAC, 0x0800, "10.9.0.9".parse().unwrap()),
+            frame(2, MAC, 0x86dd, "fd09::9".parse().unwrap()),
+            frame(2, MAC, 0x86dd, "fe80::a:9ff:fe09:7".parse().unwrap()),
+            frame(2, MAC, 0x86dd, mapped),
+            frame(2, MAC, 0x0806, v4),
+            frame(2, MAC, 0x8100, v4),
+            frame(0x33, MAC, 0x86dd, v6),
+            frame(0xff, MAC, 0x0800, v4),
+        ];
+        for one in &forged {
+            assert!(!guard.passes(one).unwrap(), "{one:x?}");
+        }
+        assert_eq!(guard.dropped().unwrap() - before, forged.len() as u64);
+        guard.forbid(MAC, v4).unwrap();
+        guard.forbid(MAC, v4).unwrap();
+        assert!(!guard.passes(&four).unwrap() && guard.passes(&six).unwrap());
+    }
+}
