@@ -11,11 +11,14 @@
 
 #![forbid(unsafe_code)]
 
+pub mod agent;
 pub mod device;
 pub mod key;
 pub mod liveness;
 pub mod membership;
 pub mod overlay;
+pub mod programmer;
 pub mod record;
 pub mod store;
 pub mod view;
+pub mod vtep_guard;

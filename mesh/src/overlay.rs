@@ -25,6 +25,18 @@ pub struct Entries {
     pub neighbours: BTreeMap<IpAddr, MacAddress>,
 }
 
+impl Entries {
+    /// Applies `change`.
+    pub fn execute(&mut self, change: &Change) {
+        match *change {
+            Change::RemoveNeighbour(address) => drop(self.neighbours.remove(&address)),
+            Change::RemoveStation(mac) => drop(self.stations.remove(&mac)),
+            Change::AddStation(mac, vtep) => drop(self.stations.insert(mac, vtep)),
+            Change::AddNeighbour(address, mac) => drop(self.neighbours.insert(address, mac)),
+        }
+    }
+}
+
 /// A change of one entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
@@ -176,17 +188,11 @@ mod tests {
     }
 
     impl Entries {
-        fn execute(&mut self, change: &Change) {
-            match *change {
-                Change::RemoveNeighbour(address) => {
-                    assert!(self.neighbours.remove(&address).is_some());
-                }
-                Change::RemoveStation(mac) => assert!(self.stations.remove(&mac).is_some()),
-                Change::AddStation(mac, vtep) => assert!(self.stations.insert(mac, vtep).is_none()),
-                Change::AddNeighbour(address, mac) => {
-                    assert!(self.neighbours.insert(address, mac).is_none());
-                }
-            }
+        /// Applies `change`, which must change something.
+        fn step(&mut self, change: &Change) {
+            let before = self.clone();
+            self.execute(change);
+            assert_ne!(*self, before);
         }
 
         /// Where a packet to `address` goes.
@@ -216,7 +222,7 @@ mod tests {
         fn changes_lead_to_the_desired_entries(desired in entries(false), found in entries(true)) {
             let mut now = found.clone();
             for change in changes(&desired, &found) {
-                now.execute(&change);
+                now.step(&change);
             }
             prop_assert_eq!(&now, &desired);
             prop_assert_eq!(changes(&desired, &now), []);
@@ -227,7 +233,7 @@ mod tests {
         fn no_packet_goes_elsewhere_meanwhile(desired in entries(false), found in entries(true)) {
             let mut now = found.clone();
             for change in changes(&desired, &found) {
-                now.execute(&change);
+                now.step(&change);
                 for address in (0..6).map(ip) {
                     let route = now.route(address);
                     let is_one = route.is_none()

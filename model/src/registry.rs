@@ -287,6 +287,9 @@ pub const NFTABLES_USER_TABLE: &str = "tidegate_user";
 /// container, in the namespace of the container.
 pub const NFTABLES_DNS_TABLE: &str = "tidegate_dns";
 
+/// The nftables table (family `inet`) that guards the VXLAN endpoint of a host.
+pub const NFTABLES_MESH_TABLE: &str = "tidegate_mesh";
+
 /// The chain for rules of the user, in nftables and iptables. Packets dropped in it reach no
 /// container.
 pub const USER_CHAIN: &str = "TIDEGATE-USER";

@@ -1,8 +1,8 @@
 //! A store in this process, for a mesh of one host. Its contents end with the process.
 
 use super::{
-    Changes, ClusterStore, Condition, Entry, Event, LeaseId, MAX_WRITES, Revision, StoreError,
-    StoreFuture, Transaction, Watch, Write,
+    Changes, ClusterStore, Condition, Connect, Entry, Event, LeaseId, MAX_WRITES, Revision,
+    StoreError, StoreFuture, Transaction, Watch, Write,
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future;
@@ -212,6 +212,13 @@ impl Embedded {
 impl Default for Embedded {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+impl Connect for Embedded {
+    fn connect(&self) -> StoreFuture<'_, Arc<dyn ClusterStore>> {
+        let store: Arc<dyn ClusterStore> = Arc::new(self.clone());
+        Box::pin(future::ready(Ok(store)))
     }
 }
 

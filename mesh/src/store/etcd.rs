@@ -7,8 +7,8 @@
 //! frames of HTTP/2.
 
 use super::{
-    Changes, ClusterStore, Condition, Entry, Event, LeaseId, Revision, StoreError, StoreFuture,
-    Transaction, Watch, Write,
+    Changes, ClusterStore, Condition, Connect, Entry, Event, LeaseId, Revision, StoreError,
+    StoreFuture, Transaction, Watch, Write,
 };
 use etcd_client::{
     Certificate, Client, Compare, CompareOp, ConnectOptions, Error, EventType, GetOptions,
@@ -214,6 +214,15 @@ fn entry(found: &KeyValue) -> Entry {
         value: found.value().to_vec(),
         lease: Some(LeaseId(found.lease())).filter(|lease| lease.0 != 0),
         modified: revision(found.mod_revision()),
+    }
+}
+
+impl Connect for EtcdOptions {
+    fn connect(&self) -> StoreFuture<'_, Arc<dyn ClusterStore>> {
+        Box::pin(async {
+            let store: Arc<dyn ClusterStore> = Arc::new(Etcd::connect(self).await?);
+            Ok(store)
+        })
     }
 }
 

@@ -37,6 +37,7 @@ pub use etcd::{Etcd, EtcdOptions, EtcdTls};
 
 use std::fmt;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// A future of a store, which the caller awaits or drops.
@@ -161,6 +162,12 @@ pub trait Watch: Send {
     ///
     /// Dropping the future loses no change.
     fn next(&mut self) -> StoreFuture<'_, Changes>;
+}
+
+/// Creates a store.
+pub trait Connect: Send + Sync + fmt::Debug {
+    /// Connects to the store, and checks that it answers.
+    fn connect(&self) -> StoreFuture<'_, Arc<dyn ClusterStore>>;
 }
 
 /// The shared state of a cluster.

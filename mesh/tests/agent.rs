@@ -1,0 +1,272 @@
+//! Agents of several hosts, which are namespaces, over a store in this process.
+
+mod common;
+
+use common::{Hosts, mac, reaches, vtep};
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tidegate_mesh::agent::{Agent, Names, Options};
+use tidegate_mesh::membership::{self, Own};
+use tidegate_mesh::programmer::LocalNetwork;
+use tidegate_mesh::record::{Endpoint, EndpointState, Network, Node, Subnet};
+use tidegate_mesh::store::Embedded;
+use tidegate_testbed::{Namespace, eventually};
+
+const SOON: Duration = Duration::from_secs(10);
+
+/// Names of other hosts, by network.
+#[derive(Clone, Default)]
+struct Known(Arc<Mutex<BTreeMap<String, Vec<String>>>>);
+
+impl Names for Known {
+    fn set(&mut self, network: &str, endpoints: &BTreeMap<String, Endpoint>) {
+        let names = endpoints.keys().cloned().collect();
+        self.0.lock().unwrap().insert(network.to_owned(), names);
+    }
+}
+
+struct Host {
+    agent: Agent,
+    names: Known,
+    id: String,
+}
+
+fn own(number: usize) -> Own {
+    let id = format!("host-{number}");
+    let node = Node {
+        index: 0,
+        vtep: vtep(number, false),
+        boot: format!("boot of {id}"),
+        machine: format!("machine of {id}"),
+        mtu: 1500,
+    };
+    let underlay = vec!["192.0.2.0/24".parse().unwrap()];
+    Own { id, node, underlay, endpoints: BTreeMap::new() }
+}
+
+fn front() -> LocalNetwork {
+    LocalNetwork { name: "front".into(), vni: 0x123456, bridge: "front".into(), mtu: 1450 }
+}
+
+fn network() -> Network {
+    let subnet = |subnet: &str, gateway: &str| Subnet {
+        subnet: subnet.parse().unwrap(),
+        gateway: gateway.parse().unwrap(),
+    };
+    let subnets = vec![subnet("10.9.0.0/24", "10.9.0.1"), subnet("fd09::/64", "fd09::1")];
+    Network { vni: 0x123456, subnets, mtu: 1450, internal: false }
+}
+
+/// Starts the agent of host `number` with the network `front`.
+fn start(hosts: &Hosts, store: &Embedded, own: Own, number: usize) -> Host {
+    let namespace = tidegate_netns::Namespace::from_path(&hosts.hosts[number].path()).unwrap();
+    let (names, id) = (Known::default(), own.id.clone());
+    let agent = Agent::start(Options {
+        own,
+        store: Arc::new(store.clone()),
+        namespace,
+        networks: vec![front()],
+        names: Box::new(names.clone()),
+    });
+    Host { agent: agent.unwrap(), names, id }
+}
+
+fn endpoint(host: &Host, id: u8) -> Endpoint {
+    Endpoint {
+        node: host.id.clone(),
+        generation: id.into(),
+        addresses: vec![[10, 9, 0, id].into(), format!("fd09::{id}").parse().unwrap()],
+        mac: mac(id),
+        state: EndpointState::Ready,
+        aliases: Vec::new(),
+        hostname: None,
+    }
+}
+
+fn wait<T>(future: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(future)
+}
+
+fn attach(host: &Host, id: u8) -> Result<(), String> {
+    let name = format!("c{id}");
+    let claimed = host.agent.claim("front", &name, endpoint(host, id));
+    wait(claimed).map_err(|error| error.to_string())
+}
+
+/// Three hosts in one cluster with the network `front`.
+fn three() -> (Hosts, Embedded, Vec<Host>) {
+    let (hosts, store) = (Hosts::new(3), Embedded::new());
+    let agents: Vec<_> = (0..3).map(|number| start(&hosts, &store, own(number), number)).collect();
+    for host in &agents {
+        wait(host.agent.joined(SOON)).unwrap();
+    }
+    wait(agents[0].agent.create("front", network())).unwrap();
+    (hosts, store, agents)
+}
+
+fn sees(host: &Host, names: &[&str]) {
+    let mut last = Vec::new();
+    let is_so = eventually(SOON, || {
+        let known = host.names.0.lock().unwrap().get("front").cloned().unwrap_or_default();
+        last = known;
+        last == names
+    });
+    assert!(is_so, "{}: {last:?}", host.id);
+}
+
+#[test]
+fn endpoints_are_programmed_and_named_on_all_hosts_and_removed() {
+    let (hosts, _store, agents) = three();
+    let containers: Vec<Namespace> =
+        (0..3).map(|number| hosts.container(number, 7 + number as u8)).collect();
+    for (host, id) in agents.iter().zip(7..) {
+        attach(host, id).unwrap();
+    }
+    sees(&agents[0], &["c8", "c9"]);
+    sees(&agents[2], &["c7", "c8"]);
+    for to in ["10.9.0.8", "10.9.0.9", "fd09::9"] {
+        assert!(reaches(&containers[0], to), "{to}");
+    }
+    wait(agents[2].agent.release("front", "c9")).unwrap();
+    sees(&agents[0], &["c8"]);
+    assert!(!reaches(&containers[0], "10.9.0.9"), "removed");
+    let error = attach(&agents[1], 9).unwrap_err();
+    assert!(error.contains("was released recently"), "{error}");
+    assert!(reaches(&containers[0], "10.9.0.8"));
+}
+
+#[test]
+fn a_host_that_cannot_be_in_the_cluster_is_told_why() {
+    let (hosts, store, agents) = three();
+    drop(agents);
+    let same = Own { id: "other".into(), ..own(1) };
+    let host = start(&hosts, &store, same, 1);
+    let error = wait(host.agent.joined(SOON)).unwrap_err().to_string();
+    assert!(error.starts_with("192.0.2.2 is the address of host host-1"), "{error}");
+    drop(host);
+    let mut named = own(2);
+    named.id = "host-1".into();
+    let host = start(&hosts, &store, named, 2);
+    let error = wait(host.agent.joined(SOON)).unwrap_err().to_string();
+    assert!(error.contains("host host-1 is in the cluster already, on another machine"), "{error}");
+}
+
+#[test]
+fn names_addresses_and_networks_have_one_owner() {
+    let (_hosts, _store, agents) = three();
+    attach(&agents[0], 7).unwrap();
+    let error = wait(agents[1].agent.claim("front", "c7", endpoint(&agents[1], 8))).unwrap_err();
+    let expected = "endpoint c7: host host-0 has an endpoint with this name on network front";
+    assert_eq!(error.to_string(), expected);
+    let error = wait(agents[1].agent.claim("front", "thief", endpoint(&agents[1], 7))).unwrap_err();
+    let expected =
+        "endpoint thief: 10.9.0.7 on network front is in use by endpoint c7 of host host-0";
+    assert_eq!(error.to_string(), expected);
+    let error = wait(agents[1].agent.create("front", network())).unwrap_err();
+    assert_eq!(error.to_string(), "network front exists in the cluster");
+    let error = wait(agents[1].agent.create("back", network())).unwrap_err();
+    assert!(error.to_string().contains("overlaps 10.9.0.0/24 of network front"), "{error}");
+    let error = wait(agents[1].agent.delete("front")).unwrap_err();
+    assert!(error.to_string().contains("c7 on host-0; detach them first"), "{error}");
+    wait(agents[0].agent.release("front", "c7")).unwrap();
+    wait(agents[1].agent.delete("front")).unwrap();
+}
+
+/// The store forgets the records of a host whose lease ends. Hosts that hear it keep them.
+#[test]
+fn records_of_a_host_outlive_its_lease_while_it_is_heard() {
+    let (hosts, store, mut agents) = three();
+    let containers: Vec<Namespace> =
+        (0..2).map(|number| hosts.container(number, 7 + number as u8)).collect();
+    attach(&agents[0], 7).unwrap();
+    attach(&agents[1], 8).unwrap();
+    sees(&agents[0], &["c8"]);
+    let all_heard = eventually(SOON, || {
+        let status = wait(agents[0].agent.status()).unwrap();
+        status.hosts.iter().all(|host| host.silent_since.is_none())
+    });
+    assert!(all_heard);
+    let lease = wait(async {
+        use tidegate_mesh::store::ClusterStore;
+        let (entries, _) = store.list("/tidegate/1/nodes/host-1").await.unwrap();
+        let lease = entries[0].lease.unwrap();
+        store.revoke(lease).await.unwrap();
+        lease
+    });
+    // It registers again with another lease; meanwhile nothing was removed.
+    for _ in 0..20 {
+        assert!(reaches(&containers[0], "10.9.0.8"));
+        sees(&agents[0], &["c8"]);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let registered = eventually(SOON, || {
+        use tidegate_mesh::store::ClusterStore;
+        let (entries, _) = wait(store.list("/tidegate/1/endpoints/front/c8")).unwrap();
+        entries.first().is_some_and(|entry| entry.lease != Some(lease))
+    });
+    assert!(registered);
+    // A host that is gone is forgotten with its lease, but keeps its addresses.
+    drop(agents.remove(1));
+    sees(&agents[0], &[]);
+    assert!(!reaches(&containers[0], "10.9.0.8"));
+    let error = wait(agents[0].agent.claim("front", "c8", endpoint(&agents[0], 8))).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("10.9.0.8 on network front is in use by endpoint c8 of host host-1"),
+        "{error}"
+    );
+    wait(agents[0].agent.remove_host("host-1")).unwrap();
+    let error = wait(agents[0].agent.claim("front", "c8", endpoint(&agents[0], 8))).unwrap_err();
+    assert!(error.to_string().contains("was released recently"), "{error}");
+}
+
+#[test]
+fn leaving_removes_devices_rules_and_records() {
+    let (hosts, store, agents) = three();
+    attach(&agents[0], 7).unwrap();
+    let tables = || hosts.hosts[0].exec("nft", &["list", "tables"]);
+    assert!(tables().contains("tidegate_mesh"), "{}", tables());
+    wait(agents[0].agent.leave()).unwrap();
+    assert_eq!(tables(), "");
+    assert_eq!(hosts.hosts[0].ip(&["link", "show", "type", "vxlan"]), "");
+    let (entries, _) = {
+        use tidegate_mesh::store::ClusterStore;
+        wait(store.list("/tidegate/1/")).unwrap()
+    };
+    let (view, _) = tidegate_mesh::view::View::of(&entries, tidegate_mesh::store::Revision(1));
+    assert!(!view.nodes.contains_key("host-0") && view.endpoints.is_empty());
+    assert!(membership::deletion(&view, "front").is_ok(), "no claim is left");
+    let address: IpAddr = [10, 9, 0, 7].into();
+    assert!(membership::free_addresses(&view, "front", &[], 0).unwrap()[0] != address);
+}
+
+/// As after a restart: devices and entries of the previous agent carry traffic meanwhile.
+#[test]
+fn an_agent_adopts_what_the_previous_one_has_left() {
+    let (hosts, store, mut agents) = three();
+    let containers: Vec<Namespace> =
+        (0..2).map(|number| hosts.container(number, 7 + number as u8)).collect();
+    attach(&agents[0], 7).unwrap();
+    attach(&agents[1], 8).unwrap();
+    sees(&agents[0], &["c8"]);
+    let link = || hosts.hosts[0].ip(&["-o", "link", "show", "type", "vxlan"]);
+    let before = link();
+    let host = agents.remove(0);
+    let mut again = own(0);
+    again.endpoints.insert(("front".into(), "c7".into()), endpoint(&host, 7));
+    drop(host);
+    assert!(reaches(&containers[0], "10.9.0.8"), "without an agent");
+    // Something has changed meanwhile.
+    attach(&agents[1], 9).unwrap();
+    let host = start(&hosts, &store, again, 0);
+    sees(&host, &["c8", "c9"]);
+    assert!(reaches(&containers[0], "10.9.0.8"));
+    assert_eq!(link(), before);
+    // Other software removes the device and the rules.
+    hosts.hosts[0].ip(&["link", "del", "tgx123456"]);
+    assert!(eventually(SOON, || reaches(&containers[0], "10.9.0.8")));
+}
