@@ -18,6 +18,7 @@
 mod events;
 mod json_lines;
 mod long_running;
+mod mesh;
 mod problem;
 mod projects;
 mod projects_view;

@@ -103,6 +103,9 @@ pub struct Network {
     /// The bridge on the host.
     #[schema(example = "tg-front-1a2b")]
     pub bridge: String,
+    /// What connects its endpoints: a bridge of this host, or bridges of all hosts of a cluster.
+    #[serde(default)]
+    pub driver: Driver,
     /// Subnets, at most one per address family, IPv4 first.
     pub subnets: Vec<Subnet>,
     /// The network has no egress.
@@ -113,6 +116,111 @@ pub struct Network {
     pub mtu: u32,
     /// The names of its endpoints.
     pub endpoints: Vec<String>,
+}
+
+/// What connects the endpoints of a network.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Driver {
+    /// A bridge of this host.
+    #[default]
+    Bridge,
+    /// Bridges of all hosts of the cluster, connected with VXLAN.
+    Overlay,
+}
+
+/// A cluster to join.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewMembership {
+    /// The name of this host in the cluster.
+    #[schema(example = "host-a")]
+    pub host: String,
+    /// The address at which other hosts reach this one.
+    #[schema(value_type = String, example = "192.0.2.1")]
+    pub advertise: IpAddr,
+    /// URLs of the etcd servers.
+    #[schema(example = json!(["http://192.0.2.10:2379"]))]
+    pub etcd: Vec<String>,
+    /// User name of etcd.
+    #[serde(default)]
+    pub user: Option<String>,
+    /// File with the password of the user.
+    #[serde(default)]
+    pub password_file: Option<String>,
+    /// File with the certificates of the authorities of the servers, in PEM format.
+    #[serde(default)]
+    pub authorities: Option<String>,
+    /// File with the certificate of this client, in PEM format.
+    #[serde(default)]
+    pub certificate: Option<String>,
+    /// File with the private key of this client, in PEM format.
+    #[serde(default)]
+    pub key: Option<String>,
+}
+
+/// The cluster, as this host knows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Mesh {
+    /// The name of this host.
+    #[schema(example = "host-a")]
+    pub host: String,
+    /// The etcd servers.
+    pub etcd: Vec<String>,
+    /// Whether etcd answers.
+    pub connected: bool,
+    /// Since when `connected` has had this value (RFC 3339, UTC).
+    pub connected_since: String,
+    /// The hosts.
+    pub hosts: Vec<MeshHost>,
+    /// The number of overlay networks.
+    pub networks: usize,
+    /// What is wrong.
+    pub problems: Vec<MeshProblem>,
+}
+
+/// A host of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MeshHost {
+    /// Its name.
+    #[schema(example = "host-b")]
+    pub name: String,
+    /// The address at which other hosts reach it; null if its record has ended.
+    #[schema(value_type = Option<String>, example = "192.0.2.2")]
+    pub address: Option<IpAddr>,
+    /// Its state.
+    pub state: HostState,
+    /// Since when it has not been heard (RFC 3339, UTC).
+    pub silent_since: Option<String>,
+    /// The mean round-trip time, in microseconds.
+    pub latency_us: Option<u64>,
+    /// The number of its endpoints on overlay networks.
+    pub endpoints: usize,
+}
+
+/// The state of a host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum HostState {
+    /// This host.
+    Own,
+    /// It is heard.
+    Up,
+    /// It is heard, but its record in etcd has ended.
+    Unrecorded,
+    /// It is not heard, and its record exists.
+    Silent,
+    /// It is not heard, and its record has ended.
+    Down,
+}
+
+/// Something that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MeshProblem {
+    /// What is wrong.
+    pub problem: String,
+    /// Since when (RFC 3339, UTC).
+    pub since: String,
 }
 
 /// A subnet of a network.
@@ -370,6 +478,12 @@ pub struct NewNetwork {
     /// The name of the network, 1 to 63 characters.
     #[schema(example = "front")]
     pub name: String,
+    /// An overlay network exists on all hosts of the cluster.
+    #[serde(default)]
+    pub driver: Driver,
+    /// Rejected if true: VXLAN is not encrypted.
+    #[serde(default)]
+    pub encrypted: bool,
     /// Subnets, at most one per address family. A missing one is chosen.
     #[serde(default)]
     pub subnets: Vec<NewSubnet>,

@@ -5,8 +5,8 @@
 
 use crate::quarantine::Quarantine;
 use crate::{
-    AttachSpec, Command, Endpoint, Name, Network, NetworkAttachment, NetworkSpec, ProjectSpec,
-    PublishedPort, Refusal, State,
+    AttachSpec, Command, Endpoint, Membership, Name, Network, NetworkAttachment, NetworkSpec,
+    ProjectSpec, PublishedPort, Refusal, State,
 };
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
@@ -47,6 +47,10 @@ pub const MAX_ALIASES: usize = 64;
 
 /// Maximum number of upstream DNS servers of a network.
 pub const MAX_DNS_SERVERS: usize = 16;
+
+/// The network on which endpoints of overlay networks have egress. Endpoints cannot reach each
+/// other on it, and have no names.
+pub const MESH_GATEWAY: &str = "mesh-gateway";
 
 /// Maximum length of a path in bytes (`PATH_MAX` less the terminating NUL).
 const MAX_PATH: usize = 4_095;
@@ -101,7 +105,39 @@ pub fn apply(
         Command::Relocate { endpoint, namespace } => relocate(state, endpoint, namespace),
         Command::ApplyProject(spec) => apply_project(state, spec, with),
         Command::RemoveProject(name) => remove_project(state, name, with),
+        Command::Join(membership) => join(state, membership),
+        Command::Leave => leave(state),
     }
+}
+
+fn join(state: &State, membership: &Membership) -> Result<State, Refusal> {
+    if let Some(current) = state.membership() {
+        return Err(Refusal::InCluster { host: current.host.clone() });
+    }
+    let mut state = state.clone();
+    state.mesh.insert(membership.host.clone(), Arc::new(membership.clone()));
+    Ok(state)
+}
+
+fn leave(state: &State) -> Result<State, Refusal> {
+    if state.mesh.is_empty() {
+        return Err(Refusal::NotInCluster);
+    }
+    let overlays = state.networks.values().filter(|network| network.setup.overlay.is_some());
+    let gateway = state.networks.values().filter(|network| network.name.is_mesh_gateway());
+    for network in overlays.chain(gateway) {
+        let endpoints: Vec<Name> =
+            state.members(&network.name).map(|endpoint| endpoint.name.clone()).collect();
+        if !endpoints.is_empty() {
+            return Err(Refusal::NetworkInUse { network: network.name.clone(), endpoints });
+        }
+    }
+    let mut state = state.clone();
+    state
+        .networks
+        .retain(|name, network| network.setup.overlay.is_none() && !name.is_mesh_gateway());
+    state.mesh.clear();
+    Ok(state)
 }
 
 fn apply_project(
@@ -201,6 +237,31 @@ fn create_network(
     spec: &NetworkSpec,
     with: &mut Surroundings<'_>,
 ) -> Result<State, Refusal> {
+    if spec.name.is_mesh_gateway() {
+        return Err(Refusal::ReservedName(spec.name.clone()));
+    }
+    // The first overlay network with egress brings the network on which its endpoints have it.
+    let gateway = Name::mesh_gateway();
+    let has_egress = spec.overlay.is_some_and(|overlay| !overlay.internal);
+    let with_gateway = if has_egress && !state.networks.contains_key(&gateway) {
+        let gateway = NetworkSpec {
+            ipv6: true,
+            inter_container: false,
+            has_names: false,
+            ..NetworkSpec::new(gateway)
+        };
+        Some(add_network(state, &gateway, with)?)
+    } else {
+        None
+    };
+    add_network(with_gateway.as_ref().unwrap_or(state), spec, with)
+}
+
+fn add_network(
+    state: &State,
+    spec: &NetworkSpec,
+    with: &mut Surroundings<'_>,
+) -> Result<State, Refusal> {
     let name = &spec.name;
     if state.networks.contains_key(name) {
         return Err(Refusal::NetworkExists(name.clone()));
@@ -224,12 +285,15 @@ fn create_network(
             name: name.to_string(),
             bridge,
             subnets,
-            internal: spec.internal,
+            // An overlay network has no egress at its bridge.
+            internal: spec.internal || spec.overlay.is_some(),
             inter_container: spec.inter_container,
             mtu: spec.mtu.unwrap_or(default_mtu),
+            overlay: spec.overlay,
         },
         dns: spec.dns.clone(),
         names_at_gateway: spec.names_at_gateway,
+        has_names: spec.has_names,
     };
     let mut state = state.clone();
     state.networks.insert(name.clone(), Arc::new(network));
@@ -421,6 +485,9 @@ fn remove_network(
     with: &mut Surroundings<'_>,
 ) -> Result<State, Refusal> {
     let network = state.networks.get(name).ok_or_else(|| Refusal::UnknownNetwork(name.clone()))?;
+    if name.is_mesh_gateway() {
+        return Err(Refusal::ReservedName(name.clone()));
+    }
     let endpoints: Vec<Name> = state.members(name).map(|endpoint| endpoint.name.clone()).collect();
     if !endpoints.is_empty() {
         return Err(Refusal::NetworkInUse { network: name.clone(), endpoints });
@@ -467,7 +534,8 @@ fn attach(
 
     let mut aliases = BTreeMap::new();
     let mut networks = Vec::new();
-    for wanted in &spec.networks {
+    let gateway = mesh_gateway(state, spec);
+    for wanted in spec.networks.iter().chain(&gateway) {
         let network = state
             .networks
             .get(&wanted.network)
@@ -525,6 +593,16 @@ fn attach(
     let mut state = state.clone();
     state.endpoints.insert(name.clone(), Arc::new(endpoint));
     Ok(state)
+}
+
+/// The attachment for the egress of an endpoint of overlay networks, unless another of its networks
+/// has egress.
+fn mesh_gateway(state: &State, spec: &AttachSpec) -> Option<NetworkAttachment> {
+    let networks = spec.networks.iter().filter_map(|one| state.networks.get(&one.network));
+    let setups = || networks.clone().map(|network| &network.setup);
+    let needs_it = setups().any(|one| one.overlay.is_some_and(|overlay| !overlay.internal))
+        && setups().all(|one| one.internal);
+    needs_it.then(|| NetworkAttachment::new(Name::mesh_gateway()))
 }
 
 fn check_aliases(endpoint: &Name, wanted: &NetworkAttachment) -> Result<(), Refusal> {

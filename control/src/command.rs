@@ -2,11 +2,12 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
-use crate::{Name, Project, PublishedPort};
+use crate::{Membership, Name, Project, PublishedPort};
 use ipnet::IpNet;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use tidegate_model::Protocol;
+use tidegate_netsetup::Overlay;
 
 /// A change of the state.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +48,10 @@ pub enum Command {
     ApplyProject(ProjectSpec),
     /// Removes a project, its endpoints and its networks.
     RemoveProject(Name),
+    /// Joins a cluster.
+    Join(Membership),
+    /// Leaves the cluster.
+    Leave,
 }
 
 /// A project to create.
@@ -83,6 +88,11 @@ pub struct NetworkSpec {
     pub dns: Vec<IpAddr>,
     /// DNS is served at the gateway addresses, instead of in each container.
     pub names_at_gateway: bool,
+    /// Endpoints have names on the network.
+    pub has_names: bool,
+    /// The network is the part of an overlay network on this host. Its subnets and MTU are given,
+    /// and the other options have their defaults.
+    pub overlay: Option<Overlay>,
 }
 
 impl NetworkSpec {
@@ -99,6 +109,8 @@ impl NetworkSpec {
             bridge: None,
             dns: Vec::new(),
             names_at_gateway: false,
+            has_names: true,
+            overlay: None,
         }
     }
 }

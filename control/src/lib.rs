@@ -46,12 +46,14 @@ mod tests;
 
 pub use apply::{
     MAX_ALIASES, MAX_DNS_SERVERS, MAX_ENDPOINTS, MAX_ENDPOINTS_OF_NETWORK, MAX_NETWORKS,
-    MAX_NETWORKS_OF_ENDPOINT, MAX_PORTS, MAX_PROJECTS, Surroundings, apply,
+    MAX_NETWORKS_OF_ENDPOINT, MAX_PORTS, MAX_PROJECTS, MESH_GATEWAY, Surroundings, apply,
 };
 pub use changes::{Change, changes};
 pub use command::{AttachSpec, Command, NetworkAttachment, NetworkSpec, ProjectSpec};
 pub use name::{Name, NameError};
 pub use quarantine::Quarantine;
 pub use refusal::Refusal;
-pub use state::{Endpoint, Network, Project, PublishedPort, Service, State};
+pub use state::{
+    Endpoint, EtcdAccess, Membership, Network, Project, PublishedPort, Service, State,
+};
 pub use store::{Store, StoreError};

@@ -36,6 +36,18 @@ impl Name {
         Ok(Self { project: project.map(part).transpose()?, name: part(name)? })
     }
 
+    /// The name of the network for the egress of overlay networks.
+    #[must_use]
+    pub fn mesh_gateway() -> Self {
+        Self { project: None, name: crate::MESH_GATEWAY.into() }
+    }
+
+    /// Whether it is [`mesh_gateway`](Self::mesh_gateway).
+    #[must_use]
+    pub fn is_mesh_gateway(&self) -> bool {
+        self.project.is_none() && *self.name == *crate::MESH_GATEWAY
+    }
+
     /// Returns the project, `None` for an object that belongs to no project.
     #[must_use]
     pub fn project(&self) -> Option<&str> {

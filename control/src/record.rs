@@ -11,7 +11,9 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
-use crate::{Endpoint, Name, Network, Project, PublishedPort, Service, State};
+use crate::{
+    Endpoint, EtcdAccess, Membership, Name, Network, Project, PublishedPort, Service, State,
+};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -20,11 +22,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_model::{MacAddress, Protocol, Restart};
-use tidegate_netsetup::{self as netsetup, Attachment, Interface, Subnet};
+use tidegate_netsetup::{self as netsetup, Attachment, Interface, Overlay, Subnet};
 
 /// The format that this version writes. It also reads format 1, which has no projects and no DNS
-/// servers of endpoints.
-pub(crate) const FORMAT: u32 = 2;
+/// servers of endpoints, and format 2, which has no cluster and no overlay networks.
+pub(crate) const FORMAT: u32 = 3;
 
 /// A network.
 #[derive(Debug, Serialize, Deserialize)]
@@ -39,6 +41,37 @@ struct NetworkRecord {
     mtu: u32,
     dns: Vec<IpAddr>,
     names_at_gateway: bool,
+    /// Since format 3.
+    #[serde(default = "yes")]
+    has_names: bool,
+    /// Since format 3.
+    #[serde(default)]
+    overlay: Option<OverlayRecord>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// Since format 3.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OverlayRecord {
+    vni: u32,
+    internal: bool,
+}
+
+/// The membership in a cluster, by the name of this host. Since format 3.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MembershipRecord {
+    advertise: IpAddr,
+    servers: Vec<String>,
+    user: Option<String>,
+    password_file: Option<String>,
+    authorities: Option<String>,
+    certificate: Option<String>,
+    key: Option<String>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -165,17 +198,22 @@ impl Record for Network {
                 internal: record.internal,
                 inter_container: record.inter_container,
                 mtu: record.mtu,
+                overlay: record
+                    .overlay
+                    .map(|OverlayRecord { vni, internal }| Overlay { vni, internal }),
             },
             name,
             dns: record.dns,
             names_at_gateway: record.names_at_gateway,
+            has_names: record.has_names,
         })
     }
 
     fn write(&self) -> Result<Vec<u8>, RecordError> {
         // Complete patterns, so that a new field of the state is not forgotten here.
-        let Self { name: _, setup, dns, names_at_gateway } = self;
-        let netsetup::Network { name: _, bridge, subnets, internal, inter_container, mtu } = setup;
+        let Self { name: _, setup, dns, names_at_gateway, has_names } = self;
+        let netsetup::Network { name: _, bridge, subnets, internal, inter_container, mtu, overlay } =
+            setup;
         let subnet = |one: &Subnet| SubnetRecord { subnet: one.subnet, gateway: one.gateway };
         Ok(serde_json::to_vec(&NetworkRecord {
             bridge: bridge.into(),
@@ -185,6 +223,8 @@ impl Record for Network {
             mtu: *mtu,
             dns: dns.clone(),
             names_at_gateway: *names_at_gateway,
+            has_names: *has_names,
+            overlay: overlay.map(|Overlay { vni, internal }| OverlayRecord { vni, internal }),
         })?)
     }
 
@@ -333,6 +373,40 @@ impl Record for Project {
     }
 }
 
+impl Record for Membership {
+    fn read(name: Name, record: &[u8]) -> Result<Self, RecordError> {
+        let record: MembershipRecord = serde_json::from_slice(record)?;
+        let etcd = EtcdAccess {
+            servers: record.servers,
+            user: record.user,
+            password_file: record.password_file.map(Into::into),
+            authorities: record.authorities.map(Into::into),
+            certificate: record.certificate.map(Into::into),
+            key: record.key.map(Into::into),
+        };
+        Ok(Self { host: name, advertise: record.advertise, etcd })
+    }
+
+    fn write(&self) -> Result<Vec<u8>, RecordError> {
+        let Self { host: _, advertise, etcd } = self;
+        let EtcdAccess { servers, user, password_file, authorities, certificate, key } = etcd;
+        let path = |path: &Option<std::path::PathBuf>| path.as_deref().map(utf8).transpose();
+        Ok(serde_json::to_vec(&MembershipRecord {
+            advertise: *advertise,
+            servers: servers.clone(),
+            user: user.clone(),
+            password_file: path(password_file)?,
+            authorities: path(authorities)?,
+            certificate: path(certificate)?,
+            key: path(key)?,
+        })?)
+    }
+
+    fn name(&self) -> &Name {
+        &self.host
+    }
+}
+
 fn utf8(path: &Path) -> Result<String, RecordError> {
     path.to_str().map(str::to_owned).ok_or_else(|| RecordError::Path(path.to_owned()))
 }
@@ -394,6 +468,7 @@ mod tests {
                 "networks" => round_trip::<Network>(&sample.key, &bytes),
                 "endpoints" => round_trip::<Endpoint>(&sample.key, &bytes),
                 "projects" => round_trip::<Project>(&sample.key, &bytes),
+                "mesh" => round_trip::<Membership>(&sample.key, &bytes),
                 table => panic!("table {table}"),
             };
             (sample, serde_json::from_slice(&written).unwrap())
@@ -403,13 +478,37 @@ mod tests {
 
     /// Every record of the format is read, and written as the same JSON.
     #[test]
-    fn samples_of_format_2_are_read_completely() {
-        let samples = written_again(include_str!("testdata/format-2.jsonl"));
-        assert_eq!(samples.len(), 7);
+    fn samples_of_format_3_are_read_completely() {
+        let samples = written_again(include_str!("testdata/format-3.jsonl"));
+        assert_eq!(samples.len(), 10);
         for (sample, written) in samples {
             assert_eq!(written, sample.record);
         }
-        assert_eq!(FORMAT, 2, "add samples of the new format");
+        assert_eq!(FORMAT, 3, "add samples of the new format");
+    }
+
+    /// Completes a sample of an earlier format.
+    fn complete(sample: &mut Sample) {
+        match sample.table.as_str() {
+            "endpoints" if sample.record.get("dns").is_none() => {
+                sample.record["dns"] = serde_json::json!([]);
+            }
+            "networks" => {
+                sample.record["has_names"] = true.into();
+                sample.record["overlay"] = serde_json::Value::Null;
+            }
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn samples_of_format_2_have_no_overlay_networks() {
+        let samples = written_again(include_str!("testdata/format-2.jsonl"));
+        assert_eq!(samples.len(), 7);
+        for (mut sample, written) in samples {
+            complete(&mut sample);
+            assert_eq!(written, sample.record);
+        }
     }
 
     #[test]
@@ -417,9 +516,7 @@ mod tests {
         let samples = written_again(include_str!("testdata/format-1.jsonl"));
         assert_eq!(samples.len(), 5);
         for (mut sample, written) in samples {
-            if sample.table == "endpoints" {
-                sample.record["dns"] = serde_json::json!([]);
-            }
+            complete(&mut sample);
             assert_eq!(written, sample.record);
         }
     }

@@ -35,6 +35,18 @@ pub enum Refusal {
         /// The network, endpoint or service.
         part: String,
     },
+    /// The host is in a cluster already.
+    #[error("this host is in a cluster already, as {host}; leave it first (tidegate mesh leave)")]
+    InCluster {
+        /// Its name in the cluster.
+        host: Name,
+    },
+    /// The host is in no cluster.
+    #[error("this host is in no cluster; join one first (tidegate mesh join)")]
+    NotInCluster,
+    /// The name is that of the network for the egress of overlay networks.
+    #[error("the name {0} is reserved for the egress of overlay networks; choose another one")]
+    ReservedName(Name),
     /// The network does not exist.
     #[error("network {0} does not exist; create it first")]
     UnknownNetwork(Name),

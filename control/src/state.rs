@@ -21,6 +21,37 @@ pub struct State {
     pub(crate) networks: BTreeMap<Name, Arc<Network>>,
     pub(crate) endpoints: BTreeMap<Name, Arc<Endpoint>>,
     pub(crate) projects: BTreeMap<Name, Arc<Project>>,
+    /// At most one, by the name of this host.
+    pub(crate) mesh: BTreeMap<Name, Arc<Membership>>,
+}
+
+/// The membership of this host in a cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Membership {
+    /// The name of this host in the cluster.
+    pub host: Name,
+    /// The address at which other hosts reach its VXLAN endpoint.
+    pub advertise: IpAddr,
+    /// How to reach the cluster state.
+    pub etcd: EtcdAccess,
+}
+
+/// How to reach the servers of etcd. Secrets are in files, which are read at each start. All paths
+/// are absolute and in UTF-8.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EtcdAccess {
+    /// URLs of the servers.
+    pub servers: Vec<String>,
+    /// User name.
+    pub user: Option<String>,
+    /// File with the password of the user.
+    pub password_file: Option<PathBuf>,
+    /// File with the certificates of the authorities of the servers.
+    pub authorities: Option<PathBuf>,
+    /// File with the certificate of this client.
+    pub certificate: Option<PathBuf>,
+    /// File with the private key of this client.
+    pub key: Option<PathBuf>,
 }
 
 /// A Compose project, whose services run in the background.
@@ -68,6 +99,8 @@ pub struct Network {
     pub dns: Vec<IpAddr>,
     /// DNS is served at the gateway addresses, instead of in each container.
     pub names_at_gateway: bool,
+    /// Endpoints have names on the network.
+    pub has_names: bool,
 }
 
 /// A network namespace that is attached to networks.
@@ -147,6 +180,12 @@ impl State {
     #[must_use]
     pub fn endpoints(&self) -> &BTreeMap<Name, Arc<Endpoint>> {
         &self.endpoints
+    }
+
+    /// Returns the membership in a cluster, if there is one.
+    #[must_use]
+    pub fn membership(&self) -> Option<&Arc<Membership>> {
+        self.mesh.values().next()
     }
 
     /// Returns the projects by name.

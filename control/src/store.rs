@@ -2,8 +2,8 @@
 //!
 //! # Theory of operation
 //!
-//! The tables `networks`, `endpoints` and `projects` have a record per object; `meta` has the
-//! number of the format. A commit is one durable transaction with the records that differ. redb
+//! The tables `networks`, `endpoints`, `projects` and `mesh` have a record per object; `meta` has
+//! the number of the format. A commit is one durable transaction with the records that differ. redb
 //! writes it to unused pages, then switches the header, and syncs. After a crash it uses the last
 //! header whose pages have correct checksums, so the file has either the old or the new state.
 //!
@@ -17,7 +17,7 @@
 
 use crate::changes::difference;
 use crate::record::{FORMAT, Record, RecordError, dangling, read_into};
-use crate::{Endpoint, Name, Network, Project, State};
+use crate::{Endpoint, Membership, Name, Network, Project, State};
 use redb::backends::FileBackend;
 use redb::{
     Builder, CommitError, Database, DatabaseError, ReadableDatabase, ReadableTable, StorageBackend,
@@ -44,6 +44,9 @@ const NETWORKS: Records = TableDefinition::new("networks");
 const ENDPOINTS: Records = TableDefinition::new("endpoints");
 /// Since format 2.
 const PROJECTS: Records = TableDefinition::new("projects");
+
+/// Since format 3.
+const MESH: Records = TableDefinition::new("mesh");
 
 /// The key of [`META`] with the number of the format.
 const FORMAT_KEY: &str = "format";
@@ -408,7 +411,7 @@ fn read(database: &Database) -> Result<State, Failure> {
         Err(error) => return Err(error.into()),
     };
     match format {
-        Some(1 | FORMAT) => {}
+        Some(1 | 2 | FORMAT) => {}
         Some(newer) if newer > FORMAT => return Err(Failure::Newer(newer)),
         Some(0) | None => {
             return Err(Failure::Corrupt("meta/format", "no valid number".to_owned()));
@@ -420,8 +423,11 @@ fn read(database: &Database) -> Result<State, Failure> {
     let mut state = State::default();
     read_table(&transaction.open_table(NETWORKS)?, "networks", &mut state.networks)?;
     read_table(&transaction.open_table(ENDPOINTS)?, "endpoints", &mut state.endpoints)?;
-    if format == Some(FORMAT) {
+    if format >= Some(2) {
         read_table(&transaction.open_table(PROJECTS)?, "projects", &mut state.projects)?;
+    }
+    if format >= Some(3) {
+        read_table(&transaction.open_table(MESH)?, "mesh", &mut state.mesh)?;
     }
     match dangling(&state) {
         Some((name, error)) => Err(Failure::Record("endpoints", name.to_string(), error)),
@@ -448,17 +454,20 @@ fn write_difference(database: &Database, old: &State, new: &State) -> Result<(),
     let networks = difference(&old.networks, &new.networks);
     let endpoints = difference(&old.endpoints, &new.endpoints);
     let projects = difference(&old.projects, &new.projects);
+    let mesh = difference(&old.mesh, &new.mesh);
     let lengths = [
         [networks.0.len(), networks.1.len()],
         [endpoints.0.len(), endpoints.1.len()],
         [projects.0.len(), projects.1.len()],
+        [mesh.0.len(), mesh.1.len()],
     ];
-    if lengths == [[0; 2]; 3] {
+    if lengths == [[0; 2]; 4] {
         return Ok(());
     }
     let transaction = database.begin_write()?;
     write_format(&transaction)?;
     write_table(&transaction, PROJECTS, "projects", &projects.0, &projects.1)?;
+    write_table(&transaction, MESH, "mesh", &mesh.0, &mesh.1)?;
     write_table(&transaction, NETWORKS, "networks", &networks.0, &networks.1)?;
     write_table(&transaction, ENDPOINTS, "endpoints", &endpoints.0, &endpoints.1)?;
     Ok(transaction.commit()?)
@@ -481,6 +490,7 @@ fn write_all(database: &Database, state: &State) -> Result<(), Failure> {
     transaction.delete_table(NETWORKS)?;
     transaction.delete_table(ENDPOINTS)?;
     transaction.delete_table(PROJECTS)?;
+    transaction.delete_table(MESH)?;
     transaction.open_table(META)?.insert(FORMAT_KEY, FORMAT)?;
     let networks: Vec<&Arc<Network>> = state.networks.values().collect();
     let endpoints: Vec<&Arc<Endpoint>> = state.endpoints.values().collect();
@@ -488,6 +498,8 @@ fn write_all(database: &Database, state: &State) -> Result<(), Failure> {
     write_table(&transaction, ENDPOINTS, "endpoints", &[], &endpoints)?;
     let projects: Vec<&Arc<Project>> = state.projects.values().collect();
     write_table(&transaction, PROJECTS, "projects", &[], &projects)?;
+    let mesh: Vec<&Arc<Membership>> = state.mesh.values().collect();
+    write_table(&transaction, MESH, "mesh", &[], &mesh)?;
     Ok(transaction.commit()?)
 }
 

@@ -4,9 +4,9 @@ use crate::testing::{
     Environment, HOST_LINK, HOST_ROUTE, command, name, port, project_command, states,
 };
 use crate::{
-    AttachSpec, Change, Command, Endpoint, MAX_ENDPOINTS_OF_NETWORK, MAX_PORTS, Name, Network,
-    NetworkAttachment, NetworkSpec, Project, ProjectSpec, PublishedPort, Refusal, Service, State,
-    changes,
+    AttachSpec, Change, Command, Endpoint, EtcdAccess, MAX_ENDPOINTS_OF_NETWORK, MAX_PORTS,
+    Membership, Name, Network, NetworkAttachment, NetworkSpec, Project, ProjectSpec, PublishedPort,
+    Refusal, Service, State, changes,
 };
 use ipnet::IpNet;
 use proptest::prelude::*;
@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_model::Restart;
-use tidegate_netsetup::{Observed, QUARANTINE, RuleIsolation, capacity, plan};
+use tidegate_netsetup::{Observed, Overlay, QUARANTINE, RuleIsolation, capacity, plan};
 
 /// The model: the rules of the documentation as plain searches, over copies of what was assigned.
 #[derive(Default)]
@@ -66,7 +66,10 @@ impl Model {
             Command::Relocate { endpoint, namespace } => {
                 self.endpoints.contains_key(endpoint) && self.allows_namespace(endpoint, namespace)
             }
-            Command::ApplyProject(_) | Command::RemoveProject(_) => unreachable!("not generated"),
+            Command::ApplyProject(_)
+            | Command::RemoveProject(_)
+            | Command::Join(_)
+            | Command::Leave => unreachable!("not generated"),
         }
     }
 
@@ -253,7 +256,10 @@ impl Model {
             Command::Relocate { endpoint, namespace } => {
                 self.endpoints.get_mut(endpoint).unwrap().namespace.clone_from(namespace);
             }
-            Command::ApplyProject(_) | Command::RemoveProject(_) => unreachable!("not generated"),
+            Command::ApplyProject(_)
+            | Command::RemoveProject(_)
+            | Command::Join(_)
+            | Command::Leave => unreachable!("not generated"),
         }
     }
 
@@ -570,6 +576,7 @@ fn changes_a_part(command: &Command) -> bool {
         // It may remove a port of a project.
         Command::Unpublish { .. } => return false,
         Command::ApplyProject(_) | Command::RemoveProject(_) => return false,
+        Command::Join(_) | Command::Leave => return false,
     };
     name.project().is_some()
 }
@@ -974,4 +981,76 @@ fn the_next_owner_of_the_same_addresses_has_the_same_mac_address() {
     assert_eq!(mac("second", ["10.77.0.2", "fd77::2"]), first);
     assert_ne!(mac("of-one", ["10.77.0.2", "fd77::3"]), first);
     assert_ne!(mac("of-the-other", ["10.77.0.3", "fd77::2"]), first);
+}
+
+fn overlay(text: &str, subnet: &str, internal: bool) -> NetworkSpec {
+    NetworkSpec {
+        subnets: vec![(subnet.parse().unwrap(), None)],
+        mtu: Some(1_350),
+        overlay: Some(Overlay { vni: 9, internal }),
+        ..NetworkSpec::new(name(text))
+    }
+}
+
+#[test]
+fn endpoints_of_overlay_networks_have_egress_on_a_network_of_the_host() {
+    let mut environment = Environment::without_collisions();
+    let commands = [
+        Command::CreateNetwork(NetworkSpec::new(name("local"))),
+        Command::CreateNetwork(overlay("hidden", "10.90.0.0/24", true)),
+    ];
+    let state = apply_all(&mut environment, &commands);
+    let gateway = name(crate::MESH_GATEWAY);
+    assert!(!state.networks().contains_key(&gateway), "no overlay network has egress");
+    let wide = Command::CreateNetwork(overlay("wide", "10.91.0.0/24", false));
+    let mut state = environment.apply(&state, &wide).unwrap();
+    let network = &state.networks()[&gateway];
+    assert!(!network.setup.inter_container && !network.setup.internal && !network.has_names);
+    for (endpoint, networks, expected) in [
+        ("a", &["wide"][..], &["wide", crate::MESH_GATEWAY][..]),
+        ("b", &["wide", "hidden"], &["wide", "hidden", crate::MESH_GATEWAY]),
+        ("c", &["hidden"], &["hidden"]),
+        ("d", &["wide", "local"], &["wide", "local"]),
+    ] {
+        state = environment.apply(&state, &Command::Attach(attach(endpoint, networks))).unwrap();
+        let setup = &state.endpoints()[&name(endpoint)].setup;
+        let found: Vec<_> = setup.attachments.iter().map(|one| one.network.as_str()).collect();
+        assert_eq!(found, expected, "{endpoint}");
+        let route = setup.attachments.iter().find(|one| one.default_route);
+        let expected = expected.iter().find(|one| **one != "wide" && **one != "hidden");
+        assert_eq!(route.map(|one| one.network.as_str()), expected.copied(), "{endpoint}");
+    }
+    for refused in [
+        Command::CreateNetwork(NetworkSpec::new(gateway.clone())),
+        Command::RemoveNetwork(gateway.clone()),
+    ] {
+        let refusal = environment.apply(&state, &refused).unwrap_err();
+        assert_eq!(refusal, Refusal::ReservedName(gateway.clone()));
+    }
+}
+
+#[test]
+fn a_host_leaves_its_cluster_once_no_endpoint_uses_an_overlay_network() {
+    let mut environment = Environment::without_collisions();
+    let membership = Membership {
+        host: name("a"),
+        advertise: "192.0.2.1".parse().unwrap(),
+        etcd: EtcdAccess::default(),
+    };
+    let join = Command::Join(membership.clone());
+    let refusal = environment.apply(&State::default(), &Command::Leave).unwrap_err();
+    assert_eq!(refusal, Refusal::NotInCluster);
+    let local = Command::CreateNetwork(NetworkSpec::new(name("local")));
+    let wide = Command::CreateNetwork(overlay("wide", "10.91.0.0/24", false));
+    let web = Command::Attach(attach("web", &["wide"]));
+    let state = apply_all(&mut environment, &[join.clone(), local, wide, web]);
+    assert_eq!(state.membership().map(|one| &**one), Some(&membership));
+    let refusal = environment.apply(&state, &join).unwrap_err();
+    assert_eq!(refusal, Refusal::InCluster { host: name("a") });
+    let refusal = environment.apply(&state, &Command::Leave).unwrap_err();
+    assert_eq!(refusal.to_string(), "network wide is in use by endpoint web; detach first");
+    let state = environment.apply(&state, &Command::Detach(name("web"))).unwrap();
+    let state = environment.apply(&state, &Command::Leave).unwrap();
+    let left: Vec<_> = state.networks().keys().map(ToString::to_string).collect();
+    assert_eq!((left, state.membership()), (vec!["local".to_owned()], None));
 }

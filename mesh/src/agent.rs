@@ -68,6 +68,8 @@ pub struct Options {
     pub networks: Vec<LocalNetwork>,
     /// Receives the names of other hosts.
     pub names: Box<dyn Names>,
+    /// Receives reports, every few seconds.
+    pub reports: watch::Sender<Option<Arc<Status>>>,
 }
 
 impl fmt::Debug for Options {
@@ -102,7 +104,7 @@ pub enum MeshError {
 type Done<T> = oneshot::Sender<Result<T, MeshError>>;
 
 enum Request {
-    Networks(Vec<LocalNetwork>),
+    Networks { networks: Vec<LocalNetwork>, done: Done<()> },
     Endpoints(BTreeMap<(String, String), Endpoint>),
     Claim { key: (String, String), endpoint: Endpoint, done: Done<()> },
     Release { key: (String, String), done: Done<()> },
@@ -149,10 +151,10 @@ pub struct HostStatus {
     pub vtep: Option<IpAddr>,
     /// Whether it is this host.
     pub is_own: bool,
-    /// Whether it is heard, and since when it is not.
+    /// Since when it is not heard; `None` if it is, or if that is unknown.
     pub silent_since: Option<SystemTime>,
-    /// It has been heard since the agent started, or is this host.
-    pub was_heard: bool,
+    /// Whether it is heard, or this host.
+    pub is_heard: bool,
     /// Its lease is valid.
     pub has_record: bool,
     /// Mean round-trip time.
@@ -253,9 +255,10 @@ impl Agent {
         }
     }
 
-    /// Sets the overlay networks that exist on this host.
+    /// Sets the overlay networks that exist on this host, and programs them. Those that are no
+    /// longer among them have no names and no device when this returns.
     pub async fn set_networks(&self, networks: Vec<LocalNetwork>) {
-        let _ = self.requests.send(Request::Networks(networks)).await;
+        let _ = self.request(|done| Request::Networks { networks, done }).await;
     }
 
     /// Sets the endpoints of this host, by network and name.
@@ -372,6 +375,7 @@ struct Running {
     store: Option<Arc<dyn ClusterStore>>,
     requests: mpsc::Receiver<Request>,
     publish: watch::Sender<Arc<Cluster>>,
+    reports: watch::Sender<Option<Arc<Status>>>,
     events: mpsc::UnboundedSender<Event>,
     received: mpsc::UnboundedReceiver<Event>,
     tasks: Vec<AbortHandle>,
@@ -383,7 +387,8 @@ struct Running {
     liveness: Liveness,
     /// Hosts that were heard at the last check.
     heard: BTreeSet<String>,
-    ever_heard: BTreeSet<String>,
+    /// When each host was heard last.
+    last_heard: BTreeMap<String, Instant>,
     socket: UdpSocket,
     lease: Option<LeaseId>,
     /// A registration is under way.
@@ -413,7 +418,7 @@ impl Running {
         requests: mpsc::Receiver<Request>,
         publish: watch::Sender<Arc<Cluster>>,
     ) -> std::io::Result<Self> {
-        let Options { own, store, namespace, networks, names } = options;
+        let Options { own, store, namespace, networks, names, reports } = options;
         let at = SocketAddr::new(own.node.vtep, liveness::PORT);
         let socket = namespace.with(|| std::net::UdpSocket::bind(at))?.map_err(|error| {
             std::io::Error::new(error.kind(), format!("UDP port of heartbeats, {at}: {error}"))
@@ -428,6 +433,7 @@ impl Running {
             store: None,
             requests,
             publish,
+            reports,
             events,
             received,
             tasks: Vec::new(),
@@ -436,7 +442,7 @@ impl Running {
             retention: Retention::default(),
             liveness: Liveness::new(Instant::now()),
             heard: BTreeSet::new(),
-            ever_heard: BTreeSet::new(),
+            last_heard: BTreeMap::new(),
             socket,
             lease: None,
             registers: false,
@@ -619,6 +625,7 @@ impl Running {
         }
         for name in gone {
             self.named.remove(&name);
+            self.names.set(&name, &BTreeMap::new());
         }
     }
 
@@ -737,7 +744,7 @@ impl Running {
             .filter(|id| self.liveness.hearing(id, now) == Some(Hearing::Heard))
             .cloned()
             .collect();
-        self.ever_heard.extend(heard.iter().cloned());
+        self.last_heard.extend(heard.iter().map(|id| (id.clone(), now)));
         for id in heard.difference(&self.heard) {
             tracing::info!(host = id, "host is heard");
         }
@@ -782,6 +789,7 @@ impl Running {
         for problem in problems {
             self.problems.entry(problem).or_insert_with(SystemTime::now);
         }
+        self.reports.send_replace(Some(Arc::new(self.status())));
         self.register();
     }
 
@@ -789,9 +797,10 @@ impl Running {
     async fn handle(&mut self, request: Request) {
         let deadline = Instant::now() + PATIENCE;
         match request {
-            Request::Networks(networks) => {
+            Request::Networks { networks, done } => {
                 self.networks = networks;
                 self.changed().await;
+                let _ = done.send(Ok(()));
             }
             Request::Endpoints(endpoints) => {
                 self.own.endpoints = endpoints;
@@ -912,18 +921,20 @@ impl Running {
         }
         let host = |id: &String| {
             let is_own = *id == self.own.id;
-            let silent_since = match self.liveness.hearing(id, now) {
-                Some(Hearing::Silent(since)) if !is_own => {
-                    Some(wall - now.saturating_duration_since(since))
-                }
-                _ => None,
+            let since = match self.liveness.hearing(id, now) {
+                Some(Hearing::Heard) => None,
+                Some(Hearing::Silent(since)) => Some(since),
+                // Its record has ended.
+                None => self.last_heard.get(id).copied(),
             };
+            let since = since.filter(|_| !is_own);
+            let silent_since = since.map(|since| wall - now.saturating_duration_since(since));
             HostStatus {
                 id: id.clone(),
                 vtep: view.nodes.get(id).map(|node: &Node| node.vtep),
                 is_own,
                 silent_since,
-                was_heard: is_own || self.ever_heard.contains(id),
+                is_heard: is_own || self.heard.contains(id),
                 has_record: self.view.as_ref().is_some_and(|view| view.nodes.contains_key(id)),
                 latency: self.liveness.latency(id).filter(|_| self.heard.contains(id)),
                 endpoints: endpoints.get(id.as_str()).copied().unwrap_or_default(),

@@ -20,5 +20,6 @@ pub mod overlay;
 pub mod programmer;
 pub mod record;
 pub mod store;
+pub mod underlay;
 pub mod view;
 pub mod vtep_guard;

@@ -69,6 +69,7 @@ fn start(hosts: &Hosts, store: &Embedded, own: Own, number: usize) -> Host {
         namespace,
         networks: vec![front()],
         names: Box::new(names.clone()),
+        reports: tokio::sync::watch::Sender::new(None),
     });
     Host { agent: agent.unwrap(), names, id }
 }
@@ -186,7 +187,7 @@ fn records_of_a_host_outlive_its_lease_while_it_is_heard() {
     sees(&agents[0], &["c8"]);
     let all_heard = eventually(SOON, || {
         let status = wait(agents[0].agent.status()).unwrap();
-        status.hosts.iter().all(|host| host.silent_since.is_none())
+        status.hosts.iter().all(|host| host.is_heard)
     });
     assert!(all_heard);
     let lease = wait(async {

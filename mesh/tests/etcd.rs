@@ -4,66 +4,35 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 use tidegate_mesh::store::{
-    ClusterStore, Condition, Etcd, EtcdOptions, EtcdTls, Event, StoreError, Transaction, Write,
-    conformance,
+    ClusterStore, Condition, Etcd as Store, EtcdOptions, EtcdTls, Event, StoreError, Transaction,
+    Write, conformance,
 };
-use tidegate_testbed::{Namespace, Process, Signal, find_program};
+use tidegate_testbed::hosts::Etcd;
+use tidegate_testbed::{Namespace, Signal, find_program};
 use tokio::time::timeout;
 
 const SOON: Duration = Duration::from_secs(30);
 
-/// Servers of one cluster.
+/// Servers of one cluster, at loopback addresses of one namespace.
 struct Cluster {
     net: Namespace,
-    directory: tempfile::TempDir,
-    servers: Vec<Process>,
-    scheme: &'static str,
-    more: Vec<String>,
+    etcd: Etcd,
 }
 
 impl Cluster {
-    fn new(members: usize) -> Self {
+    fn new(members: u8) -> Self {
         Self::with(members, "http", |_| Vec::new())
     }
 
-    /// `more` returns additional flags, for files in the directory.
-    fn with(members: usize, scheme: &'static str, more: impl Fn(&Path) -> Vec<String>) -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let more = more(directory.path());
-        let mut cluster =
-            Self { net: Namespace::new(), directory, servers: Vec::new(), scheme, more };
-        cluster.servers = (0..members).map(|number| cluster.start(number, members)).collect();
-        for server in &cluster.servers {
-            server.wait_for_line("ready to serve client requests", SOON);
-        }
-        cluster
-    }
-
-    fn start(&self, number: usize, members: usize) -> Process {
-        let name = |number| format!("m{number}");
-        let peer = |number| format!("http://127.0.0.{}:2380", number + 1);
-        let all: Vec<_> = (0..members).map(|one| format!("{}={}", name(one), peer(one))).collect();
-        let client = self.url(number);
-        let mut command = self.net.command("etcd");
-        command
-            .args(["--name", &name(number), "--initial-cluster", &all.join(",")])
-            .args(["--listen-peer-urls", &peer(number)])
-            .args(["--initial-advertise-peer-urls", &peer(number)])
-            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
-            .args(["--heartbeat-interval", "50", "--election-timeout", "500"])
-            .arg("--data-dir")
-            .arg(self.directory.path().join(name(number)))
-            .args(["--log-outputs", "stderr"])
-            .args(&self.more);
-        Process::spawn(&mut command)
-    }
-
-    fn url(&self, number: usize) -> String {
-        format!("{}://127.0.0.{}:2379", self.scheme, number + 1)
+    fn with(members: u8, scheme: &str, more: impl Fn(&Path) -> Vec<String>) -> Self {
+        let net = Namespace::new();
+        let at = |number: u8| (net.clone(), [127, 0, 0, number].into());
+        let etcd = Etcd::start_with((1..=members).map(at).collect(), scheme, more);
+        Self { net, etcd }
     }
 
     fn options(&self) -> EtcdOptions {
-        let servers = (0..self.servers.len()).map(|number| self.url(number)).collect();
+        let servers = self.etcd.urls().split(',').map(str::to_owned).collect();
         EtcdOptions { servers, ..EtcdOptions::default() }
     }
 
@@ -74,14 +43,6 @@ impl Cluster {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             runtime.unwrap().block_on(test(self));
         });
-    }
-
-    fn etcdctl(&self, args: &[&str]) -> String {
-        let mut command = self.net.command("etcdctl");
-        command.env("ETCDCTL_API", "3").args(["--endpoints", &self.url(0)]).args(args);
-        let output = command.output().unwrap();
-        assert!(output.status.success(), "{output:?}");
-        String::from_utf8(output.stdout).unwrap()
     }
 }
 
@@ -94,7 +55,7 @@ fn put(key: &str, value: &str) -> Transaction {
 fn conforms() {
     let mut cluster = Cluster::new(1);
     cluster.run(async |cluster| {
-        let store = Etcd::connect(&cluster.options()).await.unwrap();
+        let store = Store::connect(&cluster.options()).await.unwrap();
         conformance::run(&store, "tidegate/").await;
     });
 }
@@ -103,10 +64,10 @@ fn conforms() {
 fn calls_succeed_while_one_of_three_servers_is_down_or_does_not_answer() {
     let mut cluster = Cluster::new(3);
     cluster.run(async |cluster| {
-        let store = Etcd::connect(&cluster.options()).await.unwrap();
+        let store = Store::connect(&cluster.options()).await.unwrap();
         // Stopped first, so that its connections are open. Any of them can be the leader.
         for (number, signal) in [(0, Signal::STOP), (0, Signal::CONT), (1, Signal::KILL)] {
-            cluster.servers[number].signal(signal);
+            cluster.etcd.servers[number].signal(signal);
             let begun = Instant::now();
             for value in 0..60 {
                 store.commit(put("key", &value.to_string())).await.unwrap().unwrap();
@@ -124,16 +85,16 @@ fn calls_succeed_while_one_of_three_servers_is_down_or_does_not_answer() {
 fn a_watch_is_resumed_at_another_server() {
     let mut cluster = Cluster::new(3);
     cluster.run(async |cluster| {
-        let watched = EtcdOptions { servers: vec![cluster.url(2)], ..EtcdOptions::default() };
-        let watching = Etcd::connect(&watched).await.unwrap();
-        let others = vec![cluster.url(0), cluster.url(1)];
+        let watched = EtcdOptions { servers: vec![cluster.etcd.url(2)], ..EtcdOptions::default() };
+        let watching = Store::connect(&watched).await.unwrap();
+        let others = vec![cluster.etcd.url(0), cluster.etcd.url(1)];
         let others = EtcdOptions { servers: others, ..EtcdOptions::default() };
-        let writing = Etcd::connect(&others).await.unwrap();
+        let writing = Store::connect(&others).await.unwrap();
         let first = writing.commit(put("w/1", "")).await.unwrap().unwrap();
         let mut watch = watching.watch("w/", first).await.unwrap();
         let second = writing.commit(put("w/2", "")).await.unwrap().unwrap();
         assert_eq!(timeout(SOON, watch.next()).await.unwrap().unwrap().revision, second);
-        cluster.servers[2].signal(Signal::STOP);
+        cluster.etcd.servers[2].signal(Signal::STOP);
         let begun = Instant::now();
         let ended = timeout(SOON, watch.next()).await.unwrap();
         assert!(matches!(ended, Err(StoreError::Unavailable(_))), "{ended:?}");
@@ -143,7 +104,7 @@ fn a_watch_is_resumed_at_another_server() {
         let changes = timeout(SOON, watch.next()).await.unwrap().unwrap();
         assert_eq!(changes.revision, third);
         assert!(matches!(&changes.events[..], [Event::Put(entry)] if entry.key == "w/3"));
-        cluster.servers[2].signal(Signal::CONT);
+        cluster.etcd.servers[2].signal(Signal::CONT);
     });
 }
 
@@ -151,17 +112,17 @@ fn a_watch_is_resumed_at_another_server() {
 fn without_a_quorum_calls_fail_in_time_and_succeed_afterwards() {
     let mut cluster = Cluster::new(3);
     cluster.run(async |cluster| {
-        let store = Etcd::connect(&cluster.options()).await.unwrap();
+        let store = Store::connect(&cluster.options()).await.unwrap();
         store.commit(put("kept", "1")).await.unwrap().unwrap();
         for number in [1, 2] {
-            cluster.servers[number].stop(Signal::KILL, SOON);
+            cluster.etcd.servers[number].stop(Signal::KILL, SOON);
         }
         let begun = Instant::now();
         let failed = store.commit(put("lost", "1")).await;
         assert!(matches!(failed, Err(StoreError::Unavailable(_))), "{failed:?}");
         assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
         for number in [1, 2] {
-            cluster.servers[number] = cluster.start(number, 3);
+            cluster.etcd.restart(number);
         }
         let deadline = Instant::now() + SOON;
         while store.commit(put("kept", "2")).await.is_err() {
@@ -177,7 +138,7 @@ fn without_a_quorum_calls_fail_in_time_and_succeed_afterwards() {
 fn a_host_that_was_silent_is_fenced() {
     let mut cluster = Cluster::new(1);
     cluster.run(async |cluster| {
-        let store = Etcd::connect(&cluster.options()).await.unwrap();
+        let store = Store::connect(&cluster.options()).await.unwrap();
         let lease = store.grant(Duration::from_secs(1)).await.unwrap();
         let claim = Transaction {
             conditions: vec![Condition::Absent("host".to_owned())],
@@ -198,10 +159,10 @@ fn a_host_that_was_silent_is_fenced() {
 fn a_compacted_history_is_reported() {
     let mut cluster = Cluster::new(1);
     cluster.run(async |cluster| {
-        let store = Etcd::connect(&cluster.options()).await.unwrap();
+        let store = Store::connect(&cluster.options()).await.unwrap();
         let first = store.commit(put("a", "1")).await.unwrap().unwrap();
         let second = store.commit(put("a", "2")).await.unwrap().unwrap();
-        cluster.etcdctl(&["compact", &second.to_string()]);
+        cluster.etcd.ctl(&["compact", &second.to_string()]);
         let mut watch = store.watch("a", first.min(second)).await.unwrap();
         let next = timeout(SOON, watch.next()).await.unwrap();
         // The changes after the first revision begin at the compacted one, which is kept.
@@ -221,17 +182,17 @@ fn a_compacted_history_is_reported() {
 fn users_are_authenticated() {
     let mut cluster = Cluster::new(1);
     cluster.run(async |cluster| {
-        cluster.etcdctl(&["user", "add", "root:secret"]);
-        cluster.etcdctl(&["user", "grant-role", "root", "root"]);
-        cluster.etcdctl(&["auth", "enable"]);
+        cluster.etcd.ctl(&["user", "add", "root:secret"]);
+        cluster.etcd.ctl(&["user", "grant-role", "root", "root"]);
+        cluster.etcd.ctl(&["auth", "enable"]);
         let with = |user: Option<(&str, &str)>| EtcdOptions {
             user: user.map(|(name, password)| (name.to_owned(), password.to_owned())),
             ..cluster.options()
         };
-        let store = Etcd::connect(&with(Some(("root", "secret")))).await.unwrap();
+        let store = Store::connect(&with(Some(("root", "secret")))).await.unwrap();
         store.commit(put("a", "1")).await.unwrap().unwrap();
         for user in [None, Some(("root", "wrong")), Some(("nobody", "secret"))] {
-            let refused = Etcd::connect(&with(user)).await.unwrap_err();
+            let refused = Store::connect(&with(user)).await.unwrap_err();
             assert!(matches!(refused, StoreError::Denied(_)), "{user:?}: {refused:?}");
         }
     });
@@ -275,18 +236,18 @@ fn servers_and_clients_have_certificates() {
     };
     let mut cluster = Cluster::with(1, "https", certificates);
     cluster.run(async |cluster| {
-        let read = |name: &str| std::fs::read(cluster.directory.path().join(name)).unwrap();
+        let read = |name: &str| std::fs::read(cluster.etcd.directory().join(name)).unwrap();
         let identity = Some((read("client.pem"), read("client.key")));
         let with = |identity| EtcdOptions {
             tls: Some(EtcdTls { authorities: read("ca.pem"), identity }),
             ..cluster.options()
         };
-        let store = Etcd::connect(&with(identity)).await.unwrap();
+        let store = Store::connect(&with(identity)).await.unwrap();
         store.commit(put("a", "1")).await.unwrap().unwrap();
-        assert!(Etcd::connect(&with(None)).await.is_err(), "no certificate of the client");
+        assert!(Store::connect(&with(None)).await.is_err(), "no certificate of the client");
         let untrusted = EtcdTls { authorities: read("client.pem"), ..EtcdTls::default() };
         let untrusted = EtcdOptions { tls: Some(untrusted), ..cluster.options() };
-        assert!(Etcd::connect(&untrusted).await.is_err(), "another authority");
+        assert!(Store::connect(&untrusted).await.is_err(), "another authority");
     });
 }
 
@@ -299,10 +260,10 @@ fn servers_that_cannot_be_reached_are_named() {
             let connect = async |url: &str| {
                 let options =
                     EtcdOptions { servers: vec![url.to_owned()], ..EtcdOptions::default() };
-                Etcd::connect(&options).await.unwrap_err()
+                Store::connect(&options).await.unwrap_err()
             };
             let absent = connect("http://127.0.0.1:2379").await.to_string();
-            assert!(absent.contains("no etcd server answers (http://127.0.0.1:2379)"), "{absent}");
+            assert!(absent.contains("(http://127.0.0.1:2379); check the URLs"), "{absent}");
             let listener = tokio::net::TcpListener::bind("127.0.0.1:2380").await.unwrap();
             let serve = async {
                 loop {
@@ -319,7 +280,7 @@ fn servers_that_cannot_be_reached_are_named() {
                 error = connect("http://127.0.0.1:2380") => error.to_string(),
                 () = serve => unreachable!(),
             };
-            assert!(other.contains("no etcd server answers (http://127.0.0.1:2380)"), "{other}");
+            assert!(other.contains("(http://127.0.0.1:2380); check the URLs"), "{other}");
             assert!(matches!(connect("not a URL").await, StoreError::Invalid(_)));
         });
     });

@@ -85,6 +85,21 @@ pub struct Network {
     pub inter_container: bool,
     /// MTU in bytes.
     pub mtu: u32,
+    /// The network spans hosts. Then it is `internal` here.
+    pub overlay: Option<Overlay>,
+}
+
+/// The part of a network on this host, if the network spans hosts.
+///
+/// The host has no address on its bridge and does not reach it, and packets of the endpoints do not
+/// reach the host. A VXLAN device, which is not a fact, connects the bridge with those of other
+/// hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Overlay {
+    /// The number of the network in VXLAN.
+    pub vni: u32,
+    /// The network has no egress. Otherwise, endpoints have it on another network.
+    pub internal: bool,
 }
 
 /// A subnet and the host's address in it.
@@ -123,6 +138,12 @@ pub struct Attachment {
 }
 
 impl Network {
+    /// Returns whether endpoints have no egress because of this network.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.overlay.map_or(self.internal, |overlay| overlay.internal)
+    }
+
     /// Returns whether the network has a subnet of the family.
     #[must_use]
     pub fn has(&self, v6: bool) -> bool {
@@ -148,7 +169,8 @@ impl Network {
             facts.push(setting(Place::Host, format!("net.ipv4.conf.{link}.{name}"), value));
         }
         facts.extend(isolation.facts(self));
-        facts.extend(self.subnets.iter().filter_map(|Subnet { subnet, gateway }| {
+        let own = self.subnets.iter().filter(|_| self.overlay.is_none());
+        facts.extend(own.filter_map(|Subnet { subnet, gateway }| {
             let address = IpNet::new(*gateway, subnet.prefix_len()).ok()?;
             Some(Fact::Address { place: Place::Host, link: link.clone(), address })
         }));

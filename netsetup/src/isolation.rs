@@ -254,9 +254,9 @@ fn uplink_exemptions(desired: &Desired) -> impl Iterator<Item = Fact> + '_ {
 /// independently of rules. For others it rejects forged sources where no firewall does: an endpoint
 /// with `any_address` could otherwise forge replies to sockets of the host and of the NAT engine.
 fn bridge_guard(network: &Network, programs: BridgePrograms) -> impl Iterator<Item = Fact> {
-    let gateways = network.subnets.iter();
-    let gateways =
-        gateways.filter_map(|one| IpNet::new(one.gateway, one.subnet.prefix_len()).ok()).collect();
+    let own = network.subnets.iter().filter(|_| network.overlay.is_none());
+    let gateways = own.filter_map(|one| IpNet::new(one.gateway, one.subnet.prefix_len()).ok());
+    let gateways = gateways.collect();
     let link = network.bridge.name.clone();
     let guard = Fact::BridgeGuard { link, gateways, internal: network.internal };
     programs.bridge_guards.then_some(guard).into_iter()
@@ -292,7 +292,10 @@ fn closed(network: &Network) -> Vec<Fact> {
         facts.push(setting(Place::Host, format!("net.ipv6.conf.{bridge}.forwarding"), "0"));
     }
     for to in network.subnets.iter().map(|subnet| subnet.subnet.trunc()) {
-        facts.extend(guard_subnet(to));
+        let [own, others] = guard_subnet(to);
+        // The host has no route to an overlay network, and must not use its default route.
+        facts.extend((network.overlay.is_none()).then_some(own));
+        facts.push(others);
         facts.push(Fact::Rule(Rule { from_interface: Some(bridge.clone()), ..guard(is_v6(to)) }));
     }
     facts
@@ -301,7 +304,9 @@ fn closed(network: &Network) -> Vec<Fact> {
 /// Returns the IPv6 setting of the bridge.
 fn ipv6(network: &Network) -> Fact {
     let bridge = &network.bridge.name;
-    let (name, value) = if network.has(true) { ("accept_ra", "0") } else { ("disable_ipv6", "1") };
+    // On the bridge of an overlay network, the host has no address, not even a link-local one.
+    let has = network.has(true) && network.overlay.is_none();
+    let (name, value) = if has { ("accept_ra", "0") } else { ("disable_ipv6", "1") };
     setting(Place::Host, format!("net.ipv6.conf.{bridge}.{name}"), value)
 }
 

@@ -39,7 +39,9 @@ mod plan;
 mod repair;
 mod setup;
 
-pub use desired::{Attachment, Desired, Endpoint, Guards, Network, ReplyPath, Subnet, Uplink};
+pub use desired::{
+    Attachment, Desired, Endpoint, Guards, Network, Overlay, ReplyPath, Subnet, Uplink,
+};
 pub use error::{ApplyError, ConflictError, JournalError, KernelError};
 pub use fact::{Fact, Interface, Op, Passes, Place, Reach, Rule};
 pub use firewall::{

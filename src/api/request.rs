@@ -38,6 +38,13 @@ pub(super) fn parse_name(name: &str) -> Result<Name, Problem> {
 }
 
 pub(super) fn network_spec(new: NewNetwork) -> Result<NetworkSpec, Problem> {
+    if new.encrypted {
+        return Err(Problem::bad_request(&format!(
+            "network {}: encryption is not supported, and would not be checked by anyone; let WireGuard carry the packets \
+             between the hosts instead (docs/mesh.md)",
+            new.name
+        )));
+    }
     let subnets: Vec<_> = new.subnets.iter().map(|one| (one.subnet, one.gateway)).collect();
     let has_v6 = subnets.iter().any(|(subnet, _)| subnet.addr().is_ipv6());
     Ok(NetworkSpec {

@@ -3,6 +3,7 @@
 use super::events;
 use super::json_lines::json_lines;
 use super::long_running::LongRunning;
+use super::mesh;
 use super::problem::{Problem, blocking};
 use super::projects;
 use super::request::{
@@ -22,8 +23,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_api::types::{
-    Endpoint, ErrorBody, Figures, Network, NewEndpoint, NewNamespace, NewNetwork, NewPorts, Port,
-    Status,
+    Driver, Endpoint, ErrorBody, Figures, Network, NewEndpoint, NewNamespace, NewNetwork, NewPorts,
+    Port, Status,
 };
 use tidegate_control::{AttachSpec, Command, PublishedPort};
 use tidegate_model::PublishLabel;
@@ -60,6 +61,10 @@ const INTERVALS: RangeInclusive<u32> = 100..=3_600_000;
         projects::project,
         projects::down,
         projects::logs,
+        mesh::report,
+        mesh::join,
+        mesh::leave,
+        mesh::remove_host,
         events::events,
         figures,
         document
@@ -89,6 +94,8 @@ pub(super) fn router(view: Arc<View>) -> Router {
         )
         .route("/v1/projects/{name}", get(projects::project).delete(projects::down))
         .route("/v1/projects/{name}/logs", get(projects::logs))
+        .route("/v1/mesh", get(mesh::report).post(mesh::join).delete(mesh::leave))
+        .route("/v1/mesh/hosts/{name}", delete(mesh::remove_host))
         .route("/v1/events", get(events::events))
         .route("/v1/figures", get(figures))
         .route("/v1/openapi.json", get(document))
@@ -143,8 +150,14 @@ async fn add_network(
     body: Body,
 ) -> Result<(StatusCode, Json<Network>), Problem> {
     let new = json::<NewNetwork>(body)?;
-    let name = new.name.clone();
-    order(&view, Command::CreateNetwork(network_spec(new)?), Reserved::new()).await?;
+    let (name, driver) = (new.name.clone(), new.driver);
+    let spec = network_spec(new)?;
+    match driver {
+        Driver::Bridge => order(&view, Command::CreateNetwork(spec), Reserved::new()).await?,
+        Driver::Overlay => {
+            send(&view.orders, |done| Order::CreateOverlay { spec, done }).await?;
+        }
+    }
     Ok((StatusCode::CREATED, find_network(&view, &name)?))
 }
 
@@ -480,6 +493,8 @@ mod tests {
                 "/v1/endpoints/{name}/namespace",
                 "/v1/events",
                 "/v1/figures",
+                "/v1/mesh",
+                "/v1/mesh/hosts/{name}",
                 "/v1/networks",
                 "/v1/networks/{name}",
                 "/v1/openapi.json",

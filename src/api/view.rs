@@ -9,10 +9,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 use tidegate_api::types::{
-    Attachment, Endpoint, Figures, Fill, Metrics, NatFigures, Network, NetworkFigures, Port,
-    PortFigures, Service, State, Status, Subnet, Transport, UpstreamFigures,
+    Attachment, Driver, Endpoint, Figures, Fill, Mesh, Metrics, NatFigures, Network,
+    NetworkFigures, Port, PortFigures, Service, State, Status, Subnet, Transport, UpstreamFigures,
 };
-use tidegate_control::{Command, Name};
+use tidegate_control::{Command, Membership, Name, NetworkSpec};
 use tidegate_dns::Resolver;
 use tidegate_model::{Direction, Protocol};
 use tidegate_nat as nat;
@@ -121,6 +121,36 @@ pub(crate) enum Order {
         reserved: Reserved,
         /// Receives the result.
         done: oneshot::Sender<Result<(), Problem>>,
+    },
+    /// Create an overlay network.
+    CreateOverlay {
+        spec: NetworkSpec,
+        /// Receives the result.
+        done: oneshot::Sender<Result<(), Problem>>,
+    },
+    /// Join a cluster.
+    Join {
+        membership: Membership,
+        /// Receives the result.
+        done: oneshot::Sender<Result<(), Problem>>,
+    },
+    /// Leave the cluster.
+    Leave {
+        /// Detach endpoints on overlay networks, and leave even if etcd does not answer.
+        force: bool,
+        /// Receives the result.
+        done: oneshot::Sender<Result<(), Problem>>,
+    },
+    /// Remove another host from the cluster.
+    RemoveHost {
+        host: String,
+        /// Receives the result.
+        done: oneshot::Sender<Result<(), Problem>>,
+    },
+    /// Report the cluster.
+    MeshReport {
+        /// Receives the report.
+        done: oneshot::Sender<Result<Mesh, Problem>>,
     },
 }
 
@@ -309,8 +339,9 @@ fn network_of(desired: &Desired, network: &netsetup::Network) -> Network {
     Network {
         name: network.name.clone(),
         bridge: network.bridge.name.clone(),
+        driver: if network.overlay.is_some() { Driver::Overlay } else { Driver::Bridge },
         subnets: network.subnets.iter().map(subnet).collect(),
-        internal: network.internal,
+        internal: network.is_closed(),
         inter_container: network.inter_container,
         mtu: network.mtu,
         endpoints: endpoints_on(desired, &network.name),

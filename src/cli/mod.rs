@@ -9,6 +9,7 @@ mod events;
 mod exec;
 mod hello;
 mod instance_options;
+mod mesh;
 mod network;
 mod object_name;
 mod output;
@@ -57,6 +58,7 @@ enum Command {
     Exec(exec::Exec),
     Daemon(Box<daemon::Daemon>),
     Network(network::Networks),
+    Mesh(mesh::MeshCommand),
     Attach(network::Attach),
     Detach(network::Detach),
     Events(events::Events),
@@ -161,6 +163,7 @@ impl Command {
             Self::Exec(exec) => exec.run().map(done),
             Self::Daemon(daemon) => daemon.run(),
             Self::Network(network) => network.run().map(done),
+            Self::Mesh(mesh) => mesh.run().map(done),
             Self::Attach(attach) => attach.run().map(done),
             Self::Detach(detach) => detach.run().map(done),
             Self::Events(events) => events.run().map(done),

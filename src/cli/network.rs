@@ -11,7 +11,9 @@ use std::future::Future;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use tidegate_api::client::{Client, ClientError};
-use tidegate_api::types::{Endpoint, Network, NewAttachment, NewEndpoint, NewNetwork, NewSubnet};
+use tidegate_api::types::{
+    Driver, Endpoint, Network, NewAttachment, NewEndpoint, NewNetwork, NewSubnet,
+};
 
 /// Create, list and remove networks of the daemon
 #[derive(Debug, Args)]
@@ -67,7 +69,7 @@ struct Create {
     #[arg(long)]
     isolated: bool,
 
-    /// MTU in bytes [default: that of the default route]
+    /// MTU in bytes [default: that of the default route; overlay: what fits between the hosts]
     #[arg(long, value_name = "BYTES")]
     mtu: Option<u32>,
 
@@ -79,9 +81,13 @@ struct Create {
     #[arg(long, value_name = "ADDRESS")]
     dns: Vec<IpAddr>,
 
-    /// The driver; overlay networks are not supported yet
-    #[arg(long, value_name = "DRIVER", default_value = "bridge", value_parser = ["bridge"])]
+    /// bridge: a network of this host; overlay: a network of all hosts of the cluster
+    #[arg(short, long, value_name = "DRIVER", default_value = "bridge", value_parser = ["bridge", "overlay"])]
     driver: String,
+
+    /// An option of the driver. None is supported: `encrypted` is rejected, see docs/mesh.md
+    #[arg(short, long, value_name = "KEY[=VALUE]")]
+    opt: Vec<String>,
 }
 
 /// Attach a network namespace to networks of the daemon
@@ -178,8 +184,17 @@ impl Create {
         if let Some(gateway) = gateways.first() {
             return Err(UsageError(format!("--gateway {gateway} is in no --subnet")));
         }
+        let mut encrypted = false;
+        for option in &self.opt {
+            match option.split_once('=').unwrap_or((option, "true")) {
+                ("encrypted", value) => encrypted = value != "false",
+                (key, _) => return Err(UsageError(format!("--opt {key}: unknown option"))),
+            }
+        }
         Ok(NewNetwork {
             name: self.name.clone(),
+            driver: if self.driver == "overlay" { Driver::Overlay } else { Driver::Bridge },
+            encrypted,
             subnets,
             ipv6: self.ipv6,
             internal: self.internal,

@@ -12,8 +12,8 @@ use std::path::Path;
 use std::time::Duration;
 use tidegate_api::client::{Client, ClientError, DAEMON};
 use tidegate_api::types::{
-    Endpoint, LogLine, NewAttachment, NewNetwork, NewProject, NewService, NewSubnet, OutputStream,
-    Project, RestartPolicy,
+    Driver, Endpoint, LogLine, NewAttachment, NewNetwork, NewProject, NewService, NewSubnet,
+    OutputStream, Project, RestartPolicy,
 };
 use tidegate_compose::{self as compose, Names, Run};
 use tidegate_model::Restart;
@@ -153,6 +153,8 @@ fn new_project(
     let file = std::path::absolute(file).context("path of the Compose file")?;
     let network = |network: compose::NetworkConfig| NewNetwork {
         name: network.name,
+        driver: Driver::Bridge,
+        encrypted: false,
         subnets: network
             .subnets
             .iter()

@@ -68,8 +68,30 @@ impl Owner {
         self.state.send_replace(Arc::new(state));
     }
 
+    /// Returns the state after `command`, without any effect.
+    pub(super) fn try_out(&self, command: &Command, observed: &Observed) -> Result<State, Problem> {
+        let mut surroundings = Surroundings {
+            observed,
+            host_id: host_id(),
+            random: &mut random_bytes,
+            now: Instant::now(),
+            quarantine: &mut self.quarantine.clone(),
+        };
+        let decided = control::apply(&self.state(), command, &mut surroundings);
+        decided.map_err(|refusal| refused(&refusal))
+    }
+
+    /// Returns whether `command` would be refused.
+    pub(super) fn check(&self, command: &Command) -> Result<(), Problem> {
+        self.try_out(command, &Observed::default()).map(drop)
+    }
+
     /// Returns the state after `command` on a host like `observed`.
-    fn decide(&mut self, command: &Command, observed: &Observed) -> Result<State, Problem> {
+    pub(super) fn decide(
+        &mut self,
+        command: &Command,
+        observed: &Observed,
+    ) -> Result<State, Problem> {
         let state = self.state();
         let mut surroundings = Surroundings {
             observed,
@@ -88,12 +110,25 @@ impl Owner {
     }
 }
 
+/// Why an endpoint was not attached to an overlay network.
+pub(super) enum Refused {
+    /// Another host has claimed a chosen address meanwhile.
+    AddressTaken(Problem),
+    Other(Problem),
+}
+
+impl From<Problem> for Refused {
+    fn from(problem: Problem) -> Self {
+        Self::Other(problem)
+    }
+}
+
 impl Instance {
-    /// Executes `command`. `reserved` are the sockets of the ports that it publishes.
+    /// Executes `command` on this host. `reserved` are the sockets of the ports that it publishes.
     ///
     /// # Errors
     /// The command was refused or failed, and changed nothing.
-    pub(super) async fn command(
+    pub(super) async fn local_command(
         &mut self,
         command: &Command,
         mut reserved: Reserved,
@@ -113,25 +148,38 @@ impl Instance {
         };
         let old = self.owner.state();
         let new = self.owner.decide(command, &observed)?;
-        let changes = control::changes(&old, &new);
+        self.execute(&old, new, &mut reserved).await
+    }
+
+    /// Changes the networks from `old`, the current state, to `new`.
+    ///
+    /// # Errors
+    /// The change failed and was reverted.
+    pub(super) async fn execute(
+        &mut self,
+        old: &State,
+        new: State,
+        reserved: &mut Reserved,
+    ) -> Result<(), Problem> {
+        let changes = control::changes(old, &new);
         // After a crash, the next daemon removes from the host what the store lacks, but it cannot
         // attach an endpoint again whose process may have been replaced. So the store never
         // contains an object that is being removed.
         let removes = changes.iter().all(is_removal);
         if removes {
-            self.owner.commit(&old, &new)?;
+            self.owner.commit(old, &new)?;
         }
         let mut executed = Vec::new();
         let mut result = Ok(());
         for change in changes {
-            result = self.execute_change(&change, &mut reserved).await;
+            result = self.execute_change(&change, reserved).await;
             if result.is_err() {
                 break;
             }
             executed.push(change);
         }
         if result.is_ok() && !removes {
-            result = self.owner.commit(&old, &new);
+            result = self.owner.commit(old, &new);
         }
         if result.is_err() {
             for change in executed.iter().rev().map(inverse) {
@@ -139,7 +187,7 @@ impl Instance {
                     tracing::error!("a failed command could not be reverted: {problem}");
                 }
             }
-            if removes && let Err(problem) = self.owner.commit(&new, &old) {
+            if removes && let Err(problem) = self.owner.commit(&new, old) {
                 tracing::error!("a failed command could not be reverted: {problem}");
             }
             self.show();

@@ -217,7 +217,8 @@ impl Instance {
                     }
                     self.check_everything(manager).await;
                 },
-                Some(order) = self.orders.recv() => self.execute(order).await,
+                Some(order) = self.orders.recv() => self.execute_order(order).await,
+                () = self.member.changed() => self.follow_cluster().await,
                 Ok(()) = self.up.resolvers.changed() => {
                     let resolvers = Arc::clone(&self.up.resolvers.borrow_and_update());
                     if let Some(egress) = &mut self.up.egress {
@@ -245,6 +246,7 @@ impl Instance {
                         }
                     }
                     self.poll_adopted().await;
+                    self.restart_mesh().await;
                 },
             }
         }
@@ -592,7 +594,7 @@ impl Instance {
         Ok(())
     }
 
-    async fn execute(&mut self, order: Order) {
+    async fn execute_order(&mut self, order: Order) {
         match order {
             Order::Reattach { endpoint, netns, done } => {
                 if let Some(attached) = self.attach_at(&endpoint, &netns).await {
@@ -609,6 +611,26 @@ impl Instance {
             }
             Order::Command { command, reserved, done } => {
                 let result = self.command(&command, reserved).await;
+                let _ = done.send(result);
+            }
+            Order::CreateOverlay { spec, done } => {
+                let result = self.create_overlay(spec).await;
+                let _ = done.send(result);
+            }
+            Order::Join { membership, done } => {
+                let result = self.join(membership).await;
+                let _ = done.send(result);
+            }
+            Order::Leave { force, done } => {
+                let result = self.leave_mesh(force).await;
+                let _ = done.send(result);
+            }
+            Order::RemoveHost { host, done } => {
+                let result = self.remove_host(&host).await;
+                let _ = done.send(result);
+            }
+            Order::MeshReport { done } => {
+                let result = self.mesh_report().await;
                 let _ = done.send(result);
             }
         }

@@ -191,6 +191,7 @@ fn networks(
             subnets,
             internal: network.internal,
             inter_container: network.inter_container,
+            overlay: None,
             mtu: network.mtu.or(with.observed.default_mtu).unwrap_or(MTU),
         });
     }

@@ -5,6 +5,7 @@ use ::metrics::{Counter, counter, describe_counter};
 use ipnet::IpNet;
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
+use tidegate_mesh::agent::{Status, StoreState};
 use tidegate_model::exposition::{Family, Labels};
 use tidegate_model::registry;
 use tidegate_netfilter::{Dropped, Mechanism, PortGuards, SpoofReason};
@@ -72,6 +73,83 @@ const POLICED: Family = Family::counter(
     "tidegate_network_policed_frames_total",
     "Frames of a flooding endpoint that its port guard dropped: new TCP connections beyond a rate.",
 );
+
+const MESH_STORE: Family =
+    Family::gauge("tidegate_mesh_store_up", "1 if the cluster store answers, otherwise 0.");
+const MESH_HOSTS: Family = Family::gauge(
+    "tidegate_mesh_hosts",
+    "Hosts of the cluster by state: heard (this one included) or silent.",
+);
+const MESH_LATENCY: Family = Family::gauge(
+    "tidegate_mesh_latency_seconds",
+    "Mean round-trip time of heartbeats between this host and another one.",
+);
+const MESH_HOST_ENDPOINTS: Family = Family::gauge(
+    "tidegate_mesh_endpoints",
+    "Endpoints on overlay networks, by the host that they are on.",
+);
+const MESH_STATIONS: Family = Family::gauge(
+    "tidegate_mesh_remote_endpoints",
+    "Endpoints of other hosts that are programmed on this one, by network.",
+);
+const MESH_DROPPED: Family = Family::counter(
+    "tidegate_mesh_dropped_frames_total",
+    "Frames from other hosts that were dropped, because their source is no endpoint there.",
+);
+const MESH_PROBLEMS: Family =
+    Family::gauge("tidegate_mesh_problems", "Problems that tidegate mesh status lists.");
+const MESH_REPAIRS: Family = Family::counter(
+    "tidegate_mesh_repairs_total",
+    "Restored objects of overlay networks that other software had removed or changed.",
+);
+
+/// Appends the families of the cluster to `page`. On a host in no cluster they have no series.
+pub(super) fn mesh_families(status: Option<&Status>, page: &mut impl Write) {
+    // Writing to a String does not fail.
+    let _ = render_mesh(status, page);
+}
+
+fn render_mesh(status: Option<&Status>, page: &mut impl Write) -> fmt::Result {
+    let hosts = || status.into_iter().flat_map(|status| &status.hosts);
+    let networks = || status.into_iter().flat_map(|status| &status.figures);
+    MESH_STORE.write_head(page)?;
+    if let Some(status) = status {
+        let is_up = status.store == StoreState::Connected;
+        MESH_STORE.write_value(&[], u64::from(is_up), page)?;
+    }
+    MESH_HOSTS.write_head(page)?;
+    if status.is_some() {
+        for (state, is_heard) in [("heard", true), ("silent", false)] {
+            let count = hosts().filter(|host| host.is_heard == is_heard).count();
+            MESH_HOSTS.write_value(&[("state", &state)], count as u64, page)?;
+        }
+    }
+    MESH_LATENCY.write_head(page)?;
+    for host in hosts() {
+        if let Some(latency) = host.latency {
+            MESH_LATENCY.write_value(&[("host", &host.id)], latency.as_secs_f64(), page)?;
+        }
+    }
+    MESH_HOST_ENDPOINTS.write_head(page)?;
+    for host in hosts() {
+        MESH_HOST_ENDPOINTS.write_value(&[("host", &host.id)], host.endpoints as u64, page)?;
+    }
+    MESH_STATIONS.write_head(page)?;
+    for (network, figures) in networks() {
+        MESH_STATIONS.write_value(&[("network", network)], figures.stations as u64, page)?;
+    }
+    MESH_DROPPED.write_head(page)?;
+    for (network, figures) in networks() {
+        MESH_DROPPED.write_value(&[("network", network)], figures.dropped, page)?;
+    }
+    MESH_PROBLEMS.write_head(page)?;
+    MESH_REPAIRS.write_head(page)?;
+    if let Some(status) = status {
+        MESH_PROBLEMS.write_value(&[], status.problems.len() as u64, page)?;
+        MESH_REPAIRS.write_value(&[], status.repairs, page)?;
+    }
+    Ok(())
+}
 
 /// Counts objects that other software removed.
 pub(super) struct Repairs {
@@ -273,6 +351,7 @@ mod tests {
                 subnets: vec![subnet("10.9.0.0/24", "10.9.0.1"), subnet("fd09::/64", "fd09::1")],
                 internal: false,
                 inter_container: true,
+                overlay: None,
                 mtu: 1500,
             }],
             endpoints: vec![Endpoint {

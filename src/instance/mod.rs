@@ -22,6 +22,7 @@ mod flood_control;
 mod front_end;
 mod initial;
 mod layout;
+mod mesh;
 mod metrics;
 mod names;
 mod projects;
@@ -64,6 +65,7 @@ use tidegate_api::socket::{self, Socket, SocketError};
 use tidegate_compose::{self, Project};
 use tidegate_control::{Name, State, Store};
 
+use tidegate_mesh::agent::Status;
 use tidegate_netfilter::PortGuards;
 use tidegate_netns::HostContext;
 use tidegate_netns::{ChangeListener, Namespace, Topic, interface_index, run_directory};
@@ -198,6 +200,10 @@ struct Instance {
     /// Counters of restored objects.
     repairs: metrics::Repairs,
     owner: Owner,
+    /// The cluster.
+    member: mesh::Member,
+    /// The last report of the agent of the cluster, for the metrics.
+    mesh_reports: watch::Sender<Option<Arc<Status>>>,
 }
 
 /// The host's own namespace, in rootless mode. The NAT engine reaches its container networks, and
@@ -253,6 +259,8 @@ enum InitialSource<'a> {
 
 /// Input of [`Up::start`].
 struct Resources<'a> {
+    /// Reports of the agent of the cluster.
+    mesh_reports: watch::Receiver<Option<Arc<Status>>>,
     host_context: &'a HostContext,
     outside: Option<&'a mut Outside>,
     /// Owner of the rules: the name of the project.
@@ -435,7 +443,9 @@ impl Up {
             .is_rootless()
             .then(|| Outside::of(host_context).context("listen for network changes of the host"))
             .transpose()?;
+        let mesh_reports = watch::Sender::new(None);
         let resources = Resources {
+            mesh_reports: mesh_reports.subscribe(),
             host_context,
             outside: outside.as_mut(),
             owner: &owner,
@@ -527,8 +537,13 @@ impl Up {
             unhealthy: BTreeMap::new(),
             repairs,
             owner: Owner::new(state, store.take(), absent),
+            member: mesh::Member::default(),
+            mesh_reports,
         };
         instance.watch_endpoints();
+        if project.is_none() {
+            instance.start_mesh().await;
+        }
         instance.up.log();
         manager.notify_ready();
         let announced = match &project {
@@ -560,8 +575,17 @@ impl Up {
         setup: &mut Setup,
         signals: &mut Signals,
     ) -> anyhow::Result<Option<(Running, BTreeSet<Name>)>> {
-        let Resources { host_context, outside, owner, front_end, chosen, device, guards, run } =
-            resources;
+        let Resources {
+            mesh_reports,
+            host_context,
+            outside,
+            owner,
+            front_end,
+            chosen,
+            device,
+            guards,
+            run,
+        } = resources;
         let mut observed = setup.surroundings().await?;
         // A killed daemon enabled forwarding on these links, which did not forward before.
         for fact in setup.owned() {
@@ -763,6 +787,9 @@ impl Up {
                     if let Some(guards) = &guards {
                         metrics::spoofed_families(&snapshot(&desired), guards, &host, page);
                     }
+                });
+                let recorder = recorder.with(move |page| {
+                    metrics::mesh_families(mesh_reports.borrow().as_deref(), page)
                 });
                 let resolver = names.resolver();
                 let recorder = recorder.with(move |page| {

@@ -3,7 +3,7 @@
 
 use super::layout::Layout;
 use anyhow::Context;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
@@ -47,6 +47,8 @@ pub(super) struct NetworkDns {
     pub(super) servers: Vec<IpAddr>,
     /// The network has DNS servers at its gateways.
     pub(super) at_gateway: bool,
+    /// Endpoints have no names on the network.
+    pub(super) nameless: bool,
 }
 
 /// Names and DNS options of an endpoint.
@@ -62,7 +64,8 @@ pub(super) struct EndpointDns {
 impl NetworkDns {
     /// The options of `network` of a Compose file.
     pub(super) fn of(network: &NetworkConfig) -> Self {
-        Self { servers: network.dns.clone(), at_gateway: network.names == Names::AtGateway }
+        let at_gateway = network.names == Names::AtGateway;
+        Self { servers: network.dns.clone(), at_gateway, nameless: false }
     }
 }
 
@@ -91,6 +94,8 @@ pub(super) struct NameServers {
     serving: BTreeMap<String, Serving>,
     /// Servers at gateways, by network.
     at_gateways: BTreeMap<String, GatewayServers>,
+    /// Networks on which endpoints have no names.
+    nameless: BTreeSet<String>,
 }
 
 /// The DNS servers at a network's gateways.
@@ -151,6 +156,7 @@ impl NameServers {
             options: BTreeMap::new(),
             serving: BTreeMap::new(),
             at_gateways: BTreeMap::new(),
+            nameless: BTreeSet::new(),
         })
     }
 
@@ -166,13 +172,17 @@ impl NameServers {
         dns: &NetworkDns,
         verified: bool,
     ) -> anyhow::Result<()> {
+        if dns.nameless {
+            self.nameless.insert(network.name.clone());
+            return Ok(());
+        }
         let _runtime = self.runtime.enter();
         self.resolver
             .add_network(&NetworkSpec {
                 name: network.name.clone(),
                 domain: Some(dns_name(&network.name).to_owned()),
                 subnets: network.subnets.iter().map(|subnet| subnet.subnet.trunc()).collect(),
-                internal: network.internal,
+                internal: network.is_closed(),
                 servers: dns.servers.iter().map(|ip| SocketAddr::new(*ip, PORT)).collect(),
                 sources_are_verified: verified,
             })
@@ -193,6 +203,9 @@ impl NameServers {
 
     /// Removes a network, which must have no endpoints.
     pub(super) fn remove_network(&mut self, name: &str) {
+        if self.nameless.remove(name) {
+            return;
+        }
         self.at_gateways.remove(name);
         self.resolver.remove_network(name);
     }
@@ -235,7 +248,7 @@ impl NameServers {
         dns: &EndpointDns,
         addresses: impl Fn(&Attachment) -> Vec<IpAddr>,
     ) -> anyhow::Result<()> {
-        for attachment in &endpoint.attachments {
+        for attachment in self.named(endpoint) {
             let spec = EndpointSpec {
                 container: endpoint.name.clone(),
                 name: dns_name(&endpoint.name).to_owned(),
@@ -251,6 +264,11 @@ impl NameServers {
         Ok(())
     }
 
+    /// The attachments of `endpoint` to networks on which it has names.
+    fn named<'a>(&'a self, endpoint: &'a Endpoint) -> impl Iterator<Item = &'a Attachment> {
+        endpoint.attachments.iter().filter(|one| !self.nameless.contains(&one.network))
+    }
+
     /// Removes the names of `endpoint`. Returns its server, which may block when it is dropped
     /// ([`endpoint_work`](super::endpoint_work)).
     pub(super) fn remove_endpoint(&mut self, endpoint: &Endpoint) -> Option<Serving> {
@@ -260,9 +278,9 @@ impl NameServers {
     }
 
     fn remove_names(&self, endpoint: &Endpoint) {
-        for attachment in &endpoint.attachments {
+        for attachment in self.named(endpoint) {
             let (network, name) = (&attachment.network, &endpoint.name);
-            self.resolver.remove_endpoint(network, dns_name(name), name);
+            self.resolver.remove_endpoint(network, name, dns_name(name));
         }
     }
 
@@ -355,7 +373,7 @@ impl NameServers {
 }
 
 /// The DNS name of an endpoint or a network: its name within its project.
-fn dns_name(name: &str) -> &str {
+pub(super) fn dns_name(name: &str) -> &str {
     name.rsplit_once('/').map_or(name, |(_, name)| name)
 }
 

@@ -11,7 +11,11 @@ pub(super) fn is_of_a_process(path: &Path) -> bool {
 }
 
 pub(super) fn network_dns(network: &Network) -> NetworkDns {
-    NetworkDns { servers: network.dns.clone(), at_gateway: network.names_at_gateway }
+    NetworkDns {
+        servers: network.dns.clone(),
+        at_gateway: network.names_at_gateway,
+        nameless: !network.has_names,
+    }
 }
 
 pub(super) fn endpoint_dns(endpoint: &Endpoint) -> EndpointDns {

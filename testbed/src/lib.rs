@@ -10,6 +10,7 @@
 //! - [`Process`]: a child process that is killed and reaped on drop, with its output and its CPU,
 //!   memory and descriptor usage;
 //! - [`flood`]: a flooding container, and the response times that its neighbour sees meanwhile;
+//! - [`hosts`]: hosts of a cluster on one switch, and their etcd;
 //! - [`frames`]: raw Ethernet frames, sent and received on a link;
 //! - `puppet`: a thread of another process that makes system calls for a test (x86_64);
 //! - [`server`]: small TCP and UDP servers that run on threads inside a namespace.
@@ -45,6 +46,7 @@ compile_error!("network namespaces exist on Linux only");
 
 pub mod flood;
 pub mod frames;
+pub mod hosts;
 mod mounts;
 mod namespace;
 mod pattern;

@@ -404,7 +404,7 @@ fn a_store_of_a_newer_version_is_not_read() {
     drop(store);
     let error = Store::open(&path).unwrap_err();
     assert!(matches!(error, StoreError::Newer { found: 7, .. }));
-    assert!(error.to_string().contains("has format 7, and this version supports format 2"));
+    assert!(error.to_string().contains("has format 7, and this version supports format 3"));
 }
 
 #[test]

@@ -126,7 +126,7 @@ impl Etcd {
         match store.list("\0").await {
             Ok(_) => Ok(store),
             Err(StoreError::Unavailable(reason)) => Err(StoreError::Unavailable(format!(
-                "no etcd server answers ({}): {reason}; check the URLs, and whether etcd runs",
+                "{reason} ({}); check the URLs, and whether etcd runs",
                 options.servers.join(", ")
             ))),
             Err(error) => Err(error),

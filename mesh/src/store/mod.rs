@@ -140,7 +140,7 @@ pub struct Changes {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
     /// No server has answered in time. The call may have been executed.
-    #[error("cluster store: {0}")]
+    #[error("the cluster store does not answer: {0}")]
     Unavailable(String),
     /// The lease has expired or was revoked. Nothing was written.
     #[error("cluster store: the lease of this host has expired")]

@@ -1,12 +1,12 @@
-//! Hosts as namespaces on one switch, for tests.
+//! Hosts as namespaces on one switch, each with the bridge `front`, for tests.
 
 #![allow(dead_code, reason = "not every test uses all of it")]
 
 use std::net::IpAddr;
 use tidegate_model::MacAddress;
-use tidegate_testbed::Namespace;
+use tidegate_testbed::{Namespace, hosts};
 
-/// Hosts on one switch, with the underlay addresses 192.0.2.N and 2001:db8::N.
+/// Hosts with the bridge `front`.
 pub(crate) struct Hosts {
     _switch: Namespace,
     pub(crate) hosts: Vec<Namespace>,
@@ -14,37 +14,21 @@ pub(crate) struct Hosts {
 
 impl Hosts {
     pub(crate) fn new(count: u8) -> Self {
-        let switch = Namespace::new();
-        switch.ip_all(
-            "link add br0 type bridge
-             link set br0 up",
-        );
-        let hosts = (1..=count).map(|number| {
-            let host = Namespace::new();
-            let port = format!("p{number}");
-            veth(&switch, &port, &host);
-            switch.ip_all(&format!(
-                "link set {port} master br0
-                 link set {port} up"
-            ));
-            host.ip_all(&format!(
-                "link set lo up
-                 addr add 192.0.2.{number}/24 dev eth0
-                 addr add 2001:db8::{number}/64 dev eth0 nodad
-                 link set eth0 up
-                 link add front type bridge mcast_snooping 0
-                 link set front up"
-            ));
-            host
-        });
-        Self { hosts: hosts.collect(), _switch: switch }
+        let hosts::Hosts { switch, hosts } = hosts::Hosts::new(count);
+        for host in &hosts {
+            host.ip_all(
+                "link add front type bridge mcast_snooping 0
+                 link set front up",
+            );
+        }
+        Self { _switch: switch, hosts }
     }
 
     /// A container at host `number`, with the addresses 10.9.0.ID and fd09::ID.
     pub(crate) fn container(&self, number: usize, id: u8) -> Namespace {
         let (host, container) = (&self.hosts[number], Namespace::new());
         let port = format!("c{id}");
-        veth(host, &port, &container);
+        hosts::Hosts::veth(host, &port, &container);
         host.ip_all(&format!(
             "link set {port} master front
              link set {port} up"
@@ -59,13 +43,6 @@ impl Hosts {
         ));
         container
     }
-}
-
-/// A veth pair: `port` in `namespace`, and eth0 in `peer`.
-pub(crate) fn veth(namespace: &Namespace, port: &str, peer: &Namespace) {
-    let peer = peer.path();
-    let link = format!("link add {port} type veth peer name eth0 netns {}", peer.display());
-    namespace.ip_all(&link);
 }
 
 pub(crate) fn mac(id: u8) -> MacAddress {

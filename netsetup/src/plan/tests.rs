@@ -30,6 +30,7 @@ fn network(name: &str, number: u8) -> Network {
         subnets: vec![Subnet { subnet, gateway }],
         internal: false,
         inter_container: true,
+        overlay: None,
         mtu: 1500,
     }
 }

@@ -93,6 +93,7 @@ fn two_networks() -> Desired {
         ],
         internal: false,
         inter_container,
+        overlay: None,
         mtu: 1500,
     };
     let endpoint = |name: &str, on: &str, number: u8, host: u8| Endpoint {

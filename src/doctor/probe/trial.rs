@@ -180,6 +180,7 @@ fn desired() -> Desired {
         subnets,
         internal: false,
         inter_container: true,
+        overlay: None,
         mtu: 1500,
     };
     let addresses = ["192.0.2.2/24", "2001:db8::2/64"].iter().take(network.subnets.len());
