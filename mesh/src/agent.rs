@@ -356,7 +356,8 @@ enum Event {
     Changed(Changes),
     Lost(StoreError),
     Lease(Option<LeaseId>),
-    Registered(Result<Option<Revision>, StoreError>),
+    /// The result of a registration under a lease.
+    Registered(LeaseId, Result<Option<Revision>, StoreError>),
     Left(Result<(), MeshError>, Done<()>),
 }
 
@@ -547,13 +548,14 @@ impl Running {
                 self.left = Some((left, done));
                 return false;
             }
-            Event::Registered(result) => {
+            Event::Registered(lease, result) => {
                 self.registers = false;
                 match result {
                     Ok(Some(revision)) => self.awaited = self.awaited.max(revision),
                     // A condition did not hold: the view is about to change.
                     Ok(None) => {}
-                    Err(StoreError::LeaseEnded) => self.lease = None,
+                    // There may be another one already.
+                    Err(StoreError::LeaseEnded) if self.lease == Some(lease) => self.lease = None,
                     Err(error) => tracing::debug!("registration: {error}"),
                 }
                 return false;
@@ -679,7 +681,7 @@ impl Running {
                 Ok(None) => sleep(RETRY / 10).await,
                 Err(_) => sleep(RETRY).await,
             }
-            let _ = events.send(Event::Registered(result));
+            let _ = events.send(Event::Registered(lease, result));
         });
     }
 

@@ -465,7 +465,7 @@ pub fn free_addresses(
         let highest = highest.filter(|address| one.subnet.contains(address)).max();
         let after = highest.map(|highest| next(highest)).into_iter();
         // More addresses than claims need not be tried.
-        let hosts = one.subnet.hosts().take(view.addresses.len() + 2);
+        let hosts = one.subnet.hosts().take(view.addresses.len() + 4);
         let free = after.chain(hosts).find(|address| {
             one.subnet.contains(address)
                 && *address != one.gateway

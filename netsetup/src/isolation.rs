@@ -276,7 +276,7 @@ fn gate(network: &Network, passes: Passes) -> Fact {
 fn open(network: &Network) -> Vec<Fact> {
     let bridge = &network.bridge.name;
     let mut facts = vec![setting(Place::Host, format!("net.ipv4.conf.{bridge}.forwarding"), "1")];
-    facts.push(ipv6(network));
+    facts.extend(ipv6(network));
     if network.has(true) {
         facts.push(Fact::Forwarding { link: bridge.clone(), v6: true });
     }
@@ -287,7 +287,7 @@ fn open(network: &Network) -> Vec<Fact> {
 fn closed(network: &Network) -> Vec<Fact> {
     let bridge = &network.bridge.name;
     let mut facts = vec![setting(Place::Host, format!("net.ipv4.conf.{bridge}.forwarding"), "0")];
-    facts.push(ipv6(network));
+    facts.extend(ipv6(network));
     if network.has(true) {
         facts.push(setting(Place::Host, format!("net.ipv6.conf.{bridge}.forwarding"), "0"));
     }
@@ -301,13 +301,21 @@ fn closed(network: &Network) -> Vec<Fact> {
     facts
 }
 
-/// Returns the IPv6 setting of the bridge.
-fn ipv6(network: &Network) -> Fact {
+/// Returns the IPv6 settings of the bridge.
+fn ipv6(network: &Network) -> Vec<Fact> {
     let bridge = &network.bridge.name;
-    // On the bridge of an overlay network, the host has no address, not even a link-local one.
-    let has = network.has(true) && network.overlay.is_none();
-    let (name, value) = if has { ("accept_ra", "0") } else { ("disable_ipv6", "1") };
-    setting(Place::Host, format!("net.ipv6.conf.{bridge}.{name}"), value)
+    let settings: &[_] = match (network.has(true), network.overlay) {
+        (false, _) => &[("disable_ipv6", "1")],
+        (true, None) => &[("accept_ra", "0")],
+        // The host has no address on the bridge, not even a link-local one
+        // (`IN6_ADDR_GEN_MODE_NONE`). IPv6 stays enabled, because the bridge needs neighbour
+        // entries to answer solicitations.
+        (true, Some(_)) => &[("accept_ra", "0"), ("addr_gen_mode", "1")],
+    };
+    let fact = |(name, value): &(&str, &str)| {
+        setting(Place::Host, format!("net.ipv6.conf.{bridge}.{name}"), value)
+    };
+    settings.iter().map(fact).collect()
 }
 
 /// Rules that restrict access to the subnet `to` to the host itself.

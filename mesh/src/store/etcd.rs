@@ -190,7 +190,10 @@ fn failed(error: &Error) -> StoreError {
         Code::InvalidArgument | Code::FailedPrecondition | Code::Unimplemented => {
             StoreError::Invalid(message())
         }
-        _ => StoreError::Unavailable(message()),
+        _ => StoreError::Unavailable(match status.message() {
+            text if text.contains("h2 protocol error") => format!("connection lost ({text})"),
+            text => text.to_owned(),
+        }),
     }
 }
 
