@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use tidegate_model::Feature;
-use tidegate_netfilter::{BridgeGuard, Gate, GatePolicy, Mechanism, PortGuards};
+use tidegate_netfilter::{BridgeGuard, Gate, GatePolicy, Mechanism, PortGuards, SourceGuard};
 use tidegate_netns::Namespace;
 use tidegate_netsetup::{BridgePrograms, Guards};
 
@@ -52,6 +52,13 @@ pub(crate) fn port_guards(owner: &str) -> Result<Arc<PortGuards>, NoPortGuards> 
             ))
         }
     }
+}
+
+/// Creates the source guard of `owner`, for links in `host`. `None` where the kernel has none.
+pub(crate) fn source_guard(owner: &str, host: &Namespace) -> Option<Arc<SourceGuard>> {
+    let guard = host.with(|| SourceGuard::new(owner)).flatten();
+    let guard = guard.inspect_err(|error| tracing::debug!(%error, "no source guards"));
+    guard.ok().map(Arc::new)
 }
 
 /// Returns the mechanisms to try, in order.

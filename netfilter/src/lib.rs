@@ -24,6 +24,7 @@ mod frames;
 mod gate;
 mod guard;
 mod identity;
+mod source_guard;
 mod table;
 mod text;
 mod wire;
@@ -40,6 +41,7 @@ pub use guard::{
     BridgeGuard, BridgePolicy, Dropped, Mechanism, PortGuards, PortPolicy, SpoofReason,
 };
 pub use identity::TableIdentity;
+pub use source_guard::SourceGuard;
 pub use table::{
     Action, Base, Chain, Element, Field, Hook, Key, Kind, Match, Rule, Set, Table, Transport, Value,
 };

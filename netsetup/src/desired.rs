@@ -23,6 +23,9 @@ pub struct Desired {
     pub rules_ahead: u32,
     /// Port guards of the endpoints.
     pub guards: Guards,
+    /// Links of other software with [source guards](Fact::SourceGuard). `None` if there are no
+    /// source guards.
+    pub guarded_links: Option<BTreeSet<String>>,
 }
 
 /// The attachment of [port guards](Fact::PortGuard).
@@ -204,6 +207,7 @@ impl Desired {
             reply_paths: self.reply_paths.clone(),
             rules_ahead: self.rules_ahead,
             guards: self.guards.clone(),
+            guarded_links: self.guarded_links.clone(),
         }
     }
 
@@ -214,7 +218,13 @@ impl Desired {
             Guards::InTable(owner) => Some(Fact::GuardTable { owner: owner.clone() }),
             Guards::None | Guards::AtLinks => None,
         };
-        let mut facts: Vec<Fact> = table.into_iter().chain(isolation.shared_facts(self)).collect();
+        let mut facts: Vec<Fact> = table.into_iter().collect();
+        if let Some(links) = &self.guarded_links {
+            let subnets = self.networks.iter().flat_map(|network| &network.subnets);
+            facts.extend(subnets.map(|one| Fact::GuardedSubnet(one.subnet.trunc())));
+            facts.extend(links.iter().map(|link| Fact::SourceGuard { link: link.clone() }));
+        }
+        facts.extend(isolation.shared_facts(self));
         facts.extend(self.networks.iter().flat_map(|network| network.facts(isolation)));
         facts.extend(self.endpoints.iter().flat_map(|endpoint| self.facts_of(endpoint)));
         for fact in &mut facts {

@@ -160,6 +160,14 @@ pub enum Fact {
         /// from addresses of the subnets.
         internal: bool,
     },
+    /// A [source guard](tidegate_netfilter::SourceGuard) at the ingress of a link of other
+    /// software. It drops packets with a source in a [`GuardedSubnet`](Self::GuardedSubnet).
+    SourceGuard {
+        /// The link.
+        link: String,
+    },
+    /// A prefix of the source guards: no other link has packets from a container network.
+    GuardedSubnet(IpNet),
     /// The nftables table for the port guards of an owner.
     GuardTable {
         /// The owner.
@@ -369,7 +377,8 @@ impl Fact {
             | Self::Station { link, .. }
             | Self::Gate { link, .. }
             | Self::BridgeGuard { link, .. }
-            | Self::PortGuard { link, .. } => (Some((None, link.as_str())), None),
+            | Self::PortGuard { link, .. }
+            | Self::SourceGuard { link } => (Some((None, link.as_str())), None),
             // Forwarding also ends with its link. However, it must be disabled before the rules
             // that restrict it are removed.
             Self::Bridge { .. }
@@ -379,6 +388,7 @@ impl Fact {
             | Self::ReplyRoute { .. }
             | Self::Forwarding { .. }
             | Self::GuardTable { .. }
+            | Self::GuardedSubnet(_)
             | Self::Ruleset { .. } => (None, None),
         };
         link.into_iter().chain(other)
@@ -432,6 +442,8 @@ impl fmt::Display for Fact {
             Self::Gate { link, .. } => write!(f, "gate at the egress of {link:?}"),
             Self::BridgeGuard { link, .. } => write!(f, "guard at the ingress of {link:?}"),
             Self::PortGuard { link, .. } => write!(f, "port guard at {link:?}"),
+            Self::SourceGuard { link } => write!(f, "source guard at {link:?}"),
+            Self::GuardedSubnet(net) => write!(f, "prefix {net} of source guards"),
             Self::GuardTable { owner } => {
                 write!(f, "nftables table for the port guards of {owner:?}")
             }

@@ -195,9 +195,12 @@ impl Isolation for FirewallIsolation {
             facts.extend(closing_gate(network, self.programs));
             facts.extend(closed(network));
         } else if self.programs.gates {
+            // Before the kernel answers an invalid packet, with an error to a forged source.
+            facts.extend(bridge_guard(network, self.programs));
             facts.push(gate(network, Passes::Marked));
             facts.extend(open(network));
         } else {
+            facts.extend(bridge_guard(network, self.programs));
             facts.extend(open(network));
             for to in network.subnets.iter().map(|subnet| subnet.subnet.trunc()) {
                 facts.extend(guard_subnet(to));

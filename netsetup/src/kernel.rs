@@ -22,7 +22,9 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use tidegate_model::{Feature, registry};
-use tidegate_netfilter::{BridgeGuard, BridgePolicy, Gate, GatePolicy, PortGuards, PortPolicy};
+use tidegate_netfilter::{
+    BridgeGuard, BridgePolicy, Gate, GatePolicy, PortGuards, PortPolicy, SourceGuard,
+};
 use tidegate_netns::{Namespace, interface_index};
 use tokio::runtime::Handle as Runtime;
 use tokio::task::JoinHandle;
@@ -57,6 +59,7 @@ pub struct Kernel {
     exclusive: bool,
     firewall: Option<Arc<Firewall>>,
     guards: Option<Arc<PortGuards>>,
+    sources: Option<Arc<SourceGuard>>,
     engine: Option<Arc<dyn EngineDevice>>,
     /// Gates that do not belong to the firewall, loaded on demand.
     gates: BTreeMap<Passes, Gate>,
@@ -104,6 +107,7 @@ impl Kernel {
             exclusive: false,
             firewall: None,
             guards: None,
+            sources: None,
             engine: None,
             gates: BTreeMap::new(),
             bridge_guards: BTreeMap::new(),
@@ -122,6 +126,11 @@ impl Kernel {
     /// Sets the firewall of the host.
     pub fn use_firewall(&mut self, firewall: Arc<Firewall>) {
         self.firewall = Some(firewall);
+    }
+
+    /// Sets the source guard for links of other software.
+    pub fn use_source_guard(&mut self, guard: Arc<SourceGuard>) {
+        self.sources = Some(guard);
     }
 
     /// Sets the port guards for endpoints.
@@ -242,6 +251,7 @@ impl Kernel {
                 observed.bridges = snapshot.bridges();
                 observed.default_routes = snapshot.default_routes();
                 observed.uplinks = self.uplinks(&snapshot);
+                observed.receivers = snapshot.receivers();
                 observed.forwarding = self.forwarding(&observed.uplinks);
             }
             for fact in facts {
@@ -259,6 +269,13 @@ impl Kernel {
                         Some(index) => self.has_guard(index, fact)?,
                         None => false,
                     },
+                    Fact::SourceGuard { link } => match snapshot.index(link) {
+                        Some(index) => self.has_source_guard(index)?,
+                        None => false,
+                    },
+                    Fact::GuardedSubnet(net) => {
+                        self.sources.as_ref().is_some_and(|guard| guard.refuses(*net))
+                    }
                     Fact::GuardTable { owner } => self.has_guard_table(owner)?,
                     _ => snapshot.holds(self, fact)?,
                 };
@@ -403,6 +420,12 @@ impl Kernel {
         found(attached, "port guard")
     }
 
+    /// Returns whether the source guard is attached to the link with interface index `index`.
+    fn has_source_guard(&self, index: u32) -> Result<bool, KernelError> {
+        let Some(guard) = &self.sources else { return Ok(false) };
+        found(self.host.with(|| guard.is_attached(index)).flatten(), "source guard")
+    }
+
     fn has_guard_table(&self, owner: &str) -> Result<bool, KernelError> {
         let attached = self.host.with(|| PortGuards::has_table(owner)).flatten();
         found(attached, "nftables table for port guards")
@@ -417,7 +440,8 @@ impl Kernel {
         for fact in facts {
             let (Fact::Gate { link, .. }
             | Fact::BridgeGuard { link, .. }
-            | Fact::PortGuard { link, .. }) = fact
+            | Fact::PortGuard { link, .. }
+            | Fact::SourceGuard { link }) = fact
             else {
                 continue;
             };
@@ -430,6 +454,7 @@ impl Kernel {
             let holds = match fact {
                 Fact::Gate { passes, .. } => self.has_gate(index, passes)?,
                 Fact::BridgeGuard { .. } => self.has_bridge_guard(index, fact)?,
+                Fact::SourceGuard { .. } => self.has_source_guard(index)?,
                 _ => self.has_guard(index, fact)?,
             };
             if !holds {
@@ -677,6 +702,17 @@ impl Kernel {
                 };
                 self.host.with(|| guards.attach(index, link, &policy)).flatten()
             }
+            Fact::SourceGuard { link } => {
+                let index = self.index(&Place::Host, link).await?;
+                let Some(guard) = &self.sources else {
+                    return Err(io::ErrorKind::Unsupported.into());
+                };
+                self.host.with(|| guard.attach(index)).flatten()
+            }
+            Fact::GuardedSubnet(net) => match &self.sources {
+                Some(guard) => guard.refuse(*net),
+                None => Err(io::ErrorKind::Unsupported.into()),
+            },
             Fact::GuardTable { owner } => {
                 self.host.with(|| PortGuards::make_table(owner)).flatten()
             }
@@ -728,6 +764,16 @@ impl Kernel {
                 }
                 Ok(())
             }
+            // Without a source guard, those of a killed process, on another kernel, are gone.
+            Fact::SourceGuard { link } => {
+                let Some(guard) = self.sources.clone() else { return Ok(()) };
+                let index = self.index(&Place::Host, link).await?;
+                self.host.with(|| guard.detach(index)).flatten()
+            }
+            Fact::GuardedSubnet(net) => match &self.sources {
+                Some(guard) => guard.permit(*net),
+                None => Ok(()),
+            },
             Fact::GuardTable { owner } => {
                 self.host.with(|| PortGuards::remove_table(owner)).flatten()
             }
@@ -976,6 +1022,8 @@ fn place_of(fact: &Fact) -> Option<&Place> {
         | Fact::Gate { .. }
         | Fact::PortGuard { .. }
         | Fact::BridgeGuard { .. }
+        | Fact::SourceGuard { .. }
+        | Fact::GuardedSubnet(_)
         | Fact::GuardTable { .. }
         | Fact::Ruleset { .. } => None,
     }

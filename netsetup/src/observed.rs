@@ -71,6 +71,9 @@ pub struct Observed {
     /// On a host that does not forward: the links on which replies to containers may arrive, which
     /// are those with an address.
     pub uplinks: Vec<Uplink>,
+    /// Links of other software on which the host can receive packets: all but `lo`, those with the
+    /// prefix of tidegate, and ports of bridges, whose packets the host receives on the bridge.
+    pub receivers: BTreeSet<String>,
     /// Bridges of tidegate by name, of all projects.
     pub bridges: BTreeMap<String, ObservedBridge>,
     /// The lowest priority of the policy rules after the rule for the `local` table that tidegate

@@ -100,7 +100,11 @@ impl RepairKind {
             Fact::Setting { .. } | Fact::Forwarding { .. } => Self::Sysctl,
             Fact::Rule(_) => Self::Rule,
             Fact::GuardTable { .. } | Fact::Ruleset { .. } => Self::Table,
-            Fact::Gate { .. } | Fact::PortGuard { .. } | Fact::BridgeGuard { .. } => Self::Program,
+            Fact::Gate { .. }
+            | Fact::PortGuard { .. }
+            | Fact::BridgeGuard { .. }
+            | Fact::SourceGuard { .. }
+            | Fact::GuardedSubnet(_) => Self::Program,
         }
     }
 }

@@ -434,13 +434,6 @@ impl Instance {
                 own.chain([IpAddr::from(one.inside.mac.link_local())])
             })
             .collect();
-        for attachment in &endpoint.attachments {
-            let networks = &self.up.layout.desired.networks;
-            let network = networks.iter().find(|network| network.name == attachment.network);
-            let Some(bridge) = network.map(|network| network.bridge.name.clone()) else { continue };
-            let own: Vec<IpAddr> = attachment.addresses.iter().map(ipnet::IpNet::addr).collect();
-            self.setup.kernel().forget_neighbours(&bridge, &own).await;
-        }
         let firewall = self.chosen.firewall.clone();
         let engine = self.up.egress.as_ref().map(|egress| Arc::clone(egress.nat()));
         let publisher = Arc::clone(&self.up.publisher);
@@ -454,6 +447,15 @@ impl Instance {
         if let Err(error) = ended.await? {
             let endpoint = &endpoint.name;
             tracing::warn!(endpoint, %error, "tracked flows of previous owners not ended");
+        }
+        // After the flows: packets of these, already translated, wait at a neighbour entry for the
+        // next owner of the address.
+        for attachment in &endpoint.attachments {
+            let networks = &self.up.layout.desired.networks;
+            let network = networks.iter().find(|network| network.name == attachment.network);
+            let Some(bridge) = network.map(|network| network.bridge.name.clone()) else { continue };
+            let own: Vec<IpAddr> = attachment.addresses.iter().map(ipnet::IpNet::addr).collect();
+            self.setup.kernel().forget_neighbours(&bridge, &own).await;
         }
         Ok(())
     }

@@ -566,6 +566,11 @@ impl Instance {
             warn_of_preceding_rule(priority);
         }
         self.up.preceding_rule = preceding_rule;
+        if desired.guarded_links.as_ref().is_some_and(|links| *links != observed.receivers) {
+            // An update, not a repair: another link was added or removed.
+            desired.guarded_links = Some(observed.receivers.clone());
+            self.setup.update(desired).await?;
+        }
         if let Some(firewall) = &self.chosen.firewall {
             let uplinks = uplinks(&observed, desired);
             let reply_paths = if self.up.publisher.translates() {

@@ -259,6 +259,8 @@ enum InitialSource<'a> {
 
 /// Input of [`Up::start`].
 struct Resources<'a> {
+    /// The setup has a source guard.
+    guards_sources: bool,
     /// Reports of the agent of the cluster.
     mesh_reports: watch::Receiver<Option<Arc<Status>>>,
     host_context: &'a HostContext,
@@ -411,6 +413,15 @@ impl Up {
             tracing::debug!(mechanism = %guards.mechanism(), "port guards");
             setup.kernel().use_guards(Arc::clone(guards));
         }
+        let sources = match host_context.is_rootless() {
+            // No other link leads to the networks of an ordinary user.
+            true => None,
+            false => port_guards::source_guard(&owner, host_context.networks()),
+        };
+        let guards_sources = sources.is_some();
+        if let Some(sources) = sources {
+            setup.kernel().use_source_guard(sources);
+        }
         if stored.is_none() {
             let left = setup.clear().await?;
             if left > 0 {
@@ -446,6 +457,7 @@ impl Up {
         let mesh_reports = watch::Sender::new(None);
         let resources = Resources {
             mesh_reports: mesh_reports.subscribe(),
+            guards_sources,
             host_context,
             outside: outside.as_mut(),
             owner: &owner,
@@ -576,6 +588,7 @@ impl Up {
         signals: &mut Signals,
     ) -> anyhow::Result<Option<(Running, BTreeSet<Name>)>> {
         let Resources {
+            guards_sources,
             mesh_reports,
             host_context,
             outside,
@@ -614,6 +627,7 @@ impl Up {
             project,
         } = initial;
         layout.desired.guards = port_guards::attachment(guards.as_deref(), owner);
+        layout.desired.guarded_links = guards_sources.then(|| observed.receivers.clone());
         layout.desired.rules_ahead = rules_ahead(&observed);
         let preceding_rule = preceding_rule(&observed, chosen.firewall.as_ref());
         if let Some(priority) = preceding_rule {

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 use tidegate_testbed::frames::{LinkSocket, checksum, ethernet, icmp6, ipv4, ipv6, udp4, udp6};
-use tidegate_testbed::server::PeerServer;
+use tidegate_testbed::server::{EchoServer, PeerServer};
 use tidegate_testbed::{Namespace, Process, Signal, addr, eventually};
 
 const SOON: Duration = Duration::from_secs(10);
@@ -1001,4 +1001,170 @@ fn forged_fragments_are_not_mixed_into_datagrams_of_a_container() {
         let length = service.recv(&mut buffer).unwrap();
         assert_eq!(String::from_utf8_lossy(&buffer[..length]), "the honest second part..");
     }
+}
+
+/// The kernel answers some packets with an ICMP error before any rule sees them. The error carries
+/// their payload to the source: with a forged source of a known flow, to a container.
+#[test]
+fn errors_about_forged_packets_reach_no_container() {
+    const TEXT: &[u8; 24] = b"payload of the attacker.";
+    for flags in ["--firewall=nftables", "--firewall=iptables", "--firewall=none"] {
+        let scene = Scene::new();
+        scene.net.host.sysctl("net.ipv4.ipfrag_time", "1");
+        scene.net.host.sysctl("net.ipv6.ip6frag_time", "1");
+        // A router answers packets whose time to live is over.
+        scene.net.host.sysctl("net.ipv4.ip_forward", "1");
+        scene.net.host.sysctl("net.ipv6.conf.all.forwarding", "1");
+        let [container, insider, router] = [(); 3].map(|()| Namespace::new());
+        let text = format!(
+            "name: attacked
+networks:
+  home: {{ enable_ipv6: true, ipam: {{ config: [ {{ subnet: 10.77.1.0/24 }}, {{ subnet: \"fd77:1::/64\" }} ] }} }}
+  away: {{ enable_ipv6: true, ipam: {{ config: [ {{ subnet: 10.77.2.0/24 }}, {{ subnet: \"fd77:2::/64\" }} ] }} }}
+  inside: {{ internal: true, enable_ipv6: true, ipam: {{ config: [ {{ subnet: 10.77.3.0/24 }}, {{ subnet: \"fd77:3::/64\" }} ] }} }}
+services:
+  server: {{ x-netns: {}, networks: {{ home: {{ ipv4_address: 10.77.1.10, ipv6_address: \"fd77:1::10\" }} }} }}
+  insider: {{ x-netns: {}, networks: {{ inside: {{ ipv4_address: 10.77.3.10, ipv6_address: \"fd77:3::10\" }} }} }}
+  router: {{ x-netns: {}, networks: {{ away: {{ x-any-source: true }} }} }}
+",
+            container.path().display(),
+            insider.path().display(),
+            router.path().display()
+        );
+        let _up = up(&scene, &text, &[flags]);
+        // Flows that the attackers know: to the host, and to the outside.
+        let flows = [
+            (&insider, "10.77.3.10", "10.77.3.1"),
+            (&insider, "fd77:3::10", "fd77:3::1"),
+            (&container, "10.77.1.10", "10.77.1.1"),
+            (&container, "fd77:1::10", "fd77:1::1"),
+            (&container, "10.77.1.10", "203.0.113.9"),
+            (&container, "fd77:1::10", "2001:db8:1::9"),
+        ];
+        let _echoes = [
+            EchoServer::udp(&scene.net.host, "[::]:7778".parse().unwrap()),
+            EchoServer::udp(&scene.net.client, "[::]:7778".parse().unwrap()),
+        ];
+        let ask = |from: &Namespace, source: &str, to: &str| {
+            let (source, to): (IpAddr, IpAddr) = (source.parse().unwrap(), to.parse().unwrap());
+            let socket = from.run(|| UdpSocket::bind(SocketAddr::new(source, 43001))).unwrap();
+            socket.set_read_timeout(Some(PAUSE)).unwrap();
+            eventually(SOON, || {
+                let _ = socket.send_to(b"q", SocketAddr::new(to, 7778));
+                socket.recv(&mut [0; 8]).is_ok()
+            })
+        };
+        for (from, source, to) in flows {
+            assert!(ask(from, source, to), "{flags}: {source} to {to}");
+        }
+        let mac = |namespace: &Namespace| {
+            mac_of(link_layer_address(&namespace.ip(&["-o", "link", "show", "eth0"])))
+        };
+        router.exec("ping", &["-c", "1", "-W", "5", "10.77.2.1"]);
+        let neighbours = router.ip(&["neigh", "show", "10.77.2.1"]);
+        let gateway =
+            mac_of(neighbours.split("lladdr ").nth(1).unwrap().split(' ').next().unwrap());
+        let attackers = [
+            ("neighbour", &scene.net.client, mac(&scene.net.host), mac(&scene.net.client)),
+            ("router", &router, gateway, mac(&router)),
+        ];
+        let links = [&container, &insider].map(|namespace| LinkSocket::open(namespace, "eth0"));
+        for (who, attacker, to_mac, own_mac) in attackers {
+            let link = LinkSocket::sender(attacker, "eth0");
+            for (_, source, to) in flows {
+                for packet in provoking(source.parse().unwrap(), to.parse().unwrap(), TEXT) {
+                    let ethertype = if source.contains(':') { 0x86dd } else { 0x0800 };
+                    link.send(&ethernet(to_mac, own_mac, ethertype, &packet));
+                }
+            }
+            // Reassembly ends after a second.
+            thread::sleep(Duration::from_secs(2));
+            for link in &links {
+                let arrived = link
+                    .received()
+                    .into_iter()
+                    .find(|frame| frame.windows(12).any(|window| window == &TEXT[..12]));
+                assert!(arrived.is_none(), "{flags}: {who}: {:x?}", arrived.unwrap());
+            }
+        }
+    }
+}
+
+/// Datagrams from port 43001 to port 7778 that the kernel answers with an ICMP error.
+fn provoking(source: IpAddr, to: IpAddr, text: &[u8]) -> Vec<Vec<u8>> {
+    match (source, to) {
+        (IpAddr::V4(source), IpAddr::V4(to)) => {
+            let plain = udp4((source, 43001), (to, 7778), text);
+            let with_head = |change: &dyn Fn(&mut Vec<u8>)| {
+                let mut packet = plain.clone();
+                change(&mut packet);
+                let length = usize::from(packet[0] & 15) * 4;
+                packet[10..12].fill(0);
+                let total = packet.len() as u16;
+                packet[2..4].copy_from_slice(&total.to_be_bytes());
+                let sum = checksum(&packet[..length]);
+                packet[10..12].copy_from_slice(&sum.to_be_bytes());
+                packet
+            };
+            vec![
+                // The time to live is over.
+                with_head(&|packet| packet[8] = 1),
+                // A malformed timestamp option.
+                with_head(&|packet| {
+                    packet[0] = 0x46;
+                    packet.splice(20..20, [0x44, 4, 1, 0]);
+                }),
+                // A fragment whose others never arrive.
+                fragment(&plain, 0..24),
+            ]
+        }
+        (IpAddr::V6(source), IpAddr::V6(to)) => {
+            let plain = udp6((source, 43001), (to, 7778), text);
+            let datagram = &plain[40..];
+            let mut late = plain.clone();
+            late[7] = 1;
+            // An option that has to be understood (RFC 8200, 4.2).
+            let unknown = [&[17, 0, 0x9e, 4, 0, 0, 0, 0], datagram].concat();
+            let part = [&[17, 0, 0, 1, 0, 0, 0, 7], &datagram[..24]].concat();
+            vec![late, ipv6(source, to, 0, &unknown), ipv6(source, to, 44, &part)]
+        }
+        _ => unreachable!("one family"),
+    }
+}
+
+/// Source guards are at all other links of the host, also at new ones, and leave nothing behind.
+#[test]
+fn source_guards_follow_the_links_of_the_host() {
+    let scene = Scene::new();
+    let host = &scene.net.host;
+    let programs = |link: &str| {
+        let index = host.run(|| tidegate_netns::interface_index(link)).unwrap();
+        host.run(|| tidegate_netfilter::count_programs(index)).unwrap()
+    };
+    let before = programs("eth0");
+    let container = Namespace::new();
+    for killed in [false, true] {
+        let mut up = up(&scene, &file(&container, ""), &["--firewall=nftables"]);
+        assert_eq!(programs("eth0"), before + 1);
+        host.ip_all(
+            "link add late type veth peer name peer
+             link add trunk type bridge
+             link set peer master trunk",
+        );
+        assert!(eventually(SOON, || programs("late") == 1 && programs("trunk") == 1));
+        assert_eq!(programs("peer"), 0, "a port of a bridge");
+        if killed {
+            up.signal(Signal::KILL);
+            up.wait(SOON);
+            assert_eq!(programs("eth0"), before + 1, "it remains in force");
+            continue;
+        }
+        up.stop(Signal::INT, SOON);
+        assert_eq!(["eth0", "late", "trunk"].map(programs), [before, 0, 0]);
+        host.ip_all("link del late\nlink del trunk");
+    }
+    let mut up = up(&scene, &file(&container, ""), &["--firewall=nftables"]);
+    assert_eq!(programs("eth0"), before + 1, "the one of the killed instance is replaced");
+    up.stop(Signal::INT, SOON);
+    assert_eq!(["eth0", "late", "trunk"].map(programs), [before, 0, 0]);
 }

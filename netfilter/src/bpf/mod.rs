@@ -38,6 +38,8 @@ const CLASSIFIER: u32 = 3;
 const HASH: u32 = 1;
 /// `BPF_F_NO_PREALLOC`: elements are allocated when they are added.
 const NO_PREALLOCATION: u32 = 1;
+/// `BPF_MAP_TYPE_LPM_TRIE`.
+const TRIE: u32 = 11;
 /// `BPF_MAP_TYPE_ARRAY`.
 const ARRAY: u32 = 2;
 /// `BPF_F_BEFORE`: attaches ahead of existing programs, so that none of them accepts a packet
@@ -403,8 +405,12 @@ impl HashSet {
     /// # Errors
     /// Same as [`Program::load`].
     pub(crate) fn new(name: &str, key: u32, capacity: u32) -> io::Result<Self> {
+        Self::of_kind(HASH, name, key, capacity)
+    }
+
+    fn of_kind(kind: u32, name: &str, key: u32, capacity: u32) -> io::Result<Self> {
         let mut attributes = MapCreate {
-            kind: HASH,
+            kind,
             key,
             value: 1,
             entries: capacity,
@@ -458,6 +464,48 @@ impl HashSet {
             value: value.map_or(0, |value| std::ptr::from_ref(value) as u64),
             flags: 0,
         }
+    }
+}
+
+/// A set of address prefixes, in which a program looks up addresses (`struct bpf_lpm_trie_key`).
+#[derive(Debug)]
+pub(crate) struct PrefixSet(HashSet);
+
+impl PrefixSet {
+    /// Creates a set of at most `capacity` prefixes of addresses of `length` bytes. `name` has at
+    /// most 15 bytes.
+    ///
+    /// # Errors
+    /// Same as [`Program::load`].
+    pub(crate) fn new(name: &str, length: u32, capacity: u32) -> io::Result<Self> {
+        HashSet::of_kind(TRIE, name, 4 + length, capacity).map(Self)
+    }
+
+    /// Returns the file descriptor, for instructions.
+    pub(crate) fn descriptor(&self) -> i32 {
+        self.0.descriptor()
+    }
+
+    /// Adds the prefix of `length` bits.
+    ///
+    /// # Errors
+    /// `ENOSPC` if the set is full.
+    pub(crate) fn insert(&self, address: &[u8], length: u8) -> io::Result<()> {
+        self.0.insert(&Self::key(address, length))
+    }
+
+    /// Removes the prefix, if it is in the set.
+    ///
+    /// # Errors
+    /// Errors of the kernel.
+    pub(crate) fn remove(&self, address: &[u8], length: u8) -> io::Result<()> {
+        self.0.remove(&Self::key(address, length))
+    }
+
+    fn key(address: &[u8], length: u8) -> Vec<u8> {
+        let mut key = u32::from(length).to_ne_bytes().to_vec();
+        key.extend(address);
+        key
     }
 }
 
@@ -530,7 +578,11 @@ impl Instruction {
 /// Offsets in `struct __sk_buff`, in bytes.
 pub(crate) mod field {
     pub(crate) const LENGTH: i16 = 0;
+    /// `PACKET_*` (include/uapi/linux/if_packet.h).
+    pub(crate) const PACKET_TYPE: i16 = 4;
     pub(crate) const MARK: i16 = 8;
+    /// Ethertype, in network byte order.
+    pub(crate) const PROTOCOL: i16 = 16;
     /// Non-zero if the frame had a VLAN tag, which the kernel moves out of the frame.
     pub(crate) const VLAN_PRESENT: i16 = 20;
     /// Start and end of the linear part of the frame.

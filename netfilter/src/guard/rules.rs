@@ -20,7 +20,8 @@
 //!        source 0.0.0.0 for IGMP (RFC 3376, 4.2.13)           ─► accept
 //!        own source, ICMP: no redirects, no router advertisements; errors only for packets to own
 //!        addresses, not ICMP                                  ─► accept
-//! IPv6   source `::`: duplicate address detection of own target (RFC 4862, 5.4.2), MLD reports
+//! IPv6   source `::`: duplicate address detection of own target (RFC 4862, 5.4.2), with no option
+//!        but a nonce, MLD reports
 //!        (RFC 3810, 5.2.13)                                         ─► accept
 //!        own source: router and neighbour solicitations and advertisements with at most one option,
 //!        the own link-layer address; neighbour advertisements for own targets only; no router advertisements, no
@@ -677,6 +678,13 @@ fn arp(policy: &PortPolicy) -> Vec<Rule> {
     rules
 }
 
+/// Length of a neighbour solicitation without options (RFC 4861, 4.3).
+const SOLICITATION_LENGTH: u16 = 24;
+
+/// Type of the option by which a host recognises its own solicitation when it is looped back (RFC
+/// 3971, 5.3.2; RFC 7527).
+const NONCE: u8 = 14;
+
 fn ipv6(policy: &PortPolicy) -> Vec<Rule> {
     use Verdict::{Accept, Drop};
     let v6 = || is(at::ETHERTYPE, &IPV6);
@@ -691,11 +699,14 @@ fn ipv6(policy: &PortPolicy) -> Vec<Rule> {
 
     let mut rules = Vec::new();
     for target in &own {
-        let detection = with(
-            icmp(NEIGHBOR_SOLICITATION),
-            vec![unspecified(), is(at::ND_TARGET, &target.octets())],
-        );
-        rules.push(rule(detection, Accept));
+        let detection = |length: u16| {
+            let length = is(at::V6_PAYLOAD_LENGTH, &length.to_be_bytes());
+            let target = is(at::ND_TARGET, &target.octets());
+            with(icmp(NEIGHBOR_SOLICITATION), vec![unspecified(), target, length])
+        };
+        rules.push(rule(detection(SOLICITATION_LENGTH), Accept));
+        let nonce = is(at::V6_PAYLOAD + SOLICITATION_LENGTH, &[NONCE, 1]);
+        rules.push(rule(detection(SOLICITATION_LENGTH + 8).chain([nonce]), Accept));
     }
     rules.extend(MLD_REPORTS.iter().map(|kind| {
         let from_unspecified = mld(*kind).chain([unspecified()]);

@@ -13,6 +13,7 @@ pub(super) struct Link {
     pub(super) mtu: u32,
     pub(super) up: bool,
     pub(super) controller: Option<u32>,
+    pub(super) is_bridge: bool,
     pub(super) group: u32,
     pub(super) isolated: bool,
     /// The alias identifies the bridge of an internal network of tidegate.

@@ -18,7 +18,7 @@ use rtnetlink::packet_route::rule::RuleMessage;
 use rtnetlink::{IpVersion, RouteMessageBuilder};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use tidegate_model::{MacAddress, registry};
+use tidegate_model::{LOOPBACK_INDEX, MacAddress, registry};
 
 /// The observed state of one namespace.
 pub(super) struct Snapshot {
@@ -303,9 +303,23 @@ impl Snapshot {
             Fact::Gate { .. }
             | Fact::BridgeGuard { .. }
             | Fact::PortGuard { .. }
+            | Fact::SourceGuard { .. }
+            | Fact::GuardedSubnet(_)
             | Fact::GuardTable { .. }
             | Fact::Ruleset { .. } => true,
         })
+    }
+
+    /// Returns the links of other software on which the host can receive packets.
+    pub(super) fn receivers(&self) -> BTreeSet<String> {
+        let is_bridge = |index: u32| self.links.get(&index).is_some_and(|link| link.is_bridge);
+        let receives = |link: &&Link| {
+            link.index != LOOPBACK_INDEX
+                && !link.name.starts_with(registry::INTERFACE_PREFIX)
+                && !link.is_bridge_of_tidegate()
+                && !link.controller.is_some_and(is_bridge)
+        };
+        self.links.values().filter(receives).map(|link| link.name.clone()).collect()
     }
 
     /// Returns the links with an address at which replies may arrive, for the requested families.

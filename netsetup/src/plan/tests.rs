@@ -232,6 +232,7 @@ fn guards_close_a_network_behind_the_firewall() {
             "add net.ipv4.conf.tg-blue.accept_source_route = 0 on the host",
             "add net.ipv4.conf.tg-blue.accept_redirects = 0 on the host",
             "add \"tg-blue\" in group 1200802033",
+            "add guard at the ingress of \"tg-blue\"",
             "add gate at the egress of \"tg-blue\"",
             "add net.ipv4.conf.tg-blue.forwarding = 1 on the host",
             "add net.ipv6.conf.tg-blue.disable_ipv6 = 1 on the host",

@@ -178,6 +178,9 @@ fn foreign_ipv6_and_neighbor_discovery_are_dropped() {
         // A nonce (RFC 7527, 4) is valid in duplicate address detection only; otherwise the own
         // link-layer address is the only valid option.
         ("::", ICMPV6, solicited(OWN, Some((14, OTHER))), Verdict::Accept),
+        // No link-layer address (RFC 4861, 4.3).
+        ("::", ICMPV6, solicited(OWN, Some((1, OTHER))), Verdict::Drop(Ipv6Source)),
+        ("::", ICMPV6, solicited(OWN, Some((1, MAC))), Verdict::Drop(Ipv6Source)),
         (OWN, ICMPV6, solicited("fd09::1", None), Verdict::Accept),
         (OWN, ICMPV6, solicited("fd09::1", Some((14, OTHER))), Verdict::Drop(NeighborDiscovery)),
         (
