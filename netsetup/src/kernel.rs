@@ -703,11 +703,15 @@ impl Kernel {
                 self.host.with(|| guards.attach(index, link, &policy)).flatten()
             }
             Fact::SourceGuard { link } => {
-                let index = self.index(&Place::Host, link).await?;
-                let Some(guard) = &self.sources else {
+                let Some(guard) = self.sources.clone() else {
                     return Err(io::ErrorKind::Unsupported.into());
                 };
-                self.host.with(|| guard.attach(index)).flatten()
+                let attached = match self.index(&Place::Host, link).await {
+                    Ok(index) => self.host.with(|| guard.attach(index)).flatten(),
+                    Err(error) => Err(error),
+                };
+                // Links of other software come and go.
+                attached.or_else(|error| if is_absent(&error) { Ok(()) } else { Err(error) })
             }
             Fact::GuardedSubnet(net) => match &self.sources {
                 Some(guard) => guard.refuse(*net),

@@ -607,6 +607,25 @@ impl Setup {
         }
     }
 
+    /// Attaches source guards to `links`, and detaches those of other links.
+    ///
+    /// # Errors
+    /// [`SetupError`]: the journal cannot be written.
+    pub async fn guard_links(&mut self, links: &BTreeSet<String>) -> Result<(), SetupError> {
+        let owned = self.journal.facts().iter().filter_map(|fact| match fact {
+            Fact::SourceGuard { link } => Some(link.clone()),
+            _ => None,
+        });
+        let owned: BTreeSet<String> = owned.collect();
+        let fact = |link: &String| Fact::SourceGuard { link: link.clone() };
+        let mut ops: Vec<Op> = owned.difference(links).map(|link| Op::Remove(fact(link))).collect();
+        ops.extend(links.difference(&owned).map(|link| Op::Add(fact(link))));
+        for (_, error) in self.execute(&ops, true).await? {
+            tracing::warn!(%error, "source guard");
+        }
+        Ok(())
+    }
+
     async fn execute_or_roll_back(&mut self, ops: &[Op]) -> Result<(), SetupError> {
         // An operation that renews an owned fact, such as the rules of the firewall, is not undone:
         // removing the fact would remove more than the operation has added.

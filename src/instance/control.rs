@@ -567,9 +567,9 @@ impl Instance {
         }
         self.up.preceding_rule = preceding_rule;
         if desired.guarded_links.as_ref().is_some_and(|links| *links != observed.receivers) {
-            // An update, not a repair: another link was added or removed.
+            // Not a repair: another link was added or removed.
             desired.guarded_links = Some(observed.receivers.clone());
-            self.setup.update(desired).await?;
+            self.setup.guard_links(&observed.receivers).await?;
         }
         if let Some(firewall) = &self.chosen.firewall {
             let uplinks = uplinks(&observed, desired);

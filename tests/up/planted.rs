@@ -81,7 +81,8 @@ const MASQUERADE: &str = "nft 'flush ruleset; add table ip admin;
 
 fn daemon(scene: &Scene, (firewall, lacks): (&str, &str)) -> Process {
     let mut command = scene.tidegate();
-    command.env("TIDEGATE_LACKS", lacks);
+    // Source guards drop what the neighbour plants, before it is tracked.
+    command.env("TIDEGATE_LACKS", [lacks, "tcx"].join(",").trim_start_matches(','));
     scene.start_daemon(command, &[firewall])
 }
 
