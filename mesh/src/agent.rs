@@ -16,7 +16,7 @@ use crate::key::PREFIX;
 use crate::liveness::{self, Hearing, INTERVAL, Liveness, Retention};
 use crate::membership::{self, Own, Refusal, registration};
 use crate::programmer::{LocalNetwork, NetworkFigures, Programmer};
-use crate::record::{Endpoint, Network, Node};
+use crate::record::{Endpoint, EndpointKey, Network, Node};
 use crate::store::{
     Changes, ClusterStore, Connect, Entry, LeaseId, Revision, StoreError, Transaction,
 };
@@ -105,9 +105,9 @@ type Done<T> = oneshot::Sender<Result<T, MeshError>>;
 
 enum Request {
     Networks { networks: Vec<LocalNetwork>, done: Done<()> },
-    Endpoints(BTreeMap<(String, String), Endpoint>),
-    Claim { key: (String, String), endpoint: Endpoint, done: Done<()> },
-    Release { key: (String, String), done: Done<()> },
+    Endpoints(BTreeMap<EndpointKey, Endpoint>),
+    Claim { key: EndpointKey, endpoint: Endpoint, done: Done<()> },
+    Release { key: EndpointKey, done: Done<()> },
     Create { name: String, network: Network, done: Done<()> },
     Delete { name: String, done: Done<()> },
     Leave { done: Done<()> },
@@ -262,7 +262,7 @@ impl Agent {
     }
 
     /// Sets the endpoints of this host, by network and name.
-    pub async fn set_endpoints(&self, endpoints: BTreeMap<(String, String), Endpoint>) {
+    pub async fn set_endpoints(&self, endpoints: BTreeMap<EndpointKey, Endpoint>) {
         let _ = self.requests.send(Request::Endpoints(endpoints)).await;
     }
 
@@ -363,7 +363,7 @@ enum Event {
 
 /// A claim or a release that waits for the view to show it.
 struct Waiting {
-    key: (String, String),
+    key: EndpointKey,
     /// The claimed endpoint; `None` for a release.
     endpoint: Option<Endpoint>,
     deadline: Instant,
@@ -397,7 +397,7 @@ struct Running {
     /// The view has to reach this revision before the next registration.
     awaited: Revision,
     refused: Option<Refusal>,
-    refused_endpoints: BTreeMap<(String, String), Refusal>,
+    refused_endpoints: BTreeMap<EndpointKey, Refusal>,
     waiting: Vec<Waiting>,
     store_state: StoreState,
     store_since: SystemTime,
@@ -706,14 +706,11 @@ impl Running {
                     },
                 },
             };
-            match (&waiting.endpoint, &result) {
+            if waiting.endpoint.is_some() && result.is_err() {
                 // Level-triggered: what was written of it is removed.
-                (Some(_), Err(_)) => {
-                    self.own.endpoints.remove(&waiting.key);
-                    self.refused_endpoints.remove(&waiting.key);
-                    withdrawn = true;
-                }
-                _ => {}
+                self.own.endpoints.remove(&waiting.key);
+                self.refused_endpoints.remove(&waiting.key);
+                withdrawn = true;
             }
             let _ = waiting.done.send(result);
         }
@@ -722,7 +719,7 @@ impl Running {
         }
     }
 
-    fn holds_claims(&self, (network, name): &(String, String)) -> bool {
+    fn holds_claims(&self, (network, name): &EndpointKey) -> bool {
         let own = crate::record::Claim::Endpoint { name: name.clone(), node: self.own.id.clone() };
         self.view.as_ref().is_some_and(|view| view.claims_on(network).any(|(_, one)| *one == own))
     }
@@ -1017,21 +1014,18 @@ async fn follow_once(
 /// Keeps a lease, and obtains another one when it has ended.
 async fn keep(store: Arc<dyn ClusterStore>, events: mpsc::UnboundedSender<Event>) {
     loop {
-        let lease = match store.grant(LEASE).await {
-            Ok(lease) => lease,
-            Err(_) => {
-                sleep(RETRY).await;
-                continue;
-            }
+        let Ok(lease) = store.grant(LEASE).await else {
+            sleep(RETRY).await;
+            continue;
         };
         if events.send(Event::Lease(Some(lease))).is_err() {
             return;
         }
         loop {
             sleep(KEEP_ALIVE).await;
-            match store.keep_alive(lease).await {
-                Err(StoreError::LeaseEnded) => break,
-                Ok(()) | Err(_) => {}
+            // Other errors do not end it.
+            if matches!(store.keep_alive(lease).await, Err(StoreError::LeaseEnded)) {
+                break;
             }
         }
         if events.send(Event::Lease(None)).is_err() {

@@ -11,7 +11,7 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
-use crate::record::{Claim, Endpoint, Node};
+use crate::record::{Claim, Endpoint, EndpointKey, Node};
 use crate::view::View;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -219,7 +219,7 @@ fn nanoseconds(now: Instant, epoch: Instant) -> u64 {
 #[derive(Clone, Debug, Default)]
 pub struct Retention {
     nodes: BTreeMap<String, Node>,
-    endpoints: BTreeMap<(String, String), Endpoint>,
+    endpoints: BTreeMap<EndpointKey, Endpoint>,
 }
 
 impl Retention {

@@ -12,7 +12,7 @@
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
 use crate::key::{Key, MAX_VNI};
-use crate::record::{Claim, Endpoint, Network, Node, Record};
+use crate::record::{Claim, Endpoint, EndpointKey, Network, Node, Record};
 use crate::store::{Condition, LeaseId, Transaction, Write};
 use crate::view::View;
 use ipnet::IpNet;
@@ -22,7 +22,7 @@ use std::time::Duration;
 use tidegate_model::validity::{address_problem, subnets_overlap};
 
 /// Time for which a released address is not used again.
-pub const QUARANTINE: Duration = Duration::from_mins(10);
+pub const QUARANTINE: Duration = Duration::from_secs(600);
 
 /// Maximum number of hosts of a cluster. Each sends heartbeats to all others.
 pub const MAX_HOSTS: u16 = 128;
@@ -33,8 +33,9 @@ pub const MAX_NETWORKS: usize = 1_000;
 /// Smallest VNI that is chosen. Swarm and others start at the lower end.
 const FIRST_VNI: u32 = 1 << 20;
 
-/// Endpoints in one transaction, each with at most three conditions and writes.
-const BATCH: usize = 32;
+/// Endpoints in one transaction: each has at most six conditions and five writes, if both of its
+/// addresses change.
+const BATCH: usize = 16;
 
 /// A host with its endpoints, as they should be recorded.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,7 +47,7 @@ pub struct Own {
     /// Networks that are reachable without the overlay: those of the host's links.
     pub underlay: Vec<IpNet>,
     /// Its endpoints by network and name.
-    pub endpoints: BTreeMap<(String, String), Endpoint>,
+    pub endpoints: BTreeMap<EndpointKey, Endpoint>,
 }
 
 /// Why a host, a network or an endpoint is not recorded.
@@ -182,7 +183,7 @@ pub struct Registration {
     /// should be.
     pub transactions: Vec<Transaction>,
     /// Endpoints that cannot be recorded, by network and name.
-    pub refused: BTreeMap<(String, String), Refusal>,
+    pub refused: BTreeMap<EndpointKey, Refusal>,
 }
 
 fn put(record: &Record, lease: Option<LeaseId>) -> Write {
@@ -207,20 +208,41 @@ pub fn registration(
 ) -> Result<Registration, Refusal> {
     let mut registration = Registration::default();
     registration.transactions.extend(host(view, own, lease)?);
-    let mut puts = Vec::new();
+    // The changes of one endpoint are one transaction: a recorded endpoint has its addresses.
+    let mut changes: BTreeMap<EndpointKey, Transaction> = BTreeMap::new();
+    let mut taken: BTreeMap<(&str, IpAddr), &str> = BTreeMap::new();
     for (key, endpoint) in &own.endpoints {
-        match record(view, key, endpoint, lease, now) {
-            Ok(changes) => puts.extend(changes),
+        let (network, name) = key;
+        let holder = endpoint.addresses.iter().find_map(|address| {
+            taken.get(&(network, *address)).map(|holder| (*address, (*holder).to_owned()))
+        });
+        let recorded = match holder {
+            Some((address, holder)) => Err(Refusal::AddressTaken {
+                network: network.clone(),
+                name: name.clone(),
+                address,
+                holder,
+                host: own.id.clone(),
+            }),
+            None => record(view, key, endpoint, lease, now),
+        };
+        match recorded {
+            Ok(transaction) => {
+                taken.extend(
+                    endpoint.addresses.iter().map(|address| ((&**network, *address), &**name)),
+                );
+                changes.extend(transaction.map(|transaction| (key.clone(), transaction)));
+            }
             Err(refusal) => drop(registration.refused.insert(key.clone(), refusal)),
         }
     }
-    puts.extend(stale(view, own, now));
-    for batch in puts.chunks(BATCH) {
+    for (key, transaction) in stale(view, own, &registration.refused, now) {
+        changes.entry(key).or_default().extend(transaction);
+    }
+    let changes: Vec<Transaction> = changes.into_values().collect();
+    for batch in changes.chunks(BATCH) {
         let mut all = Transaction::default();
-        for one in batch {
-            all.conditions.extend(one.conditions.iter().cloned());
-            all.writes.extend(one.writes.iter().cloned());
-        }
+        batch.iter().for_each(|one| all.extend(one.clone()));
         // Endpoints of one network share a condition.
         all.conditions.sort();
         all.conditions.dedup();
@@ -264,7 +286,7 @@ fn host(view: &View, own: &Own, lease: LeaseId) -> Result<Option<Transaction>, R
 /// The record of an endpoint with the claims of its addresses. `None` if they are up to date.
 fn record(
     view: &View,
-    (network, name): &(String, String),
+    (network, name): &EndpointKey,
     endpoint: &Endpoint,
     lease: LeaseId,
     now: u64,
@@ -311,16 +333,28 @@ fn record(
     Ok((!writes.is_empty()).then_some(Transaction { conditions, writes }))
 }
 
-/// Removes records and claims of endpoints that the host no longer has.
-fn stale(view: &View, own: &Own, now: u64) -> Vec<Transaction> {
-    let mut gone: BTreeMap<(String, String), Transaction> = BTreeMap::new();
-    let mut remove = |entry: (String, String), key: Key, write: Write| {
+/// Removes records and claims that the host no longer needs, by endpoint. `refused` are those of
+/// its endpoints that cannot be recorded as they are.
+fn stale(
+    view: &View,
+    own: &Own,
+    refused: &BTreeMap<EndpointKey, Refusal>,
+    now: u64,
+) -> BTreeMap<EndpointKey, Transaction> {
+    let mut gone: BTreeMap<EndpointKey, Transaction> = BTreeMap::new();
+    let mut remove = |entry: EndpointKey, key: Key, write: Write| {
+        let record = Key::Endpoint { network: entry.0.clone(), name: entry.1.clone() };
         let transaction = gone.entry(entry).or_default();
-        transaction.conditions.push(view.unmodified(&key));
+        // Also on an outdated view, no recorded endpoint loses an address.
+        transaction.conditions.extend([view.unmodified(&key), view.unmodified(&record)]);
         transaction.writes.push(write);
     };
     for (entry, endpoint) in &view.endpoints {
-        if endpoint.node == own.id && !own.endpoints.contains_key(entry) {
+        let is_former = match own.endpoints.get(entry) {
+            Some(now) => refused.contains_key(entry) && now.addresses != endpoint.addresses,
+            None => true,
+        };
+        if endpoint.node == own.id && is_former {
             let key = Key::Endpoint { network: entry.0.clone(), name: entry.1.clone() };
             remove(entry.clone(), key.clone(), Write::Delete(key.to_string()));
         }
@@ -334,7 +368,7 @@ fn stale(view: &View, own: &Own, now: u64) -> Vec<Transaction> {
             remove(entry, key.clone(), quarantine(network, *address, now));
         }
     }
-    gone.into_values().collect()
+    gone
 }
 
 fn quarantine(network: &str, address: IpAddr, now: u64) -> Write {
@@ -355,7 +389,7 @@ pub fn removal(view: &View, id: &str, now: u64) -> Vec<Transaction> {
     };
     let own =
         Own { id: id.to_owned(), node: nobody, underlay: Vec::new(), endpoints: BTreeMap::new() };
-    let mut transactions = stale(view, &own, now);
+    let mut transactions: Vec<_> = stale(view, &own, &BTreeMap::new(), now).into_values().collect();
     let mut last = Transaction::default();
     let indexes = view.node_indexes.iter().filter(|(_, holder)| *holder == id);
     let keys = indexes.map(|(index, _)| Key::NodeIndex(*index));
@@ -463,7 +497,7 @@ pub fn free_addresses(
         }
         let highest = view.claims_on(network).map(|(address, _)| address);
         let highest = highest.filter(|address| one.subnet.contains(address)).max();
-        let after = highest.map(|highest| next(highest)).into_iter();
+        let after = highest.map(next).into_iter();
         // More addresses than claims need not be tried.
         let hosts = one.subnet.hosts().take(view.addresses.len() + 4);
         let free = after.chain(hosts).find(|address| {
@@ -504,4 +538,241 @@ pub fn obstacle(own: &Own, name: &str, network: &Network) -> Option<Refusal> {
         available,
         fitting: available.saturating_sub(overhead),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::key::PREFIX;
+    use crate::record::{EndpointState, Subnet};
+    use crate::store::{ClusterStore, Embedded};
+    use proptest::prelude::*;
+    use tidegate_model::MacAddress;
+
+    fn own(number: u8) -> Own {
+        let node = Node {
+            index: 0,
+            vtep: [192, 0, 2, number].into(),
+            boot: String::new(),
+            machine: format!("m{number}"),
+            mtu: 1500,
+        };
+        let underlay = vec!["192.0.2.0/24".parse().unwrap()];
+        Own { id: format!("host-{number}"), node, underlay, endpoints: BTreeMap::new() }
+    }
+
+    fn endpoint(own: &Own, number: u8) -> Endpoint {
+        Endpoint {
+            node: own.id.clone(),
+            generation: number.into(),
+            addresses: vec![
+                [10, 9, 0, number].into(),
+                IpAddr::from([0xfd09, 0, 0, 0, 0, 0, 0, number.into()]),
+            ],
+            mac: MacAddress([2, 0, 0, 0, 0, number]),
+            state: EndpointState::Ready,
+            aliases: Vec::new(),
+            hostname: None,
+        }
+    }
+
+    fn network(vni: u32, subnet: &str) -> Network {
+        let subnet: IpNet = subnet.parse().unwrap();
+        let gateway = subnet.hosts().next().unwrap();
+        Network { vni, subnets: vec![Subnet { subnet, gateway }], mtu: 1450, internal: false }
+    }
+
+    async fn view(store: &Embedded) -> View {
+        let (entries, revision) = store.list(PREFIX).await.unwrap();
+        View::of(&entries, revision).0
+    }
+
+    async fn commit(store: &Embedded, transaction: Transaction) -> bool {
+        store.commit(transaction).await.unwrap().is_some()
+    }
+
+    fn run<T>(test: impl Future<Output = T>) -> T {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(test)
+    }
+
+    /// An operation of a random test, on host and name `0..3`.
+    #[derive(Clone, Debug)]
+    enum Op {
+        /// The host has the endpoint, with one of a few addresses.
+        Attach(u8, u8, u8),
+        Detach(u8, u8),
+        /// The host registers, on the view of this many operations ago.
+        Register(u8, usize),
+        /// The lease of the host ends.
+        Expire(u8),
+        /// Time passes.
+        Later,
+    }
+
+    fn ops() -> impl Strategy<Value = Op> {
+        let host = || 1_u8..4;
+        prop_oneof![
+            4 => (host(), 0_u8..3, 2_u8..6).prop_map(|(host, name, at)| Op::Attach(host, name, at)),
+            2 => (host(), 0_u8..3).prop_map(|(host, name)| Op::Detach(host, name)),
+            8 => (host(), 0_usize..4).prop_map(|(host, age)| Op::Register(host, age)),
+            1 => host().prop_map(Op::Expire),
+            1 => Just(Op::Later),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+        /// Hosts register on old views, at any time, and with leases that end. A recorded endpoint
+        /// has all of its addresses, no address has two owners, and in the end every host has
+        /// recorded what it has, or knows why not.
+        #[test]
+        fn an_address_has_one_owner_and_registrations_converge(ops in proptest::collection::vec(ops(), 1..60)) {
+            run(async {
+                let store = Embedded::new();
+                assert!(commit(&store, creation(&View::default(), "front", &network(9, "10.9.0.0/24")).unwrap()).await);
+                let mut hosts: BTreeMap<u8, Own> = (1..4).map(|number| (number, own(number))).collect();
+                let mut leases = BTreeMap::new();
+                for number in 1..4 {
+                    leases.insert(number, store.grant(Duration::from_secs(60)).await.unwrap());
+                }
+                let mut views = vec![view(&store).await];
+                let mut now = 1_000;
+                let check = |view: &View| {
+                    for ((network, name), endpoint) in &view.endpoints {
+                        let own = Claim::Endpoint { name: name.clone(), node: endpoint.node.clone() };
+                        for address in &endpoint.addresses {
+                            assert_eq!(view.addresses.get(&(network.clone(), *address)), Some(&own), "{name}");
+                        }
+                    }
+                };
+                for op in ops {
+                    match op {
+                        Op::Attach(host, name, at) => {
+                            let own = hosts.get_mut(&host).unwrap();
+                            let new = endpoint(own, at);
+                            own.endpoints.insert(("front".into(), format!("e{name}")), new);
+                        }
+                        Op::Detach(host, name) => {
+                            hosts.get_mut(&host).unwrap().endpoints.remove(&("front".into(), format!("e{name}")));
+                        }
+                        Op::Register(host, age) => {
+                            let old = &views[views.len().saturating_sub(1 + age)];
+                            if let Ok(registration) = registration(old, &hosts[&host], leases[&host], now) {
+                                for transaction in registration.transactions {
+                                    commit(&store, transaction).await;
+                                }
+                            }
+                        }
+                        Op::Expire(host) => {
+                            store.revoke(leases[&host]).await.unwrap();
+                            leases.insert(host, store.grant(Duration::from_secs(60)).await.unwrap());
+                        }
+                        Op::Later => now += QUARANTINE.as_secs() + 1,
+                    }
+                    let new = view(&store).await;
+                    check(&new);
+                    views.push(new);
+                }
+                now += QUARANTINE.as_secs() + 1;
+                for _ in 0..6 {
+                    for (number, own) in &hosts {
+                        let old = view(&store).await;
+                        for transaction in registration(&old, own, leases[number], now).unwrap().transactions {
+                            commit(&store, transaction).await;
+                        }
+                    }
+                    now += QUARANTINE.as_secs() + 1;
+                }
+                let last = view(&store).await;
+                check(&last);
+                for (number, own) in &hosts {
+                    let registration = registration(&last, own, leases[number], now).unwrap();
+                    assert_eq!(registration.transactions, [], "{}", own.id);
+                    for (key, endpoint) in &own.endpoints {
+                        let recorded = last.endpoints.get(key) == Some(endpoint);
+                        assert!(recorded != registration.refused.contains_key(key), "{key:?}");
+                    }
+                }
+            });
+        }
+
+        /// Free addresses are free, and are found while there are any.
+        #[test]
+        fn addresses_are_found_until_the_subnet_is_full(order in proptest::collection::vec(any::<bool>(), 20)) {
+            let mut view = View::default();
+            view.networks.insert("front".into(), network(9, "10.9.0.0/28"));
+            let mut held: Vec<IpAddr> = Vec::new();
+            for release in order {
+                if release && !held.is_empty() {
+                    view.addresses.remove(&("front".into(), held.remove(0)));
+                    continue;
+                }
+                match free_addresses(&view, "front", &[], 0) {
+                    Ok(found) => {
+                        assert!(!held.contains(&found[0]) && found[0] != view.networks["front"].subnets[0].gateway);
+                        let claim = Claim::Endpoint { name: "e".into(), node: "a".into() };
+                        view.addresses.insert(("front".into(), found[0]), claim);
+                        held.push(found[0]);
+                    }
+                    // 14 hosts without the gateway.
+                    Err(Refusal::NoAddress { .. }) => assert_eq!(held.len(), 13),
+                    Err(error) => panic!("{error}"),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn networks_are_created_one_after_another_and_removed_without_endpoints() {
+        run(async {
+            let store = Embedded::new();
+            let empty = view(&store).await;
+            let first = creation(&empty, "front", &network(9, "10.9.0.0/24")).unwrap();
+            let second = creation(&empty, "back", &network(8, "10.9.0.0/16")).unwrap();
+            assert!(commit(&store, first).await);
+            assert!(!commit(&store, second).await, "decided without the first one");
+            let now = view(&store).await;
+            let error = creation(&now, "back", &network(8, "10.9.0.0/16")).unwrap_err();
+            assert!(matches!(error, Refusal::SubnetsOverlap { .. }), "{error}");
+            let removal = deletion(&now, "front").unwrap();
+            // Another host attaches meanwhile.
+            let mut own = own(1);
+            own.endpoints.insert(("front".into(), "web".into()), endpoint(&own, 2));
+            let lease = store.grant(Duration::from_secs(60)).await.unwrap();
+            for transaction in registration(&now, &own, lease, 0).unwrap().transactions {
+                assert!(commit(&store, transaction).await);
+            }
+            assert!(!commit(&store, removal).await);
+            let now = view(&store).await;
+            assert_eq!(now.endpoints.len(), 1);
+            let error = deletion(&now, "front").unwrap_err().to_string();
+            assert!(error.contains("web on host-1"), "{error}");
+            // The host is removed for good.
+            for transaction in removal_of(&now) {
+                assert!(commit(&store, transaction).await);
+            }
+            let now = view(&store).await;
+            assert!(
+                now.nodes.is_empty() && now.node_indexes.is_empty() && now.endpoints.is_empty()
+            );
+            assert!(commit(&store, deletion(&now, "front").unwrap()).await);
+        });
+    }
+
+    fn removal_of(view: &View) -> Vec<Transaction> {
+        removal(view, "host-1", 0)
+    }
+
+    #[test]
+    fn obstacles_of_a_host_are_named() {
+        let own = own(1);
+        assert_eq!(obstacle(&own, "front", &network(9, "10.9.0.0/24")), None);
+        let error = obstacle(&own, "front", &network(9, "192.0.0.0/16")).unwrap().to_string();
+        assert!(error.contains("192.0.0.0/16 overlaps 192.0.2.0/24"), "{error}");
+        let large = Network { mtu: 1451, ..network(9, "10.9.0.0/24") };
+        let error = obstacle(&own, "front", &large).unwrap().to_string();
+        assert!(error.ends_with("create it with --mtu 1450"), "{error}");
+    }
 }

@@ -61,6 +61,9 @@ pub enum EndpointState {
     Draining,
 }
 
+/// The network and the name of an endpoint.
+pub type EndpointKey = (String, String);
+
 /// An endpoint on a network.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoint {

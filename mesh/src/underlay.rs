@@ -46,7 +46,7 @@ pub async fn underlay(namespace: &Namespace, address: IpAddr) -> Result<Underlay
         let _runtime = runtime.enter();
         rtnetlink::new_connection()
     };
-    let (connection, handle, _) = namespace.with(open).map_err(io::Error::from)??;
+    let (connection, handle, _) = namespace.with(open)??;
     let task = tokio::spawn(connection);
     let read = async {
         let mut links: BTreeMap<u32, (String, u32)> = BTreeMap::new();

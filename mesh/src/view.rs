@@ -10,7 +10,7 @@
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
 use crate::key::Key;
-use crate::record::{Claim, Endpoint, Network, Node, Record, RecordError};
+use crate::record::{Claim, Endpoint, EndpointKey, Network, Node, Record, RecordError};
 use crate::store::{Changes, Condition, Entry, Event, LeaseId, Revision};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -29,7 +29,7 @@ pub struct View {
     /// Names of networks by VNI.
     pub vnis: BTreeMap<u32, String>,
     /// Endpoints by network and name.
-    pub endpoints: BTreeMap<(String, String), Endpoint>,
+    pub endpoints: BTreeMap<EndpointKey, Endpoint>,
     /// Claims of addresses by network and address.
     pub addresses: BTreeMap<(String, IpAddr), Claim>,
     /// The number of created networks.

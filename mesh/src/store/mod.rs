@@ -115,6 +115,14 @@ pub struct Transaction {
     pub writes: Vec<Write>,
 }
 
+impl Transaction {
+    /// Adds the conditions and writes of `other`.
+    pub fn extend(&mut self, other: Self) {
+        self.conditions.extend(other.conditions);
+        self.writes.extend(other.writes);
+    }
+}
+
 /// Maximum number of writes, and of conditions, of a transaction (`--max-txn-ops` of etcd).
 pub const MAX_WRITES: usize = 128;
 
