@@ -285,6 +285,7 @@ fn sources(root: &std::path::Path) -> Vec<std::path::PathBuf> {
         "compose/src",
         "dns/src",
         "drop-ins",
+        "mesh/src",
         "nat/src",
         "netfilter/src",
         "netns/src",

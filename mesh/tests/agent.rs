@@ -105,6 +105,10 @@ fn three() -> (Hosts, Embedded, Vec<Host>) {
         wait(host.agent.joined(SOON)).unwrap();
     }
     wait(agents[0].agent.create("front", network())).unwrap();
+    for host in &agents {
+        let mut cluster = host.agent.cluster();
+        wait(cluster.wait_for(|cluster| cluster.view.networks.contains_key("front"))).unwrap();
+    }
     (hosts, store, agents)
 }
 

@@ -83,7 +83,7 @@ impl Member {
         {
             return;
         }
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 
     fn mesh(&self) -> Option<&Mesh> {
@@ -315,7 +315,7 @@ impl Instance {
             let _ = mesh.agent.leave().await;
             return Err(problem);
         }
-        tracing::info!(host = mesh.own.id, address = %mesh.own.node.vtep, "joined the cluster");
+        tracing::info!(host = mesh.own.id, vtep = %mesh.own.node.vtep, "joined the cluster");
         self.member = Member::Yes(Box::new(mesh));
         self.follow_cluster().await;
         Ok(())

@@ -803,7 +803,7 @@ impl Up {
                     }
                 });
                 let recorder = recorder.with(move |page| {
-                    metrics::mesh_families(mesh_reports.borrow().as_deref(), page)
+                    metrics::mesh_families(mesh_reports.borrow().as_deref(), page);
                 });
                 let resolver = names.resolver();
                 let recorder = recorder.with(move |page| {
