@@ -8,6 +8,11 @@
 //!                                            link
 //! ```
 //!
+//! A packet without an ingress interface is not always one of the host: the kernel may reassemble a
+//! forwarded IPv6 packet and fragment it again, and these fragments have none (`ip6_fragment`,
+//! net/ipv6; IPv4 copies it). The fragments of the host belong to a socket. A gate therefore drops
+//! IPv6 packets with extension headers that have neither.
+//!
 //! Policy routing rules with the same effect slow down every packet of the host. As soon as one
 //! custom rule exists, the kernel does full route and source lookups and loses the hints that it
 //! otherwise keeps between packets (`fib4_has_custom_rules`, net/ipv4).
@@ -46,7 +51,8 @@ impl Gate {
     /// Loads a gate that passes packets sent by the host and packets that satisfy `policy`.
     ///
     /// # Errors
-    /// BPF programs are unavailable; `EPERM` without the required capabilities.
+    /// BPF programs are unavailable, or the kernel is older than Linux 5.1; `EPERM` without the
+    /// required capabilities.
     pub fn new(policy: &GatePolicy) -> io::Result<Self> {
         LinkProgram::load(NAME, Direction::Egress, &program(policy)).map(Self)
     }
@@ -100,33 +106,84 @@ pub fn detach_programs(index: u32) -> io::Result<()> {
 
 fn program(policy: &GatePolicy) -> Vec<Instruction> {
     const RESULT: u8 = 0;
-    const CONTEXT: u8 = 1;
+    const FIRST: u8 = 1;
     const SCRATCH: u8 = 2;
+    const THIRD: u8 = 3;
+    const FOURTH: u8 = 4;
+    const FIFTH: u8 = 5;
+    const CONTEXT: u8 = 6;
+    const STACK: u8 = 10;
+    /// `bpf_skb_load_bytes_relative`, from `BPF_HDR_START_NET`.
+    const LOAD: i32 = 68;
+    const NETWORK: i32 = 1;
+    const IPV6: u16 = 0x86dd;
+    /// Offset of the next header in the IPv6 header.
+    const NEXT_HEADER: i32 = 6;
+    /// Those that can precede a fragment header, and the fragment header itself (RFC 8200 section
+    /// 4.5): hop-by-hop options, routing, fragment, destination options.
+    const EXTENSIONS: [u32; 4] = [0, 43, 44, 60];
+    #[derive(Clone, Copy)]
+    enum Label {
+        Pass,
+        Drop,
+        Host,
+    }
     let of = Instruction::new;
+    let copy = |to, from| of(0xbf, to, from, 0, 0);
     // BPF_LDX | BPF_MEM | BPF_W
     let load = |offset| of(0x61, SCRATCH, CONTEXT, offset, 0);
     // BPF_ALU64 | BPF_MOV | BPF_K
-    let result = |verdict| of(0xb7, RESULT, 0, 0, verdict);
+    let set = |to, value| of(0xb7, to, 0, 0, value);
     // BPF_JMP32 | BPF_JEQ | BPF_K
     let equal = |value: u32| of(0x16, SCRATCH, 0, 0, value.cast_signed());
-    let mut code = vec![result(verdict::NEXT), load(field::INGRESS_INTERFACE), equal(0)];
+    // BPF_JMP | BPF_JA
+    let always = of(0x05, 0, 0, 0, 0);
+    let mut code = vec![copy(CONTEXT, FIRST), load(field::INGRESS_INTERFACE)];
+    let mut jumps = Vec::new();
+    let mut jump = |code: &mut Vec<Instruction>, instruction: Instruction, to: Label| {
+        jumps.push((code.len(), to));
+        code.push(instruction);
+    };
+    jump(&mut code, equal(0), Label::Host);
     match policy {
         GatePolicy::Marked { mark, mask } => {
             code.push(load(field::MARK));
             // BPF_ALU | BPF_AND | BPF_K
             code.push(of(0x54, SCRATCH, 0, 0, mask.cast_signed()));
-            code.push(equal(mark & mask));
+            jump(&mut code, equal(mark & mask), Label::Pass);
         }
-        GatePolicy::From(links) => code.extend(links.iter().map(|link| equal(*link))),
+        GatePolicy::From(links) => {
+            links.iter().for_each(|link| jump(&mut code, equal(*link), Label::Pass));
+        }
     }
-    code.push(result(verdict::DROP));
-    let end = code.len();
+    jump(&mut code, always, Label::Drop);
+    let host = code.len();
+    // BPF_LDX | BPF_MEM | BPF_DW; BPF_JMP | BPF_JNE | BPF_K
+    code.push(of(0x79, SCRATCH, CONTEXT, field::SOCKET, 0));
+    jump(&mut code, of(0x55, SCRATCH, 0, 0, 0), Label::Pass);
+    code.push(load(field::PROTOCOL));
+    jump(&mut code, of(0x55, SCRATCH, 0, 0, IPV6.to_be().into()), Label::Pass);
+    code.extend([copy(FIRST, CONTEXT), set(SCRATCH, NEXT_HEADER), copy(THIRD, STACK)]);
+    // BPF_ALU64 | BPF_ADD | BPF_K
+    code.push(of(0x07, THIRD, 0, 0, -1));
+    code.extend([set(FOURTH, 1), set(FIFTH, NETWORK), of(0x85, 0, 0, 0, LOAD)]);
+    jump(&mut code, of(0x55, RESULT, 0, 0, 0), Label::Drop);
+    // BPF_LDX | BPF_MEM | BPF_B
+    code.push(of(0x71, SCRATCH, STACK, -1, 0));
+    EXTENSIONS.iter().for_each(|header| jump(&mut code, equal(*header), Label::Drop));
     // BPF_JMP | BPF_EXIT
-    code.push(of(0x95, 0, 0, 0, 0));
-    for (at, one) in code.iter_mut().enumerate() {
-        if one.is_conditional_jump() {
-            *one = one.with_offset((end - at - 1) as i16);
-        }
+    let exit = of(0x95, 0, 0, 0, 0);
+    let pass = code.len();
+    code.extend([set(RESULT, verdict::NEXT), exit]);
+    let drop = code.len();
+    code.extend([set(RESULT, verdict::DROP), exit]);
+    for (at, to) in jumps {
+        let target = match to {
+            Label::Pass => pass,
+            Label::Drop => drop,
+            Label::Host => host,
+        };
+        code[at] = code[at].with_offset((target - at - 1) as i16);
     }
     code
 }

@@ -8,17 +8,23 @@
 //!
 //! | packet | verdict |
 //! |---|---|
-//! | VLAN tag | pass: it is for a VLAN device, which has a guard of its own |
 //! | unicast to another MAC address | pass: the host does not process it, a macvlan or a bridge may |
+//! | VLAN tag with an ID | pass: it is for a VLAN device, which has a guard of its own |
+//! | VLAN tag with ID 0 (a priority) | as without the tag, which the kernel ignores |
+//! | a further VLAN tag after one with ID 0 | drop; with an ID: pass |
+//! | multicast neighbour solicitation or advertisement | pass: a macvlan needs it, and the host answers at the same link only |
 //! | source in a prefix | drop |
 //! | anything else | pass |
+//!
+//! A link that moves to another namespace keeps its programs. The program therefore drops packets
+//! only at the links in a set, from which [`SourceGuard::retain`] removes those that have left.
 //!
 //! Programs need tcx (Linux 6.6), because a `clsact` qdisc on a link of other software could not be
 //! removed safely.
 
 use crate::bpf::{
-    Direction, Instruction, PrefixSet, Program, detach_stale, detach_tcx, field, tcx_programs,
-    verdict,
+    Direction, HashSet, Instruction, PrefixSet, Program, detach_stale, detach_tcx, empty_last_map,
+    field, tcx_programs, verdict,
 };
 use ipnet::IpNet;
 use std::collections::BTreeSet;
@@ -32,6 +38,9 @@ const PREFIX: &str = "tg_src_";
 /// Maximum number of prefixes per family.
 const CAPACITY: u32 = 4_096;
 
+/// Maximum number of links.
+const LINKS: u32 = 65_536;
+
 /// The source guards of one owner.
 #[derive(Debug)]
 pub struct SourceGuard {
@@ -39,7 +48,18 @@ pub struct SourceGuard {
     program: Program,
     /// IPv4, IPv6.
     prefixes: [PrefixSet; 2],
-    refused: Mutex<BTreeSet<IpNet>>,
+    /// Interface indexes of the links at which packets are dropped.
+    links: HashSet,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    refused: BTreeSet<IpNet>,
+    /// The content of the set.
+    attached: BTreeSet<u32>,
+    /// Programs of previous processes drop nothing any longer.
+    replaced: bool,
 }
 
 impl SourceGuard {
@@ -57,9 +77,10 @@ impl SourceGuard {
             [PrefixSet::new("tg_src_v4", 4, CAPACITY)?, PrefixSet::new("tg_src_v6", 16, CAPACITY)?];
         let hash = registry::folded_hash(owner.as_bytes()) as u32;
         let name = format!("{PREFIX}{hash:08x}");
-        let code = program(prefixes[0].descriptor(), prefixes[1].descriptor());
+        let links = HashSet::new("tg_src_links", 4, LINKS)?;
+        let code = program(prefixes[0].descriptor(), prefixes[1].descriptor(), links.descriptor());
         let program = Program::load(&name, &code)?;
-        Ok(Self { name, program, prefixes, refused: Mutex::default() })
+        Ok(Self { name, program, prefixes, links, state: Mutex::default() })
     }
 
     /// Drops packets with a source in `net`.
@@ -68,7 +89,7 @@ impl SourceGuard {
     /// `ENOSPC` if there are too many prefixes.
     pub fn refuse(&self, net: IpNet) -> io::Result<()> {
         self.prefixes[usize::from(net.addr().is_ipv6())].insert(&octets(net), net.prefix_len())?;
-        self.refused().insert(net.trunc());
+        self.state().refused.insert(net.trunc());
         Ok(())
     }
 
@@ -78,13 +99,13 @@ impl SourceGuard {
     /// Errors of the kernel. A missing prefix is not an error.
     pub fn permit(&self, net: IpNet) -> io::Result<()> {
         self.prefixes[usize::from(net.addr().is_ipv6())].remove(&octets(net), net.prefix_len())?;
-        self.refused().remove(&net.trunc());
+        self.state().refused.remove(&net.trunc());
         Ok(())
     }
 
     /// Returns whether packets with a source in `net` are dropped.
     pub fn refuses(&self, net: IpNet) -> bool {
-        self.refused().contains(&net.trunc())
+        self.state().refused.contains(&net.trunc())
     }
 
     /// Attaches the guard to the link with interface index `index` in the calling thread's network
@@ -93,6 +114,8 @@ impl SourceGuard {
     /// # Errors
     /// `ENODEV` if the link does not exist.
     pub fn attach(&self, index: u32) -> io::Result<()> {
+        self.links.insert(&index.to_ne_bytes())?;
+        self.state().attached.insert(index);
         self.program.attach_tcx(index, Direction::Ingress)?;
         detach_stale(index, Direction::Ingress, &self.name, self.program.id)
     }
@@ -103,7 +126,27 @@ impl SourceGuard {
     /// # Errors
     /// `ENODEV` if the link does not exist.
     pub fn is_attached(&self, index: u32) -> io::Result<bool> {
-        Ok(tcx_programs(index, Direction::Ingress)?.contains(&self.program.id))
+        Ok(self.state().attached.contains(&index)
+            && tcx_programs(index, Direction::Ingress)?.contains(&self.program.id))
+    }
+
+    /// Makes the guards at links that are not in `present`, the interface indexes of the links of
+    /// the host, pass all packets: of links that are in another namespace now. Once there are
+    /// guards of this process, this includes those of previous processes.
+    ///
+    /// # Errors
+    /// Errors of the kernel.
+    pub fn retain(&self, present: &BTreeSet<u32>) -> io::Result<()> {
+        let mut state = self.state();
+        for index in state.attached.difference(present) {
+            self.links.remove(&index.to_ne_bytes())?;
+        }
+        state.attached.retain(|index| present.contains(index));
+        if !state.replaced && !state.attached.is_empty() {
+            empty_last_map(&self.name, self.program.id)?;
+            state.replaced = true;
+        }
+        Ok(())
     }
 
     /// Detaches the guard, and that of a previous process.
@@ -111,6 +154,8 @@ impl SourceGuard {
     /// # Errors
     /// `ENODEV` if the link does not exist.
     pub fn detach(&self, index: u32) -> io::Result<()> {
+        self.links.remove(&index.to_ne_bytes())?;
+        self.state().attached.remove(&index);
         detach_stale(index, Direction::Ingress, &self.name, self.program.id)?;
         match detach_tcx(index, Direction::Ingress, self.program.id) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -118,8 +163,8 @@ impl SourceGuard {
         }
     }
 
-    fn refused(&self) -> MutexGuard<'_, BTreeSet<IpNet>> {
-        self.refused.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -131,7 +176,7 @@ fn octets(net: IpNet) -> Vec<u8> {
 }
 
 /// The program, with the descriptors of its maps.
-fn program(v4: i32, v6: i32) -> Vec<Instruction> {
+fn program(v4: i32, v6: i32, links: i32) -> Vec<Instruction> {
     const RESULT: u8 = 0;
     const FIRST: u8 = 1;
     const SECOND: u8 = 2;
@@ -149,6 +194,15 @@ fn program(v4: i32, v6: i32) -> Vec<Instruction> {
     const OTHER_HOST: i32 = 3;
     const IPV4: u16 = 0x0800;
     const IPV6: u16 = 0x86dd;
+    /// Ethertypes of VLAN tags: 802.1Q, 802.1ad.
+    const TAGS: [u16; 2] = [0x8100, 0x88a8];
+    /// Bits of the VLAN ID.
+    const VLAN_ID: u32 = 0x0fff;
+    /// Next header ICMPv6, hop limit 255, as neighbour discovery needs (RFC 4861 section 7.1).
+    const DISCOVERY: [u8; 2] = [58, 255];
+    /// Types of neighbour solicitations and advertisements.
+    const NEIGHBOUR: [i32; 2] = [135, 136];
+    const MULTICAST: i32 = 0xff;
     let of = Instruction::new;
     let copy = |to, from| of(0xbf, to, from, 0, 0);
     let set = |to, value| of(0xb7, to, 0, 0, value);
@@ -160,8 +214,11 @@ fn program(v4: i32, v6: i32) -> Vec<Instruction> {
     #[derive(Clone, Copy, PartialEq)]
     enum Label {
         Pass,
+        Drop,
+        Untagged,
+        Tagged,
         V6,
-        Found,
+        Link,
     }
     let mut code: Vec<Instruction> = Vec::new();
     let mut jumps: Vec<(usize, Label)> = Vec::new();
@@ -170,44 +227,81 @@ fn program(v4: i32, v6: i32) -> Vec<Instruction> {
         code.push(instruction);
     };
     code.push(copy(CONTEXT, FIRST));
-    code.push(read(FIRST, field::VLAN_PRESENT));
-    // BPF_JMP | BPF_JNE | BPF_K, BPF_JEQ
-    jump(&mut code, of(0x55, FIRST, 0, 0, 0), Label::Pass);
+    // BPF_JMP | BPF_JEQ | BPF_K, BPF_JNE
     code.push(read(FIRST, field::PACKET_TYPE));
     jump(&mut code, of(0x15, FIRST, 0, 0, OTHER_HOST), Label::Pass);
+    code.push(read(FIRST, field::VLAN_PRESENT));
+    jump(&mut code, of(0x15, FIRST, 0, 0, 0), Label::Untagged);
+    code.push(read(FIRST, field::VLAN_TAG));
+    // BPF_JMP | BPF_JSET | BPF_K
+    jump(&mut code, of(0x45, FIRST, 0, 0, VLAN_ID.cast_signed()), Label::Pass);
+    let untagged = code.len();
     code.push(read(FIRST, field::PROTOCOL));
+    for tag in TAGS {
+        jump(&mut code, of(0x15, FIRST, 0, 0, tag.to_be().into()), Label::Tagged);
+    }
     jump(&mut code, of(0x15, FIRST, 0, 0, IPV6.to_be().into()), Label::V6);
     jump(&mut code, of(0x55, FIRST, 0, 0, IPV4.to_be().into()), Label::Pass);
-    // The key: prefix length, address.
-    let look = |code: &mut Vec<Instruction>,
-                jump: &mut dyn FnMut(&mut Vec<Instruction>, Instruction, Label),
-                at: i32,
-                length: i32,
-                trie: i32| {
-        let key = -(4 + length);
+    // Loads `length` bytes from `at` in the network header to the stack.
+    type Jump<'a> = dyn FnMut(&mut Vec<Instruction>, Instruction, Label) + 'a;
+    let load = |code: &mut Vec<Instruction>, jump: &mut Jump, at, length, stack, short| {
         code.extend([copy(FIRST, CONTEXT), set(SECOND, at), copy(THIRD, STACK)]);
-        code.extend([add(THIRD, -length), set(FOURTH, length), set(FIFTH, NETWORK), call(LOAD)]);
-        jump(code, of(0x55, RESULT, 0, 0, 0), Label::Pass);
+        code.extend([add(THIRD, stack), set(FOURTH, length), set(FIFTH, NETWORK), call(LOAD)]);
+        jump(code, of(0x55, RESULT, 0, 0, 0), short);
+    };
+    // The key: prefix length, address.
+    let look = |code: &mut Vec<Instruction>, jump: &mut Jump, at, length: i32, trie| {
+        let key = -(4 + length);
+        load(code, jump, at, length, -length, Label::Pass);
         // BPF_ST | BPF_MEM | BPF_W
         code.push(of(0x62, STACK, 0, key as i16, 8 * length));
         code.extend(map(FIRST, trie));
         code.extend([copy(SECOND, STACK), add(SECOND, key), call(LOOKUP)]);
     };
     look(&mut code, &mut jump, 12, 4, v4);
+    jump(&mut code, of(0x15, RESULT, 0, 0, 0), Label::Pass);
     // BPF_JMP | BPF_JA
-    jump(&mut code, of(0x05, 0, 0, 0, 0), Label::Found);
+    jump(&mut code, of(0x05, 0, 0, 0, 0), Label::Link);
     let at_v6 = code.len();
     look(&mut code, &mut jump, 8, 16, v6);
-    let found = code.len();
     jump(&mut code, of(0x15, RESULT, 0, 0, 0), Label::Pass);
+    // BPF_LDX | BPF_MEM | BPF_H, BPF_B
+    let (half, byte) = (|at| of(0x69, FIRST, STACK, at, 0), |at| of(0x71, FIRST, STACK, at, 0));
+    load(&mut code, &mut jump, 0, 41, -48, Label::Link);
+    code.push(half(-48 + 6));
+    jump(&mut code, of(0x55, FIRST, 0, 0, u16::from_ne_bytes(DISCOVERY).into()), Label::Link);
+    code.push(byte(-48 + 24));
+    jump(&mut code, of(0x55, FIRST, 0, 0, MULTICAST), Label::Link);
+    code.push(byte(-48 + 40));
+    for kind in NEIGHBOUR {
+        jump(&mut code, of(0x15, FIRST, 0, 0, kind), Label::Pass);
+    }
+    jump(&mut code, of(0x05, 0, 0, 0, 0), Label::Link);
+    // The tag after one with ID 0: the ID decides.
+    let tagged = code.len();
+    load(&mut code, &mut jump, 0, 2, -8, Label::Drop);
+    code.push(half(-8));
+    let id = (VLAN_ID as u16).to_be();
+    jump(&mut code, of(0x45, FIRST, 0, 0, id.into()), Label::Pass);
+    let link = code.len();
+    code.push(read(FIRST, field::INTERFACE));
+    // BPF_STX | BPF_MEM | BPF_W
+    code.push(of(0x63, STACK, FIRST, -4, 0));
+    code.extend(map(FIRST, links));
+    code.extend([copy(SECOND, STACK), add(SECOND, -4), call(LOOKUP)]);
+    jump(&mut code, of(0x15, RESULT, 0, 0, 0), Label::Pass);
+    let drop = code.len();
     code.extend([set(RESULT, verdict::DROP), exit]);
     let pass = code.len();
     code.extend([set(RESULT, verdict::NEXT), exit]);
     for (at, to) in jumps {
         let target = match to {
             Label::Pass => pass,
+            Label::Drop => drop,
+            Label::Untagged => untagged,
+            Label::Tagged => tagged,
             Label::V6 => at_v6,
-            Label::Found => found,
+            Label::Link => link,
         };
         code[at] = code[at].with_offset((target - at - 1) as i16);
     }
@@ -239,6 +333,8 @@ mod tests {
     #[test]
     fn ebpf_drops_sources_of_the_prefixes_only() {
         let guard = SourceGuard::new("test").unwrap();
+        // The link of the test runs.
+        guard.links.insert(&LOOPBACK_INDEX.to_ne_bytes()).unwrap();
         let passes = |frame: &[u8]| guard.program.test_run(frame, 1).unwrap().0 == verdict::NEXT;
         let (v4, v6) = (frame(0x0800, "10.9.0.7"), frame(0x86dd, "fd09::7"));
         assert!(passes(&v4) && passes(&v6), "no prefixes");
@@ -252,6 +348,32 @@ mod tests {
         {
             assert!(passes(&frame(ethertype, source)), "{source}");
         }
+        // Neighbour discovery: multicast, with hop limit 255.
+        let mut solicitation = v6.clone();
+        solicitation[14 + 6] = 58;
+        solicitation[14 + 7] = 255;
+        solicitation[14 + 24] = 0xff;
+        solicitation[14 + 40] = 135;
+        assert!(passes(&solicitation));
+        for (at, value) in [(6, 17), (7, 64), (24, 0xfd), (40, 128)] {
+            let mut other = solicitation.clone();
+            other[14 + at] = value;
+            assert!(!passes(&other), "{at}");
+        }
+        // VLAN tags that the kernel has not removed are those after one with ID 0.
+        for (ethertype, priority, id, pass) in [
+            (0x8100, 0, 0, false),
+            (0x88a8, 0xe0, 0, false),
+            (0x8100, 0, 5, true),
+            (0x88a8, 1, 0, true),
+        ] {
+            let mut tagged = frame(ethertype, "192.0.2.7");
+            tagged[14..16].copy_from_slice(&[priority, id]);
+            assert_eq!(passes(&tagged), pass, "{ethertype:x} {priority} {id}");
+        }
+        guard.links.remove(&LOOPBACK_INDEX.to_ne_bytes()).unwrap();
+        assert!(passes(&v4) && passes(&v6), "a link that has left");
+        guard.links.insert(&LOOPBACK_INDEX.to_ne_bytes()).unwrap();
         guard.permit(net4).unwrap();
         guard.permit(net4).unwrap();
         assert!(passes(&v4) && !passes(&v6) && !guard.refuses(net4));

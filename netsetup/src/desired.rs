@@ -219,7 +219,7 @@ impl Desired {
             Guards::None | Guards::AtLinks => None,
         };
         let mut facts: Vec<Fact> = table.into_iter().collect();
-        if let Some(links) = &self.guarded_links {
+        if let Some(links) = self.guarded_links.as_ref().filter(|_| !self.networks.is_empty()) {
             let subnets = self.networks.iter().flat_map(|network| &network.subnets);
             facts.extend(subnets.map(|one| Fact::GuardedSubnet(one.subnet.trunc())));
             facts.extend(links.iter().map(|link| Fact::SourceGuard { link: link.clone() }));

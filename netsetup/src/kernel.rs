@@ -252,6 +252,12 @@ impl Kernel {
                 observed.default_routes = snapshot.default_routes();
                 observed.uplinks = self.uplinks(&snapshot);
                 observed.receivers = snapshot.receivers();
+                if let Some(guard) = &self.sources
+                    && let Err(source) = guard.retain(&snapshot.indexes())
+                {
+                    let what = "release source guards of moved links".to_owned();
+                    return Err(KernelError { what, source });
+                }
                 observed.forwarding = self.forwarding(&observed.uplinks);
             }
             for fact in facts {
@@ -706,11 +712,12 @@ impl Kernel {
                 let Some(guard) = self.sources.clone() else {
                     return Err(io::ErrorKind::Unsupported.into());
                 };
+                // Links of other software come and go, also under the same name.
+                self.discard_index(&Place::Host, link);
                 let attached = match self.index(&Place::Host, link).await {
                     Ok(index) => self.host.with(|| guard.attach(index)).flatten(),
                     Err(error) => Err(error),
                 };
-                // Links of other software come and go.
                 attached.or_else(|error| if is_absent(&error) { Ok(()) } else { Err(error) })
             }
             Fact::GuardedSubnet(net) => match &self.sources {
@@ -771,6 +778,7 @@ impl Kernel {
             // Without a source guard, those of a killed process, on another kernel, are gone.
             Fact::SourceGuard { link } => {
                 let Some(guard) = self.sources.clone() else { return Ok(()) };
+                self.discard_index(&Place::Host, link);
                 let index = self.index(&Place::Host, link).await?;
                 self.host.with(|| guard.detach(index)).flatten()
             }

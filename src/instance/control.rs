@@ -569,7 +569,9 @@ impl Instance {
         if desired.guarded_links.as_ref().is_some_and(|links| *links != observed.receivers) {
             // Not a repair: another link was added or removed.
             desired.guarded_links = Some(observed.receivers.clone());
-            self.setup.guard_links(&observed.receivers).await?;
+            if !desired.networks.is_empty() {
+                self.setup.guard_links(&observed.receivers).await?;
+            }
         }
         if let Some(firewall) = &self.chosen.firewall {
             let uplinks = uplinks(&observed, desired);

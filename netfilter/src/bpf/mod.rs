@@ -22,10 +22,12 @@ mod command {
     pub(super) const MAP_LOOKUP: libc::c_long = 1;
     pub(super) const MAP_UPDATE: libc::c_long = 2;
     pub(super) const MAP_DELETE: libc::c_long = 3;
+    pub(super) const MAP_NEXT_KEY: libc::c_long = 4;
     pub(super) const LOAD: libc::c_long = 5;
     pub(super) const ATTACH: libc::c_long = 8;
     pub(super) const DETACH: libc::c_long = 9;
     pub(super) const TEST_RUN: libc::c_long = 10;
+    pub(super) const NEXT_ID: libc::c_long = 11;
     pub(super) const BY_ID: libc::c_long = 13;
     pub(super) const MAP_BY_ID: libc::c_long = 14;
     pub(super) const INFO: libc::c_long = 15;
@@ -45,6 +47,8 @@ const ARRAY: u32 = 2;
 /// `BPF_F_BEFORE`: attaches ahead of existing programs, so that none of them accepts a packet
 /// first.
 const BEFORE: u32 = 1 << 3;
+/// Maximum number of maps of a program of this crate.
+const MAPS: usize = 4;
 /// Maximum number of programs at one hook (`BPF_MPROG_MAX`).
 const PROGRAMS: usize = 64;
 /// A traffic direction of a link.
@@ -321,6 +325,33 @@ pub(crate) fn counters_of(id: u32, name: &str) -> io::Result<Option<Counters>> {
     Ok(Some(Counters(map)))
 }
 
+/// Empties the last map of each program named `name` whose ID is not `current`, wherever it is
+/// attached.
+///
+/// # Errors
+/// Errors of the kernel. Programs and maps that are removed concurrently are not an error.
+pub(crate) fn empty_last_map(name: &str, current: u32) -> io::Result<()> {
+    let mut attributes = ById::default();
+    loop {
+        // SAFETY: `ById` is the head of `union bpf_attr` for this command.
+        match unsafe { bpf(command::NEXT_ID, &mut attributes) } {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            found => found?,
+        };
+        let id = attributes.next;
+        attributes = ById { id, ..ById::default() };
+        let Ok(loaded) = info_of(id) else { continue };
+        if id == current || loaded.name() != name.as_bytes() {
+            continue;
+        }
+        if let Some(last) = loaded.last_map
+            && let Ok(set) = HashSet::of_id(last)
+        {
+            set.clear()?;
+        }
+    }
+}
+
 /// Returns the tag of the program with ID `id`. Needs CAP_SYS_ADMIN.
 fn tag_of(id: u32) -> io::Result<Tag> {
     info_of(id).map(|loaded| loaded.tag)
@@ -423,6 +454,36 @@ impl HashSet {
         Ok(Self { map, key: key as usize })
     }
 
+    /// Opens the set with this map ID. Its keys have 4 bytes.
+    fn of_id(id: u32) -> io::Result<Self> {
+        let mut attributes = ById { id, ..ById::default() };
+        // SAFETY: `ById` is the head of `union bpf_attr` for this command.
+        let map = unsafe { open(command::MAP_BY_ID, &mut attributes) }?;
+        Ok(Self { map, key: 4 })
+    }
+
+    /// Removes all keys.
+    fn clear(&self) -> io::Result<()> {
+        let mut key = vec![0; self.key];
+        loop {
+            let mut attributes = Lookup {
+                map: self.map.as_raw_fd() as u32,
+                _padding: 0,
+                // No key: the first one is returned.
+                key: 0,
+                value: key.as_mut_ptr() as u64,
+                flags: 0,
+            };
+            // SAFETY: `Lookup` is the head of `union bpf_attr` for this command too; `key` has the
+            // size of the map's keys.
+            match unsafe { bpf(command::MAP_NEXT_KEY, &mut attributes) } {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                found => found?,
+            };
+            self.remove(&key)?;
+        }
+    }
+
     /// Returns the file descriptor, for instructions.
     pub(crate) fn descriptor(&self) -> i32 {
         self.map.as_raw_fd()
@@ -510,19 +571,23 @@ impl PrefixSet {
 }
 
 fn info(program: &OwnedFd) -> io::Result<Loaded> {
-    let mut map = 0_u32;
-    let mut loaded =
-        ProgramInfo { maps: 1, map_ids: (&raw mut map) as u64, ..ProgramInfo::default() };
+    let mut maps = [0_u32; MAPS];
+    let mut loaded = ProgramInfo {
+        maps: MAPS as u32,
+        map_ids: maps.as_mut_ptr() as u64,
+        ..ProgramInfo::default()
+    };
     let mut attributes = Info {
         program: program.as_raw_fd() as u32,
         length: size_of::<ProgramInfo>() as u32,
         info: (&raw mut loaded) as u64,
     };
     // SAFETY: `Info` is the head of `union bpf_attr` for this command, `loaded` has the length it
-    // states, and `map` has room for `maps` IDs.
+    // states, and `maps` has room for the IDs.
     unsafe { bpf(command::INFO, &mut attributes) }?;
-    let ProgramInfo { id, tag, name, maps, .. } = loaded;
-    Ok(Loaded { id, tag, name, map: Some(map).filter(|_| maps > 0) })
+    let ProgramInfo { id, tag, name, maps: count, .. } = loaded;
+    let last_map = (count as usize).checked_sub(1).and_then(|last| maps.get(last)).copied();
+    Ok(Loaded { id, tag, name, map: last_map.and(Some(maps[0])), last_map })
 }
 
 /// An instruction (`struct bpf_insn`).
@@ -554,11 +619,6 @@ impl Instruction {
         Self { code, registers: source << 4 | destination, offset, immediate }
     }
 
-    /// Returns whether the instruction is `BPF_JMP32 | BPF_JEQ | BPF_K`.
-    pub(crate) const fn is_conditional_jump(self) -> bool {
-        self.code == 0x16
-    }
-
     /// Returns the instruction with the map `counters`, if it loads a map (`BPF_LD | BPF_IMM |
     /// BPF_DW` with `BPF_PSEUDO_MAP_FD`).
     pub(crate) fn with_map(self, counters: &Counters) -> Self {
@@ -585,11 +645,18 @@ pub(crate) mod field {
     pub(crate) const PROTOCOL: i16 = 16;
     /// Non-zero if the frame had a VLAN tag, which the kernel moves out of the frame.
     pub(crate) const VLAN_PRESENT: i16 = 20;
+    /// That tag: priority and VLAN ID.
+    pub(crate) const VLAN_TAG: i16 = 24;
+    /// Interface index of the link at which the program runs.
+    pub(crate) const INTERFACE: i16 = 40;
     /// Start and end of the linear part of the frame.
     pub(crate) const DATA: i16 = 76;
     pub(crate) const DATA_END: i16 = 80;
-    /// Interface index of the ingress link; 0 for packets sent by the host.
+    /// Interface index of the ingress link. 0 for packets sent by the host, and for the fragments
+    /// of forwarded IPv6 packets (`ip6_frag_next` does not copy it).
     pub(crate) const INGRESS_INTERFACE: i16 = 36;
+    /// The socket that has sent the packet, or 0; 8 bytes.
+    pub(crate) const SOCKET: i16 = 168;
 }
 
 /// Verdicts of tcx and of `cls_bpf` in direct-action mode: continue with the next program
@@ -732,6 +799,8 @@ struct Loaded {
     name: [u8; 16],
     /// ID of its first map.
     map: Option<u32>,
+    /// ID of its last map.
+    last_map: Option<u32>,
 }
 
 impl Loaded {

@@ -14,6 +14,8 @@ pub(super) struct Link {
     pub(super) up: bool,
     pub(super) controller: Option<u32>,
     pub(super) is_bridge: bool,
+    /// A macvtap or ipvtap link: the reader of its device receives its packets, not the host.
+    pub(super) is_tap: bool,
     pub(super) group: u32,
     pub(super) isolated: bool,
     /// The alias identifies the bridge of an internal network of tidegate.

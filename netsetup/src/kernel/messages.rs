@@ -27,6 +27,7 @@ pub(super) fn link_of(message: &LinkMessage) -> Link {
         up: message.header.flags.contains(LinkFlags::Up),
         controller: None,
         is_bridge: false,
+        is_tap: false,
         group: 0,
         isolated: false,
         internal: false,
@@ -56,6 +57,8 @@ pub(super) fn link_of(message: &LinkMessage) -> Link {
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     link.is_bridge |= *info == LinkInfo::Kind(InfoKind::Bridge);
+                    let taps = [InfoKind::MacVtap, InfoKind::IpVtap].map(LinkInfo::Kind);
+                    link.is_tap |= taps.contains(info);
                     if let LinkInfo::PortData(InfoPortData::BridgePort(port)) = info {
                         link.isolated = port.contains(&InfoBridgePort::Isolated(true));
                         let is = |one| port.contains(&one);

@@ -310,12 +310,18 @@ impl Snapshot {
         })
     }
 
+    /// Returns the interface indexes of all links.
+    pub(super) fn indexes(&self) -> BTreeSet<u32> {
+        self.links.keys().copied().collect()
+    }
+
     /// Returns the links of other software on which the host can receive packets.
     pub(super) fn receivers(&self) -> BTreeSet<String> {
         let is_bridge = |index: u32| self.links.get(&index).is_some_and(|link| link.is_bridge);
         let receives = |link: &&Link| {
             link.index != LOOPBACK_INDEX
                 && !link.name.starts_with(registry::INTERFACE_PREFIX)
+                && !link.is_tap
                 && !link.is_bridge_of_tidegate()
                 && !link.controller.is_some_and(is_bridge)
         };
