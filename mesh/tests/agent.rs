@@ -8,7 +8,9 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tidegate_mesh::agent::{Agent, Names, Options};
+use tidegate_mesh::device::{DeviceSpec, Links};
 use tidegate_mesh::membership::{self, Own};
+use tidegate_mesh::overlay::Entries;
 use tidegate_mesh::programmer::LocalNetwork;
 use tidegate_mesh::record::{Endpoint, EndpointState, Network, Node, Subnet};
 use tidegate_mesh::store::Embedded;
@@ -274,4 +276,93 @@ fn an_agent_adopts_what_the_previous_one_has_left() {
     // Other software removes the device and the rules.
     hosts.hosts[0].ip(&["link", "del", "tgx123456"]);
     assert!(eventually(SOON, || reaches(&containers[0], "10.9.0.8")));
+}
+
+/// Operations in random order, among them those of other software. In the end, the kernel of each
+/// host has exactly the entries of the endpoints on other hosts.
+#[test]
+fn kernels_follow_random_operations() {
+    const OPERATIONS: usize = 40;
+    for seed in 1..=3_u64 {
+        let (hosts, store, mut agents) = three();
+        // The state of the generator of Marsaglia (xorshift64).
+        let mut state = seed;
+        let mut random = |below: usize| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state % below as u64) as usize
+        };
+        // The host and the address of each name.
+        let mut model: BTreeMap<String, (usize, u8)> = BTreeMap::new();
+        for id in 2..2 + OPERATIONS as u8 {
+            let (at, name) = (random(3), format!("c{}", random(6)));
+            let host = &hosts.hosts[at];
+            match random(10) {
+                0 => drop(host.command("ip").args(["link", "del", "tgx123456"]).output()),
+                1 => drop(host.command("ip").args(["neigh", "flush", "dev", "front"]).output()),
+                2 => {
+                    let forged = ["fdb", "add", "02:00:00:00:00:aa", "dev", "tgx123456"];
+                    let more = ["dst", "192.0.2.2", "self"];
+                    drop(host.command("bridge").args(forged).args(more).output());
+                }
+                3 => {
+                    let mut own = own(at);
+                    for (name, (_, id)) in model.iter().filter(|(_, (host, _))| *host == at) {
+                        own.endpoints
+                            .insert(("front".into(), name.clone()), endpoint(&agents[at], *id));
+                    }
+                    // The former agent ends first.
+                    let previous = agents.remove(at);
+                    drop(previous);
+                    agents.insert(at, start(&hosts, &store, own, at));
+                    wait(agents[at].agent.joined(SOON)).unwrap();
+                }
+                _ => match model.remove(&name) {
+                    Some((at, _)) => wait(agents[at].agent.release("front", &name)).unwrap(),
+                    None => {
+                        let endpoint = endpoint(&agents[at], id);
+                        wait(agents[at].agent.claim("front", &name, endpoint)).unwrap();
+                        model.insert(name, (at, id));
+                    }
+                },
+            }
+        }
+        for number in 0..3 {
+            let mut expected = Entries::default();
+            for (at, id) in model.values().filter(|(at, _)| *at != number) {
+                expected.stations.insert(mac(*id), vtep(*at, false));
+                for address in endpoint(&agents[*at], *id).addresses {
+                    expected.neighbours.insert(address, mac(*id));
+                }
+            }
+            let mut found = None;
+            let holds = eventually(SOON, || {
+                found = kernel_entries(&hosts, number);
+                found.as_ref() == Some(&expected)
+            });
+            assert!(holds, "seed {seed}, host {number}: {found:#?}\nexpected {expected:#?}");
+        }
+    }
+}
+
+/// The entries of the overlay network on host `number`, if it has the device.
+fn kernel_entries(hosts: &Hosts, number: usize) -> Option<Entries> {
+    let shown = hosts.hosts[number].command("ip").args(["link", "show", "tgx123456"]).output();
+    if !shown.unwrap().status.success() {
+        return None;
+    }
+    wait(async {
+        let namespace = tidegate_netns::Namespace::from_path(&hosts.hosts[number].path()).unwrap();
+        let links = Links::open(&namespace).unwrap();
+        let spec = DeviceSpec {
+            name: "tgx123456".into(),
+            bridge: "front".into(),
+            vni: 0x123456,
+            vtep: vtep(number, false),
+            mtu: 1450,
+        };
+        let device = links.ensure(&spec, |_| Ok(())).await.ok()?;
+        device.entries().await.ok()
+    })
 }
