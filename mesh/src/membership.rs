@@ -312,8 +312,8 @@ fn record(
                 let (holder, host) = (holder.clone(), node.clone());
                 return Err(Refusal::AddressTaken { network, name, address, holder, host });
             }
-            Some(Claim::Quarantined(until)) if *until > now => {
-                let seconds = until - now;
+            Some(Claim::Quarantined(until)) if remaining(*until, now) > 0 => {
+                let seconds = remaining(*until, now);
                 return Err(Refusal::Quarantined { network, name, address, seconds });
             }
             _ => {}
@@ -369,6 +369,13 @@ fn stale(
         }
     }
     gone
+}
+
+/// Returns the seconds until a quarantine ends. One that ends implausibly late was written by a
+/// host whose clock was wrong, and would block the address for years: it is over.
+fn remaining(until: u64, now: u64) -> u64 {
+    let remaining = until.saturating_sub(now);
+    if remaining > 2 * QUARANTINE.as_secs() { 0 } else { remaining }
 }
 
 fn quarantine(network: &str, address: IpAddr, now: u64) -> Write {
@@ -487,7 +494,7 @@ pub fn free_addresses(
     let record = record.ok_or_else(|| Refusal::UnknownNetwork(network.to_owned()))?;
     let is_taken = |address: IpAddr| match view.addresses.get(&(network.to_owned(), address)) {
         Some(Claim::Endpoint { .. }) => true,
-        Some(Claim::Quarantined(until)) => *until > now,
+        Some(Claim::Quarantined(until)) => remaining(*until, now) > 0,
         None => false,
     };
     let mut chosen = Vec::new();
@@ -763,6 +770,71 @@ mod tests {
 
     fn removal_of(view: &View) -> Vec<Transaction> {
         removal(view, "host-1", 0)
+    }
+
+    /// Commits the registration of `own`, and returns what is refused.
+    async fn register(store: &Embedded, own: &Own, now: u64) -> Vec<Refusal> {
+        let lease = store.grant(Duration::from_secs(60)).await.unwrap();
+        let registration = registration(&view(store).await, own, lease, now).unwrap();
+        for transaction in registration.transactions {
+            assert!(commit(store, transaction).await);
+        }
+        registration.refused.into_values().collect()
+    }
+
+    #[test]
+    fn a_host_that_returns_after_a_week_has_its_addresses_unless_it_was_removed() {
+        const WEEK: u64 = 7 * 24 * 3_600;
+        for removed in [false, true] {
+            run(async {
+                let store = Embedded::new();
+                let network = creation(&View::default(), "front", &network(9, "10.9.0.0/29"));
+                assert!(commit(&store, network.unwrap()).await);
+                let mut first = own(1);
+                first.endpoints.insert(("front".into(), "web".into()), endpoint(&first, 2));
+                assert_eq!(register(&store, &first, 0).await, []);
+                // Its lease has ended.
+                let (entries, _) = store.list(PREFIX).await.unwrap();
+                for lease in entries.iter().filter_map(|entry| entry.lease) {
+                    let _ = store.revoke(lease).await;
+                }
+                let gone = view(&store).await;
+                assert!(gone.endpoints.is_empty() && gone.nodes.is_empty());
+                if removed {
+                    for transaction in removal_of(&gone) {
+                        assert!(commit(&store, transaction).await);
+                    }
+                }
+                let mut second = own(2);
+                second.endpoints.insert(("front".into(), "db".into()), endpoint(&second, 2));
+                let refused = register(&store, &second, WEEK).await;
+                let taken = |refused: &[Refusal]| match refused {
+                    [Refusal::AddressTaken { host, .. }] => Some(host.clone()),
+                    _ => None,
+                };
+                let returned = register(&store, &first, WEEK + 1).await;
+                if removed {
+                    assert_eq!(refused, []);
+                    assert_eq!(taken(&returned).as_deref(), Some("host-2"));
+                } else {
+                    assert_eq!(taken(&refused).as_deref(), Some("host-1"));
+                    assert_eq!(returned, []);
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn a_clock_that_was_wrong_blocks_no_address() {
+        const YEAR: u64 = 365 * 24 * 3_600;
+        let (now, quarantine) = (50 * YEAR, QUARANTINE.as_secs());
+        assert_eq!(remaining(now + quarantine, now), quarantine);
+        assert_eq!(remaining(now, now), 0);
+        // The clocks of two hosts differ by some minutes.
+        assert_eq!(remaining(now + quarantine + 300, now), quarantine + 300);
+        // A clock was a year ahead, or at the epoch.
+        assert_eq!(remaining(now + YEAR, now), 0);
+        assert_eq!(remaining(quarantine, now), 0);
     }
 
     #[test]
