@@ -56,7 +56,7 @@ pub(crate) fn port_guards(owner: &str) -> Result<Arc<PortGuards>, NoPortGuards> 
 
 /// Creates the source guard of `owner`, for links in `host`. `None` where the kernel has none.
 pub(crate) fn source_guard(owner: &str, host: &Namespace) -> Option<Arc<SourceGuard>> {
-    let guard = host.with(|| SourceGuard::new(owner)).flatten();
+    let guard = host.with(|| SourceGuard::new(owner, host.id().inode)).flatten();
     let guard = guard.inspect_err(|error| tracing::debug!(%error, "no source guards"));
     guard.ok().map(Arc::new)
 }

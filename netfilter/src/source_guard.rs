@@ -63,19 +63,20 @@ struct State {
 }
 
 impl SourceGuard {
-    /// Loads the program of `owner`, without prefixes.
+    /// Loads the program of `owner` for the network namespace with inode number `namespace`,
+    /// without prefixes. Owners of several namespaces can have the same name.
     ///
     /// # Errors
     /// `EPERM` without CAP_BPF and CAP_NET_ADMIN in the initial user namespace; `EINVAL` before
     /// Linux 6.6.
-    pub fn new(owner: &str) -> io::Result<Self> {
+    pub fn new(owner: &str, namespace: u64) -> io::Result<Self> {
         if Feature::Tcx.is_forced_off() || Feature::BpfGuards.is_forced_off() {
             return Err(io::ErrorKind::Unsupported.into());
         }
         tcx_programs(LOOPBACK_INDEX, Direction::Ingress)?;
         let prefixes =
             [PrefixSet::new("tg_src_v4", 4, CAPACITY)?, PrefixSet::new("tg_src_v6", 16, CAPACITY)?];
-        let hash = registry::folded_hash(owner.as_bytes()) as u32;
+        let hash = registry::folded_hash(format!("{owner} {namespace}").as_bytes()) as u32;
         let name = format!("{PREFIX}{hash:08x}");
         let links = HashSet::new("tg_src_links", 4, LINKS)?;
         let code = program(prefixes[0].descriptor(), prefixes[1].descriptor(), links.descriptor());
@@ -332,7 +333,7 @@ mod tests {
 
     #[test]
     fn ebpf_drops_sources_of_the_prefixes_only() {
-        let guard = SourceGuard::new("test").unwrap();
+        let guard = SourceGuard::new("test", 1).unwrap();
         // The link of the test runs.
         guard.links.insert(&LOOPBACK_INDEX.to_ne_bytes()).unwrap();
         let passes = |frame: &[u8]| guard.program.test_run(frame, 1).unwrap().0 == verdict::NEXT;
@@ -377,5 +378,13 @@ mod tests {
         guard.permit(net4).unwrap();
         guard.permit(net4).unwrap();
         assert!(passes(&v4) && !passes(&v6) && !guard.refuses(net4));
+        // The next process of the owner, once it has a guard, ends the effect of this one. Another
+        // owner with the same name, in another namespace, does not.
+        for (namespace, pass) in [(2, false), (1, true)] {
+            let other = SourceGuard::new("test", namespace).unwrap();
+            other.state().attached.insert(5);
+            other.retain(&BTreeSet::from([5])).unwrap();
+            assert_eq!(passes(&v6), pass, "namespace {namespace}");
+        }
     }
 }

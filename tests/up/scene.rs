@@ -353,7 +353,8 @@ pub(crate) fn state(namespace: &Namespace) -> String {
     let lines = all.iter().flat_map(|text| text.lines());
     lines
         .filter(|line| !line.contains("fe80:") && !line.contains("expires"))
-        .map(|line| format!("{line}\n"))
+        // A flag of routes, which follows the state of the link.
+        .map(|line| format!("{}\n", line.replace(" linkdown", "")))
         .collect()
 }
 
