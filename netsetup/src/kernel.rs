@@ -252,7 +252,9 @@ impl Kernel {
                 observed.default_routes = snapshot.default_routes();
                 observed.uplinks = self.uplinks(&snapshot);
                 observed.receivers = snapshot.receivers();
-                if let Some(guard) = &self.sources
+                // Otherwise not all links are known.
+                if depth != Depth::Named
+                    && let Some(guard) = &self.sources
                     && let Err(source) = guard.retain(&snapshot.indexes())
                 {
                     let what = "release source guards of moved links".to_owned();

@@ -1235,6 +1235,7 @@ fn source_guards_follow_the_links_of_the_host() {
     }
     let mut up = up(&scene, &file(&container, ""), &["--firewall=nftables"]);
     assert_eq!(programs("eth0"), before + 1, "the one of the killed instance is replaced");
+    assert!(!up.output().contains("restored"), "{}", up.output());
     // A link with the same name.
     for _ in 0..3 {
         host.ip_all("link del late\nlink add late type veth peer name peer");
@@ -1246,6 +1247,28 @@ fn source_guards_follow_the_links_of_the_host() {
     assert_eq!(programs("tap0"), 0);
     up.stop(Signal::INT, SOON);
     assert_eq!(["eth0", "late", "trunk"].map(programs), [before, 0, 0]);
+}
+
+/// Source guards of a daemon stay in force while its networks and endpoints change, also if other
+/// daemons on the machine do the same.
+#[test]
+fn source_guards_of_daemons_are_not_replaced() {
+    let scenes = [Scene::new(), Scene::new()];
+    let daemons = scenes.each_ref().map(|scene| {
+        let daemon = scene.daemon(&["--firewall=nftables"]);
+        let containers = ["front", "back"].map(|network| {
+            let container = Namespace::new();
+            let netns = container.path().to_str().unwrap().to_owned();
+            scene.succeeds(&["network", "create", network]);
+            scene.succeeds(&["attach", network, "--name", network, "--netns", &netns]);
+            container
+        });
+        (daemon, containers)
+    });
+    thread::sleep(Duration::from_secs(1));
+    for (daemon, _) in &daemons {
+        assert!(!daemon.output().contains("restored"), "{}", daemon.output());
+    }
 }
 
 /// A link that moves to another namespace keeps its program, where the addresses of a network may
