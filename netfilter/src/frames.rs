@@ -11,6 +11,7 @@
 //! anything else                           ─► drop
 //! ```
 
+use crate::bpf::assembly::{Assembly, EXIT, GO, add, call, copy, map, set};
 use crate::bpf::{Counters, Direction, HashSet, Instruction, LinkProgram, field, verdict};
 use std::io;
 use std::net::IpAddr;
@@ -126,10 +127,6 @@ fn program(senders: i32, drops: i32) -> Vec<Instruction> {
     const IPV6: u16 = 0x86dd;
     const ETHERNET: i16 = 14;
     let of = Instruction::new;
-    // BPF_ALU64 | BPF_MOV, of a register and of a constant; BPF_ALU64 | BPF_ADD | BPF_K
-    let copy = |to, from| of(0xbf, to, from, 0, 0);
-    let set = |to, value| of(0xb7, to, 0, 0, value);
-    let add = |to, value| of(0x07, to, 0, 0, value);
     // BPF_LDX | BPF_MEM of a word, a half word and a byte; BPF_STX | BPF_MEM of a word and a half
     // word
     let word = |to, from, at| of(0x61, to, from, at, 0);
@@ -140,76 +137,60 @@ fn program(senders: i32, drops: i32) -> Vec<Instruction> {
     // BPF_ST | BPF_MEM of a double word and a half word
     let zero = |at| of(0x7a, STACK, 0, at, 0);
     let mark = |at| of(0x6a, STACK, 0, at, IPV4_MARK.into());
-    let call = |helper| of(0x85, 0, 0, 0, helper);
-    let exit = of(0x95, 0, 0, 0, 0);
-    // BPF_LD | BPF_IMM | BPF_DW with BPF_PSEUDO_MAP_FD: two slots
-    let map = |to, descriptor| [of(0x18, to, 1, 0, descriptor), of(0, 0, 0, 0, 0)];
     const LOOKUP: i32 = 1;
     const PULL: i32 = 39;
 
-    // Jumps to `Drop`, `V6`, `Look` are resolved below.
-    #[derive(Clone, Copy, PartialEq)]
+    #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
     enum Label {
         Drop,
         V6,
         Look,
         Out,
     }
-    let mut code: Vec<Instruction> = Vec::new();
-    let mut jumps: Vec<(usize, Label)> = Vec::new();
-    let mut labels: Vec<(Label, usize)> = Vec::new();
-    let mut jump = |code: &mut Vec<Instruction>, instruction: Instruction, to: Label| {
-        jumps.push((code.len(), to));
-        code.push(instruction);
-    };
+    let mut code = Assembly::new();
     code.extend([copy(CONTEXT, FIRST), set(SECOND, 54), call(PULL)]);
     code.extend([word(FIRST, CONTEXT, field::VLAN_PRESENT)]);
     // BPF_JMP | BPF_JNE | BPF_K
-    jump(&mut code, of(0x55, FIRST, 0, 0, 0), Label::Drop);
+    code.jump(of(0x55, FIRST, 0, 0, 0), Label::Drop);
     code.extend([word(BEGIN, CONTEXT, field::DATA), word(END, CONTEXT, field::DATA_END)]);
     code.extend([copy(FIRST, BEGIN), add(FIRST, 34)]);
     // BPF_JMP | BPF_JGT | BPF_X
-    jump(&mut code, of(0x2d, FIRST, END, 0, 0), Label::Drop);
+    code.jump(of(0x2d, FIRST, END, 0, 0), Label::Drop);
     code.push(byte(FIRST, BEGIN, 0));
     // BPF_JMP | BPF_JSET | BPF_K: the group bit
-    jump(&mut code, of(0x45, FIRST, 0, 0, 1), Label::Drop);
+    code.jump(of(0x45, FIRST, 0, 0, 1), Label::Drop);
     code.extend([zero(AT), zero(AT + 8), zero(AT + 16)]);
     for part in 0..3 {
         code.extend([half(FIRST, BEGIN, 6 + 2 * part), put_half(FIRST, AT + 16 + 2 * part)]);
     }
     code.push(half(FIRST, BEGIN, 12));
     // BPF_JMP | BPF_JEQ | BPF_K, BPF_JNE
-    jump(&mut code, of(0x15, FIRST, 0, 0, IPV6.to_be().into()), Label::V6);
-    jump(&mut code, of(0x55, FIRST, 0, 0, IPV4.to_be().into()), Label::Drop);
+    code.jump(of(0x15, FIRST, 0, 0, IPV6.to_be().into()), Label::V6);
+    code.jump(of(0x55, FIRST, 0, 0, IPV4.to_be().into()), Label::Drop);
     code.extend([mark(AT + 22), word(FIRST, BEGIN, ETHERNET + 12), put_word(FIRST, AT)]);
-    // BPF_JMP | BPF_JA
-    jump(&mut code, of(0x05, 0, 0, 0, 0), Label::Look);
-    labels.push((Label::V6, code.len()));
+    code.jump(GO, Label::Look);
+    code.place(Label::V6);
     code.extend([copy(FIRST, BEGIN), add(FIRST, 54)]);
-    jump(&mut code, of(0x2d, FIRST, END, 0, 0), Label::Drop);
+    code.jump(of(0x2d, FIRST, END, 0, 0), Label::Drop);
     for part in 0..4 {
         code.extend([word(FIRST, BEGIN, ETHERNET + 8 + 4 * part), put_word(FIRST, AT + 4 * part)]);
     }
-    labels.push((Label::Look, code.len()));
+    code.place(Label::Look);
     code.extend(map(FIRST, senders));
     code.extend([copy(SECOND, STACK), add(SECOND, AT.into()), call(LOOKUP)]);
-    jump(&mut code, of(0x15, RESULT, 0, 0, 0), Label::Drop);
-    code.extend([set(RESULT, verdict::NEXT), exit]);
-    labels.push((Label::Drop, code.len()));
+    code.jump(of(0x15, RESULT, 0, 0, 0), Label::Drop);
+    code.extend([set(RESULT, verdict::NEXT), EXIT]);
+    code.place(Label::Drop);
     // BPF_ST | BPF_MEM | BPF_W
     code.push(of(0x62, STACK, 0, -4, 0));
     code.extend(map(FIRST, drops));
     code.extend([copy(SECOND, STACK), add(SECOND, -4), call(LOOKUP)]);
-    jump(&mut code, of(0x15, RESULT, 0, 0, 0), Label::Out);
+    code.jump(of(0x15, RESULT, 0, 0, 0), Label::Out);
     // BPF_STX | BPF_ATOMIC | BPF_DW, BPF_ADD
     code.extend([set(FIRST, 1), of(0xdb, RESULT, FIRST, 0, 0)]);
-    labels.push((Label::Out, code.len()));
-    code.extend([set(RESULT, verdict::DROP), exit]);
-    for (at, to) in jumps {
-        let target = labels.iter().find(|(label, _)| *label == to).map_or(0, |(_, target)| *target);
-        code[at] = code[at].with_offset((target - at - 1) as i16);
-    }
-    code
+    code.place(Label::Out);
+    code.extend([set(RESULT, verdict::DROP), EXIT]);
+    code.finish()
 }
 
 #[cfg(test)]

@@ -21,6 +21,7 @@
 //! namespace are not sufficient. They are attached through tcx (Linux 6.6) if available, otherwise
 //! through the `clsact` qdisc.
 
+use crate::bpf::assembly::{Assembly, EXIT, GO, add, call, copy, set};
 use crate::bpf::clsact::{Attached, Clsact};
 use crate::bpf::{Direction, Instruction, LinkProgram, detach_tcx, field, tcx_programs, verdict};
 use crate::guard;
@@ -122,68 +123,47 @@ fn program(policy: &GatePolicy) -> Vec<Instruction> {
     /// Those that can precede a fragment header, and the fragment header itself (RFC 8200 section
     /// 4.5): hop-by-hop options, routing, fragment, destination options.
     const EXTENSIONS: [u32; 4] = [0, 43, 44, 60];
-    #[derive(Clone, Copy)]
+    #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
     enum Label {
         Pass,
         Drop,
         Host,
     }
     let of = Instruction::new;
-    let copy = |to, from| of(0xbf, to, from, 0, 0);
     // BPF_LDX | BPF_MEM | BPF_W
     let load = |offset| of(0x61, SCRATCH, CONTEXT, offset, 0);
-    // BPF_ALU64 | BPF_MOV | BPF_K
-    let set = |to, value| of(0xb7, to, 0, 0, value);
     // BPF_JMP32 | BPF_JEQ | BPF_K
     let equal = |value: u32| of(0x16, SCRATCH, 0, 0, value.cast_signed());
-    // BPF_JMP | BPF_JA
-    let always = of(0x05, 0, 0, 0, 0);
-    let mut code = vec![copy(CONTEXT, FIRST), load(field::INGRESS_INTERFACE)];
-    let mut jumps = Vec::new();
-    let mut jump = |code: &mut Vec<Instruction>, instruction: Instruction, to: Label| {
-        jumps.push((code.len(), to));
-        code.push(instruction);
-    };
-    jump(&mut code, equal(0), Label::Host);
+    let mut code = Assembly::new();
+    code.extend([copy(CONTEXT, FIRST), load(field::INGRESS_INTERFACE)]);
+    code.jump(equal(0), Label::Host);
     match policy {
         GatePolicy::Marked { mark, mask } => {
             code.push(load(field::MARK));
             // BPF_ALU | BPF_AND | BPF_K
             code.push(of(0x54, SCRATCH, 0, 0, mask.cast_signed()));
-            jump(&mut code, equal(mark & mask), Label::Pass);
+            code.jump(equal(mark & mask), Label::Pass);
         }
         GatePolicy::From(links) => {
-            links.iter().for_each(|link| jump(&mut code, equal(*link), Label::Pass));
+            links.iter().for_each(|link| code.jump(equal(*link), Label::Pass));
         }
     }
-    jump(&mut code, always, Label::Drop);
-    let host = code.len();
+    code.jump(GO, Label::Drop);
+    code.place(Label::Host);
     // BPF_LDX | BPF_MEM | BPF_DW; BPF_JMP | BPF_JNE | BPF_K
     code.push(of(0x79, SCRATCH, CONTEXT, field::SOCKET, 0));
-    jump(&mut code, of(0x55, SCRATCH, 0, 0, 0), Label::Pass);
+    code.jump(of(0x55, SCRATCH, 0, 0, 0), Label::Pass);
     code.push(load(field::PROTOCOL));
-    jump(&mut code, of(0x55, SCRATCH, 0, 0, IPV6.to_be().into()), Label::Pass);
+    code.jump(of(0x55, SCRATCH, 0, 0, IPV6.to_be().into()), Label::Pass);
     code.extend([copy(FIRST, CONTEXT), set(SCRATCH, NEXT_HEADER), copy(THIRD, STACK)]);
-    // BPF_ALU64 | BPF_ADD | BPF_K
-    code.push(of(0x07, THIRD, 0, 0, -1));
-    code.extend([set(FOURTH, 1), set(FIFTH, NETWORK), of(0x85, 0, 0, 0, LOAD)]);
-    jump(&mut code, of(0x55, RESULT, 0, 0, 0), Label::Drop);
+    code.extend([add(THIRD, -1), set(FOURTH, 1), set(FIFTH, NETWORK), call(LOAD)]);
+    code.jump(of(0x55, RESULT, 0, 0, 0), Label::Drop);
     // BPF_LDX | BPF_MEM | BPF_B
     code.push(of(0x71, SCRATCH, STACK, -1, 0));
-    EXTENSIONS.iter().for_each(|header| jump(&mut code, equal(*header), Label::Drop));
-    // BPF_JMP | BPF_EXIT
-    let exit = of(0x95, 0, 0, 0, 0);
-    let pass = code.len();
-    code.extend([set(RESULT, verdict::NEXT), exit]);
-    let drop = code.len();
-    code.extend([set(RESULT, verdict::DROP), exit]);
-    for (at, to) in jumps {
-        let target = match to {
-            Label::Pass => pass,
-            Label::Drop => drop,
-            Label::Host => host,
-        };
-        code[at] = code[at].with_offset((target - at - 1) as i16);
-    }
-    code
+    EXTENSIONS.iter().for_each(|header| code.jump(equal(*header), Label::Drop));
+    code.place(Label::Pass);
+    code.extend([set(RESULT, verdict::NEXT), EXIT]);
+    code.place(Label::Drop);
+    code.extend([set(RESULT, verdict::DROP), EXIT]);
+    code.finish()
 }

@@ -22,6 +22,7 @@
 //! Programs need tcx (Linux 6.6), because a `clsact` qdisc on a link of other software could not be
 //! removed safely.
 
+use crate::bpf::assembly::{Assembly, EXIT, GO, add, call, copy, map, set};
 use crate::bpf::{
     Direction, HashSet, Instruction, PrefixSet, Program, detach_stale, detach_tcx, empty_last_map,
     field, tcx_programs, verdict,
@@ -205,14 +206,8 @@ fn program(v4: i32, v6: i32, links: i32) -> Vec<Instruction> {
     const NEIGHBOUR: [i32; 2] = [135, 136];
     const MULTICAST: i32 = 0xff;
     let of = Instruction::new;
-    let copy = |to, from| of(0xbf, to, from, 0, 0);
-    let set = |to, value| of(0xb7, to, 0, 0, value);
-    let add = |to, value| of(0x07, to, 0, 0, value);
     let read = |to, offset| of(0x61, to, CONTEXT, offset, 0);
-    let call = |helper| of(0x85, 0, 0, 0, helper);
-    let exit = of(0x95, 0, 0, 0, 0);
-    let map = |to, descriptor| [of(0x18, to, 1, 0, descriptor), of(0, 0, 0, 0, 0)];
-    #[derive(Clone, Copy, PartialEq)]
+    #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
     enum Label {
         Pass,
         Drop,
@@ -221,92 +216,74 @@ fn program(v4: i32, v6: i32, links: i32) -> Vec<Instruction> {
         V6,
         Link,
     }
-    let mut code: Vec<Instruction> = Vec::new();
-    let mut jumps: Vec<(usize, Label)> = Vec::new();
-    let mut jump = |code: &mut Vec<Instruction>, instruction: Instruction, to: Label| {
-        jumps.push((code.len(), to));
-        code.push(instruction);
-    };
+    let mut code = Assembly::new();
     code.push(copy(CONTEXT, FIRST));
     // BPF_JMP | BPF_JEQ | BPF_K, BPF_JNE
     code.push(read(FIRST, field::PACKET_TYPE));
-    jump(&mut code, of(0x15, FIRST, 0, 0, OTHER_HOST), Label::Pass);
+    code.jump(of(0x15, FIRST, 0, 0, OTHER_HOST), Label::Pass);
     code.push(read(FIRST, field::VLAN_PRESENT));
-    jump(&mut code, of(0x15, FIRST, 0, 0, 0), Label::Untagged);
+    code.jump(of(0x15, FIRST, 0, 0, 0), Label::Untagged);
     code.push(read(FIRST, field::VLAN_TAG));
     // BPF_JMP | BPF_JSET | BPF_K
-    jump(&mut code, of(0x45, FIRST, 0, 0, VLAN_ID.cast_signed()), Label::Pass);
-    let untagged = code.len();
+    code.jump(of(0x45, FIRST, 0, 0, VLAN_ID.cast_signed()), Label::Pass);
+    code.place(Label::Untagged);
     code.push(read(FIRST, field::PROTOCOL));
     for tag in TAGS {
-        jump(&mut code, of(0x15, FIRST, 0, 0, tag.to_be().into()), Label::Tagged);
+        code.jump(of(0x15, FIRST, 0, 0, tag.to_be().into()), Label::Tagged);
     }
-    jump(&mut code, of(0x15, FIRST, 0, 0, IPV6.to_be().into()), Label::V6);
-    jump(&mut code, of(0x55, FIRST, 0, 0, IPV4.to_be().into()), Label::Pass);
+    code.jump(of(0x15, FIRST, 0, 0, IPV6.to_be().into()), Label::V6);
+    code.jump(of(0x55, FIRST, 0, 0, IPV4.to_be().into()), Label::Pass);
     // Loads `length` bytes from `at` in the network header to the stack.
-    type Jump<'a> = dyn FnMut(&mut Vec<Instruction>, Instruction, Label) + 'a;
-    let load = |code: &mut Vec<Instruction>, jump: &mut Jump, at, length, stack, short| {
+    let load = |code: &mut Assembly<Label>, at, length, stack, short| {
         code.extend([copy(FIRST, CONTEXT), set(SECOND, at), copy(THIRD, STACK)]);
         code.extend([add(THIRD, stack), set(FOURTH, length), set(FIFTH, NETWORK), call(LOAD)]);
-        jump(code, of(0x55, RESULT, 0, 0, 0), short);
+        code.jump(of(0x55, RESULT, 0, 0, 0), short);
     };
     // The key: prefix length, address.
-    let look = |code: &mut Vec<Instruction>, jump: &mut Jump, at, length: i32, trie| {
+    let look = |code: &mut Assembly<Label>, at, length: i32, trie| {
         let key = -(4 + length);
-        load(code, jump, at, length, -length, Label::Pass);
+        load(code, at, length, -length, Label::Pass);
         // BPF_ST | BPF_MEM | BPF_W
         code.push(of(0x62, STACK, 0, key as i16, 8 * length));
         code.extend(map(FIRST, trie));
         code.extend([copy(SECOND, STACK), add(SECOND, key), call(LOOKUP)]);
     };
-    look(&mut code, &mut jump, 12, 4, v4);
-    jump(&mut code, of(0x15, RESULT, 0, 0, 0), Label::Pass);
-    // BPF_JMP | BPF_JA
-    jump(&mut code, of(0x05, 0, 0, 0, 0), Label::Link);
-    let at_v6 = code.len();
-    look(&mut code, &mut jump, 8, 16, v6);
-    jump(&mut code, of(0x15, RESULT, 0, 0, 0), Label::Pass);
+    look(&mut code, 12, 4, v4);
+    code.jump(of(0x15, RESULT, 0, 0, 0), Label::Pass);
+    code.jump(GO, Label::Link);
+    code.place(Label::V6);
+    look(&mut code, 8, 16, v6);
+    code.jump(of(0x15, RESULT, 0, 0, 0), Label::Pass);
     // BPF_LDX | BPF_MEM | BPF_H, BPF_B
     let (half, byte) = (|at| of(0x69, FIRST, STACK, at, 0), |at| of(0x71, FIRST, STACK, at, 0));
-    load(&mut code, &mut jump, 0, 41, -48, Label::Link);
+    load(&mut code, 0, 41, -48, Label::Link);
     code.push(half(-48 + 6));
-    jump(&mut code, of(0x55, FIRST, 0, 0, u16::from_ne_bytes(DISCOVERY).into()), Label::Link);
+    code.jump(of(0x55, FIRST, 0, 0, u16::from_ne_bytes(DISCOVERY).into()), Label::Link);
     code.push(byte(-48 + 24));
-    jump(&mut code, of(0x55, FIRST, 0, 0, MULTICAST), Label::Link);
+    code.jump(of(0x55, FIRST, 0, 0, MULTICAST), Label::Link);
     code.push(byte(-48 + 40));
     for kind in NEIGHBOUR {
-        jump(&mut code, of(0x15, FIRST, 0, 0, kind), Label::Pass);
+        code.jump(of(0x15, FIRST, 0, 0, kind), Label::Pass);
     }
-    jump(&mut code, of(0x05, 0, 0, 0, 0), Label::Link);
+    code.jump(GO, Label::Link);
     // The tag after one with ID 0: the ID decides.
-    let tagged = code.len();
-    load(&mut code, &mut jump, 0, 2, -8, Label::Drop);
+    code.place(Label::Tagged);
+    load(&mut code, 0, 2, -8, Label::Drop);
     code.push(half(-8));
     let id = (VLAN_ID as u16).to_be();
-    jump(&mut code, of(0x45, FIRST, 0, 0, id.into()), Label::Pass);
-    let link = code.len();
+    code.jump(of(0x45, FIRST, 0, 0, id.into()), Label::Pass);
+    code.place(Label::Link);
     code.push(read(FIRST, field::INTERFACE));
     // BPF_STX | BPF_MEM | BPF_W
     code.push(of(0x63, STACK, FIRST, -4, 0));
     code.extend(map(FIRST, links));
     code.extend([copy(SECOND, STACK), add(SECOND, -4), call(LOOKUP)]);
-    jump(&mut code, of(0x15, RESULT, 0, 0, 0), Label::Pass);
-    let drop = code.len();
-    code.extend([set(RESULT, verdict::DROP), exit]);
-    let pass = code.len();
-    code.extend([set(RESULT, verdict::NEXT), exit]);
-    for (at, to) in jumps {
-        let target = match to {
-            Label::Pass => pass,
-            Label::Drop => drop,
-            Label::Untagged => untagged,
-            Label::Tagged => tagged,
-            Label::V6 => at_v6,
-            Label::Link => link,
-        };
-        code[at] = code[at].with_offset((target - at - 1) as i16);
-    }
-    code
+    code.jump(of(0x15, RESULT, 0, 0, 0), Label::Pass);
+    code.place(Label::Drop);
+    code.extend([set(RESULT, verdict::DROP), EXIT]);
+    code.place(Label::Pass);
+    code.extend([set(RESULT, verdict::NEXT), EXIT]);
+    code.finish()
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 //! The programs have a few hundred instructions at most and are assembled in this crate. A loader
 //! such as aya, with ELF objects, relocations and pinning, is therefore unnecessary.
 
+pub(crate) mod assembly;
 pub(crate) mod clsact;
 
 use clsact::{Attached, Clsact, Code};

@@ -10,6 +10,7 @@
 //! the part that the rules read (`bpf_skb_pull_data`).
 
 use super::rules::{DEFAULT_VERDICT, Rule, SpoofReason, Test, Verdict};
+use crate::bpf::assembly::{Assembly, EXIT, GO, add, call, copy, map, set};
 use crate::bpf::clsact::Classic;
 use crate::bpf::{Instruction, field, verdict};
 
@@ -239,22 +240,13 @@ pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>]) -> Vec<Instruction
         _ => ETHERNET,
     });
     let longest = longest.max().unwrap_or(ETHERNET);
-    // BPF_ALU64 | BPF_MOV, of a register and of a constant
-    let copy = |to, from| of(0xbf, to, from, 0, 0);
-    let set = |to, value| of(0xb7, to, 0, 0, value);
-    let exit = of(0x95, 0, 0, 0, 0);
     // BPF_LDX | BPF_MEM | BPF_W
     let read = |to, offset| of(0x61, to, CONTEXT, offset, 0);
-    // BPF_ALU64 | BPF_ADD | BPF_K
-    let add = |to, value| of(0x07, to, 0, 0, value);
     // BPF_JMP | BPF_JGT | BPF_X: jumps if FIRST is beyond the end of the frame.
     let beyond = |offset| of(0x2d, FIRST, END, offset, 0);
     let (count, police, accept) = (Label::MAX, Label::MAX - 1, Label::MAX - 2);
-    // BPF_JMP | BPF_JA
-    let go = of(0x05, 0, 0, 0, 0);
-    let mut pending = Pending::new();
-    let mut places = std::collections::BTreeMap::new();
-    let mut code = vec![
+    let mut code = Assembly::new();
+    code.extend([
         copy(CONTEXT, FIRST),
         read(BEGIN, field::DATA),
         read(END, field::DATA_END),
@@ -272,19 +264,15 @@ pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>]) -> Vec<Instruction
         of(0xbd, FIRST, END, 4, 0),
         copy(FIRST, CONTEXT),
         // bpf_skb_pull_data
-        of(0x85, 0, 0, 0, 39),
+        call(39),
         read(BEGIN, field::DATA),
         read(END, field::DATA_END),
         copy(FIRST, BEGIN),
         add(FIRST, ETHERNET.into()),
-    ];
+    ]);
     // For the verifier: no frame is shorter than an Ethernet header.
-    code.extend([beyond(1), of(0x05, 0, 0, 2, 0), set(RESULT, verdict::DROP), exit]);
+    code.extend([beyond(1), of(0x05, 0, 0, 2, 0), set(RESULT, verdict::DROP), EXIT]);
     for step in steps {
-        let mut jump = |one: Instruction, label, code: &mut Vec<Instruction>| {
-            pending.push((code.len(), label));
-            code.push(one);
-        };
         // BPF_JMP32 | BPF_K
         let compare = |operation: u8, width: Width, constant| {
             of(operation | 0x06, RESULT, 0, 0, width.as_loaded(constant).cast_signed())
@@ -298,10 +286,10 @@ pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>]) -> Vec<Instruction
             Step::Tagged => code.push(read(RESULT, field::VLAN_PRESENT)),
             // BPF_JEQ, BPF_JNE
             Step::IfEqual(width, constant, label) => {
-                jump(compare(0x10, width, constant), label, &mut code);
+                code.jump(compare(0x10, width, constant), label);
             }
             Step::IfDifferent(width, constant, label) => {
-                jump(compare(0x50, width, constant), label, &mut code);
+                code.jump(compare(0x50, width, constant), label);
             }
             Step::IfShorter(length, label) => {
                 code.extend([copy(FIRST, BEGIN), add(FIRST, length.into())]);
@@ -310,28 +298,29 @@ pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>]) -> Vec<Instruction
                 // all other paths to the label, where they know more. The opposite order takes six
                 // times as long.
                 code.push(of(0xbd, FIRST, END, 1, 0));
-                jump(go, label, &mut code);
+                code.jump(GO, label);
             }
-            Step::Define(label) => drop(places.insert(label, code.len())),
-            Step::Jump(label) => jump(go, label, &mut code),
-            Step::End(Verdict::Accept) => code.extend([set(RESULT, verdict::NEXT), exit]),
-            Step::End(Verdict::Police) => jump(go, police, &mut code),
+            Step::Define(label) => code.place(label),
+            Step::Jump(label) => code.jump(GO, label),
+            Step::End(Verdict::Accept) => code.extend([set(RESULT, verdict::NEXT), EXIT]),
+            Step::End(Verdict::Police) => code.jump(GO, police),
             Step::End(Verdict::Drop(reason)) => {
                 code.push(set(FIRST, reason as i32));
-                jump(go, count, &mut code);
+                code.jump(GO, count);
             }
         }
     }
     // Looks up the array entry with index FIRST: stores the index on the stack (BPF_STX | BPF_MEM |
     // BPF_W), loads the map (BPF_LD | BPF_IMM | BPF_DW with BPF_PSEUDO_MAP_FD, two instructions
     // long) and calls bpf_map_lookup_elem.
+    let [load, second] = map(FIRST, 0);
     let find = [
         of(0x63, STACK, FIRST, -4, 0),
         copy(SECOND, STACK),
         add(SECOND, -4),
-        of(0x18, FIRST, 1, 0, 0),
-        of(0, 0, 0, 0, 0),
-        of(0x85, 0, 0, 0, 1),
+        load,
+        second,
+        call(1),
     ];
     // BPF_JMP | BPF_JEQ | BPF_K: jumps if the register is zero.
     let is_zero = |register, offset| of(0x15, register, 0, offset, 0);
@@ -339,20 +328,16 @@ pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>]) -> Vec<Instruction
         use register::{INTERVAL as EVERY, NOW};
         // BPF_LDX | BPF_MEM | BPF_DW
         let load = |to, from| of(0x79, to, from, 0, 0);
-        let mut to_accept = |one, code: &mut Vec<Instruction>| {
-            pending.push((code.len(), accept));
-            code.push(one);
-        };
-        places.insert(police, code.len());
+        code.place(police);
         code.push(set(FIRST, INTERVAL as i32));
         code.extend(find);
-        to_accept(is_zero(RESULT, 0), &mut code);
+        code.jump(is_zero(RESULT, 0), accept);
         code.push(load(EVERY, RESULT));
-        to_accept(is_zero(EVERY, 0), &mut code);
+        code.jump(is_zero(EVERY, 0), accept);
         // bpf_ktime_get_ns
-        code.extend([of(0x85, 0, 0, 0, 5), copy(NOW, RESULT), set(FIRST, DUE as i32)]);
+        code.extend([call(5), copy(NOW, RESULT), set(FIRST, DUE as i32)]);
         code.extend(find);
-        to_accept(is_zero(RESULT, 0), &mut code);
+        code.jump(is_zero(RESULT, 0), accept);
         code.extend([
             load(FIRST, RESULT),
             // Lower bound of the arrival time: now minus the burst. BPF_ALU64 | BPF_MUL | BPF_K,
@@ -370,10 +355,10 @@ pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>]) -> Vec<Instruction
             of(0x0f, FIRST, EVERY, 0, 0),
             of(0x7b, RESULT, FIRST, 0, 0),
         ]);
-        places.insert(accept, code.len());
-        code.extend([set(RESULT, verdict::NEXT), exit, set(FIRST, POLICED as i32)]);
+        code.place(accept);
+        code.extend([set(RESULT, verdict::NEXT), EXIT, set(FIRST, POLICED as i32)]);
     }
-    places.insert(count, code.len());
+    code.place(count);
     code.extend(find);
     code.extend([
         // Skips the next two instructions.
@@ -382,14 +367,9 @@ pub(super) fn extended(rules: &[Rule], policed: &[Vec<Test>]) -> Vec<Instruction
         // BPF_STX | BPF_ATOMIC | BPF_DW, BPF_ADD
         of(0xdb, RESULT, FIRST, 0, 0),
         set(RESULT, verdict::DROP),
-        exit,
+        EXIT,
     ]);
-    for (from, label) in pending {
-        // Programs are far shorter than 32,767 instructions.
-        let distance = (places[&label] - from - 1) as i16;
-        code[from] = code[from].with_offset(distance);
-    }
-    code
+    code.finish()
 }
 
 /// Compiles to classic BPF. The program has no counters; the qdisc counts all drops in one sum.
