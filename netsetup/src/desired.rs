@@ -211,6 +211,12 @@ impl Desired {
         }
     }
 
+    /// Returns the source guards. Without networks there are none.
+    pub(crate) fn source_guards(&self) -> impl Iterator<Item = Fact> {
+        let links = self.guarded_links.iter().filter(|_| !self.networks.is_empty()).flatten();
+        links.map(|link| Fact::SourceGuard { link: link.clone() })
+    }
+
     /// Returns all facts in order of creation.
     #[must_use]
     pub fn facts(&self, isolation: &dyn Isolation) -> Vec<Fact> {
@@ -219,11 +225,11 @@ impl Desired {
             Guards::None | Guards::AtLinks => None,
         };
         let mut facts: Vec<Fact> = table.into_iter().collect();
-        if let Some(links) = self.guarded_links.as_ref().filter(|_| !self.networks.is_empty()) {
+        if self.guarded_links.is_some() {
             let subnets = self.networks.iter().flat_map(|network| &network.subnets);
             facts.extend(subnets.map(|one| Fact::GuardedSubnet(one.subnet.trunc())));
-            facts.extend(links.iter().map(|link| Fact::SourceGuard { link: link.clone() }));
         }
+        facts.extend(self.source_guards());
         facts.extend(isolation.shared_facts(self));
         facts.extend(self.networks.iter().flat_map(|network| network.facts(isolation)));
         facts.extend(self.endpoints.iter().flat_map(|endpoint| self.facts_of(endpoint)));

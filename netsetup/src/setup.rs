@@ -607,19 +607,17 @@ impl Setup {
         }
     }
 
-    /// Attaches source guards to `links`, and detaches those of other links.
+    /// Attaches the source guards of `desired`, and detaches others.
     ///
     /// # Errors
     /// [`SetupError`]: the journal cannot be written.
-    pub async fn guard_links(&mut self, links: &BTreeSet<String>) -> Result<(), SetupError> {
-        let owned = self.journal.facts().iter().filter_map(|fact| match fact {
-            Fact::SourceGuard { link } => Some(link.clone()),
-            _ => None,
-        });
-        let owned: BTreeSet<String> = owned.collect();
-        let fact = |link: &String| Fact::SourceGuard { link: link.clone() };
-        let mut ops: Vec<Op> = owned.difference(links).map(|link| Op::Remove(fact(link))).collect();
-        ops.extend(links.difference(&owned).map(|link| Op::Add(fact(link))));
+    pub async fn guard_links(&mut self, desired: &Desired) -> Result<(), SetupError> {
+        let wanted: BTreeSet<Fact> = desired.source_guards().collect();
+        let facts = self.journal.facts().iter();
+        let owned = facts.filter(|fact| matches!(fact, Fact::SourceGuard { .. })).cloned();
+        let owned: BTreeSet<Fact> = owned.collect();
+        let mut ops: Vec<Op> = owned.difference(&wanted).cloned().map(Op::Remove).collect();
+        ops.extend(wanted.difference(&owned).cloned().map(Op::Add));
         for (_, error) in self.execute(&ops, true).await? {
             tracing::warn!(%error, "source guard");
         }

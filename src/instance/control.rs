@@ -569,9 +569,7 @@ impl Instance {
         if desired.guarded_links.as_ref().is_some_and(|links| *links != observed.receivers) {
             // Not a repair: another link was added or removed.
             desired.guarded_links = Some(observed.receivers.clone());
-            if !desired.networks.is_empty() {
-                self.setup.guard_links(&observed.receivers).await?;
-            }
+            self.setup.guard_links(desired).await?;
         }
         if let Some(firewall) = &self.chosen.firewall {
             let uplinks = uplinks(&observed, desired);

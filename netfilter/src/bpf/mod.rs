@@ -317,10 +317,10 @@ pub(crate) fn find_named(
 /// Errors of the kernel.
 pub(crate) fn counters_of(id: u32, name: &str) -> io::Result<Option<Counters>> {
     let Ok(loaded) = info_of(id) else { return Ok(None) };
-    let Some(map) = loaded.map.filter(|_| loaded.name() == name.as_bytes()) else {
+    let Some(&id) = loaded.maps.first().filter(|_| loaded.name() == name.as_bytes()) else {
         return Ok(None);
     };
-    let mut attributes = ById { id: map, ..ById::default() };
+    let mut attributes = ById { id, ..ById::default() };
     // SAFETY: `ById` is the head of `union bpf_attr` for this command.
     let map = unsafe { open(command::MAP_BY_ID, &mut attributes) }?;
     Ok(Some(Counters(map)))
@@ -345,8 +345,8 @@ pub(crate) fn empty_last_map(name: &str, current: u32) -> io::Result<()> {
         if id == current || loaded.name() != name.as_bytes() {
             continue;
         }
-        if let Some(last) = loaded.last_map
-            && let Ok(set) = HashSet::of_id(last)
+        if let Some(last) = loaded.maps.last()
+            && let Ok(set) = HashSet::of_id(*last)
         {
             set.clear()?;
         }
@@ -587,8 +587,7 @@ fn info(program: &OwnedFd) -> io::Result<Loaded> {
     // states, and `maps` has room for the IDs.
     unsafe { bpf(command::INFO, &mut attributes) }?;
     let ProgramInfo { id, tag, name, maps: count, .. } = loaded;
-    let last_map = (count as usize).checked_sub(1).and_then(|last| maps.get(last)).copied();
-    Ok(Loaded { id, tag, name, map: last_map.and(Some(maps[0])), last_map })
+    Ok(Loaded { id, tag, name, maps: maps.into_iter().take(count as usize).collect() })
 }
 
 /// An instruction (`struct bpf_insn`).
@@ -798,10 +797,8 @@ struct Loaded {
     id: u32,
     tag: Tag,
     name: [u8; 16],
-    /// ID of its first map.
-    map: Option<u32>,
-    /// ID of its last map.
-    last_map: Option<u32>,
+    /// IDs of its maps, in the order in which the instructions refer to them.
+    maps: Vec<u32>,
 }
 
 impl Loaded {

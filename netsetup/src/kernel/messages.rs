@@ -57,8 +57,8 @@ pub(super) fn link_of(message: &LinkMessage) -> Link {
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     link.is_bridge |= *info == LinkInfo::Kind(InfoKind::Bridge);
-                    let taps = [InfoKind::MacVtap, InfoKind::IpVtap].map(LinkInfo::Kind);
-                    link.is_tap |= taps.contains(info);
+                    link.is_tap |=
+                        matches!(info, LinkInfo::Kind(InfoKind::MacVtap | InfoKind::IpVtap));
                     if let LinkInfo::PortData(InfoPortData::BridgePort(port)) = info {
                         link.isolated = port.contains(&InfoBridgePort::Isolated(true));
                         let is = |one| port.contains(&one);
