@@ -50,6 +50,17 @@ impl Mesh {
         mesh
     }
 
+    /// Joins the first two hosts, with an etcd of one member beside them, and creates `front`.
+    #[track_caller]
+    fn join_etcd_at_switch(&mut self) {
+        let etcd_host = self.hosts.switch.clone();
+        self.etcd = Some(Etcd::start(vec![(etcd_host, [192, 0, 2, 254].into())]));
+        self.join(0);
+        self.join(1);
+        self.succeeds(0, &["network", "create", "--driver", "overlay", "front"]);
+        self.until(1, &["network", "ls"], |text| text.contains("front"));
+    }
+
     #[track_caller]
     fn join(&self, number: usize) {
         let urls = self.etcd.as_ref().unwrap().urls();
@@ -456,12 +467,7 @@ fn partitions_and_deaths_remove_nothing_that_works() {
 #[test]
 fn a_host_without_etcd_keeps_its_endpoints_and_a_compacted_history_is_listed_again() {
     let mut mesh = Mesh::new(2);
-    let etcd_host = mesh.hosts.switch.clone();
-    mesh.etcd = Some(Etcd::start(vec![(etcd_host, [192, 0, 2, 254].into())]));
-    mesh.join(0);
-    mesh.join(1);
-    mesh.succeeds(0, &["network", "create", "--driver", "overlay", "front"]);
-    mesh.until(1, &["network", "ls"], |text| text.contains("front"));
+    mesh.join_etcd_at_switch();
     let (a, at_a) = mesh.attach(0, "a", &[]);
     let (b, at_b) = mesh.attach(1, "b", &[]);
     assert!(reaches(&a, at_b));
@@ -603,12 +609,7 @@ fn the_mtu_follows_the_underlay() {
     for host in &mesh.hosts.hosts {
         host.ip(&["link", "set", "eth0", "mtu", "1420"]);
     }
-    let etcd_host = mesh.hosts.switch.clone();
-    mesh.etcd = Some(Etcd::start(vec![(etcd_host, [192, 0, 2, 254].into())]));
-    mesh.join(0);
-    mesh.join(1);
-    mesh.succeeds(0, &["network", "create", "--driver", "overlay", "front"]);
-    mesh.until(1, &["network", "ls"], |text| text.contains("front"));
+    mesh.join_etcd_at_switch();
     let (a, _) = mesh.attach(0, "a", &[]);
     let (_b, at_b) = mesh.attach(1, "b", &[]);
     assert!(a.ip(&["-o", "link", "show", "eth0"]).contains("mtu 1370"));

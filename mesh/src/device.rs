@@ -21,7 +21,6 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use tidegate_model::MacAddress;
 use tidegate_netns::Namespace;
-use tokio::runtime::Handle as Runtime;
 use tokio::task::JoinHandle;
 
 /// UDP port of VXLAN (RFC 7348, 8.1).
@@ -90,14 +89,7 @@ impl Links {
     /// # Errors
     /// Errors of the kernel.
     pub fn open(namespace: &Namespace) -> io::Result<Self> {
-        // The socket is registered with the runtime, possibly from another thread.
-        let runtime = Runtime::current();
-        let open = || {
-            let _runtime = runtime.enter();
-            rtnetlink::new_connection()
-        };
-        let (connection, handle, _) = namespace.with(open)??;
-        let task = tokio::spawn(connection);
+        let (handle, task) = crate::underlay::connect(namespace)?;
         Ok(Self { namespace: namespace.clone(), handle, task })
     }
 

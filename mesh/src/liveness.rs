@@ -6,7 +6,7 @@
 //! quorum must not take endpoints away that work.
 //!
 //! A heartbeat is accepted only from the VTEP of the host that it names, and with the boot ID in
-//! the record of that host. It is not encrypted: whoever can send with the address of a host can
+//! the record of that host. It is not encrypted: a sender that can use the address of a host can
 //! send its heartbeats, and VXLAN packets as well.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]

@@ -10,6 +10,7 @@ use std::net::IpAddr;
 use tidegate_model::registry;
 use tidegate_netns::Namespace;
 use tokio::runtime::Handle as Runtime;
+use tokio::task::JoinHandle;
 
 /// The underlay of a host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,18 +37,25 @@ pub enum UnderlayError {
     Io(#[from] io::Error),
 }
 
-/// Reads the underlay of the host with `address` in `namespace`.
-///
-/// # Errors
-/// [`UnderlayError`].
-pub async fn underlay(namespace: &Namespace, address: IpAddr) -> Result<Underlay, UnderlayError> {
+/// Opens an rtnetlink socket in `namespace`, on the current runtime. The task ends it when it is
+/// aborted.
+pub(crate) fn connect(namespace: &Namespace) -> io::Result<(rtnetlink::Handle, JoinHandle<()>)> {
+    // The socket is registered with the runtime, possibly from another thread.
     let runtime = Runtime::current();
     let open = || {
         let _runtime = runtime.enter();
         rtnetlink::new_connection()
     };
     let (connection, handle, _) = namespace.with(open)??;
-    let task = tokio::spawn(connection);
+    Ok((handle, tokio::spawn(connection)))
+}
+
+/// Reads the underlay of the host with `address` in `namespace`.
+///
+/// # Errors
+/// [`UnderlayError`].
+pub async fn underlay(namespace: &Namespace, address: IpAddr) -> Result<Underlay, UnderlayError> {
+    let (handle, task) = connect(namespace)?;
     let read = async {
         let mut links: BTreeMap<u32, (String, u32)> = BTreeMap::new();
         let mut found = handle.link().get().execute();

@@ -1,7 +1,7 @@
 //! The guard of the host's VXLAN endpoint (VTEP).
 //!
-//! VXLAN has no authentication: whoever sends a datagram with a known VNI to port 4789 of a host
-//! injects a frame into the network. The guard accepts such datagrams from the VTEPs of the cluster
+//! VXLAN has no authentication: any datagram with a known VNI to port 4789 of a host injects a
+//! frame into the network. The guard accepts such datagrams from the VTEPs of the cluster
 //! only, and keeps containers and processes of this host from sending any.
 //!
 //! | packet | verdict | reason |

@@ -124,6 +124,15 @@ fn sees(host: &Host, names: &[&str]) {
     assert!(is_so, "{}: {last:?}", host.id);
 }
 
+/// Attached containers c7 of the first host and c8 of the second one.
+fn two_containers(hosts: &Hosts, agents: &[Host]) -> [Namespace; 2] {
+    let containers = [hosts.container(0, 7), hosts.container(1, 8)];
+    attach(&agents[0], 7).unwrap();
+    attach(&agents[1], 8).unwrap();
+    sees(&agents[0], &["c8"]);
+    containers
+}
+
 #[test]
 fn endpoints_are_programmed_and_named_on_all_hosts_and_removed() {
     let (hosts, _store, agents) = three();
@@ -186,11 +195,7 @@ fn names_addresses_and_networks_have_one_owner() {
 #[test]
 fn records_of_a_host_outlive_its_lease_while_it_is_heard() {
     let (hosts, store, mut agents) = three();
-    let containers: Vec<Namespace> =
-        (0..2).map(|number| hosts.container(number, 7 + number as u8)).collect();
-    attach(&agents[0], 7).unwrap();
-    attach(&agents[1], 8).unwrap();
-    sees(&agents[0], &["c8"]);
+    let containers = two_containers(&hosts, &agents);
     let all_heard = eventually(SOON, || {
         let status = wait(agents[0].agent.status()).unwrap();
         status.hosts.iter().all(|host| host.is_heard)
@@ -255,11 +260,7 @@ fn leaving_removes_devices_rules_and_records() {
 #[test]
 fn an_agent_adopts_what_the_previous_one_has_left() {
     let (hosts, store, mut agents) = three();
-    let containers: Vec<Namespace> =
-        (0..2).map(|number| hosts.container(number, 7 + number as u8)).collect();
-    attach(&agents[0], 7).unwrap();
-    attach(&agents[1], 8).unwrap();
-    sees(&agents[0], &["c8"]);
+    let containers = two_containers(&hosts, &agents);
     let link = || hosts.hosts[0].ip(&["-o", "link", "show", "type", "vxlan"]);
     let before = link();
     let host = agents.remove(0);

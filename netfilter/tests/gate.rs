@@ -2,6 +2,7 @@
 
 use tidegate_netfilter::{Gate, GatePolicy};
 use tidegate_testbed::Namespace;
+use tidegate_testbed::hosts::Hosts;
 
 const MARK: u32 = 0x7467_0000;
 const MASK: u32 = 0xffff_0000;
@@ -17,19 +18,7 @@ impl Router {
     fn new() -> Self {
         let (host, left, right) = (Namespace::new(), Namespace::new(), Namespace::new());
         for (machine, link, net) in [(&left, "left", 1), (&right, "right", 2)] {
-            let peer = machine.path();
-            host.ip(&[
-                "link",
-                "add",
-                link,
-                "type",
-                "veth",
-                "peer",
-                "name",
-                "eth0",
-                "netns",
-                peer.to_str().unwrap(),
-            ]);
+            Hosts::veth(&host, link, machine);
             host.ip_all(&format!(
                 "addr add 192.0.2.{}/28 dev {link}\nlink set {link} up",
                 16 * net + 1

@@ -28,7 +28,7 @@ use tidegate_mesh::agent::{Agent, Cluster, MeshError, Names, Options, StoreState
 use tidegate_mesh::device::overhead;
 use tidegate_mesh::membership::{Own, Refusal, free_addresses, obstacle, unused_vni};
 use tidegate_mesh::programmer::LocalNetwork;
-use tidegate_mesh::record::{Endpoint, EndpointState, Network, Node, Subnet};
+use tidegate_mesh::record::{Endpoint, EndpointKey, EndpointState, Network, Node, Subnet};
 use tidegate_mesh::store::Connect;
 use tidegate_mesh::underlay::underlay;
 use tidegate_model::registry::fnv1a;
@@ -195,7 +195,7 @@ fn records(
     state: &State,
     endpoint: &tidegate_control::Endpoint,
     id: &str,
-) -> Vec<((String, String), Endpoint)> {
+) -> Vec<(EndpointKey, Endpoint)> {
     let of = |attachment: &tidegate_netsetup::Attachment| {
         let network: Name = attachment.network.parse().ok()?;
         state.networks().get(&network)?.setup.overlay?;
