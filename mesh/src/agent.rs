@@ -359,6 +359,8 @@ enum Event {
     /// The result of a registration under a lease.
     Registered(LeaseId, Result<Option<Revision>, StoreError>),
     Left(Result<(), MeshError>, Done<()>),
+    /// A listing that was requested because the view may be behind.
+    Refreshed(Result<(Vec<Entry>, Revision), StoreError>),
 }
 
 /// A claim or a release that waits for the view to show it.
@@ -366,6 +368,8 @@ struct Waiting {
     key: EndpointKey,
     /// The claimed endpoint; `None` for a release.
     endpoint: Option<Endpoint>,
+    /// The number of the refresh after which the view is not older than the request.
+    refresh: u64,
     deadline: Instant,
     done: Done<()>,
 }
@@ -399,6 +403,8 @@ struct Running {
     refused: Option<Refusal>,
     refused_endpoints: BTreeMap<EndpointKey, Refusal>,
     waiting: Vec<Waiting>,
+    /// Number of refreshes of the view that were started, and that are done.
+    refreshes: (u64, u64),
     store_state: StoreState,
     store_since: SystemTime,
     problems: BTreeMap<String, SystemTime>,
@@ -451,6 +457,7 @@ impl Running {
             refused: None,
             refused_endpoints: BTreeMap::new(),
             waiting: Vec::new(),
+            refreshes: (0, 0),
             store_state: StoreState::Connecting,
             store_since: SystemTime::now(),
             problems: BTreeMap::new(),
@@ -535,6 +542,19 @@ impl Running {
                 {
                     tracing::warn!("{error}");
                 }
+            }
+            Event::Refreshed(Ok((entries, revision))) => {
+                self.refreshes.1 = self.refreshes.0;
+                // Decided on the older view.
+                self.refused_endpoints.clear();
+                if self.view.as_ref().is_none_or(|view| view.revision < revision) {
+                    self.view = Some(View::of(&entries, revision).0);
+                }
+            }
+            Event::Refreshed(Err(error)) => {
+                tracing::debug!("refresh of the view: {error}");
+                self.refreshes.0 = self.refreshes.1;
+                return false;
             }
             Event::Lost(error) => {
                 self.set_store(StoreState::Lost(error));
@@ -673,6 +693,8 @@ impl Running {
         }
         self.registers = true;
         let (store, events) = (Arc::clone(store), self.events.clone());
+        // Refused endpoints do not wait for the others.
+        self.settle();
         tokio::spawn(async move {
             let result = commit_all(&*store, transactions).await;
             match result {
@@ -688,18 +710,23 @@ impl Running {
     /// Answers claims and releases that are done, refused or late.
     fn settle(&mut self) {
         let now = Instant::now();
-        let mut withdrawn = false;
+        let (mut withdrawn, mut is_outdated) = (false, false);
         for waiting in std::mem::take(&mut self.waiting) {
             let recorded = self.view.as_ref().map(|view| view.endpoints.get(&waiting.key));
             let result = match (&waiting.endpoint, recorded) {
                 (Some(endpoint), Some(Some(recorded))) if endpoint == recorded => Ok(()),
                 (None, Some(None)) if !self.holds_claims(&waiting.key) => Ok(()),
                 _ => match self.refused_endpoints.get(&waiting.key) {
-                    Some(refusal) if waiting.endpoint.is_some() => Err(refusal.clone().into()),
-                    _ => match &self.store_state {
+                    Some(refusal)
+                        if waiting.endpoint.is_some() && waiting.refresh <= self.refreshes.1 =>
+                    {
+                        Err(refusal.clone().into())
+                    }
+                    refusal => match &self.store_state {
                         StoreState::Lost(error) => Err(error.clone().into()),
                         _ if now >= waiting.deadline => Err(MeshError::Late),
                         _ => {
+                            is_outdated |= refusal.is_some() && waiting.endpoint.is_some();
                             self.waiting.push(waiting);
                             continue;
                         }
@@ -714,9 +741,24 @@ impl Running {
             }
             let _ = waiting.done.send(result);
         }
+        if is_outdated {
+            self.refresh();
+        }
         if withdrawn {
             self.register();
         }
+    }
+
+    /// Lists the cluster state, on a task: a claim was refused by a view that may not show what
+    /// another host has released before the claim.
+    fn refresh(&mut self) {
+        let (started, done) = self.refreshes;
+        let Some(store) = self.store.clone().filter(|_| started == done) else { return };
+        self.refreshes.0 += 1;
+        let events = self.events.clone();
+        tokio::spawn(async move {
+            let _ = events.send(Event::Refreshed(store.list(PREFIX).await));
+        });
     }
 
     fn holds_claims(&self, (network, name): &EndpointKey) -> bool {
@@ -795,6 +837,7 @@ impl Running {
     /// Handles a request.
     async fn handle(&mut self, request: Request) {
         let deadline = Instant::now() + PATIENCE;
+        let refresh = self.refreshes.0 + 1;
         match request {
             Request::Networks { networks, done } => {
                 self.networks = networks;
@@ -807,7 +850,13 @@ impl Running {
             }
             Request::Claim { key, endpoint, done } => {
                 self.own.endpoints.insert(key.clone(), endpoint.clone());
-                self.waiting.push(Waiting { key, endpoint: Some(endpoint), deadline, done });
+                self.waiting.push(Waiting {
+                    key,
+                    endpoint: Some(endpoint),
+                    refresh,
+                    deadline,
+                    done,
+                });
                 self.register();
                 self.settle();
             }
@@ -817,7 +866,7 @@ impl Running {
                     return;
                 }
                 self.own.endpoints.remove(&key);
-                self.waiting.push(Waiting { key, endpoint: None, deadline, done });
+                self.waiting.push(Waiting { key, endpoint: None, refresh, deadline, done });
                 self.register();
                 self.settle();
             }

@@ -60,6 +60,10 @@ impl View {
     /// cannot be read.
     pub fn apply(&mut self, changes: &Changes) -> Vec<RecordError> {
         let mut errors = Vec::new();
+        // A listing has overtaken the watch.
+        if changes.revision <= self.revision {
+            return errors;
+        }
         for event in &changes.events {
             match event {
                 Event::Put(entry) => errors.extend(self.put(entry).err()),

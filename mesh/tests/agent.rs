@@ -13,7 +13,10 @@ use tidegate_mesh::membership::{self, Own};
 use tidegate_mesh::overlay::Entries;
 use tidegate_mesh::programmer::LocalNetwork;
 use tidegate_mesh::record::{Endpoint, EndpointState, Network, Node, Subnet};
-use tidegate_mesh::store::Embedded;
+use tidegate_mesh::store::{
+    Changes, ClusterStore, Connect, Embedded, Entry, LeaseId, Revision, StoreFuture, Transaction,
+    Watch,
+};
 use tidegate_testbed::{Namespace, eventually};
 
 const SOON: Duration = Duration::from_secs(10);
@@ -62,7 +65,7 @@ fn network() -> Network {
 }
 
 /// Starts the agent of host `number` with the network `front`.
-fn start(hosts: &Hosts, store: &Embedded, own: Own, number: usize) -> Host {
+fn start(hosts: &Hosts, store: &(impl Connect + Clone + 'static), own: Own, number: usize) -> Host {
     let namespace = tidegate_netns::Namespace::from_path(&hosts.hosts[number].path()).unwrap();
     let (names, id) = (Known::default(), own.id.clone());
     let agent = Agent::start(Options {
@@ -191,6 +194,73 @@ fn names_addresses_and_networks_have_one_owner() {
     wait(agents[1].agent.delete("front")).unwrap();
 }
 
+/// A store whose watches are late, as those of a host far from the store.
+#[derive(Clone, Debug)]
+struct Late(Embedded);
+
+struct LateWatch(Box<dyn Watch>);
+
+impl Connect for Late {
+    fn connect(&self) -> StoreFuture<'_, Arc<dyn ClusterStore>> {
+        Box::pin(async { Ok(Arc::new(self.clone()) as Arc<dyn ClusterStore>) })
+    }
+}
+
+impl ClusterStore for Late {
+    fn list<'a>(&'a self, prefix: &'a str) -> StoreFuture<'a, (Vec<Entry>, Revision)> {
+        self.0.list(prefix)
+    }
+    fn commit(&self, transaction: Transaction) -> StoreFuture<'_, Option<Revision>> {
+        self.0.commit(transaction)
+    }
+    fn grant(&self, ttl: Duration) -> StoreFuture<'_, LeaseId> {
+        self.0.grant(ttl)
+    }
+    fn keep_alive(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
+        self.0.keep_alive(lease)
+    }
+    fn revoke(&self, lease: LeaseId) -> StoreFuture<'_, ()> {
+        self.0.revoke(lease)
+    }
+    fn watch<'a>(&'a self, prefix: &'a str, after: Revision) -> StoreFuture<'a, Box<dyn Watch>> {
+        Box::pin(async move {
+            let watch = self.0.watch(prefix, after).await?;
+            Ok(Box::new(LateWatch(watch)) as Box<dyn Watch>)
+        })
+    }
+}
+
+impl Watch for LateWatch {
+    fn next(&mut self) -> StoreFuture<'_, Changes> {
+        Box::pin(async {
+            let changes = self.0.next().await;
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            changes
+        })
+    }
+}
+
+/// A name that another host has released can be claimed at once, also where the release is not
+/// known yet. A name that is in use stays refused.
+#[test]
+fn a_released_name_is_free_on_a_host_whose_watch_is_late() {
+    let (hosts, store, mut agents) = three();
+    drop(agents.pop());
+    let late = start(&hosts, &Late(store), own(2), 2);
+    wait(late.agent.joined(SOON)).unwrap();
+    attach(&agents[0], 7).unwrap();
+    sees(&late, &["c7"]);
+    wait(agents[0].agent.release("front", "c7")).unwrap();
+    wait(late.agent.claim("front", "c7", endpoint(&late, 8))).unwrap();
+    sees(&agents[0], &["c7"]);
+    let error = wait(agents[0].agent.claim("front", "c7", endpoint(&agents[0], 9))).unwrap_err();
+    assert!(error.to_string().contains("host host-2 has an endpoint with this name"), "{error}");
+    // The late watch shows the release and the former endpoint: nothing is lost by that.
+    std::thread::sleep(Duration::from_secs(2));
+    sees(&agents[0], &["c7"]);
+    assert!(wait(late.agent.status()).unwrap().problems.is_empty());
+}
+
 /// The store forgets the records of a host whose lease ends. Hosts that hear it keep them.
 #[test]
 fn records_of_a_host_outlive_its_lease_while_it_is_heard() {
@@ -249,7 +319,7 @@ fn leaving_removes_devices_rules_and_records() {
         use tidegate_mesh::store::ClusterStore;
         wait(store.list("/tidegate/1/")).unwrap()
     };
-    let (view, _) = tidegate_mesh::view::View::of(&entries, tidegate_mesh::store::Revision(1));
+    let (view, _) = tidegate_mesh::view::View::of(&entries, Revision(1));
     assert!(!view.nodes.contains_key("host-0") && view.endpoints.is_empty());
     assert!(membership::deletion(&view, "front").is_ok(), "no claim is left");
     let address: IpAddr = [10, 9, 0, 7].into();
