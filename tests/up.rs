@@ -10,6 +10,7 @@ mod up {
     pub(crate) mod matrix;
     pub(crate) mod names;
     pub(crate) mod nat_publish;
+    pub(crate) mod ownerless;
     pub(crate) mod planted;
     pub(crate) mod privileges;
     pub(crate) mod repairs;

@@ -1099,67 +1099,6 @@ services:
 const PRIORITY_TAGS: [&[u8]; 4] =
     [&[], &[0x81, 0, 0xe0, 0], &[0x88, 0xa8, 0, 0], &[0x81, 0, 0, 0, 0x81, 0, 0, 0]];
 
-/// The kernel reassembles a forwarded IPv6 packet for conntrack, and fragments it again if it has
-/// grown larger than its parts. The new parts have no ingress interface, like packets of the host.
-#[test]
-fn fragments_of_forwarded_packets_are_not_taken_for_packets_of_the_host() {
-    const TEXT: &[u8; 24] = b"payload of the attacker.";
-    let scene = Scene::new();
-    let container = Namespace::new();
-    let text = format!(
-        "name: refragmented
-networks:
-  home: {{ enable_ipv6: true, ipam: {{ config: [ {{ subnet: 10.77.1.0/24 }}, {{ subnet: \"fd77:1::/64\" }} ] }} }}
-services:
-  server: {{ x-netns: {}, networks: {{ home: {{ ipv6_address: \"fd77:1::10\" }} }} }}
-",
-        container.path().display()
-    );
-    let mut up = up(&scene, &text, &["--firewall=nftables"]);
-    // The rules are gone, and other software needs conntrack.
-    up.signal(Signal::KILL);
-    up.wait(SOON);
-    let rules = "flush ruleset; add table inet other;
-         add chain inet other forward { type filter hook forward priority 0; };
-         add rule inet other forward ct state invalid counter";
-    scene.net.host.exec("nft", &[rules]);
-    let mac = |namespace: &Namespace| {
-        mac_of(link_layer_address(&namespace.ip(&["-o", "link", "show", "eth0"])))
-    };
-    let (to_mac, own_mac) = (mac(&scene.net.host), mac(&scene.net.client));
-    let (source, to) = ("2001:db8:1::9".parse().unwrap(), "fd77:1::10".parse().unwrap());
-    let datagram = udp6((source, 43001), (to, 7778), &TEXT.repeat(8))[40..].to_vec();
-    let attacker = LinkSocket::sender(&scene.net.client, "eth0");
-    let own = LinkSocket::open(&container, "eth0");
-    // Options of 208 bytes: one that hosts ignore (0x1e, RFC 4727).
-    let options = [&[44, 25, 0x1e, 204][..], &[0; 204]].concat();
-    for (id, options) in [(1, &options[..]), (2, &[])] {
-        let part = |range: std::ops::Range<usize>, offset: u16| {
-            let offset = offset.to_be_bytes();
-            [&[17, 0, offset[0], offset[1], 0, 0, 0, id], &datagram[range]].concat()
-        };
-        let parts = [(part(0..64, 1), options), (part(64..datagram.len(), 64), &[])];
-        for (part, options) in parts {
-            let first = if options.is_empty() { 44 } else { 0 };
-            let packet = ipv6(source, to, first, &[options, &part].concat());
-            attacker.send(&ethernet(to_mac, own_mac, 0x86dd, &packet));
-        }
-        thread::sleep(PAUSE);
-        let mut frames = own.received().into_iter();
-        let arrived = frames.find(|frame| frame.windows(12).any(|window| window == &TEXT[..12]));
-        assert!(arrived.is_none(), "{:x?}", arrived.unwrap());
-    }
-    // Those of the host itself arrive.
-    let inside = container.run(|| UdpSocket::bind("[fd77:1::10]:7778")).unwrap();
-    inside.set_read_timeout(Some(PAUSE)).unwrap();
-    let host = scene.net.host.run(|| UdpSocket::bind("[fd77:1::1]:0")).unwrap();
-    let arrives = || {
-        let _ = host.send_to(&[7; 4_000], "[fd77:1::10]:7778");
-        inside.recv(&mut [0; 5_000]).is_ok_and(|length| length == 4_000)
-    };
-    assert!(eventually(SOON, arrives));
-}
-
 /// Datagrams from port 43001 to port 7778 that the kernel answers with an ICMP error.
 fn provoking(source: IpAddr, to: IpAddr, text: &[u8]) -> Vec<Vec<u8>> {
     match (source, to) {
