@@ -6,6 +6,8 @@ use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
+use tidegate_model::LOOPBACK_INDEX;
+use tidegate_testbed::frames::{LinkSocket, checksum, ethernet, ipv4};
 use tidegate_testbed::hosts::{Etcd, Hosts};
 use tidegate_testbed::server::PeerServer;
 use tidegate_testbed::{Namespace, Process, Signal, eventually};
@@ -18,15 +20,22 @@ struct Mesh {
     directory: TempDir,
     daemons: Vec<Process>,
     etcd: Option<Etcd>,
+    /// Kernel features that are treated as missing (`TIDEGATE_LACKS`).
+    lacks: &'static str,
 }
 
 impl Mesh {
     /// `count` hosts with daemons, in no cluster yet.
     #[track_caller]
     fn new(count: u8) -> Self {
+        Self::lacking("", count)
+    }
+
+    #[track_caller]
+    fn lacking(lacks: &'static str, count: u8) -> Self {
         let hosts = Hosts::new(count);
         let directory = tempfile::tempdir().unwrap();
-        let mut mesh = Self { hosts, directory, daemons: Vec::new(), etcd: None };
+        let mut mesh = Self { hosts, directory, daemons: Vec::new(), etcd: None, lacks };
         for number in 0..count.into() {
             let daemon = mesh.start(number, &[]);
             mesh.daemons.push(daemon);
@@ -37,7 +46,14 @@ impl Mesh {
     /// `count` hosts that have joined, with an etcd member on each, and the network `front`.
     #[track_caller]
     fn joined(count: u8) -> Self {
-        let mut mesh = Self::new(count);
+        Self::new(count).all_joined()
+    }
+
+    /// Joins all hosts, with an etcd member on each, and creates `front`.
+    #[track_caller]
+    fn all_joined(mut self) -> Self {
+        let count = self.daemons.len() as u8;
+        let mesh = &mut self;
         let member = |number: usize| (mesh.hosts.hosts[number].clone(), Hosts::address(number));
         mesh.etcd = Some(Etcd::start((0..count.into()).map(member).collect()));
         for number in 0..count.into() {
@@ -47,7 +63,7 @@ impl Mesh {
         for number in 0..count.into() {
             mesh.until(number, &["network", "ls"], |text| text.contains("front"));
         }
-        mesh
+        self
     }
 
     /// Joins the first two hosts, with an etcd of one member beside them, and creates `front`.
@@ -73,6 +89,7 @@ impl Mesh {
         let mut command = self.hosts.hosts[number].command(env!("CARGO_BIN_EXE_tidegate"));
         let path = |name: &str| self.directory.path().join(format!("{name}{number}"));
         command.env("TIDEGATE_RUN_DIR", path("run")).env("TIDEGATE_SOCKET", path("socket"));
+        command.env("TIDEGATE_LACKS", self.lacks);
         command
     }
 
@@ -500,10 +517,19 @@ fn a_host_without_etcd_keeps_its_endpoints_and_a_compacted_history_is_listed_aga
     assert!(lost == 0, "{lost} of {sent}");
 }
 
-/// Datagrams that inject frames into the network of a container on another host.
+/// Datagrams that inject frames into the network of a container on another host, with the guard in
+/// nftables and in programs.
 #[test]
 fn forged_vxlan_packets_are_dropped() {
-    let mesh = Mesh::joined(2);
+    for lacks in ["", "mesh-rules"] {
+        let mesh = Mesh::lacking(lacks, 2).all_joined();
+        let has_rules = mesh.hosts.hosts[0].exec("nft", &["list", "tables"]).contains("mesh");
+        assert_eq!(has_rules, lacks.is_empty());
+        forged_vxlan_packets(&mesh);
+    }
+}
+
+fn forged_vxlan_packets(mesh: &Mesh) {
     let (a, at_a) = mesh.attach(0, "a", &[]);
     let (b, at_b) = mesh.attach(1, "b", &[]);
     assert!(reaches(&b, at_a));
@@ -574,7 +600,61 @@ fn forged_vxlan_packets_are_dropped() {
         flood(from, to, std::slice::from_ref(&good));
         assert_eq!(received(), 0, "{what}");
     }
+    // A container of other software, whose bridge is newer than the guard.
+    let (other, host) = (Namespace::new(), &mesh.hosts.hosts[0]);
+    host.ip_all(&format!(
+        "link add docker0 type bridge
+         addr add 172.17.0.1/16 dev docker0
+         link set docker0 up
+         link add other type veth peer name eth0 netns {}
+         link set other master docker0 up",
+        other.path().display()
+    ));
+    other.ip_all(
+        "addr add 172.17.0.2/16 dev eth0
+         addr add 192.0.2.2/32 dev lo
+         link set eth0 up
+         route add default via 172.17.0.1",
+    );
+    for setting in ["all", "docker0"] {
+        host.sysctl(&format!("net.ipv4.conf.{setting}.rp_filter"), "0");
+    }
+    assert!(eventually(SOON, || reaches(&other, [172, 17, 0, 1].into())));
+    for source in ["172.17.0.2:0", "192.0.2.2:0"] {
+        other.run(|| {
+            let socket = UdpSocket::bind(source).unwrap();
+            (0..EACH).for_each(|_| drop(socket.send_to(&good, "192.0.2.1:4789")));
+        });
+        assert_eq!(received(), 0, "a container of other software from {source}");
+    }
+    // All addresses at which the host receives, and in parts of eight bytes.
+    let outside = &mesh.hosts.switch;
+    outside.run(|| {
+        let socket = UdpSocket::bind("192.0.2.254:0").unwrap();
+        socket.set_broadcast(true).unwrap();
+        for to in ["192.0.2.255:4789", "255.255.255.255:4789", "224.0.0.1:4789"] {
+            (0..EACH).for_each(|_| drop(socket.send_to(&good, to)));
+        }
+    });
+    assert_eq!(received(), 0, "broadcast and multicast");
+    let (mac_host, link) = (mac(host), LinkSocket::sender(outside, "br0"));
+    let udp = [&[0xc0, 0, 0x12, 0xb5, 0, 8 + good.len() as u8, 0, 0][..], &good].concat();
+    let parts = |source: [u8; 4]| {
+        for (number, part) in udp.chunks(8).enumerate() {
+            let mut packet = ipv4(source.into(), [192, 0, 2, 1].into(), 17, part);
+            let more = u16::from((number + 1) * 8 < udp.len()) << 13;
+            packet[6..8].copy_from_slice(&(more | number as u16).to_be_bytes());
+            packet[10..12].fill(0);
+            let sum = checksum(&packet[..20]);
+            packet[10..12].copy_from_slice(&sum.to_be_bytes());
+            link.send(&ethernet(mac_host, [2, 0, 0, 0, 0, 1], 0x0800, &packet));
+        }
+    };
+    parts([192, 0, 2, 254]);
+    assert_eq!(received(), 0, "fragments");
     assert!(reaches(&b, at_a), "the network still works");
+    parts([192, 0, 2, 2]);
+    assert_eq!(received(), 1, "fragments with a forged address of the underlay");
 
     // A control: the same packet, sent by a host with the address of a VTEP, is delivered.
     mesh.hosts.switch.ip_all("addr add 192.0.2.2/32 dev br0");
@@ -600,6 +680,30 @@ fn forged_vxlan_packets_are_dropped() {
         }
     });
     assert_eq!(received(), 0, "frames of no endpoint");
+}
+
+/// The guard outlives the daemon, and goes with the membership.
+#[test]
+fn a_host_that_has_left_has_no_guard() {
+    for lacks in ["", "mesh-rules"] {
+        let mut mesh = Mesh::lacking(lacks, 1).all_joined();
+        let guards = |mesh: &Mesh| {
+            let host = &mesh.hosts.hosts[0];
+            let programs = host.run(|| tidegate_netfilter::count_programs(LOOPBACK_INDEX)).unwrap();
+            (host.exec("nft", &["list", "tables"]).contains("mesh"), programs)
+        };
+        let expected = if lacks.is_empty() { (true, 0) } else { (false, 2) };
+        assert_eq!(guards(&mesh), expected, "{lacks}");
+        mesh.daemons[0].signal(Signal::KILL);
+        mesh.daemons[0].wait(SOON);
+        assert_eq!(guards(&mesh), expected, "{lacks}: killed");
+        mesh.daemons[0] = mesh.start(0, &[]);
+        mesh.connected(0);
+        assert_eq!(guards(&mesh), expected, "{lacks}: restarted");
+        mesh.succeeds(0, &["network", "rm", "front"]);
+        mesh.succeeds(0, &["mesh", "leave"]);
+        assert_eq!(guards(&mesh), (false, 0), "{lacks}");
+    }
 }
 
 /// As with WireGuard between sites: a TUN device with an MTU of 1420 carries the packets.

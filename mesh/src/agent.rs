@@ -12,6 +12,7 @@
 //! Everything is level-triggered: the agent compares what it should have with what the view shows,
 //! whatever has happened in between.
 
+use crate::device::LinkChanges;
 use crate::key::PREFIX;
 use crate::liveness::{self, Hearing, INTERVAL, Liveness, Retention};
 use crate::membership::{self, Own, Refusal, registration};
@@ -478,6 +479,13 @@ impl Running {
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut checks = interval(CHECK);
         checks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut links = match self.programmer.link_changes() {
+            Ok(links) => links,
+            Err(error) => {
+                tracing::warn!(%error, "new links of the host are guarded after {} s", CHECK.as_secs());
+                None
+            }
+        };
         let mut buffer = [0; 64];
         loop {
             tokio::select! {
@@ -512,6 +520,7 @@ impl Running {
                     self.settle();
                 }
                 _ = checks.tick() => self.check().await,
+                () = changed(&mut links) => drop(self.programmer.follow_links().await),
             }
         }
         for task in self.tasks {
@@ -1006,6 +1015,14 @@ impl Running {
 fn now() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     since.map_or(0, |since| since.as_secs())
+}
+
+/// Waits for a change, if there are notifications.
+async fn changed(links: &mut Option<LinkChanges>) {
+    match links {
+        Some(links) => links.changed().await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Lists the cluster state and follows its changes, again after each failure.

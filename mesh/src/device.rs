@@ -7,21 +7,25 @@
 //! neighbour entries (`neigh_suppress`).
 
 use crate::overlay::{Change, Entries, changes};
-use futures_util::TryStreamExt;
+use futures_util::stream::BoxStream;
+use futures_util::{FutureExt, StreamExt, TryStreamExt};
 use rtnetlink::packet_core::ErrorMessage;
 use rtnetlink::packet_route::AddressFamily;
-use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
+use rtnetlink::packet_route::address::AddressAttribute;
+use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
 use rtnetlink::packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
-use rtnetlink::{Handle, LinkBridgePort, LinkUnspec, LinkVxlan};
+use rtnetlink::{Handle, LinkBridgePort, LinkUnspec, LinkVxlan, MulticastGroup};
 use rustix::io::Errno;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
+use std::time::Duration;
 use tidegate_model::MacAddress;
 use tidegate_netns::Namespace;
 use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until};
 
 /// UDP port of VXLAN (RFC 7348, 8.1).
 pub const PORT: u16 = 4789;
@@ -186,6 +190,49 @@ impl Links {
         Ok(removed)
     }
 
+    /// Returns the links on which the host receives packets: all but the devices of overlay
+    /// networks, bridge ports, and links whose packets go to the reader of a device.
+    ///
+    /// # Errors
+    /// Errors of the kernel.
+    pub async fn host_links(&self) -> io::Result<Vec<HostLink>> {
+        let mut links = self.handle.link().get().execute();
+        let mut all = Vec::new();
+        while let Some(message) = links.try_next().await.map_err(error)? {
+            all.push(Link::of(&message));
+        }
+        let bridges: BTreeSet<u32> =
+            all.iter().filter(|link| link.is_bridge).map(|link| link.index).collect();
+        let is_of_host = |link: &Link| {
+            let is_port = link.controller.is_some_and(|index| bridges.contains(&index));
+            let is_overlay = link.alias.as_ref().is_some_and(|alias| alias.starts_with(ALIAS));
+            !(is_port || is_overlay || link.is_tap)
+        };
+        let links = all.into_iter().filter(is_of_host);
+        let links = links.filter_map(|link| {
+            Some(HostLink { index: link.index, name: link.name?, is_bridge: link.is_bridge })
+        });
+        Ok(links.collect())
+    }
+
+    /// Returns the interface index of the link with `address`.
+    ///
+    /// # Errors
+    /// Errors of the kernel.
+    pub async fn holder(&self, address: IpAddr) -> io::Result<Option<u32>> {
+        let mut found = self.handle.address().get().set_address_filter(address).execute();
+        while let Some(message) = found.try_next().await.map_err(error)? {
+            let is_it = message.attributes.iter().any(|attribute| match attribute {
+                AddressAttribute::Local(ip) | AddressAttribute::Address(ip) => *ip == address,
+                _ => false,
+            });
+            if is_it {
+                return Ok(Some(message.header.index));
+            }
+        }
+        Ok(None)
+    }
+
     async fn find(&self, name: &str) -> io::Result<Option<Link>> {
         let mut found = self.handle.link().get().match_name(name.to_owned()).execute();
         match found.try_next().await.map_err(error) {
@@ -196,23 +243,95 @@ impl Links {
     }
 }
 
+/// A link on which the host receives packets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostLink {
+    /// Interface index.
+    pub index: u32,
+    /// Its name.
+    pub name: String,
+    /// Whether it is a bridge.
+    pub is_bridge: bool,
+}
+
+/// Notifications about the links of a namespace.
+pub struct LinkChanges {
+    messages: BoxStream<'static, ()>,
+    /// When the first notification that was not reported yet is due.
+    due: Option<Instant>,
+    task: JoinHandle<()>,
+}
+
+impl LinkChanges {
+    /// Time from a notification to its report. Changes come in groups.
+    const PAUSE: Duration = Duration::from_millis(20);
+
+    /// Subscribes in `namespace`, on the current runtime.
+    ///
+    /// # Errors
+    /// Errors of the kernel.
+    pub fn open(namespace: &Namespace) -> io::Result<Self> {
+        let open = || rtnetlink::new_multicast_connection(&[MulticastGroup::Link]);
+        let (task, _, messages) = crate::underlay::spawn(namespace, open)?;
+        Ok(Self { messages: messages.map(drop).boxed(), due: None, task })
+    }
+
+    /// Waits until links have changed. Dropping the future loses no change.
+    pub async fn changed(&mut self) {
+        let due = match self.due {
+            Some(due) => due,
+            None if self.messages.next().await.is_none() => return std::future::pending().await,
+            None => *self.due.insert(Instant::now() + Self::PAUSE),
+        };
+        sleep_until(due).await;
+        while let Some(Some(())) = self.messages.next().now_or_never() {}
+        self.due = None;
+    }
+}
+
+impl std::fmt::Debug for LinkChanges {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LinkChanges").field("due", &self.due).finish_non_exhaustive()
+    }
+}
+
+impl Drop for LinkChanges {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
 /// A link as the kernel reports it.
 struct Link {
     index: u32,
     name: Option<String>,
     alias: Option<String>,
     controller: Option<u32>,
+    is_bridge: bool,
+    /// A macvtap or ipvtap link: the reader of its device receives its packets, not the host.
+    is_tap: bool,
 }
 
 impl Link {
     fn of(message: &LinkMessage) -> Self {
-        let mut link =
-            Self { index: message.header.index, name: None, alias: None, controller: None };
+        let mut link = Self {
+            index: message.header.index,
+            name: None,
+            alias: None,
+            controller: None,
+            is_bridge: false,
+            is_tap: false,
+        };
         for attribute in &message.attributes {
             match attribute {
                 LinkAttribute::IfName(name) => link.name = Some(name.clone()),
                 LinkAttribute::IfAlias(alias) => link.alias = Some(alias.clone()),
                 LinkAttribute::Controller(index) => link.controller = Some(*index),
+                LinkAttribute::LinkInfo(info) => {
+                    let is = |kind| info.contains(&LinkInfo::Kind(kind));
+                    link.is_bridge = is(InfoKind::Bridge);
+                    link.is_tap = is(InfoKind::MacVtap) || is(InfoKind::Other("ipvtap".into()));
+                }
                 _ => {}
             }
         }

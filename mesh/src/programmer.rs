@@ -4,7 +4,7 @@
 //! Entries follow the view of the cluster ([`overlay`](crate::overlay)). A frame guard accepts a
 //! sender before the kernel sends to it, and until the kernel has stopped to.
 
-use crate::device::{Device, DeviceSpec, Links};
+use crate::device::{Device, DeviceSpec, HostLink, LinkChanges, Links};
 use crate::overlay::{Entries, changes, desired};
 use crate::view::View;
 use crate::vtep_guard::{VtepGuard, VtepPolicy};
@@ -14,6 +14,9 @@ use std::net::IpAddr;
 use tidegate_model::{MacAddress, registry};
 use tidegate_netfilter::FrameGuard;
 use tidegate_netns::Namespace;
+
+/// Key of what could not be programmed at the links of the host. No network has this name.
+const LINKS: &str = "*";
 
 /// An overlay network whose bridge exists on this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +38,8 @@ pub struct Programmer {
     namespace: Namespace,
     vtep: IpAddr,
     guard: VtepGuard,
+    /// The link with the VTEP, once it was looked up.
+    underlay: Option<HostLink>,
     networks: BTreeMap<String, Programmed>,
     /// What could not be programmed, by network.
     failures: BTreeMap<String, String>,
@@ -61,17 +66,19 @@ impl Programmer {
             io::Error::new(
                 error.kind(),
                 format!(
-                    "{what}: {error}; overlay networks need root, nftables (CONFIG_NF_TABLES) and eBPF (CONFIG_BPF_SYSCALL) for their guards"
+                    "{what}: {error}; overlay networks need root and eBPF (CONFIG_BPF_SYSCALL) for their guards, and nftables (CONFIG_NF_TABLES) before Linux 6.6"
                 ),
             )
         };
-        let guard = VtepGuard::open(namespace).map_err(|error| needs("guard of VXLAN", error))?;
+        let guard =
+            VtepGuard::open(namespace, vtep).map_err(|error| needs("guard of VXLAN", error))?;
         FrameGuard::new().map_err(|error| needs("guard of VXLAN frames", error))?;
         Ok(Self {
             links: Links::open(namespace)?,
             namespace: namespace.clone(),
             vtep,
             guard,
+            underlay: None,
             networks: BTreeMap::new(),
             failures: BTreeMap::new(),
             repairs: 0,
@@ -83,9 +90,15 @@ impl Programmer {
     pub async fn program(&mut self, networks: &[LocalNetwork], view: &View, own: &str) {
         let vteps = view.nodes.values().map(|node| node.vtep).chain([self.vtep]).collect();
         let vnis = networks.iter().map(|network| network.vni).collect();
-        self.failures.clear();
-        if let Err(error) = self.guard.apply(&VtepPolicy { vteps, vnis }) {
+        self.failures.retain(|key, _| key == LINKS);
+        if self.underlay.is_none() {
+            self.follow_links().await;
+        }
+        let policy = VtepPolicy { vteps, vnis, underlay: self.underlay.clone() };
+        if let Err(error) = self.guard.apply(&policy) {
             self.failures.insert(String::new(), format!("guard of VXLAN: {error}"));
+        }
+        if !self.failures.is_empty() {
             // Without the guard, no device is added.
             return;
         }
@@ -144,11 +157,38 @@ impl Programmer {
         Ok(())
     }
 
+    /// Adapts the guard to the links of the host. Returns the number of links that had lost it.
+    pub async fn follow_links(&mut self) -> usize {
+        let (links, holder) =
+            match (self.links.host_links().await, self.links.holder(self.vtep).await) {
+                (Ok(links), Ok(holder)) => (links, holder),
+                (Err(error), _) | (_, Err(error)) => {
+                    self.failures.insert(LINKS.into(), format!("guard of VXLAN: links: {error}"));
+                    return 0;
+                }
+            };
+        self.underlay = links.iter().find(|link| Some(link.index) == holder).cloned();
+        match self.guard.follow(&links) {
+            Ok(lost) => {
+                self.failures.remove(LINKS);
+                lost
+            }
+            Err(error) => {
+                self.failures.insert(LINKS.into(), format!("guard of VXLAN: {error}"));
+                0
+            }
+        }
+    }
+
     /// Compares the kernel with what was programmed, and restores what other software has changed.
     /// Networks that have to be programmed again are left to the next [`program`](Self::program).
     /// Returns descriptions of what was restored.
     pub async fn repair(&mut self) -> Vec<String> {
         let mut restored = Vec::new();
+        let lost = self.follow_links().await;
+        if lost > 0 {
+            restored.push(format!("guards of VXLAN at {lost} links"));
+        }
         match self.guard.repair() {
             Ok(true) => restored.push("rules that guard VXLAN".to_owned()),
             Ok(false) => {}
@@ -207,6 +247,15 @@ impl Programmer {
     pub async fn sweep(&self, networks: &[LocalNetwork]) -> io::Result<Vec<String>> {
         let kept = networks.iter().map(|network| registry::vxlan_name(network.vni)).collect();
         self.links.sweep(&kept).await
+    }
+
+    /// Notifications after which [`follow_links`](Self::follow_links) is due. `None` if it never
+    /// is.
+    ///
+    /// # Errors
+    /// Errors of the kernel.
+    pub fn link_changes(&self) -> io::Result<Option<LinkChanges>> {
+        self.guard.follows_links().then(|| LinkChanges::open(&self.namespace)).transpose()
     }
 
     /// What could not be programmed.

@@ -40,14 +40,24 @@ pub enum UnderlayError {
 /// Opens an rtnetlink socket in `namespace`, on the current runtime. The task ends it when it is
 /// aborted.
 pub(crate) fn connect(namespace: &Namespace) -> io::Result<(rtnetlink::Handle, JoinHandle<()>)> {
+    let (task, handle, _) = spawn(namespace, rtnetlink::new_connection)?;
+    Ok((handle, task))
+}
+
+/// Opens an rtnetlink socket in `namespace` by `open`, on the current runtime. Returns its task, and
+/// what `open` has returned beside it.
+pub(crate) fn spawn<C: Future<Output = ()> + Send + 'static, H: Send, M: Send>(
+    namespace: &Namespace,
+    open: impl FnOnce() -> io::Result<(C, H, M)> + Send,
+) -> io::Result<(JoinHandle<()>, H, M)> {
     // The socket is registered with the runtime, possibly from another thread.
     let runtime = Runtime::current();
     let open = || {
         let _runtime = runtime.enter();
-        rtnetlink::new_connection()
+        open()
     };
-    let (connection, handle, _) = namespace.with(open)??;
-    Ok((handle, tokio::spawn(connection)))
+    let (connection, handle, messages) = namespace.with(open)??;
+    Ok((tokio::spawn(connection), handle, messages))
 }
 
 /// Reads the underlay of the host with `address` in `namespace`.

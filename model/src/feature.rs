@@ -46,11 +46,13 @@ pub enum Feature {
     /// nftables in the namespaces of containers, to redirect DNS; otherwise DNS is served on port
     /// 53 directly.
     DnsRedirect,
+    /// The guard of VXLAN in nftables, independent of the kernel version; otherwise BPF programs.
+    MeshRules,
 }
 
 impl Feature {
     /// All features.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Tun,
         Self::OwnedTables,
         Self::Gates,
@@ -65,6 +67,7 @@ impl Feature {
         Self::Uso,
         Self::UdpGso,
         Self::DnsRedirect,
+        Self::MeshRules,
     ];
 
     /// The name of the feature in [`LACKS`].
@@ -85,6 +88,7 @@ impl Feature {
             Self::Uso => "uso",
             Self::UdpGso => "udp-gso",
             Self::DnsRedirect => "dns-redirect",
+            Self::MeshRules => "mesh-rules",
         }
     }
 
@@ -101,7 +105,12 @@ impl Feature {
     const fn depends_on_version(self) -> bool {
         !matches!(
             self,
-            Self::Tun | Self::Clsact | Self::BpfGuards | Self::NetdevGuards | Self::ClassicGuards
+            Self::Tun
+                | Self::Clsact
+                | Self::BpfGuards
+                | Self::NetdevGuards
+                | Self::ClassicGuards
+                | Self::MeshRules
         )
     }
 }

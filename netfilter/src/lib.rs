@@ -27,6 +27,7 @@ mod identity;
 mod source_guard;
 mod table;
 mod text;
+mod vxlan_guard;
 mod wire;
 
 pub use connection::{Change, Connection, Error, Listed, ListedRule, TableFamily};
@@ -45,3 +46,4 @@ pub use source_guard::SourceGuard;
 pub use table::{
     Action, Base, Chain, Element, Field, Hook, Key, Kind, Match, Rule, Set, Table, Transport, Value,
 };
+pub use vxlan_guard::{VxlanFact, VxlanGuard};

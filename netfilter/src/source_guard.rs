@@ -16,51 +16,26 @@
 //! | source in a prefix | drop |
 //! | anything else | pass |
 //!
-//! A link that moves to another namespace keeps its programs. The program therefore drops packets
-//! only at the links in a set, from which [`SourceGuard::retain`] removes those that have left.
-//!
-//! Programs need tcx (Linux 6.6), because a `clsact` qdisc on a link of other software could not be
-//! removed safely.
+//! They follow the links of the host ([`ForeignLinks`]).
 
 use crate::bpf::assembly::{Assembly, EXIT, GO, add, call, copy, map, set};
-use crate::bpf::{
-    Direction, HashSet, Instruction, PrefixSet, Program, detach_stale, detach_tcx, empty_last_map,
-    field, tcx_programs, verdict,
-};
+use crate::bpf::foreign::ForeignLinks;
+use crate::bpf::{Direction, Instruction, PrefixSet, field, verdict};
 use ipnet::IpNet;
 use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use tidegate_model::{Feature, LOOPBACK_INDEX, registry};
-
-/// Start of the name of a program, before the hash of its owner.
-const PREFIX: &str = "tg_src_";
 
 /// Maximum number of prefixes per family.
 const CAPACITY: u32 = 4_096;
 
-/// Maximum number of links.
-const LINKS: u32 = 65_536;
-
 /// The source guards of one owner.
 #[derive(Debug)]
 pub struct SourceGuard {
-    name: String,
-    program: Program,
+    links: ForeignLinks,
     /// IPv4, IPv6.
     prefixes: [PrefixSet; 2],
-    /// Interface indexes of the links at which packets are dropped.
-    links: HashSet,
-    state: Mutex<State>,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    refused: BTreeSet<IpNet>,
-    /// The content of the set.
-    attached: BTreeSet<u32>,
-    /// Programs of previous processes drop nothing any longer.
-    replaced: bool,
+    refused: Mutex<BTreeSet<IpNet>>,
 }
 
 impl SourceGuard {
@@ -71,18 +46,13 @@ impl SourceGuard {
     /// `EPERM` without CAP_BPF and CAP_NET_ADMIN in the initial user namespace; `EINVAL` before
     /// Linux 6.6.
     pub fn new(owner: &str, namespace: u64) -> io::Result<Self> {
-        if Feature::Tcx.is_forced_off() || Feature::BpfGuards.is_forced_off() {
-            return Err(io::ErrorKind::Unsupported.into());
-        }
-        tcx_programs(LOOPBACK_INDEX, Direction::Ingress)?;
         let prefixes =
             [PrefixSet::new("tg_src_v4", 4, CAPACITY)?, PrefixSet::new("tg_src_v6", 16, CAPACITY)?];
-        let hash = registry::folded_hash(format!("{owner} {namespace}").as_bytes()) as u32;
-        let name = format!("{PREFIX}{hash:08x}");
-        let links = HashSet::new("tg_src_links", 4, LINKS)?;
-        let code = program(prefixes[0].descriptor(), prefixes[1].descriptor(), links.descriptor());
-        let program = Program::load(&name, &code)?;
-        Ok(Self { name, program, prefixes, links, state: Mutex::default() })
+        let links = ForeignLinks::load(owner, namespace, |links| {
+            let [v4, v6] = prefixes.each_ref().map(PrefixSet::descriptor);
+            vec![("tg_src_", Direction::Ingress, program(v4, v6, links.descriptor()))]
+        })?;
+        Ok(Self { links, prefixes, refused: Mutex::default() })
     }
 
     /// Drops packets with a source in `net`.
@@ -91,7 +61,7 @@ impl SourceGuard {
     /// `ENOSPC` if there are too many prefixes.
     pub fn refuse(&self, net: IpNet) -> io::Result<()> {
         self.prefixes[usize::from(net.addr().is_ipv6())].insert(&octets(net), net.prefix_len())?;
-        self.state().refused.insert(net.trunc());
+        self.refused().insert(net.trunc());
         Ok(())
     }
 
@@ -101,13 +71,13 @@ impl SourceGuard {
     /// Errors of the kernel. A missing prefix is not an error.
     pub fn permit(&self, net: IpNet) -> io::Result<()> {
         self.prefixes[usize::from(net.addr().is_ipv6())].remove(&octets(net), net.prefix_len())?;
-        self.state().refused.remove(&net.trunc());
+        self.refused().remove(&net.trunc());
         Ok(())
     }
 
     /// Returns whether packets with a source in `net` are dropped.
     pub fn refuses(&self, net: IpNet) -> bool {
-        self.state().refused.contains(&net.trunc())
+        self.refused().contains(&net.trunc())
     }
 
     /// Attaches the guard to the link with interface index `index` in the calling thread's network
@@ -116,10 +86,7 @@ impl SourceGuard {
     /// # Errors
     /// `ENODEV` if the link does not exist.
     pub fn attach(&self, index: u32) -> io::Result<()> {
-        self.links.insert(&index.to_ne_bytes())?;
-        self.state().attached.insert(index);
-        self.program.attach_tcx(index, Direction::Ingress)?;
-        detach_stale(index, Direction::Ingress, &self.name, self.program.id)
+        self.links.attach(index)
     }
 
     /// Returns whether this guard is attached to the link with interface index `index` in the
@@ -128,8 +95,7 @@ impl SourceGuard {
     /// # Errors
     /// `ENODEV` if the link does not exist.
     pub fn is_attached(&self, index: u32) -> io::Result<bool> {
-        Ok(self.state().attached.contains(&index)
-            && tcx_programs(index, Direction::Ingress)?.contains(&self.program.id))
+        self.links.is_attached(index)
     }
 
     /// Makes the guards at links that are not in `present`, the interface indexes of the links of
@@ -139,16 +105,7 @@ impl SourceGuard {
     /// # Errors
     /// Errors of the kernel.
     pub fn retain(&self, present: &BTreeSet<u32>) -> io::Result<()> {
-        let mut state = self.state();
-        for index in state.attached.difference(present) {
-            self.links.remove(&index.to_ne_bytes())?;
-        }
-        state.attached.retain(|index| present.contains(index));
-        if !state.replaced && !state.attached.is_empty() {
-            empty_last_map(&self.name, self.program.id)?;
-            state.replaced = true;
-        }
-        Ok(())
+        self.links.retain(present)
     }
 
     /// Detaches the guard, and that of a previous process.
@@ -156,17 +113,11 @@ impl SourceGuard {
     /// # Errors
     /// `ENODEV` if the link does not exist.
     pub fn detach(&self, index: u32) -> io::Result<()> {
-        self.links.remove(&index.to_ne_bytes())?;
-        self.state().attached.remove(&index);
-        detach_stale(index, Direction::Ingress, &self.name, self.program.id)?;
-        match detach_tcx(index, Direction::Ingress, self.program.id) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            detached => detached,
-        }
+        self.links.detach(index)
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn refused(&self) -> MutexGuard<'_, BTreeSet<IpNet>> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -289,6 +240,7 @@ fn program(v4: i32, v6: i32, links: i32) -> Vec<Instruction> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tidegate_model::LOOPBACK_INDEX;
 
     fn frame(ethertype: u16, source: &str) -> Vec<u8> {
         let mut frame = vec![0xff; 6];
@@ -312,8 +264,8 @@ mod tests {
     fn ebpf_drops_sources_of_the_prefixes_only() {
         let guard = SourceGuard::new("test", 1).unwrap();
         // The link of the test runs.
-        guard.links.insert(&LOOPBACK_INDEX.to_ne_bytes()).unwrap();
-        let passes = |frame: &[u8]| guard.program.test_run(frame, 1).unwrap().0 == verdict::NEXT;
+        guard.links.set().insert(&LOOPBACK_INDEX.to_ne_bytes()).unwrap();
+        let passes = |frame: &[u8]| guard.links.test_run(0, frame) == verdict::NEXT;
         let (v4, v6) = (frame(0x0800, "10.9.0.7"), frame(0x86dd, "fd09::7"));
         assert!(passes(&v4) && passes(&v6), "no prefixes");
         let [net4, net6]: [IpNet; 2] = ["10.9.0.0/24", "fd09::/64"].map(|net| net.parse().unwrap());
@@ -349,9 +301,9 @@ mod tests {
             tagged[14..16].copy_from_slice(&[priority, id]);
             assert_eq!(passes(&tagged), pass, "{ethertype:x} {priority} {id}");
         }
-        guard.links.remove(&LOOPBACK_INDEX.to_ne_bytes()).unwrap();
+        guard.links.set().remove(&LOOPBACK_INDEX.to_ne_bytes()).unwrap();
         assert!(passes(&v4) && passes(&v6), "a link that has left");
-        guard.links.insert(&LOOPBACK_INDEX.to_ne_bytes()).unwrap();
+        guard.links.set().insert(&LOOPBACK_INDEX.to_ne_bytes()).unwrap();
         guard.permit(net4).unwrap();
         guard.permit(net4).unwrap();
         assert!(passes(&v4) && !passes(&v6) && !guard.refuses(net4));
@@ -359,7 +311,7 @@ mod tests {
         // owner with the same name, in another namespace, does not.
         for (namespace, pass) in [(2, false), (1, true)] {
             let other = SourceGuard::new("test", namespace).unwrap();
-            other.state().attached.insert(5);
+            other.links.pretend(5);
             other.retain(&BTreeSet::from([5])).unwrap();
             assert_eq!(passes(&v6), pass, "namespace {namespace}");
         }

@@ -15,23 +15,25 @@ use super::initial::host_id;
 use super::names::dns_name;
 use crate::api::{Problem, Reserved};
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
+use std::{fs, io};
 use tidegate_api::types::{HostState, Mesh as MeshReport, MeshHost, MeshProblem};
 use tidegate_control::{
     AttachSpec, Command, EtcdAccess, Membership, Name, NetworkAttachment, NetworkSpec, State,
 };
 use tidegate_dns::{EndpointSpec, Resolver};
 use tidegate_mesh::agent::{Agent, Cluster, MeshError, Names, Options, StoreState};
-use tidegate_mesh::device::overhead;
+use tidegate_mesh::device::{Links, overhead};
 use tidegate_mesh::membership::{Own, Refusal, free_addresses, obstacle, unused_vni};
 use tidegate_mesh::programmer::LocalNetwork;
 use tidegate_mesh::record::{Endpoint, EndpointKey, EndpointState, Network, Node, Subnet};
 use tidegate_mesh::store::Connect;
 use tidegate_mesh::underlay::underlay;
+use tidegate_mesh::vtep_guard;
 use tidegate_model::registry::fnv1a;
+use tidegate_netns::Namespace;
 use tidegate_netsetup::{Observed, Overlay};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
@@ -354,8 +356,8 @@ impl Instance {
         self.local_command(&Command::Leave, Reserved::new()).await?;
         self.member = Member::No;
         self.mesh_reports.send_replace(None);
-        if let Err(error) = tidegate_mesh::vtep_guard::remove_stale(&self.host) {
-            tracing::warn!(%error, "rules that guard VXLAN not removed");
+        if let Err(error) = remove_stale_guard(&self.host).await {
+            tracing::warn!(%error, "guard of VXLAN not removed");
         }
         tracing::info!("left the cluster");
         Ok(())
@@ -725,6 +727,12 @@ impl Instance {
         }
         Ok(executed?)
     }
+}
+
+/// Removes the guard of an agent that has ended.
+async fn remove_stale_guard(host: &Namespace) -> io::Result<()> {
+    let links = Links::open(host)?.host_links().await?;
+    vtep_guard::remove_stale(host, &links)
 }
 
 /// The network of this host for `network` of the cluster.

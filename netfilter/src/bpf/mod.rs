@@ -9,6 +9,7 @@
 
 pub(crate) mod assembly;
 pub(crate) mod clsact;
+pub(crate) mod foreign;
 
 use clsact::{Attached, Clsact, Code};
 use rustix::io::Errno;
