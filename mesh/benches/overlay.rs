@@ -4,10 +4,11 @@
 //! |---|---|
 //! | endpoint appears, disappears | from the request until the last host has programmed it |
 //! | joining host | from the start of its agent until 1,000 endpoints are programmed |
-//! | throughput | iperf3 between containers, and between their hosts, in alternating rounds |
+//! | throughput | iperf3 between containers, and between their hosts, in alternating rounds: with the links of veth pairs, which carry 64 KiB at once and are limited by the processor only, and with limited links |
 //! | address reuse | packets that reach the previous owner of an address, over 100,000 moves |
 //!
-//! `cargo bench -p tidegate-mesh --features etcd --bench overlay [-- --rounds N --steps N]`
+//! `cargo bench -p tidegate-mesh --features etcd --bench overlay [-- --rounds N --steps N
+//! --only appearance|joining|throughput|reuse]`
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -20,13 +21,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tidegate_mesh::agent::{Agent, Names, Options};
-use tidegate_mesh::device::{DeviceSpec, Links};
+use tidegate_mesh::device::{Device, DeviceSpec, Links};
 use tidegate_mesh::membership::Own;
 use tidegate_mesh::overlay::Entries;
 use tidegate_mesh::programmer::LocalNetwork;
 use tidegate_mesh::record::{Endpoint, EndpointState, Network, Node, Subnet};
 use tidegate_mesh::store::EtcdOptions;
+use tidegate_mesh::vtep_guard::{VtepGuard, VtepPolicy};
 use tidegate_model::MacAddress;
+use tidegate_netfilter::FrameGuard;
 use tidegate_testbed::hosts::Etcd;
 use tidegate_testbed::{Namespace, Process, eventually};
 
@@ -178,23 +181,35 @@ fn iperf(from: &Namespace, to: &str) -> f64 {
     report["end"]["sum_received"]["bits_per_second"].as_f64().unwrap_or_default() / 1e9
 }
 
-async fn two_hosts(
-    hosts: &Hosts,
-    containers: &[u8; 2],
-) -> Vec<(Links, tidegate_mesh::device::Device)> {
-    let mut devices = Vec::new();
+/// An overlay network on two hosts, with its guards.
+struct Overlay {
+    _links: Links,
+    _device: Device,
+    _frames: FrameGuard,
+    _vtep: VtepGuard,
+}
+
+async fn two_hosts(hosts: &Hosts, containers: &[u8; 2]) -> Vec<Overlay> {
+    let mut overlays = Vec::new();
     for number in 0..2 {
         let namespace = tidegate_netns::Namespace::from_path(&hosts.hosts[number].path()).unwrap();
         let links = Links::open(&namespace).unwrap();
-        let device = links.ensure(&spec(number), |_| Ok(())).await.unwrap();
         let (other, id) = (1 - number, containers[1 - number]);
+        let frames = FrameGuard::new().unwrap();
+        frames.allow(mac(id), [10, 9, 0, id].into()).unwrap();
+        let attach = |index| namespace.with(|| frames.attach(index))?;
+        let device = links.ensure(&spec(number), attach).await.unwrap();
+        let mut guard = VtepGuard::open(&namespace, vtep(number, false)).unwrap();
+        let vteps = (0..2).map(|number| vtep(number, false)).collect();
+        let policy = VtepPolicy { vteps, vnis: [VNI].into(), underlay: None };
+        guard.apply(&policy).unwrap();
         let mut entries = Entries::default();
         entries.stations.insert(mac(id), vtep(other, false));
         entries.neighbours.insert([10, 9, 0, id].into(), mac(id));
         device.reconcile(&entries).await.unwrap();
-        devices.push((links, device));
+        overlays.push(Overlay { _links: links, _device: device, _frames: frames, _vtep: guard });
     }
-    devices
+    overlays
 }
 
 fn spec(number: usize) -> DeviceSpec {
@@ -214,28 +229,39 @@ fn throughput(rounds: u16) {
         container.ip(&["link", "set", "eth0", "mtu", "1450"]);
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let _devices = runtime.block_on(two_hosts(&hosts, &[7, 8]));
+    let _overlays = runtime.block_on(two_hosts(&hosts, &[7, 8]));
     let serve = |namespace: &Namespace| {
         let server = Process::spawn(namespace.command("iperf3").args(["-s", "--forceflush"]));
         server.wait_for_line("Server listening", SOON);
         server
     };
     let _servers = [serve(&hosts.hosts[1]), serve(&b)];
-    let (mut under, mut over) = (Vec::new(), Vec::new());
-    for _ in 0..rounds {
-        under.push(iperf(&hosts.hosts[0], "192.0.2.2"));
-        over.push(iperf(&a, "10.9.0.8"));
-    }
     let spread = |values: &mut Vec<f64>| {
         values.sort_by(f64::total_cmp);
         (values[values.len() / 2], values[0], values[values.len() - 1])
     };
-    let ((under, a, b), (over, c, d)) = (spread(&mut under), spread(&mut over));
-    println!(
-        "{:32} overlay {over:.2} Gbit/s ({c:.2} to {d:.2}), underlay {under:.2} ({a:.2} to {b:.2}): {:.2}x",
-        "throughput, iperf3",
-        over / under
-    );
+    for limit in ["", "5gbit", "1gbit"] {
+        if !limit.is_empty() {
+            for host in &hosts.hosts {
+                let tbf = ["root", "tbf", "rate", limit, "burst", "512kb", "latency", "20ms"];
+                host.exec("tc", &[&["qdisc", "replace", "dev", "eth0"][..], &tbf].concat());
+            }
+        }
+        let (mut under, mut over) = (Vec::new(), Vec::new());
+        for _ in 0..rounds {
+            under.push(iperf(&hosts.hosts[0], "192.0.2.2"));
+            over.push(iperf(&a, "10.9.0.8"));
+        }
+        let ((under, a, b), (over, c, d)) = (spread(&mut under), spread(&mut over));
+        println!(
+            "{:32} overlay {over:.2} Gbit/s ({c:.2} to {d:.2}), underlay {under:.2} ({a:.2} to {b:.2}): {:.3}x",
+            format!(
+                "throughput, iperf3, link {}",
+                if limit.is_empty() { "unlimited" } else { limit }
+            ),
+            over / under
+        );
+    }
 }
 
 /// An address with its MAC address moves between two hosts, while a third one sends to it.
@@ -334,8 +360,19 @@ fn main() {
         at.and_then(|at| arguments.get(at + 1)?.parse().ok()).unwrap_or(usual)
     };
     let rounds = value("--rounds", 5) as u16;
-    appearance(rounds * 60);
-    joining(rounds);
-    throughput(rounds);
-    reuse(value("--steps", 100_000));
+    let only = arguments.iter().position(|one| one == "--only");
+    let only = only.map(|at| arguments.get(at + 1).map(String::as_str).unwrap_or_default());
+    let wants = |row| only.is_none_or(|only| only == row);
+    if wants("appearance") {
+        appearance(rounds * 60);
+    }
+    if wants("joining") {
+        joining(rounds);
+    }
+    if wants("throughput") {
+        throughput(rounds);
+    }
+    if wants("reuse") {
+        reuse(value("--steps", 100_000));
+    }
 }

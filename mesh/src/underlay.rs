@@ -44,8 +44,8 @@ pub(crate) fn connect(namespace: &Namespace) -> io::Result<(rtnetlink::Handle, J
     Ok((handle, task))
 }
 
-/// Opens an rtnetlink socket in `namespace` by `open`, on the current runtime. Returns its task, and
-/// what `open` has returned beside it.
+/// Opens an rtnetlink socket in `namespace` by `open`, on the current runtime. Returns its task,
+/// and what `open` has returned beside it.
 pub(crate) fn spawn<C: Future<Output = ()> + Send + 'static, H: Send, M: Send>(
     namespace: &Namespace,
     open: impl FnOnce() -> io::Result<(C, H, M)> + Send,

@@ -138,7 +138,8 @@ impl VtepGuard {
     }
 }
 
-/// Removes the guard of a previous process in `namespace`, whose links are `links`, if there is one.
+/// Removes the guard of a previous process in `namespace`, whose links are `links`, if there is
+/// one.
 ///
 /// # Errors
 /// Errors of the kernel.

@@ -1,5 +1,5 @@
-//! Packets without an ingress interface that the host has not sent of its own accord. They look like
-//! packets of the host, which may connect to containers.
+//! Packets without an ingress interface that the host has not sent of its own accord. They look
+//! like packets of the host, which may connect to containers.
 
 use super::scene::Scene;
 use super::spoofing::{link_layer_address, mac_of};
@@ -125,8 +125,8 @@ fn connections_of_synproxy_reach_no_container() {
     }
 }
 
-/// With `accept_source_route`, the kernel answers along the reversed source route of a packet, whose
-/// first hop is a container.
+/// With `accept_source_route`, the kernel answers along the reversed source route of a packet,
+/// whose first hop is a container.
 #[test]
 fn answers_along_source_routes_reach_no_container() {
     for firewall in ["nftables", "iptables", "none"] {

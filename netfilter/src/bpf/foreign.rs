@@ -154,8 +154,8 @@ impl ForeignLinks {
     }
 
     /// Detaches the program of `owner` with a name that starts with `prefix` from the link with
-    /// interface index `index` in the calling thread's network namespace. Succeeds before Linux 6.6,
-    /// where there are none.
+    /// interface index `index` in the calling thread's network namespace. Succeeds before Linux
+    /// 6.6, where there are none.
     ///
     /// # Errors
     /// `ENODEV` if the link does not exist.
