@@ -1,17 +1,23 @@
-//! The mesh: networks that span hosts. Under construction: the cluster state, and the devices of
-//! overlay networks.
+//! The mesh: networks that span hosts.
 //!
 //! | module | contents |
 //! |---|---|
 //! | [`store`] | the key-value store that the hosts share |
 //! | [`key`], [`record`] | its keys and values |
 //! | [`view`] | the cluster as one host knows it |
+//! | [`membership`] | what a host writes to the store |
+//! | [`agent`] | the tasks of a host: follows the store, keeps its records, programs the kernel |
+//! | [`liveness`] | heartbeats: which hosts are heard |
 //! | [`overlay`] | what a host has to program for an overlay network |
-//! | [`device`] | the VXLAN device of a network, and its entries in the kernel |
+//! | [`programmer`], [`device`] | the VXLAN devices of the networks, and their entries in the kernel |
+//! | [`vtep_guard`] | who may send VXLAN packets |
+//! | [`underlay`] | the network between the hosts |
+//! | [`balance`] | which endpoint of a service gets a connection. Not used yet |
 
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod balance;
 pub mod device;
 pub mod key;
 pub mod liveness;

@@ -42,7 +42,7 @@ pub use guard::{
     BridgeGuard, BridgePolicy, Dropped, Mechanism, PortGuards, PortPolicy, SpoofReason,
 };
 pub use identity::TableIdentity;
-pub use source_guard::SourceGuard;
+pub use source_guard::{OwnAddresses, SourceGuard};
 pub use table::{
     Action, Base, Chain, Element, Field, Hook, Key, Kind, Match, Rule, Set, Table, Transport, Value,
 };

@@ -8,26 +8,35 @@
 //!
 //! | packet | verdict |
 //! |---|---|
-//! | unicast to another MAC address | pass: the host does not process it, a macvlan or a bridge may |
+//! | unicast to another MAC address than those of the host's bridges and links | pass: the host does not process it, a macvlan or a bridge may |
 //! | VLAN tag with an ID | pass: it is for a VLAN device, which has a guard of its own |
 //! | VLAN tag with ID 0 (a priority) | as without the tag, which the kernel ignores |
 //! | a further VLAN tag after one with ID 0 | drop; with an ID: pass |
 //! | multicast neighbour solicitation or advertisement | pass: a macvlan needs it, and the host answers at the same link only |
 //! | source in a prefix | drop |
+//! | IPv6 source that is an address of the host, a link-local one at the link that has it | drop: a reply would go to a socket of the host, through `lo`. The kernel checks this for IPv4 only (`fib_validate_source`) |
 //! | anything else | pass |
 //!
 //! They follow the links of the host ([`ForeignLinks`]).
 
 use crate::bpf::assembly::{Assembly, EXIT, GO, add, call, copy, map, set};
 use crate::bpf::foreign::ForeignLinks;
-use crate::bpf::{Direction, Instruction, PrefixSet, field, verdict};
+use crate::bpf::{Direction, HashSet, Instruction, PrefixSet, field, verdict};
 use ipnet::IpNet;
 use std::collections::BTreeSet;
 use std::io;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use tidegate_model::MacAddress;
 
-/// Maximum number of prefixes per family.
-const CAPACITY: u32 = 4_096;
+/// Maximum number of prefixes per family, and of own addresses.
+const CAPACITY: u32 = 16_384;
+
+/// Length of the keys for own link-local addresses: interface index, address.
+const LINK_LOCAL_KEY: usize = 20;
+
+/// Length of the keys for MAC addresses, padded with zeros.
+const STATION_KEY: usize = 8;
 
 /// The source guards of one owner.
 #[derive(Debug)]
@@ -36,6 +45,19 @@ pub struct SourceGuard {
     /// IPv4, IPv6.
     prefixes: [PrefixSet; 2],
     refused: Mutex<BTreeSet<IpNet>>,
+    link_locals: HashSet,
+    stations: HashSet,
+    own: Mutex<OwnAddresses>,
+}
+
+/// What the host is known by.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OwnAddresses {
+    /// MAC addresses of bridges of other software, and of their ports.
+    pub stations: BTreeSet<MacAddress>,
+    /// IPv6 addresses of the host with the interface indexes of their links, including those of
+    /// subnet-router anycast.
+    pub v6: BTreeSet<(u32, Ipv6Addr)>,
 }
 
 impl SourceGuard {
@@ -48,11 +70,55 @@ impl SourceGuard {
     pub fn new(owner: &str, namespace: u64) -> io::Result<Self> {
         let prefixes =
             [PrefixSet::new("tg_src_v4", 4, CAPACITY)?, PrefixSet::new("tg_src_v6", 16, CAPACITY)?];
+        let link_locals = HashSet::new("tg_src_local", LINK_LOCAL_KEY as u32, CAPACITY)?;
+        let stations = HashSet::new("tg_src_macs", STATION_KEY as u32, CAPACITY)?;
         let links = ForeignLinks::load(owner, namespace, |links| {
             let [v4, v6] = prefixes.each_ref().map(PrefixSet::descriptor);
-            vec![("tg_src_", Direction::Ingress, program(v4, v6, links.descriptor()))]
+            let [locals, stations, links] =
+                [&link_locals, &stations, links].map(HashSet::descriptor);
+            vec![(
+                "tg_src_",
+                Direction::Ingress,
+                program(&Maps { v4, v6, locals, stations, links }),
+            )]
         })?;
-        Ok(Self { links, prefixes, refused: Mutex::default() })
+        let (refused, own) = Default::default();
+        Ok(Self { links, prefixes, refused, link_locals, stations, own })
+    }
+
+    /// Replaces the addresses of the host. New ones are added before old ones are removed.
+    ///
+    /// # Errors
+    /// `E2BIG` or `ENOSPC` if there are too many.
+    pub fn set_own(&self, own: &OwnAddresses) -> io::Result<()> {
+        let mut known = self.own.lock().unwrap_or_else(PoisonError::into_inner);
+        if *known == *own {
+            return Ok(());
+        }
+        for mac in own.stations.difference(&known.stations) {
+            self.stations.insert(&station(*mac))?;
+        }
+        for (link, ip) in own.v6.difference(&known.v6) {
+            match ip.is_unicast_link_local() {
+                true => self.link_locals.insert(&link_local(*link, *ip))?,
+                false => self.prefixes[1].insert(&ip.octets(), 128)?,
+            }
+        }
+        for mac in known.stations.difference(&own.stations) {
+            self.stations.remove(&station(*mac))?;
+        }
+        for (link, ip) in known.v6.difference(&own.v6) {
+            // The same address may be at another link, and a network may consist of it.
+            let is_needed = own.v6.iter().any(|(_, other)| other == ip)
+                || self.refuses(IpNet::from(IpAddr::V6(*ip)));
+            match ip.is_unicast_link_local() {
+                true => self.link_locals.remove(&link_local(*link, *ip))?,
+                false if is_needed => {}
+                false => self.prefixes[1].remove(&ip.octets(), 128)?,
+            }
+        }
+        known.clone_from(own);
+        Ok(())
     }
 
     /// Drops packets with a source in `net`.
@@ -121,15 +187,37 @@ impl SourceGuard {
     }
 }
 
+fn station(mac: MacAddress) -> [u8; STATION_KEY] {
+    let mut key = [0; STATION_KEY];
+    key[..6].copy_from_slice(&mac.0);
+    key
+}
+
+fn link_local(link: u32, ip: Ipv6Addr) -> [u8; LINK_LOCAL_KEY] {
+    let mut key = [0; LINK_LOCAL_KEY];
+    key[..4].copy_from_slice(&link.to_ne_bytes());
+    key[4..].copy_from_slice(&ip.octets());
+    key
+}
+
 fn octets(net: IpNet) -> Vec<u8> {
     match net.network() {
-        std::net::IpAddr::V4(ip) => ip.octets().to_vec(),
-        std::net::IpAddr::V6(ip) => ip.octets().to_vec(),
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
     }
 }
 
+/// Descriptors of the maps. The program uses `links` last ([`ForeignLinks`]).
+struct Maps {
+    v4: i32,
+    v6: i32,
+    locals: i32,
+    stations: i32,
+    links: i32,
+}
+
 /// The program, with the descriptors of its maps.
-fn program(v4: i32, v6: i32, links: i32) -> Vec<Instruction> {
+fn program(&Maps { v4, v6, locals, stations, links }: &Maps) -> Vec<Instruction> {
     const RESULT: u8 = 0;
     const FIRST: u8 = 1;
     const SECOND: u8 = 2;
@@ -141,7 +229,8 @@ fn program(v4: i32, v6: i32, links: i32) -> Vec<Instruction> {
     /// `bpf_map_lookup_elem`, `bpf_skb_load_bytes_relative` (Linux 4.18).
     const LOOKUP: i32 = 1;
     const LOAD: i32 = 68;
-    /// `BPF_HDR_START_NET`: also on links without an Ethernet header.
+    /// `BPF_HDR_START_MAC`, and `BPF_HDR_START_NET`: also on links without an Ethernet header.
+    const ETHERNET: i32 = 0;
     const NETWORK: i32 = 1;
     /// `PACKET_OTHERHOST`.
     const OTHER_HOST: i32 = 3;
@@ -162,16 +251,27 @@ fn program(v4: i32, v6: i32, links: i32) -> Vec<Instruction> {
     enum Label {
         Pass,
         Drop,
+        Received,
         Untagged,
         Tagged,
         V6,
+        Own,
         Link,
     }
     let mut code = Assembly::new();
     code.push(copy(CONTEXT, FIRST));
     // BPF_JMP | BPF_JEQ | BPF_K, BPF_JNE
     code.push(read(FIRST, field::PACKET_TYPE));
-    code.jump(of(0x15, FIRST, 0, 0, OTHER_HOST), Label::Pass);
+    code.jump(of(0x55, FIRST, 0, 0, OTHER_HOST), Label::Received);
+    // At the port of a bridge, the packet may be for the bridge. BPF_ST | BPF_MEM | BPF_DW
+    code.push(of(0x7a, STACK, 0, -8, 0));
+    code.extend([copy(FIRST, CONTEXT), set(SECOND, 0), copy(THIRD, STACK), add(THIRD, -8)]);
+    code.extend([set(FOURTH, 6), set(FIFTH, ETHERNET), call(LOAD)]);
+    code.jump(of(0x55, RESULT, 0, 0, 0), Label::Pass);
+    code.extend(map(FIRST, stations));
+    code.extend([copy(SECOND, STACK), add(SECOND, -8), call(LOOKUP)]);
+    code.jump(of(0x15, RESULT, 0, 0, 0), Label::Pass);
+    code.place(Label::Received);
     code.push(read(FIRST, field::VLAN_PRESENT));
     code.jump(of(0x15, FIRST, 0, 0, 0), Label::Untagged);
     code.push(read(FIRST, field::VLAN_TAG));
@@ -204,7 +304,13 @@ fn program(v4: i32, v6: i32, links: i32) -> Vec<Instruction> {
     code.jump(GO, Label::Link);
     code.place(Label::V6);
     look(&mut code, 8, 16, v6);
+    code.jump(of(0x55, RESULT, 0, 0, 0), Label::Own);
+    // The address is on the stack. BPF_STX | BPF_MEM | BPF_W
+    code.extend([read(FIRST, field::INTERFACE), of(0x63, STACK, FIRST, -20, 0)]);
+    code.extend(map(FIRST, locals));
+    code.extend([copy(SECOND, STACK), add(SECOND, -20), call(LOOKUP)]);
     code.jump(of(0x15, RESULT, 0, 0, 0), Label::Pass);
+    code.place(Label::Own);
     // BPF_LDX | BPF_MEM | BPF_H, BPF_B
     let (half, byte) = (|at| of(0x69, FIRST, STACK, at, 0), |at| of(0x71, FIRST, STACK, at, 0));
     load(&mut code, 0, 41, -48, Label::Link);
@@ -290,6 +396,27 @@ mod tests {
             other[14 + at] = value;
             assert!(!passes(&other), "{at}");
         }
+        // A packet to another station may be for a bridge.
+        let mut other = v4.clone();
+        let mac = MacAddress([2, 0, 0, 0, 0, 9]);
+        other[..6].copy_from_slice(&mac.0);
+        assert!(passes(&other));
+        let mut own = OwnAddresses { stations: [mac].into(), ..OwnAddresses::default() };
+        guard.set_own(&own).unwrap();
+        assert!(!passes(&other));
+        // Own addresses of IPv6: of any link, and link-local ones of the link.
+        let addresses = ["2001:db8::1", "fe80::1", "fe80::2"].map(|ip| ip.parse().unwrap());
+        let [at_any, here, elsewhere] = addresses;
+        own.v6 = [(7, at_any), (LOOPBACK_INDEX, here), (7, elsewhere)].into();
+        guard.set_own(&own).unwrap();
+        let from = |ip: Ipv6Addr| passes(&frame(0x86dd, &ip.to_string()));
+        assert_eq!(addresses.map(from), [false, false, true]);
+        own.v6 = [(8, at_any)].into();
+        guard.set_own(&own).unwrap();
+        assert_eq!(addresses.map(from), [false, true, true]);
+        guard.set_own(&OwnAddresses::default()).unwrap();
+        assert_eq!(addresses.map(from), [true; 3]);
+        assert!(passes(&other));
         // VLAN tags that the kernel has not removed are those after one with ID 0.
         for (ethertype, priority, id, pass) in [
             (0x8100, 0, 0, false),

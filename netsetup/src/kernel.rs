@@ -255,10 +255,14 @@ impl Kernel {
                 // Otherwise not all links are known.
                 if depth != Depth::Named
                     && let Some(guard) = &self.sources
-                    && let Err(source) = guard.retain(&snapshot.indexes())
                 {
-                    let what = "release source guards of moved links".to_owned();
-                    return Err(KernelError { what, source });
+                    let updated = guard
+                        .retain(&snapshot.indexes())
+                        .and_then(|()| guard.set_own(&snapshot.own_addresses()));
+                    updated.map_err(|source| KernelError {
+                        what: "update source guards".to_owned(),
+                        source,
+                    })?;
                 }
                 observed.forwarding = self.forwarding(&observed.uplinks);
             }

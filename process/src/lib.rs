@@ -26,6 +26,26 @@ pub fn is_restricted() -> bool {
         && matches!(secure_computing_mode(), Ok(SecureComputingMode::Filter))
 }
 
+/// Runs `register`, which installs handlers of signals, while the calling thread blocks all signals.
+/// Those that arrive in between are handled afterwards.
+///
+/// signal-hook, which tokio uses as well, installs the handler of the kernel before the action that
+/// it runs. A signal between the two steps would have no effect at all: it neither kills the process
+/// nor is it read later.
+pub fn without_lost_signals<T>(register: impl FnOnce() -> T) -> T {
+    // SAFETY: the sets are local and valid for the calls, and an all-zero `sigset_t` is valid.
+    let previous = unsafe {
+        let (mut all, mut previous) = (std::mem::zeroed(), std::mem::zeroed());
+        libc::sigfillset(&raw mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut previous);
+        previous
+    };
+    let result = register();
+    // SAFETY: as above.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const previous, std::ptr::null_mut()) };
+    result
+}
+
 /// The limit of file descriptors before [`raise_descriptor_limit`].
 static INHERITED_DESCRIPTOR_LIMIT: OnceLock<Rlimit> = OnceLock::new();
 
@@ -51,5 +71,29 @@ pub fn restore_descriptor_limit() {
     if let Some(limit) = INHERITED_DESCRIPTOR_LIMIT.get() {
         // On error, the limit is unchanged.
         let _ = setrlimit(Resource::Nofile, *limit);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    #[test]
+    fn a_signal_during_the_registration_is_handled_afterwards() {
+        static HANDLED: AtomicBool = AtomicBool::new(false);
+        extern "C" fn handle(_: libc::c_int) {
+            HANDLED.store(true, Ordering::SeqCst);
+        }
+        // The default action of the signal is to be ignored, so it would have no effect.
+        without_lost_signals(|| {
+            // SAFETY: the handler only stores a flag.
+            unsafe {
+                libc::raise(libc::SIGWINCH);
+                libc::signal(libc::SIGWINCH, handle as *const () as libc::sighandler_t);
+            }
+            assert!(!HANDLED.load(Ordering::SeqCst));
+        });
+        assert!(HANDLED.load(Ordering::SeqCst));
     }
 }

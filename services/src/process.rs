@@ -33,7 +33,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use tidegate_model::without_errno;
 use tidegate_netns::{HostContext, Lock, Namespace, is_privileged, lock_file};
-use tidegate_process::{EXIT_FAILURE, EXIT_USAGE, raise_descriptor_limit};
+use tidegate_process::{EXIT_FAILURE, EXIT_USAGE, raise_descriptor_limit, without_lost_signals};
 use tokio::io::AsyncReadExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
@@ -106,9 +106,9 @@ fn take_standard_input() -> Option<StdUnixStream> {
 /// whether it was set up.
 async fn supervise(directory: &Path, handshake: StdUnixStream) -> io::Result<bool> {
     // Handlers rather than SIG_IGN, which the services would inherit.
-    let mut terminate = signal(SignalKind::terminate())?;
-    let _hangup = signal(SignalKind::hangup())?;
-    let _interrupt = signal(SignalKind::interrupt())?;
+    let kinds = [SignalKind::terminate(), SignalKind::hangup(), SignalKind::interrupt()];
+    let [terminate, hangup, interrupt] = without_lost_signals(|| kinds.map(signal));
+    let (mut terminate, _hangup, _interrupt) = (terminate?, hangup?, interrupt?);
     handshake.set_nonblocking(true)?;
     let mut handshake = UnixStream::from_std(handshake)?;
     let mut inbox = Inbox::default();

@@ -15,8 +15,7 @@ use std::time::Duration;
 use tidegate_model::{CidrSet, PortSpec, Protocol, PublishLabel, overlap};
 use tidegate_netns::HostContext;
 use tidegate_netns::{AddressBook, Namespace};
-use tidegate_process::confine;
-use tidegate_process::raise_descriptor_limit;
+use tidegate_process::{confine, raise_descriptor_limit, without_lost_signals};
 use tidegate_proxy::{
     Engine, Listener, PortOptions, ProxyProtocol, Settings, Upstream, describe_engine,
 };
@@ -140,7 +139,8 @@ fn refuse_loops<'a>(
 impl Publish {
     pub(super) fn run(&self) -> anyhow::Result<()> {
         // From here on, both signals stay pending until they are read, instead of killing.
-        let mut signals = Signals::new([SIGINT, SIGTERM]).context("signal handlers")?;
+        let signals = without_lost_signals(|| Signals::new([SIGINT, SIGTERM]));
+        let mut signals = signals.context("signal handlers")?;
         overlap(&self.specs).map_err(|error| UsageError(error.to_string()))?;
         let allow = self.allow_list()?;
         let metrics = metrics_address(&self.metrics)?;

@@ -1,6 +1,7 @@
 //! Signals that end an instance, and the one that has it check everything.
 
 use std::io;
+use tidegate_process::without_lost_signals;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Signals to this process.
@@ -20,9 +21,11 @@ impl Signals {
 
     /// Installs the handlers, which replace the default action (termination).
     pub(super) fn new() -> io::Result<Self> {
-        let [interrupt, terminate, hangup, quit] = Self::KINDS.map(signal);
-        let ends = [interrupt?, terminate?, hangup?, quit?];
-        Ok(Self { ends, check: signal(SignalKind::user_defined1())? })
+        without_lost_signals(|| {
+            let [interrupt, terminate, hangup, quit] = Self::KINDS.map(signal);
+            let ends = [interrupt?, terminate?, hangup?, quit?];
+            Ok(Self { ends, check: signal(SignalKind::user_defined1())? })
+        })
     }
 
     /// Waits for a signal. Returns whether it ends the instance; SIGUSR1 does not.

@@ -1,7 +1,7 @@
 //! Addresses.
 
 use super::*;
-use tidegate_testbed::frames::{LinkSocket, Mac, ethernet, udp6};
+use tidegate_testbed::frames::{LinkSocket, Mac, ethernet, udp4, udp6};
 
 #[test]
 fn a_reply_comes_from_the_address_that_the_client_used() {
@@ -121,13 +121,7 @@ fn datagrams_from_ipv4_mapped_addresses_are_dropped() {
     );
     let _publisher = Publisher::start(&net.host, &arguments);
     let link = LinkSocket::sender(&net.client, "eth0");
-    let macs = [&net.host, &net.client].map(|namespace| {
-        let text = namespace.ip(&["-o", "link", "show", "eth0"]);
-        let mac = text.split_once("link/ether ").unwrap().1;
-        let bytes = mac.split(' ').next().unwrap().split(':');
-        let bytes: Vec<u8> = bytes.map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect();
-        Mac::try_from(bytes).unwrap()
-    });
+    let macs = [&net.host, &net.client].map(mac);
     let SocketAddr::V6(host) = host_v6(5353) else { unreachable!() };
     let forged = |source: &str| {
         let source = (source.parse().unwrap(), 4000);
@@ -146,4 +140,40 @@ fn datagrams_from_ipv4_mapped_addresses_are_dropped() {
         String::from_utf8_lossy(&buffer[..length]).into_owned()
     });
     assert_eq!(seen, ["forged", "client"], "that of an allowed IPv6 source, and the client");
+}
+
+/// To the unspecified address, the kernel sends a reply to the loopback address, where services
+/// trust everyone.
+#[test]
+fn datagrams_from_the_unspecified_address_are_dropped() {
+    let net = Topology::three();
+    let _echo = EchoServer::udp(&net.container, container(53));
+    let arguments = format!("5353:53/udp --to {}", addr::CONTAINER_V4);
+    let publisher = Publisher::start(&net.host, &arguments);
+    let services = ["127.0.0.1:6001", "[::1]:6001"]
+        .map(|address| net.host.run(|| UdpSocket::bind(address)).unwrap());
+    let link = LinkSocket::sender(&net.client, "eth0");
+    let (to, from) = (mac(&net.host), mac(&net.client));
+    let SocketAddr::V6(host) = host_v6(5353) else { unreachable!() };
+    let forged6 = udp6((Ipv6Addr::UNSPECIFIED, 6001), (*host.ip(), 5353), b"forged");
+    // IPv4 accepts the source in a broadcast only.
+    let forged4 = udp4((Ipv4Addr::UNSPECIFIED, 6001), (Ipv4Addr::BROADCAST, 5353), b"forged");
+    link.send(&ethernet(to, from, 0x86dd, &forged6));
+    link.send(&ethernet([0xff; 6], from, 0x0800, &forged4));
+    let client = socket(&net.client, unspecified(host.into()));
+    assert_eq!(echo(&client, host.into(), b"client"), b"client");
+    for service in services {
+        service.set_nonblocking(true).unwrap();
+        let received = service.recv(&mut [0; 20]);
+        assert!(received.is_err(), "{:?}: {received:?}", service.local_addr());
+    }
+    assert_eq!(publisher.metrics().port("sessions_total", "[::]:5353/udp"), 1);
+}
+
+fn mac(namespace: &Namespace) -> Mac {
+    let text = namespace.ip(&["-o", "link", "show", "eth0"]);
+    let mac = text.split_once("link/ether ").unwrap().1;
+    let bytes = mac.split(' ').next().unwrap().split(':');
+    let bytes: Vec<u8> = bytes.map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect();
+    Mac::try_from(bytes).unwrap()
 }

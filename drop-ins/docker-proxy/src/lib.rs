@@ -24,8 +24,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use tidegate_model::without_errno;
 use tidegate_process::confine;
-use tidegate_process::raise_descriptor_limit;
-use tidegate_process::{EXIT_FAILURE, EXIT_USAGE};
+use tidegate_process::{EXIT_FAILURE, EXIT_USAGE, raise_descriptor_limit, without_lost_signals};
 use tidegate_proxy::{
     AdoptError, Engine, Listener, PortOptions, ProxyProtocol, Settings, describe_engine,
 };
@@ -95,7 +94,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
         }
     };
     // From here on, both signals stay pending until they are read, instead of killing.
-    let mut signals = match Signals::new([SIGINT, SIGTERM]) {
+    let mut signals = match without_lost_signals(|| Signals::new([SIGINT, SIGTERM])) {
         Ok(signals) => signals,
         Err(error) => return fail(ready, &error.into()),
     };

@@ -53,9 +53,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use tidegate_nat::{ForwardSource, Nat, Policy, Settings, StartError};
 use tidegate_netns::{AddressBook, Namespace};
-use tidegate_process::EXIT_FAILURE;
 use tidegate_process::confine::{self, CallsError};
-use tidegate_process::raise_descriptor_limit;
+use tidegate_process::{EXIT_FAILURE, raise_descriptor_limit, without_lost_signals};
 use tidegate_reactor::Descriptors;
 use tidegate_telemetry::{logging, version};
 use tracing_subscriber::filter::LevelFilter;
@@ -262,10 +261,12 @@ fn inherited(option: &'static str, number: RawFd) -> Result<OwnedFd, RunError> {
 /// truncated transfer that looks complete.
 fn signals() -> io::Result<UnixStream> {
     let (receiver, sender) = UnixStream::pair()?;
-    for signal in [SIGTERM, SIGINT] {
-        signal_hook::low_level::pipe::register(signal, sender.try_clone()?)?;
-    }
-    Ok(receiver)
+    without_lost_signals(|| {
+        for signal in [SIGTERM, SIGINT] {
+            signal_hook::low_level::pipe::register(signal, sender.try_clone()?)?;
+        }
+        Ok(receiver)
+    })
 }
 
 /// The source addresses of outbound flows.

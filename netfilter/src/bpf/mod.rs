@@ -50,7 +50,7 @@ const ARRAY: u32 = 2;
 /// first.
 const BEFORE: u32 = 1 << 3;
 /// Maximum number of maps of a program of this crate.
-const MAPS: usize = 4;
+const MAPS: usize = 5;
 /// Maximum number of programs at one hook (`BPF_MPROG_MAX`).
 const PROGRAMS: usize = 64;
 /// A traffic direction of a link.

@@ -280,10 +280,13 @@ const ICMP: u8 = 1;
 const IGMP: u8 = 2;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
+/// Protocol Independent Multicast, spoken by routers (RFC 7761).
+const PIM: u8 = 103;
 const ICMPV6: u8 = 58;
 /// Hop-by-hop options, routing, authentication, destination options.
 const HOP_BY_HOP: u8 = 0;
-const EXTENSIONS: [u8; 4] = [HOP_BY_HOP, 43, 51, 60];
+const ROUTING: u8 = 43;
+const EXTENSIONS: [u8; 4] = [HOP_BY_HOP, ROUTING, 51, 60];
 const FRAGMENT: u8 = 44;
 /// Permitted next headers after an extension header: tunnels, TCP, UDP, GRE, ESP, no next header,
 /// L2TP, SCTP. ICMPv6 is excluded because it could be neighbour discovery or an error; fragment and
@@ -296,8 +299,8 @@ const ICMP_REDIRECT: u8 = 5;
 /// Router advertisement (RFC 1256).
 const ICMP_ADVERTISEMENT: u8 = 9;
 
-/// IGMP membership query, sent by multicast routers (RFC 3376, 4.1).
-const IGMP_QUERY: u8 = 0x11;
+/// IGMP reports of versions 1, 2 and 3, and leave group (RFC 3376, 4).
+const IGMP_REPORTS: [u8; 4] = [0x12, 0x16, 0x22, 0x17];
 
 /// Echo request, echo reply.
 const ECHO_V6: [u8; 2] = [128, 129];
@@ -309,6 +312,9 @@ const ROUTER_ADVERTISEMENT: u8 = 134;
 const NEIGHBOR_SOLICITATION: u8 = 135;
 const NEIGHBOR_ADVERTISEMENT: u8 = 136;
 const REDIRECT: u8 = 137;
+/// Messages of multicast routers (RFC 2710; RFC 4286).
+const MLD_QUERY: u8 = 130;
+const MULTICAST_ADVERTISEMENT: u8 = 151;
 
 /// Link-layer address options: of the source in solicitations, of the target in advertisements.
 const SOURCE_LINK_LAYER: u8 = 1;
@@ -361,18 +367,34 @@ pub(super) fn rules(policy: &PortPolicy) -> Vec<Rule> {
 }
 
 /// Builds the rules at the ingress of a bridge. They accept ARP, and packets from addresses of the
-/// network. For an internal network, these must be addressed to its gateway addresses or be
+/// network. For an internal network, these must be TCP, UDP or ICMP to its gateway addresses, or
 /// neighbour discovery, so that nothing is forwarded, regardless of routes and policy rules.
 pub(super) fn bridge_rules(policy: &BridgePolicy) -> Vec<Rule> {
     let mut rules = vec![rule([is(at::ETHERTYPE, &ARP)], Verdict::Accept)];
-    for net in &policy.gateways {
-        if policy.internal {
-            rules.extend(to_gateway(net));
-        } else {
-            rules.extend(from_members(net));
-        }
-    }
+    let of = |net: &IpNet| if policy.internal { to_gateway(net) } else { from_members(net) };
+    let (v6, v4): (Vec<&IpNet>, Vec<&IpNet>) =
+        policy.gateways.iter().partition(|net| net.addr().is_ipv6());
+    rules.extend(v4.into_iter().flat_map(of));
+    rules.extend(routed_v6());
+    rules.extend(v6.into_iter().flat_map(of));
     rules.push(rule([], Verdict::Drop(SpoofReason::Ethertype)));
+    rules
+}
+
+/// Drops IPv6 routing headers, and what could hide one. The host would forward a packet along its
+/// segments, or unpack the one inside (RFC 8986, 4; `ipv6_srh_rcv`, net/ipv6), which no guard sees.
+fn routed_v6() -> Vec<Rule> {
+    let drop = Verdict::Drop(SpoofReason::ExtensionHeader);
+    let v6 = |next: u8| [is(at::ETHERTYPE, &IPV6), is(at::V6_NEXT, &[next])].into_iter();
+    let mut rules = vec![rule(v6(ROUTING), drop)];
+    rules.extend(
+        EXTENSIONS.map(|inner| rule(v6(FRAGMENT).chain([is(at::V6_PAYLOAD, &[inner])]), drop)),
+    );
+    for extension in EXTENSIONS.into_iter().filter(|header| *header != ROUTING) {
+        let last = AFTER_EXTENSION.iter().chain([&ICMPV6]);
+        let more = last.map(|inner| is_not(at::V6_PAYLOAD, &[*inner]));
+        rules.push(rule(v6(extension).chain(more), drop));
+    }
     rules
 }
 
@@ -405,14 +427,27 @@ fn to_gateway(gateway: &IpNet) -> Vec<Rule> {
             let mut tests = vec![is(at::ETHERTYPE, &IPV4), is(at::V4_HEAD, &[0x45])];
             tests.extend(within(at::V4_SOURCE, &net.network().octets(), net.prefix_len()));
             tests.push(is(at::V4_DESTINATION, &net.addr().octets()));
-            vec![rule(tests, Verdict::Accept)]
+            // Other protocols could be tunnels.
+            let of = |protocol| {
+                let protocol = is(at::V4_PROTOCOL, &[protocol]);
+                rule([protocol].into_iter().chain(tests.clone()), Verdict::Accept)
+            };
+            [TCP, UDP, ICMP].map(of).into()
         }
         IpNet::V6(net) => {
             let v6 = || is(at::ETHERTYPE, &IPV6);
             let mut tests = vec![v6()];
             tests.extend(within(at::V6_SOURCE, &net.network().octets(), net.prefix_len()));
             tests.push(is(at::V6_DESTINATION, &net.addr().octets()));
-            let mut rules = vec![rule(tests, Verdict::Accept)];
+            let mut rules = Vec::new();
+            for protocol in [TCP, UDP, ICMPV6] {
+                let plain = vec![is(at::V6_NEXT, &[protocol])];
+                let part = vec![is(at::V6_NEXT, &[FRAGMENT]), is(at::V6_PAYLOAD, &[protocol])];
+                rules.extend(
+                    [plain, part]
+                        .map(|one| rule(one.into_iter().chain(tests.clone()), Verdict::Accept)),
+                );
+            }
             // To the gateway and to link-local destinations (fe80::/10, ff02::/16). Other
             // destinations would be forwarded.
             let destinations: [(&[u8], u8); 3] =
@@ -455,11 +490,13 @@ fn own(policy: &PortPolicy) -> Vec<Rule> {
             is(at::V4_SOURCE, &ip.octets()),
             is_not(at::V4_PROTOCOL, &[ICMP]),
             is_not(at::V4_PROTOCOL, &[IGMP]),
+            is_not(at::V4_PROTOCOL, &[PIM]),
         ]
     });
     let v6 = policy.v6_sources().into_iter().map(|ip| {
         let tests = [head(&IPV6), is(at::V6_SOURCE, &ip.octets()), is_not(at::V6_NEXT, &[ICMPV6])];
-        tests.into_iter().chain(EXTENSIONS.iter().chain([&FRAGMENT]).map(plain)).collect()
+        let others = EXTENSIONS.iter().chain([&FRAGMENT, &PIM]).map(plain);
+        tests.into_iter().chain(others).collect()
     });
     v4.chain(v6).map(|tests: Vec<Test>| rule(tests, Verdict::Accept)).collect()
 }
@@ -568,14 +605,21 @@ fn icmp_errors_v6(own: &[Ipv6Addr]) -> Vec<Rule> {
     rules
 }
 
-/// Drops IGMP queries. A bridge treats the port that receives a query as a router port and forwards
-/// all multicast to it (`br_ip4_multicast_query`).
-fn igmp_queries() -> [Rule; 2] {
-    [(0x45, at::V4_ICMP), (0x46, at::V4_IGMP)].map(|(head, at)| {
-        let igmp = [is(at::ETHERTYPE, &IPV4), is(at::V4_PROTOCOL, &[IGMP])];
-        let query = [is(at::V4_HEAD, &[head]), is(at, &[IGMP_QUERY])];
-        rule(igmp.into_iter().chain(query), Verdict::Drop(SpoofReason::Router))
-    })
+/// Drops messages of multicast routers: IGMP other than reports (queries, and advertisements of RFC
+/// 4286), and PIM. A bridge treats the port that receives one as a router port and forwards all
+/// multicast to it (`br_ip4_multicast_query`, `br_multicast_pim`).
+fn of_multicast_routers_v4() -> Vec<Rule> {
+    let drop = Verdict::Drop(SpoofReason::Router);
+    let of = |protocol| [is(at::ETHERTYPE, &IPV4), is(at::V4_PROTOCOL, &[protocol])].into_iter();
+    let heads = [(0x45, at::V4_ICMP), (0x46, at::V4_IGMP)];
+    let mut rules = vec![rule(of(PIM), drop)];
+    for (head, at) in heads {
+        let others = IGMP_REPORTS.iter().map(|kind| is_not(at, &[*kind]));
+        rules.push(rule(of(IGMP).chain([is(at::V4_HEAD, &[head])]).chain(others), drop));
+    }
+    // With more options, the type is at another place.
+    rules.push(rule(of(IGMP).chain(heads.map(|(head, _)| is_not(at::V4_HEAD, &[head]))), drop));
+    rules
 }
 
 /// Drops extension headers that could precede ICMPv6.
@@ -633,7 +677,7 @@ fn ipv4(policy: &PortPolicy) -> Vec<Rule> {
     }
     let igmp = [v4(), is(at::V4_SOURCE, &[0; 4]), is(at::V4_PROTOCOL, &[IGMP])];
     let mut rules = vec![to_loopback()];
-    rules.extend(igmp_queries());
+    rules.extend(of_multicast_routers_v4());
     rules.push(rule(igmp, Verdict::Accept));
     let foreign = policy.v4.iter().map(|ip| is_not(at::V4_SOURCE, &ip.octets()));
     rules.push(rule([v4()].into_iter().chain(foreign), foreign_source));
@@ -716,9 +760,10 @@ fn ipv6(policy: &PortPolicy) -> Vec<Rule> {
     rules.push(rule([v6()].into_iter().chain(foreign), Drop(SpoofReason::Ipv6Source)));
 
     // From here on the source is valid.
-    for kind in [ROUTER_ADVERTISEMENT, REDIRECT] {
+    for kind in [ROUTER_ADVERTISEMENT, REDIRECT, MLD_QUERY, MULTICAST_ADVERTISEMENT] {
         rules.push(rule(icmp(kind), Drop(SpoofReason::Router)));
     }
+    rules.push(rule([v6(), next(PIM)], Drop(SpoofReason::Router)));
     let foreign = own.iter().map(|ip| is_not(at::ND_TARGET, &ip.octets())).collect();
     let spoofed = Drop(SpoofReason::NeighborDiscovery);
     rules.push(rule(with(icmp(NEIGHBOR_ADVERTISEMENT), foreign), spoofed));

@@ -11,7 +11,7 @@ use crate::{
 use futures_util::TryStreamExt;
 use ipnet::IpNet;
 use rtnetlink::packet_route::AddressFamily;
-use rtnetlink::packet_route::address::AddressAttribute;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags};
 use rtnetlink::packet_route::neighbour::{NeighbourAttribute, NeighbourState};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol};
 use rtnetlink::packet_route::rule::RuleMessage;
@@ -19,12 +19,16 @@ use rtnetlink::{IpVersion, RouteMessageBuilder};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use tidegate_model::{LOOPBACK_INDEX, MacAddress, registry};
+use tidegate_netfilter::OwnAddresses;
 
 /// The observed state of one namespace.
 pub(super) struct Snapshot {
     pub(super) links: BTreeMap<u32, Link>,
     indexes: BTreeMap<String, u32>,
     addresses: Vec<(u32, IpNet)>,
+    /// Addresses of the host that another host has as well, so that they are not used (RFC 4862,
+    /// 5.4.5).
+    duplicates: BTreeSet<Ipv6Addr>,
     routes: Vec<RouteMessage>,
     /// Foreign default routes in tables other than `main`.
     elsewhere: Vec<RouteMessage>,
@@ -96,6 +100,7 @@ impl Snapshot {
             links,
             indexes,
             addresses: Vec::new(),
+            duplicates: BTreeSet::new(),
             routes: Vec::new(),
             first_rule_of_others: None,
             stations: BTreeSet::new(),
@@ -118,6 +123,7 @@ impl Snapshot {
                 }
                 // On a point-to-point link `IFA_ADDRESS` is the peer. `IFA_LOCAL` is always present
                 // for IPv4.
+                let is_duplicate = message.header.flags.contains(AddressHeaderFlags::Dadfailed);
                 let mut address = None;
                 for attribute in message.attributes {
                     match attribute {
@@ -130,6 +136,9 @@ impl Snapshot {
                     address.and_then(|ip| IpNet::new(ip, message.header.prefix_len).ok())
                 {
                     snapshot.addresses.push((message.header.index, net));
+                    if let (true, IpNet::V6(net)) = (is_duplicate, net) {
+                        snapshot.duplicates.insert(net.addr());
+                    }
                 }
             }
         }
@@ -315,17 +324,41 @@ impl Snapshot {
         self.links.keys().copied().collect()
     }
 
-    /// Returns the links of other software on which the host can receive packets.
+    /// Returns the links of other software on which the host can receive packets, and the ports of
+    /// its bridges: frames to link control addresses are received at the port (`br_handle_frame`).
     pub(super) fn receivers(&self) -> BTreeSet<String> {
-        let is_bridge = |index: u32| self.links.get(&index).is_some_and(|link| link.is_bridge);
+        let is_ours = |index: u32| self.links.get(&index).is_some_and(Link::is_bridge_of_tidegate);
         let receives = |link: &&Link| {
             link.index != LOOPBACK_INDEX
                 && !link.name.starts_with(registry::INTERFACE_PREFIX)
                 && !link.is_tap
                 && !link.is_bridge_of_tidegate()
-                && !link.controller.is_some_and(is_bridge)
+                && !link.controller.is_some_and(is_ours)
         };
         self.links.values().filter(receives).map(|link| link.name.clone()).collect()
+    }
+
+    /// Returns the addresses of the host that no other host may use as a source.
+    pub(super) fn own_addresses(&self) -> OwnAddresses {
+        let is_bridge = |index: u32| self.links.get(&index).is_some_and(|link| link.is_bridge);
+        let stations = self.links.values().filter(|link| {
+            !link.is_bridge_of_tidegate()
+                && (link.is_bridge || link.controller.is_some_and(is_bridge))
+        });
+        let mut v6 = BTreeSet::new();
+        for (index, net) in &self.addresses {
+            if let IpNet::V6(net) = net
+                && !net.addr().is_loopback()
+                && !self.duplicates.contains(&net.addr())
+            {
+                v6.insert((*index, net.addr()));
+                // Subnet-router anycast (RFC 4291, 2.6.1), but not with RFC 6164.
+                if net.prefix_len() < 127 {
+                    v6.insert((*index, net.network()));
+                }
+            }
+        }
+        OwnAddresses { stations: stations.filter_map(|link| link.mac).collect(), v6 }
     }
 
     /// Returns the links with an address at which replies may arrive, for the requested families.

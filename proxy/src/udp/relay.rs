@@ -366,13 +366,15 @@ fn arm_timer(cx: &mut Context<'_>, key: Key, relay: &mut Relay) {
     }
 }
 
-/// The client of `datagram`; `None` if a reply is not possible.
+/// The client of `datagram`; `None` if a reply is not possible. To the unspecified address, the
+/// kernel would send it to a socket of this host at the loopback address.
 fn client(listener: &Listener, datagram: &Datagram<'_>) -> Option<Client> {
     let address = canonical(datagram.source?);
     let bound = listener.label().address().ip();
     let local = if bound.is_unspecified() { datagram.destination } else { Some(bound) };
     let local = local.filter(|local| !matches!(local, IpAddr::V6(v6) if v6.is_multicast()));
-    (address.port() != 0).then_some(Client { address, local })
+    let is_reachable = address.port() != 0 && !address.ip().is_unspecified();
+    is_reachable.then_some(Client { address, local })
 }
 
 /// The initial GSO capability of a path.

@@ -116,12 +116,14 @@ fn link_local_address_matches_the_kernel() {
 fn foreign_ipv4_and_arp_sources_are_dropped() {
     use SpoofReason::{Arp, Ethertype, Ipv4Source, Mac};
     let own = [10, 9, 0, 7];
+    let mut report = packet_v4([0; 4], IGMP);
+    report[20] = IGMP_REPORTS[1];
     for (frame, expected) in [
         (ethernet(MAC, IPV4, &packet_v4(own, UDP)), Verdict::Accept),
         (ethernet(OTHER, IPV4, &packet_v4(own, UDP)), Verdict::Drop(Mac)),
         (ethernet(MAC, IPV4, &packet_v4([10, 9, 0, 8], UDP)), Verdict::Drop(Ipv4Source)),
         (ethernet(MAC, IPV4, &packet_v4([127, 0, 0, 1], UDP)), Verdict::Drop(Ipv4Source)),
-        (ethernet(MAC, IPV4, &packet_v4([0; 4], IGMP)), Verdict::Accept),
+        (ethernet(MAC, IPV4, &report), Verdict::Accept),
         (ethernet(MAC, IPV4, &packet_v4([0; 4], UDP)), Verdict::Drop(Ipv4Source)),
         (ethernet(MAC, ARP, &arp_packet(1, MAC, own, [10, 9, 0, 1])), Verdict::Accept),
         (ethernet(MAC, ARP, &arp_packet(2, MAC, own, [10, 9, 0, 1])), Verdict::Accept),
@@ -315,7 +317,7 @@ fn icmp_errors_must_quote_packets_to_the_endpoint() {
 }
 
 #[test]
-fn igmp_queries_are_dropped_and_reports_accepted() {
+fn messages_of_multicast_routers_are_dropped_and_reports_accepted() {
     let igmp = |options: &[u8], kind: u8| {
         let mut packet = packet_v4([10, 9, 0, 7], IGMP)[..20].to_vec();
         packet[0] = 0x45 + options.len() as u8 / 4;
@@ -323,9 +325,22 @@ fn igmp_queries_are_dropped_and_reports_accepted() {
         packet.extend([kind, 0, 0, 0, 0, 0, 0, 0]);
         evaluate(&ethernet(MAC, IPV4, &packet))
     };
+    let dropped = Verdict::Drop(SpoofReason::Router);
     for options in [&[][..], &[0x94, 4, 0, 0]] {
-        assert_eq!(igmp(options, IGMP_QUERY), Verdict::Drop(SpoofReason::Router));
-        assert_eq!(igmp(options, 0x22), Verdict::Accept, "IGMPv3 report");
+        for kind in 0..=255 {
+            // Reports of versions 1, 2 and 3, leave group.
+            let expected =
+                if [0x12, 0x16, 0x22, 0x17].contains(&kind) { Verdict::Accept } else { dropped };
+            assert_eq!(igmp(options, kind), expected, "{kind:02x}");
+        }
+    }
+    for words in 2..=10 {
+        assert_eq!(igmp(&[1, 1, 1, 1].repeat(words), 0x22), dropped, "{words} words of options");
+    }
+    assert_eq!(evaluate(&ethernet(MAC, IPV4, &packet_v4([10, 9, 0, 7], PIM))), dropped);
+    for (next, kind) in [(PIM, 0), (ICMPV6, 130), (ICMPV6, 151)] {
+        let packet = packet_v6(LINK_LOCAL, next, &[kind; 24]);
+        assert_eq!(evaluate(&ethernet(MAC, IPV6, &packet)), dropped, "{next} {kind}");
     }
 }
 
@@ -395,6 +410,46 @@ fn internal_guard_accepts_packets_to_the_gateway_only() {
     }
     assert_eq!(evaluate(ARP, &[0; 28]), Verdict::Accept);
     assert_eq!(evaluate([0x88, 0xcc], &[0; 28]), denied);
+    // Tunnels and other protocols, also in fragments.
+    for protocol in 0..=255 {
+        let mut packet = packet_v4([10, 9, 0, 7], protocol);
+        packet[16..20].copy_from_slice(&[10, 9, 0, 1]);
+        let accepted = [TCP, UDP, ICMP].contains(&protocol);
+        assert_eq!(evaluate(IPV4, &packet) == Verdict::Accept, accepted, "{protocol}");
+        let accepted = [TCP, UDP, ICMPV6].contains(&protocol);
+        for (next, payload) in [(protocol, 0), (FRAGMENT, protocol)] {
+            let mut packet = packet_v6("fd09::7", next, &[payload, 0, 0, 1, 0, 0, 0, 1]);
+            packet[24..40].copy_from_slice(&"fd09::1".parse::<Ipv6Addr>().unwrap().octets());
+            assert_eq!(evaluate(IPV6, &packet) == Verdict::Accept, accepted, "{next} {payload}");
+        }
+    }
+}
+
+#[test]
+fn a_bridge_guard_drops_routing_headers() {
+    for internal in [false, true] {
+        let gateways = ["fd09::1/64".parse().unwrap()].to_vec();
+        let rules = bridge_rules(&BridgePolicy { gateways, internal });
+        for (next, inner, accepted) in [
+            (43, UDP, false),
+            (43, 41, false),
+            (HOP_BY_HOP, 43, false),
+            (60, 43, false),
+            (51, 43, false),
+            (FRAGMENT, 43, false),
+            (HOP_BY_HOP, 60, false),
+            (60, FRAGMENT, false),
+            (FRAGMENT, 60, false),
+            (HOP_BY_HOP, ICMPV6, !internal),
+            (60, UDP, !internal),
+            (FRAGMENT, UDP, true),
+        ] {
+            let mut packet = packet_v6("fd09::7", next, &[inner, 0, 0, 0, 0, 0, 0, 0]);
+            packet[24..40].copy_from_slice(&"fd09::1".parse::<Ipv6Addr>().unwrap().octets());
+            let verdict = verdict(&rules, &ethernet(MAC, IPV6, &packet), false);
+            assert_eq!(verdict == Verdict::Accept, accepted, "{internal} {next} {inner}");
+        }
+    }
 }
 
 #[test]
