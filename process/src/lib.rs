@@ -26,8 +26,8 @@ pub fn is_restricted() -> bool {
         && matches!(secure_computing_mode(), Ok(SecureComputingMode::Filter))
 }
 
-/// Runs `register`, which installs handlers of signals, while the calling thread blocks all signals.
-/// Those that arrive in between are handled afterwards.
+/// Runs `register`, which installs handlers of signals, while the calling thread blocks all
+/// signals. Those that arrive in between are handled afterwards.
 ///
 /// signal-hook, which tokio uses as well, installs the handler of the kernel before the action that
 /// it runs. A signal between the two steps would have no effect at all: it neither kills the process
