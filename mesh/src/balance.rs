@@ -13,16 +13,16 @@
 //!                        └ unless too few would be left
 //! ```
 //!
-//! An endpoint that has failed [`FAILURES`] times in succession is ejected for a time, which doubles
-//! with each ejection. Failures of many endpoints are more likely a fault of this host or of the
-//! network than of the endpoints, so ejections are ignored while endpoints with less than
+//! An endpoint that has failed [`FAILURES`] times in succession is ejected for a time, which
+//! doubles with each ejection. Failures of many endpoints are more likely a fault of this host or
+//! of the network than of the endpoints, so ejections are ignored while endpoints with less than
 //! [`PANIC_SHARE`] of the weight would be left. Ejections are local and end by themselves; they
 //! remove nothing from the cluster state.
 //!
 //! Maglev (Eisenbud et al., NSDI 2016, section 3.4) gives all hosts the same choice for a client
 //! without communication, and moves few other clients if an endpoint is added or removed. An
-//! ejected endpoint keeps its entries in the table, so that its clients return to it; meanwhile they
-//! are spread over the others by the next entries.
+//! ejected endpoint keeps its entries in the table, so that its clients return to it; meanwhile
+//! they are spread over the others by the next entries.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
@@ -142,8 +142,8 @@ impl Balancer {
         }
     }
 
-    /// Chooses the target for a connection of `client` at `now`, other than those in `tried`. `None`
-    /// if there is none.
+    /// Chooses the target for a connection of `client` at `now`, other than those in `tried`.
+    /// `None` if there is none.
     pub fn choose(&mut self, client: IpAddr, tried: &[TargetId], now: Instant) -> Option<TargetId> {
         let candidates = self.candidates(tried, now);
         match self.method {
@@ -258,8 +258,8 @@ impl Balancer {
     }
 }
 
-/// A hash without visible structure: FNV-1a, with the finalizer of SplitMix64 (Steele et al., OOPSLA
-/// 2014). Not cryptographic: a client with many addresses can choose its endpoint.
+/// A hash without visible structure: FNV-1a, with the finalizer of SplitMix64 (Steele et al.,
+/// OOPSLA 2014). Not cryptographic: a client with many addresses can choose its endpoint.
 fn mix(bytes: &[u8]) -> u64 {
     let mut hash = fnv1a(bytes);
     hash = (hash ^ hash >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -390,8 +390,8 @@ mod tests {
             prop_assert!(chosen.is_none_or(|id| usable.contains(&id)));
         }
 
-        /// In each period of as many connections as the sum of the weights, each target gets as many
-        /// as its weight.
+        /// In each period of as many connections as the sum of the weights, each target gets as
+        /// many as its weight.
         #[test]
         fn turns_follow_the_weights(weights in prop::collection::vec(1_u16..=20, 1..9)) {
             let targets = (0..).zip(&weights).map(|(id, &weight)| (id, Target { weight, ..READY }));

@@ -353,11 +353,11 @@ mod tests {
         frame.extend([2, 0, 0, 0, 0, 1]);
         frame.extend(ethertype.to_be_bytes());
         match source.parse().unwrap() {
-            std::net::IpAddr::V4(ip) => {
+            IpAddr::V4(ip) => {
                 frame.extend([0x45, 0, 0, 20, 0, 0, 0, 0, 64, 17, 0, 0]);
                 frame.extend(ip.octets());
             }
-            std::net::IpAddr::V6(ip) => {
+            IpAddr::V6(ip) => {
                 frame.extend([0x60, 0, 0, 0, 0, 0, 17, 64]);
                 frame.extend(ip.octets());
             }

@@ -30,8 +30,8 @@ pub fn is_restricted() -> bool {
 /// signals. Those that arrive in between are handled afterwards.
 ///
 /// signal-hook, which tokio uses as well, installs the handler of the kernel before the action that
-/// it runs. A signal between the two steps would have no effect at all: it neither kills the process
-/// nor is it read later.
+/// it runs. A signal between the two steps would have no effect at all: it neither kills the
+/// process nor is it read later.
 pub fn without_lost_signals<T>(register: impl FnOnce() -> T) -> T {
     // SAFETY: the sets are local and valid for the calls, and an all-zero `sigset_t` is valid.
     let previous = unsafe {
