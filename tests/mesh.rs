@@ -576,7 +576,7 @@ fn forged_vxlan_packets(mesh: &Mesh) {
         }
         count
     };
-    const EACH: u32 = 2_500;
+    const EACH: u32 = 5_000;
     let flood = |from: &Namespace, to: &str, packets: &[Vec<u8>]| {
         from.run(|| {
             let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
