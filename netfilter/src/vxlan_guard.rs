@@ -235,7 +235,6 @@ fn program(direction: Direction, port: u16, facts: i32, links: i32) -> Vec<Instr
         Found(u8),
         Sent,
         Link,
-        Drop,
         Pass,
     }
     let of = Instruction::new;
@@ -288,8 +287,9 @@ fn program(direction: Direction, port: u16, facts: i32, links: i32) -> Vec<Instr
     };
     let (sources, destinations) = ([12, 8], [16, 24]);
     let mut code = Assembly::new();
-    code.extend([copy(CONTEXT, FIRST), read(FIRST, field::PACKET_TYPE)]);
+    code.push(copy(CONTEXT, FIRST));
     if direction == Direction::Ingress {
+        code.push(read(FIRST, field::PACKET_TYPE));
         code.jump(equal(FIRST, OTHER_HOST), Label::Pass);
     }
     code.push(read(FIRST, field::VLAN_PRESENT));
@@ -392,7 +392,6 @@ fn program(direction: Direction, port: u16, facts: i32, links: i32) -> Vec<Instr
     code.extend([read(FIRST, field::INTERFACE), put(FIRST, BYTES)]);
     look(&mut code, BYTES, links);
     code.jump(equal(RESULT, 0), Label::Pass);
-    code.place(Label::Drop);
     code.extend([set(RESULT, verdict::DROP), EXIT]);
     code.place(Label::Pass);
     code.extend([set(RESULT, verdict::NEXT), EXIT]);
