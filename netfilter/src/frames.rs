@@ -8,8 +8,14 @@
 //! VLAN tag                                ─► drop
 //! destination is a group address          ─► drop (nothing is flooded; hosts answer ARP themselves)
 //! IPv4, IPv6: source MAC and IP in the set ─► pass
+//! IPv4, IPv6: source MAC may use any IP   ─► pass, but no neighbour discovery
 //! anything else                           ─► drop
 //! ```
+//!
+//! Any IP is the source of an ingress proxy that connects with the addresses of its clients. Its
+//! neighbour discovery passes with its own addresses only: receivers ignore messages with a hop
+//! limit below 255 (RFC 4861 section 6.1, 7.1 and 8.1), so the guard drops packets with that hop
+//! limit, unless TCP or UDP follows the IPv6 header. It thus need not walk extension headers.
 
 use crate::bpf::assembly::{Assembly, EXIT, GO, add, call, copy, map, set};
 use crate::bpf::{Counters, Direction, HashSet, Instruction, LinkProgram, field, verdict};
@@ -23,11 +29,14 @@ const NAME: &str = "tg_frames";
 /// Maximum number of pairs of a MAC and an IP address.
 const CAPACITY: u32 = 1 << 17;
 
-/// Length of a key: address, padded with zeros; MAC address; [`IPV4_MARK`] or zeros.
+/// Length of a key: address, padded with zeros; MAC address; mark.
 const KEY: usize = 24;
 
-/// Marks the key of an IPv4 address, which no IPv6 address equals then.
+/// Marks the key of an IPv4 address, which no IPv6 address equals then: those have the mark 0.
 const IPV4_MARK: u16 = 0xffff;
+
+/// Marks the key of a MAC address with any IP address. The address in the key is zero.
+const ANY_MARK: u16 = 0xfffe;
 
 /// The guard of one VXLAN device.
 #[derive(Debug)]
@@ -84,6 +93,24 @@ impl FrameGuard {
         self.senders.remove(&key(mac, address))
     }
 
+    /// Passes IPv4 and IPv6 frames from `mac` with any source address, except for neighbour
+    /// discovery.
+    ///
+    /// # Errors
+    /// `E2BIG` if the set is full.
+    pub fn allow_any(&self, mac: MacAddress) -> io::Result<()> {
+        self.senders.insert(&any_key(mac))
+    }
+
+    /// Ends the effect of [`allow_any`](Self::allow_any): frames from `mac` pass with allowed
+    /// addresses only. Succeeds if this is so already.
+    ///
+    /// # Errors
+    /// Errors of the kernel.
+    pub fn forbid_any(&self, mac: MacAddress) -> io::Result<()> {
+        self.senders.remove(&any_key(mac))
+    }
+
     /// Returns the number of dropped frames.
     ///
     /// # Errors
@@ -112,6 +139,13 @@ fn key(mac: MacAddress, address: IpAddr) -> [u8; KEY] {
     key
 }
 
+fn any_key(mac: MacAddress) -> [u8; KEY] {
+    let mut key = [0; KEY];
+    key[16..22].copy_from_slice(&mac.0);
+    key[22..].copy_from_slice(&ANY_MARK.to_be_bytes());
+    key
+}
+
 /// The program, with the descriptors of its maps.
 fn program(senders: i32, drops: i32) -> Vec<Instruction> {
     const RESULT: u8 = 0;
@@ -126,6 +160,12 @@ fn program(senders: i32, drops: i32) -> Vec<Instruction> {
     const IPV4: u16 = 0x0800;
     const IPV6: u16 = 0x86dd;
     const ETHERNET: i16 = 14;
+    /// Offsets in the IPv6 header, and the hop limit of neighbour discovery.
+    const NEXT_HEADER: i16 = ETHERNET + 6;
+    const HOP_LIMIT: i16 = ETHERNET + 7;
+    const DISCOVERY_LIMIT: i32 = 255;
+    const TCP: i32 = 6;
+    const UDP: i32 = 17;
     let of = Instruction::new;
     // BPF_LDX | BPF_MEM of a word, a half word and a byte; BPF_STX | BPF_MEM of a word and a half
     // word
@@ -136,7 +176,7 @@ fn program(senders: i32, drops: i32) -> Vec<Instruction> {
     let put_half = |from, at| of(0x6b, STACK, from, at, 0);
     // BPF_ST | BPF_MEM of a double word and a half word
     let zero = |at| of(0x7a, STACK, 0, at, 0);
-    let mark = |at| of(0x6a, STACK, 0, at, IPV4_MARK.into());
+    let mark = |at, mark: u16| of(0x6a, STACK, 0, at, mark.to_be().into());
     const LOOKUP: i32 = 1;
     const PULL: i32 = 39;
 
@@ -145,9 +185,15 @@ fn program(senders: i32, drops: i32) -> Vec<Instruction> {
         Drop,
         V6,
         Look,
+        Any,
+        Pass,
         Out,
     }
     let mut code = Assembly::new();
+    let look = |code: &mut Assembly<Label>| {
+        code.extend(map(FIRST, senders));
+        code.extend([copy(SECOND, STACK), add(SECOND, AT.into()), call(LOOKUP)]);
+    };
     code.extend([copy(CONTEXT, FIRST), set(SECOND, 54), call(PULL)]);
     code.extend([word(FIRST, CONTEXT, field::VLAN_PRESENT)]);
     // BPF_JMP | BPF_JNE | BPF_K
@@ -167,7 +213,7 @@ fn program(senders: i32, drops: i32) -> Vec<Instruction> {
     // BPF_JMP | BPF_JEQ | BPF_K, BPF_JNE
     code.jump(of(0x15, FIRST, 0, 0, IPV6.to_be().into()), Label::V6);
     code.jump(of(0x55, FIRST, 0, 0, IPV4.to_be().into()), Label::Drop);
-    code.extend([mark(AT + 22), word(FIRST, BEGIN, ETHERNET + 12), put_word(FIRST, AT)]);
+    code.extend([mark(AT + 22, IPV4_MARK), word(FIRST, BEGIN, ETHERNET + 12), put_word(FIRST, AT)]);
     code.jump(GO, Label::Look);
     code.place(Label::V6);
     code.extend([copy(FIRST, BEGIN), add(FIRST, 54)]);
@@ -175,10 +221,23 @@ fn program(senders: i32, drops: i32) -> Vec<Instruction> {
     for part in 0..4 {
         code.extend([word(FIRST, BEGIN, ETHERNET + 8 + 4 * part), put_word(FIRST, AT + 4 * part)]);
     }
+    // Neighbour discovery needs its own address: skips the second look-up.
+    look(&mut code);
+    code.jump(of(0x55, RESULT, 0, 0, 0), Label::Pass);
+    code.push(byte(FIRST, BEGIN, HOP_LIMIT));
+    code.jump(of(0x55, FIRST, 0, 0, DISCOVERY_LIMIT), Label::Any);
+    code.push(byte(FIRST, BEGIN, NEXT_HEADER));
+    code.jump(of(0x15, FIRST, 0, 0, TCP), Label::Any);
+    code.jump(of(0x15, FIRST, 0, 0, UDP), Label::Any);
+    code.jump(GO, Label::Drop);
     code.place(Label::Look);
-    code.extend(map(FIRST, senders));
-    code.extend([copy(SECOND, STACK), add(SECOND, AT.into()), call(LOOKUP)]);
+    look(&mut code);
+    code.jump(of(0x55, RESULT, 0, 0, 0), Label::Pass);
+    code.place(Label::Any);
+    code.extend([zero(AT), zero(AT + 8), mark(AT + 22, ANY_MARK)]);
+    look(&mut code);
     code.jump(of(0x15, RESULT, 0, 0, 0), Label::Drop);
+    code.place(Label::Pass);
     code.extend([set(RESULT, verdict::NEXT), EXIT]);
     code.place(Label::Drop);
     // BPF_ST | BPF_MEM | BPF_W
@@ -249,5 +308,64 @@ mod tests {
         guard.forbid(MAC, v4).unwrap();
         guard.forbid(MAC, v4).unwrap();
         assert!(!guard.passes(&four).unwrap() && guard.passes(&six).unwrap());
+    }
+
+    #[test]
+    fn any_source_passes_from_its_mac_address_only_and_without_discovery() {
+        const SANDBOX: MacAddress = MacAddress([2, 0, 10, 9, 0, 2]);
+        let guard = FrameGuard::new().unwrap();
+        let passes = |frame: &[u8]| guard.passes(frame).unwrap();
+        let (v4, v6): (IpAddr, IpAddr) =
+            ("198.51.100.7".parse().unwrap(), "2001:db8::7".parse().unwrap());
+        let own: IpAddr = "fd09::2".parse().unwrap();
+        let packet = |mac, source, next: u8, limit: u8, kind: u8| {
+            let mut frame = frame(2, mac, 0x86dd, source);
+            (frame[20], frame[21]) = (next, limit);
+            frame.resize(14 + 40, 0);
+            frame.extend([kind, 0, 0, 0]);
+            frame.resize(100, 0);
+            frame
+        };
+        let (four, six) = (frame(2, SANDBOX, 0x0800, v4), frame(2, SANDBOX, 0x86dd, v6));
+        guard.allow(MAC, v4).unwrap();
+        guard.allow(SANDBOX, own).unwrap();
+        assert!(!passes(&four) && !passes(&six));
+        guard.allow_any(SANDBOX).unwrap();
+        assert!(passes(&four) && passes(&six));
+        assert!(passes(&frame(2, SANDBOX, 0x0800, "10.9.0.9".parse().unwrap())));
+        let mut ttl = four.clone();
+        (ttl[20], ttl[21], ttl[22]) = (0, 255, 255);
+        assert!(passes(&ttl), "these bytes are others in IPv4");
+        for (next, limit, pass) in [(6, 255, true), (17, 255, true), (58, 64, true), (44, 64, true)]
+        {
+            assert_eq!(passes(&packet(SANDBOX, v6, next, limit, 1)), pass, "{next} {limit}");
+        }
+        for kind in 133..=137 {
+            // Also behind extension headers.
+            for next in [58, 0, 43, 44, 51, 60] {
+                assert!(!passes(&packet(SANDBOX, v6, next, 255, kind)), "{next} {kind}");
+                assert!(passes(&packet(SANDBOX, own, next, 255, kind)), "its own address");
+            }
+        }
+        let others = [
+            frame(2, MAC, 0x0800, "198.51.100.8".parse().unwrap()),
+            frame(2, MAC, 0x86dd, v6),
+            // The key of the sandbox, as an address.
+            frame(2, MAC, 0x0800, "0.0.0.0".parse().unwrap()),
+            frame(2, MAC, 0x86dd, "::".parse().unwrap()),
+            frame(2, MacAddress([2, 0, 10, 9, 0, 3]), 0x0800, v4),
+            frame(2, SANDBOX, 0x0806, v4),
+            frame(2, SANDBOX, 0x8100, v4),
+            frame(0xff, SANDBOX, 0x0800, v4),
+            frame(0x33, SANDBOX, 0x86dd, v6),
+        ];
+        let before = guard.dropped().unwrap();
+        for one in &others {
+            assert!(!passes(one), "{one:x?}");
+        }
+        assert_eq!(guard.dropped().unwrap() - before, others.len() as u64);
+        guard.forbid_any(SANDBOX).unwrap();
+        guard.forbid_any(SANDBOX).unwrap();
+        assert!(!passes(&four) && !passes(&six) && passes(&frame(2, SANDBOX, 0x86dd, own)));
     }
 }
