@@ -1,5 +1,5 @@
 //! Cost of a port guard: time per 64-byte frame through a bridge, with each mechanism and without a
-//! guard.
+//! guard. Also the time of the programs of a port guard and of reply steering alone.
 //!
 //! One thread, pinned to a core, sends from a member of the bridge. The kernel delivers in a
 //! softirq on the same core, so the loop measures the total time per frame. All runs use one bridge
@@ -12,7 +12,9 @@
 use rustix::thread::{CpuSet, sched_setaffinity};
 use std::time::{Duration, Instant};
 use tidegate_model::MacAddress;
-use tidegate_netfilter::{Mechanism, PortGuards, PortPolicy, detach_programs, program_time};
+use tidegate_netfilter::{
+    Mechanism, PortGuards, PortPolicy, ReplySteering, Sandboxes, detach_programs, program_time,
+};
 use tidegate_testbed::Namespace;
 use tidegate_testbed::frames::{LinkSocket, Mac, ethernet, udp4, udp6};
 
@@ -56,6 +58,7 @@ fn main() {
         let [_, time, _] = quartiles(times);
         println!("{name}  {:22} {time:5.0} ns, run by the kernel", "BPF program alone");
     }
+    steering_times();
     println!(
         "ns per frame of 64 bytes through a bridge, sender included; medians of {rounds} rounds (quartiles)"
     );
@@ -65,6 +68,41 @@ fn main() {
             let [_, bare, _] = quartiles(runs.iter().map(|(bare, _)| *bare));
             let [low, cost, high] = quartiles(runs.iter().map(|(bare, guarded)| guarded - bare));
             println!("{name}  {what:22} {bare:5.0} {cost:+5.0}  ({low:+.0}, {high:+.0})");
+        }
+    }
+}
+
+/// Prints the times of the programs of reply steering, run by the kernel.
+fn steering_times() {
+    const SANDBOX: Mac = [2, 0, 0, 0, 0, 2];
+    const GATEWAY: Mac = [2, 0, 0, 0, 0, 1];
+    let sandboxes = Sandboxes::new().unwrap();
+    sandboxes.insert(MacAddress(SANDBOX)).unwrap();
+    let steering = ReplySteering::new(&sandboxes).unwrap();
+    let (client4, endpoint4) = (([198, 51, 100, 7].into(), 1), ([10, 9, 0, 7].into(), 2));
+    let (client6, endpoint6) =
+        (("2001:db8::7".parse().unwrap(), 1), ("fd09::7".parse().unwrap(), 2));
+    let frames = [
+        ("IPv4", 0x0800, udp4(client4, endpoint4, &[0; 22]), udp4(endpoint4, client4, &[0; 22])),
+        ("IPv6", 0x86dd, udp6(client6, endpoint6, &[0; 2]), udp6(endpoint6, client6, &[0; 2])),
+    ];
+    for (name, ethertype, request, reply) in frames {
+        let from_member = ethernet(MEMBER, NEIGHBOR, ethertype, &request);
+        let request = ethernet(MEMBER, SANDBOX, ethertype, &request);
+        let reply = ethernet(GATEWAY, MEMBER, ethertype, &reply);
+        let [to_endpoint, from_endpoint] = [0, 1];
+        let cases = [
+            ("steering, known flow", &request, to_endpoint),
+            ("steering, no sandbox", &from_member, to_endpoint),
+            ("steering, steered", &reply, from_endpoint),
+            // No flow has this as its reply.
+            ("steering, not steered", &from_member, from_endpoint),
+        ];
+        for (what, frame, program) in cases {
+            let times =
+                (0..15).map(|_| steering.times(frame, 1_000_000).unwrap()[program].as_nanos());
+            let [_, time, _] = quartiles(times.map(|time| time as f64));
+            println!("{name}  {what:22} {time:5.0} ns, run by the kernel");
         }
     }
 }

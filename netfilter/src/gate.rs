@@ -28,7 +28,7 @@
 use crate::bpf::assembly::{Assembly, EXIT, GO, add, call, copy, set};
 use crate::bpf::clsact::{Attached, Clsact};
 use crate::bpf::{Direction, Instruction, LinkProgram, detach_tcx, field, tcx_programs, verdict};
-use crate::guard;
+use crate::{guard, steering};
 use std::io;
 
 /// Name of the program in bpftool-prog(8); at most 15 bytes.
@@ -88,7 +88,7 @@ pub fn count_programs(index: u32) -> io::Result<usize> {
     let mut count = 0;
     for direction in [Direction::Ingress, Direction::Egress] {
         count += tcx_programs(index, direction)?.len();
-        let names = [guard::NAME, guard::BRIDGE_NAME, NAME];
+        let names = [guard::NAME, guard::BRIDGE_NAME, NAME, steering::REMEMBER, steering::STEER];
         for name in names {
             let attached = Clsact::open()?.attached(index, direction, name)?;
             count += usize::from(matches!(attached, Some(Attached::Program(_))));
@@ -97,7 +97,7 @@ pub fn count_programs(index: u32) -> io::Result<usize> {
     Ok(count)
 }
 
-/// Detaches all programs, gates and port guards, from the link with interface index `index` in the
+/// Detaches all programs, such as gates and port guards, from the link with interface index `index` in the
 /// calling thread's network namespace. For tests that run without them.
 #[doc(hidden)]
 pub fn detach_programs(index: u32) -> io::Result<()> {

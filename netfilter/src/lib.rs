@@ -13,7 +13,8 @@
 //!
 //! BPF programs complement the tables, because a ruleset flush does not remove them: a [`Gate`] at
 //! the egress of a bridge, after the firewall, and [`PortGuards`] at the ingress of the bridge
-//! ports, before all other processing.
+//! ports, before all other processing. [`ReplySteering`] after a port guard returns replies to the
+//! ingress sandbox of a routing mesh.
 
 mod bpf;
 mod connection;
@@ -25,6 +26,7 @@ mod gate;
 mod guard;
 mod identity;
 mod source_guard;
+mod steering;
 mod table;
 mod text;
 mod vxlan_guard;
@@ -43,6 +45,7 @@ pub use guard::{
 };
 pub use identity::TableIdentity;
 pub use source_guard::{OwnAddresses, SourceGuard};
+pub use steering::{FLOWS, ReplySteering, Sandboxes};
 pub use table::{
     Action, Base, Chain, Element, Field, Hook, Key, Kind, Match, Rule, Set, Table, Transport, Value,
 };

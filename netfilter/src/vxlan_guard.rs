@@ -16,7 +16,8 @@
 //! to show the VNI, it is treated as one of the cluster. Unlike firewall rules, the first row also
 //! drops datagrams that the host would forward.
 
-use crate::bpf::assembly::{Assembly, EXIT, GO, add, call, copy, map, set};
+use crate::bpf::assembly::{Assembly, EXIT, GO, Start, add, call, copy, map, set};
+use crate::bpf::extension_headers::{HeaderWalk, WalkLabel};
 use crate::bpf::foreign::ForeignLinks;
 use crate::bpf::{Direction, HashSet, Instruction, field, verdict};
 use std::collections::BTreeSet;
@@ -185,9 +186,6 @@ fn program(direction: Direction, port: u16, facts: i32, links: i32) -> Vec<Instr
     const RESULT: u8 = 0;
     const FIRST: u8 = 1;
     const SECOND: u8 = 2;
-    const THIRD: u8 = 3;
-    const FOURTH: u8 = 4;
-    const FIFTH: u8 = 5;
     const CONTEXT: u8 = 6;
     /// Offset in the network header, in the end that of the UDP header.
     const AT: u8 = 7;
@@ -200,35 +198,26 @@ fn program(direction: Direction, port: u16, facts: i32, links: i32) -> Vec<Instr
     const PLACE: i16 = -(KEY as i16);
     const VALUE: i16 = PLACE + 4;
     const BYTES: i16 = -24;
-    /// `bpf_map_lookup_elem`, `bpf_skb_load_bytes_relative` (Linux 4.18), from `BPF_HDR_START_NET`.
+    const FRAGMENT: i16 = -32;
+    /// `bpf_map_lookup_elem`.
     const LOOKUP: i32 = 1;
-    const LOAD: i32 = 68;
-    const NETWORK: i32 = 1;
     /// `PACKET_OTHERHOST`.
     const OTHER_HOST: i32 = 3;
     const IPV4: u16 = 0x0800;
     const IPV6: u16 = 0x86dd;
     /// Ethertypes of VLAN tags: 802.1Q, 802.1ad.
     const TAGS: [u16; 2] = [0x8100, 0x88a8];
-    /// Bits of the VLAN ID, of the fragment offset in IPv4 and in IPv6.
+    /// Bits of the VLAN ID, and of the fragment offset in IPv4.
     const VLAN_ID: u16 = 0x0fff;
     const OFFSET4: u16 = 0x1fff;
-    const OFFSET6: u16 = 0xfff8;
-    const UDP: i32 = 17;
-    const FRAGMENT: i32 = 44;
-    /// Extension headers with a length: hop-by-hop options, routing, destination options.
-    const EXTENSIONS: [i32; 3] = [0, 43, 60];
-    /// Maximum number of extension headers. A packet with more is dropped.
-    const HEADERS: u8 = 8;
+    const UDP: u8 = 17;
     #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
     enum Label {
         Untagged,
         Tagged,
         V4,
         V6,
-        Header(u8),
-        Fragment(u8),
-        Extension(u8),
+        Walk(WalkLabel),
         Udp,
         Ours,
         Family(u8),
@@ -248,10 +237,7 @@ fn program(direction: Direction, port: u16, facts: i32, links: i32) -> Vec<Instr
     let half = |to, at| of(0x69, to, STACK, at, 0);
     // Loads `length` bytes at AT to the stack.
     let load = |code: &mut Assembly<Label>, length, stack: i16, short| {
-        code.extend([copy(FIRST, CONTEXT), copy(SECOND, AT), copy(THIRD, STACK)]);
-        code.extend([add(THIRD, stack.into()), set(FOURTH, length), set(FIFTH, NETWORK)]);
-        code.push(call(LOAD));
-        code.jump(unequal(RESULT, 0), short);
+        code.load_packet(CONTEXT, (Start::Network, AT), (length, stack), short);
     };
     // Clears the key of `kind`.
     let begin = |code: &mut Assembly<Label>, kind| {
@@ -318,7 +304,7 @@ fn program(direction: Direction, port: u16, facts: i32, links: i32) -> Vec<Instr
     code.push(half(FIRST, BYTES));
     code.jump(any_bit(FIRST, OFFSET4), Label::Pass);
     code.push(byte(FIRST, BYTES + 3));
-    code.jump(unequal(FIRST, UDP), Label::Pass);
+    code.jump(unequal(FIRST, UDP.into()), Label::Pass);
     code.push(set(AT, 0));
     load(&mut code, 1, BYTES, Label::Pass);
     // BPF_ALU64 | BPF_AND | BPF_K, BPF_LSH: the length is in units of four bytes.
@@ -329,28 +315,21 @@ fn program(direction: Direction, port: u16, facts: i32, links: i32) -> Vec<Instr
     code.extend([set(FAMILY, 1), set(AT, 6)]);
     load(&mut code, 1, BYTES, Label::Pass);
     code.extend([byte(NEXT, BYTES), set(AT, 40)]);
-    for number in 0..HEADERS {
-        code.place(Label::Header(number));
-        code.jump(equal(NEXT, UDP), Label::Udp);
-        code.jump(equal(NEXT, FRAGMENT), Label::Fragment(number));
-        for header in EXTENSIONS {
-            code.jump(equal(NEXT, header), Label::Extension(number));
-        }
-        code.jump(GO, Label::Pass);
-        code.place(Label::Fragment(number));
-        load(&mut code, 4, BYTES, Label::Pass);
-        code.push(half(FIRST, BYTES + 2));
-        code.jump(any_bit(FIRST, OFFSET6), Label::Pass);
-        code.extend([byte(NEXT, BYTES), add(AT, 8)]);
-        code.jump(GO, Label::Header(number + 1));
-        code.place(Label::Extension(number));
-        load(&mut code, 2, BYTES, Label::Pass);
-        // The length is in units of eight bytes, without the first one. BPF_ADD | BPF_X
-        code.extend([byte(NEXT, BYTES), byte(FIRST, BYTES + 1), of(0x67, FIRST, 0, 0, 3)]);
-        code.extend([of(0x0f, AT, FIRST, 0, 0), add(AT, 8)]);
-    }
-    code.place(Label::Header(HEADERS));
-    code.jump(GO, Label::Link);
+    let walk = HeaderWalk {
+        context: CONTEXT,
+        at: AT,
+        next: NEXT,
+        bytes: BYTES,
+        fragment: FRAGMENT,
+        targets: &[(UDP, Label::Udp)],
+        later: Label::Pass,
+        other: Label::Pass,
+        short: Label::Pass,
+        // Dropped: the kernel accepts more headers.
+        too_many: Label::Link,
+        label: &Label::Walk,
+    };
+    walk.assemble(&mut code);
 
     code.place(Label::Udp);
     load(&mut code, 4, BYTES, Label::Pass);
@@ -467,12 +446,13 @@ mod tests {
         assert!(passes(&part), "another fragment");
         let (options, fragment) =
             ([0, 0, 1, 4, 0, 0, 0, 0], |next, low| [next, 0, 0, low, 0, 0, 0, 1]);
-        let cases: [(u8, Vec<u8>, bool); 6] = [
+        let cases: [(u8, Vec<u8>, bool); 7] = [
             (44, fragment(17, 1).to_vec(), false),
             (44, fragment(17, 8).to_vec(), true),
             (0, [[44, 0, 1, 4, 0, 0, 0, 0], fragment(17, 1)].concat(), false),
             (60, [&[17, 2][..], &[0; 22]].concat(), false),
             (43, [[17, 0, 0, 0, 0, 0, 0, 0]].concat(), false),
+            (51, [&[17, 4][..], &[0; 22]].concat(), false),
             (59, Vec::new(), true),
         ];
         for (first, between, pass) in cases {

@@ -34,6 +34,21 @@ pub(crate) const fn map(to: u8, descriptor: i32) -> [Instruction; 2] {
     [Instruction::new(0x18, to, 1, 0, descriptor), Instruction::new(0, 0, 0, 0, 0)]
 }
 
+/// Registers of results and of call arguments.
+const RESULT: u8 = 0;
+const ARGUMENTS: [u8; 5] = [1, 2, 3, 4, 5];
+/// The frame pointer.
+const STACK: u8 = 10;
+
+/// Start of an offset in a packet (`enum bpf_hdr_start_off`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Start {
+    /// The Ethernet header.
+    Ethernet = 0,
+    /// The IP header.
+    Network = 1,
+}
+
 /// A program with jumps to labels of type `L`.
 pub(crate) struct Assembly<L> {
     code: Vec<Instruction>,
@@ -64,6 +79,26 @@ impl<L: Copy + Ord> Assembly<L> {
     /// Places `label` before the next instruction.
     pub(crate) fn place(&mut self, label: L) {
         self.places.insert(label, self.code.len());
+    }
+
+    /// Loads `length` bytes of the packet to the stack, from the offset in register `at`: also of
+    /// packets whose headers are not linear (`bpf_skb_load_bytes_relative`, Linux 4.18). Jumps to
+    /// `short` if the packet ends before. `context` is the register of the context. Overwrites the
+    /// registers 0 to 5.
+    pub(crate) fn load_packet(
+        &mut self,
+        context: u8,
+        (start, at): (Start, u8),
+        (length, stack): (i32, i16),
+        short: L,
+    ) {
+        const LOAD: i32 = 68;
+        let [first, second, third, fourth, fifth] = ARGUMENTS;
+        self.extend([copy(first, context), copy(second, at), copy(third, STACK)]);
+        self.extend([add(third, stack.into()), set(fourth, length), set(fifth, start as i32)]);
+        self.push(call(LOAD));
+        // BPF_JMP | BPF_JNE | BPF_K
+        self.jump(Instruction::new(0x55, RESULT, 0, 0, 0), short);
     }
 
     /// Resolves the jumps.

@@ -10,10 +10,11 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use std::io;
 use tidegate_netlink::{NetlinkSocket, Request, write_message};
 
-/// `RTM_NEWQDISC`, `RTM_DELQDISC`, `RTM_NEWTFILTER`, `RTM_GETTFILTER`.
+/// `RTM_NEWQDISC`, `RTM_DELQDISC`, `RTM_NEWTFILTER`, `RTM_DELTFILTER`, `RTM_GETTFILTER`.
 const NEW_QDISC: u16 = 36;
 const DELETE_QDISC: u16 = 37;
 const NEW_FILTER: u16 = 44;
+const DELETE_FILTER: u16 = 45;
 const GET_FILTER: u16 = 46;
 
 /// `NLM_F_REPLACE`, `NLM_F_EXCL`, `NLM_F_CREATE`.
@@ -25,8 +26,16 @@ const CREATE: u16 = 0x400;
 const PARENT: u32 = 0xffff_fff1;
 const HANDLE: u32 = 0xffff_0000;
 
-/// Priority of tidegate's classifiers. 1 is the highest: lower values run first.
-const PRIORITY: u32 = 1;
+/// Priority of a classifier of tidegate: its place in the order in which the classifiers of a hook
+/// run. Each one continues with the next ([`verdict`](super::verdict)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Priority {
+    /// Guards and gates.
+    First = 1,
+    /// Programs for frames that a guard has passed.
+    Second = 2,
+}
+
 /// Handle of the classifier within its priority.
 const FILTER_HANDLE: u32 = 1;
 
@@ -86,13 +95,28 @@ impl Clsact {
     }
 
     /// Attaches `code` as `name` to the link with interface index `index`, replacing tidegate's
-    /// previous classifier.
+    /// previous classifier of [`Priority::First`].
     ///
     /// # Errors
     /// `ENODEV` if the link does not exist; `EPERM` without CAP_NET_ADMIN; `ENOENT` or `EOPNOTSUPP`
     /// if the kernel lacks `clsact` or `cls_bpf`.
     pub(crate) fn attach(
         &mut self,
+        index: u32,
+        direction: Direction,
+        name: &str,
+        code: Code<'_>,
+    ) -> io::Result<()> {
+        self.attach_at(Priority::First, index, direction, name, code)
+    }
+
+    /// Same as [`attach`](Self::attach), with another priority.
+    ///
+    /// # Errors
+    /// Same as [`attach`](Self::attach).
+    pub(crate) fn attach_at(
+        &mut self,
+        priority: Priority,
         index: u32,
         direction: Direction,
         name: &str,
@@ -121,9 +145,38 @@ impl Clsact {
         self.0.execute(&TrafficControl {
             kind: NEW_FILTER,
             flags: CREATE | REPLACE,
-            head: filter(index, direction),
+            head: filter(index, direction, priority),
             attributes: Attributes::default().text(KIND, "bpf").nest(OPTIONS, &options),
         })
+    }
+
+    /// Detaches the eBPF program attached as `name` with `priority`. Succeeds if there is none.
+    ///
+    /// # Errors
+    /// Errors of the kernel.
+    pub(crate) fn detach(
+        &mut self,
+        priority: Priority,
+        index: u32,
+        direction: Direction,
+        name: &str,
+    ) -> io::Result<()> {
+        let Some(Attached::Program(_)) = self.attached(index, direction, name)? else {
+            return Ok(());
+        };
+        let detached = self.0.execute(&TrafficControl {
+            kind: DELETE_FILTER,
+            flags: 0,
+            head: filter(index, direction, priority),
+            attributes: Attributes::default().text(KIND, "bpf"),
+        });
+        match detached {
+            // Removed concurrently, alone or with its qdisc.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => {
+                Ok(())
+            }
+            detached => detached,
+        }
     }
 
     /// Deletes the `clsact` qdisc of the link with interface index `index`, and with it all
@@ -228,9 +281,9 @@ fn parent(direction: Direction) -> u32 {
     }
 }
 
-/// Header of a request for tidegate's classifier. The last field holds the priority in its upper
-/// half and `ETH_P_ALL` in network byte order in its lower half.
-fn filter(index: u32, direction: Direction) -> [u32; 5] {
+/// Header of a request for tidegate's classifier of `priority`. The last field holds the priority
+/// in its upper half and `ETH_P_ALL` in network byte order in its lower half.
+fn filter(index: u32, direction: Direction, priority: Priority) -> [u32; 5] {
     const ALL: u16 = 3;
-    [0, index, FILTER_HANDLE, parent(direction), PRIORITY << 16 | u32::from(ALL.to_be())]
+    [0, index, FILTER_HANDLE, parent(direction), (priority as u32) << 16 | u32::from(ALL.to_be())]
 }

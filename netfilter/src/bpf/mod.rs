@@ -9,6 +9,7 @@
 
 pub(crate) mod assembly;
 pub(crate) mod clsact;
+pub(crate) mod extension_headers;
 pub(crate) mod foreign;
 
 use clsact::{Attached, Clsact, Code};
@@ -46,9 +47,13 @@ const NO_PREALLOCATION: u32 = 1;
 const TRIE: u32 = 11;
 /// `BPF_MAP_TYPE_ARRAY`.
 const ARRAY: u32 = 2;
+/// `BPF_MAP_TYPE_LRU_HASH`.
+const LRU_HASH: u32 = 9;
 /// `BPF_F_BEFORE`: attaches ahead of existing programs, so that none of them accepts a packet
 /// first.
 const BEFORE: u32 = 1 << 3;
+/// `BPF_F_AFTER`: attaches behind existing programs.
+const AFTER: u32 = 1 << 4;
 /// Maximum number of maps of a program of this crate.
 const MAPS: usize = 5;
 /// Maximum number of programs at one hook (`BPF_MPROG_MAX`).
@@ -115,11 +120,23 @@ impl Program {
     /// # Errors
     /// `ENODEV` if the link does not exist; `EINVAL` before Linux 6.6.
     pub(crate) fn attach_tcx(&self, index: u32, direction: Direction) -> io::Result<()> {
+        self.attach_tcx_at(index, direction, BEFORE)
+    }
+
+    /// Same as [`attach_tcx`](Self::attach_tcx), but behind existing programs.
+    ///
+    /// # Errors
+    /// `ENODEV` if the link does not exist; `EINVAL` before Linux 6.6.
+    pub(crate) fn attach_tcx_last(&self, index: u32, direction: Direction) -> io::Result<()> {
+        self.attach_tcx_at(index, direction, AFTER)
+    }
+
+    fn attach_tcx_at(&self, index: u32, direction: Direction, flags: u32) -> io::Result<()> {
         let mut attributes = Attach {
             link: index,
             program: self.descriptor.as_raw_fd() as u32,
             kind: direction.attach_type(),
-            flags: BEFORE,
+            flags,
             ..Attach::default()
         };
         // SAFETY: `Attach` is the head of `union bpf_attr` for this command.
@@ -147,6 +164,26 @@ impl Program {
         // the call.
         unsafe { bpf(command::TEST_RUN, &mut attributes) }?;
         Ok((attributes.verdict.cast_signed(), Duration::from_nanos(attributes.duration.into())))
+    }
+
+    /// Runs the program on `frame`. Returns the frame as the program leaves it.
+    #[cfg(test)]
+    pub(crate) fn output(&self, frame: &[u8]) -> Vec<u8> {
+        let mut output = vec![0_u8; frame.len()];
+        let mut attributes = TestRun {
+            program: self.descriptor.as_raw_fd() as u32,
+            length: frame.len() as u32,
+            length_out: output.len() as u32,
+            frame: frame.as_ptr() as u64,
+            frame_out: output.as_mut_ptr() as u64,
+            repeat: 1,
+            ..TestRun::default()
+        };
+        // SAFETY: `TestRun` is the head of `union bpf_attr` for this command, and both buffers
+        // outlive the call.
+        unsafe { bpf(command::TEST_RUN, &mut attributes) }.unwrap();
+        assert_eq!(attributes.verdict.cast_signed(), verdict::NEXT);
+        output
     }
 }
 
@@ -527,6 +564,30 @@ impl HashSet {
             value: value.map_or(0, |value| std::ptr::from_ref(value) as u64),
             flags: 0,
         }
+    }
+}
+
+/// A hash map that only programs access. It evicts the least recently used entry when it is full.
+#[derive(Debug)]
+pub(crate) struct LruMap(OwnedFd);
+
+impl LruMap {
+    /// Creates a map of `capacity` entries with keys of `key` bytes and values of `value` bytes.
+    /// The kernel allocates all entries at once. `name` has at most 15 bytes.
+    ///
+    /// # Errors
+    /// Same as [`Program::load`].
+    pub(crate) fn new(name: &str, key: u32, value: u32, capacity: u32) -> io::Result<Self> {
+        let mut attributes =
+            MapCreate { kind: LRU_HASH, key, value, entries: capacity, ..MapCreate::default() };
+        attributes.name[..name.len()].copy_from_slice(name.as_bytes());
+        // SAFETY: `MapCreate` is the head of `union bpf_attr` for this command.
+        unsafe { open(command::MAP_CREATE, &mut attributes) }.map(Self)
+    }
+
+    /// Returns the file descriptor, for instructions.
+    pub(crate) fn descriptor(&self) -> i32 {
+        self.0.as_raw_fd()
     }
 }
 
