@@ -45,4 +45,6 @@ pub use port::{DropReason, Refusal};
 pub use proxy_protocol::ProxyProtocol;
 pub use tidegate_reactor::{Permit, UDP_BUFFER, UNREAD_BYTES, is_exhaustion};
 pub use udp::session_table::TableLimits;
-pub use upstream::{Direct, Flow, Lease, Opened, Upstream, has_lost_local_address, socket};
+pub use upstream::{
+    BackendId, DialFailure, Direct, Flow, Lease, Opened, Upstream, has_lost_local_address, socket,
+};

@@ -4,6 +4,10 @@
 //! source address, and the network namespace of the socket. [`Direct`] uses the namespace of this
 //! process; `tidegate_publish` implements upstreams for other namespaces and for transparent
 //! sockets.
+//!
+//! An upstream with several backends gives each a [`BackendId`]. While a backend is dialled, the
+//! proxy asks for others: if the dial fails ([`Upstream::open_other`]), and if it is not answered
+//! in time ([`Upstream::hedge_after`]). It reports each outcome to the upstream.
 
 use crate::listener::prepare_stream;
 use rustix::io::Errno;
@@ -11,6 +15,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::Duration;
 use tidegate_model::Protocol;
 use tidegate_reactor::{SourcePorts, begin_connect};
 
@@ -31,17 +36,32 @@ pub struct Flow {
 /// A resource that an upstream holds for a flow; dropped with it.
 pub type Lease = Box<dyn Send>;
 
+/// Identifies a backend of an upstream that has several. Chosen by the upstream, and meaningful to
+/// it alone.
+pub type BackendId = u64;
+
+/// Why the dial to a backend failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DialFailure {
+    /// The connect failed: the backend sent a reset, or it is unreachable.
+    Refused,
+    /// The backend did not answer before one that was dialled later did, or before a timeout.
+    Silent,
+}
+
 /// A socket connected, or connecting, to the backend.
 pub struct Opened {
     /// Non-blocking and close-on-exec. UDP: connected; TCP: connected or connecting.
     pub socket: OwnedFd,
-    /// A resource that is dropped with the flow.
+    /// A resource that is dropped with the flow, or with the socket if another backend is used.
     pub lease: Option<Lease>,
+    /// The backend; `None` if the upstream has only one.
+    pub backend: Option<BackendId>,
 }
 
 impl From<OwnedFd> for Opened {
     fn from(socket: OwnedFd) -> Self {
-        Self { socket, lease: None }
+        Self { socket, lease: None, backend: None }
     }
 }
 
@@ -54,6 +74,51 @@ pub trait Upstream: Send + Sync {
     /// ([`is_exhaustion`](tidegate_reactor::is_exhaustion)), accepting pauses; any other error
     /// refuses this flow.
     fn open(&self, flow: &Flow) -> io::Result<Opened>;
+
+    /// Opens a TCP socket for `flow` to a backend that is not in `tried`. `None` if there is none
+    /// left. Called only for a flow whose [`Opened::backend`] is set, and returns one with a
+    /// backend as well.
+    ///
+    /// The proxy dials at most [`MAX_TRIES`](crate::tcp::MAX_TRIES) backends for one connection.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open). An error names no backend, so it does not add to `tried`. It
+    /// counts as a dial, and unless it is exhaustion, the proxy calls again. The upstream should
+    /// then return another backend.
+    fn open_other(&self, flow: &Flow, tried: &[BackendId]) -> Option<io::Result<Opened>> {
+        let _ = (flow, tried);
+        None
+    }
+
+    /// Time after the last dial of a flow after which the proxy dials one more backend at the same
+    /// time, if none has answered; at least 1 ms. `None`: never. At most
+    /// [`MAX_IN_FLIGHT`](crate::tcp::MAX_IN_FLIGHT) are dialled at once.
+    fn hedge_after(&self) -> Option<Duration> {
+        None
+    }
+
+    /// The TCP connect to `backend` has completed, and the flow uses it.
+    ///
+    /// At most one of this and [`failed`](Self::failed) is called for each TCP socket. Neither is
+    /// called if the client goes away during the dial, or if `backend` was dialled after the one
+    /// that is used.
+    fn connected(&self, backend: BackendId) {
+        let _ = backend;
+    }
+
+    /// The TCP connect to `backend` has failed. For UDP: the port of `backend` is closed, as ICMP
+    /// has reported; called for each batch of datagrams with such a report.
+    fn failed(&self, backend: BackendId, why: DialFailure) {
+        let _ = (backend, why);
+    }
+
+    /// Whether UDP sessions with `backend` may continue. If not, the next datagram of the client
+    /// opens a new session. Called for each batch of datagrams of such a session, so it must be
+    /// cheap.
+    fn is_available(&self, backend: BackendId) -> bool {
+        let _ = backend;
+        true
+    }
 
     /// Whether the UDP `socket`, opened by this upstream, has lost its local address, so that
     /// replies cannot arrive. Called periodically for sessions without replies.

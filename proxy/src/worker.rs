@@ -7,11 +7,10 @@ use crate::shared::{Message, Shared};
 use crate::side::Side;
 use crate::tcp::{
     AcceptBatch, Accepted, Claim, Connection, Holder, NARROW_BYTES, Phase, Scratch, Turn,
-    WIDE_BYTES,
+    WIDE_BYTES, connect_result,
 };
 use crate::udp::{Batches, Relay};
 use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -44,8 +43,12 @@ pub(crate) enum Tag {
     Client = Side::Client as isize,
     /// The backend socket of a connection.
     Backend = Side::Backend as isize,
+    /// A further socket of a connection that is dialling.
+    Rival,
     /// The dial timer of a connection.
     Dial,
+    /// The hedge timer of a connection.
+    Hedge,
     /// A published port.
     Port,
     /// The session timer of a UDP port.
@@ -59,10 +62,12 @@ pub(crate) enum Tag {
 }
 
 impl Tag {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 10] = [
         Self::Client,
         Self::Backend,
+        Self::Rival,
         Self::Dial,
+        Self::Hedge,
         Self::Port,
         Self::Sessions,
         Self::Session,
@@ -137,6 +142,10 @@ pub(crate) struct Worker {
     pub(crate) meter: Meter,
     /// Until when the first event of the last accepted connection is expected.
     pub(crate) expects_until: Option<Instant>,
+    /// Connections whose registered backend socket was replaced in this round. Backend events of
+    /// this round are of the previous socket, because the loop waits for events once per round.
+    /// The registration of the new socket makes epoll report its state in the next one.
+    pub(crate) replaced: BTreeSet<Key>,
     run_queue: VecDeque<Key>,
 }
 
@@ -159,6 +168,7 @@ impl Worker {
             batches: None,
             meter: Meter::new(Instant::now()),
             expects_until: None,
+            replaced: BTreeSet::new(),
             run_queue: VecDeque::new(),
         }
     }
@@ -246,7 +256,12 @@ impl Worker {
         self.unlist_wide(key);
         let Some(connection) = self.connections.remove(key) else { return };
         match connection.phase {
-            Phase::Dialling { deadline, .. } => cx.timers.disarm(deadline, Tag::Dial.token(key)),
+            Phase::Dialling { deadline, .. } => {
+                cx.timers.disarm(deadline, Tag::Dial.token(key));
+                if let Some(hedge_at) = connection.dial.as_ref().and_then(|dial| dial.hedge_at()) {
+                    cx.timers.disarm(hedge_at, Tag::Hedge.token(key));
+                }
+            }
             Phase::Open { since } => {
                 connection.port.stats.record_lifetime(cx.now.saturating_duration_since(since));
             }
@@ -276,8 +291,14 @@ impl Worker {
         side: Side,
         readiness: Readiness,
     ) {
-        if self.apply_readiness(cx, key, side, readiness)
-            && let Some(connection) = self.connections.get_mut(key)
+        if self.apply_readiness(cx, key, side, readiness) {
+            self.enqueue(key);
+        }
+    }
+
+    /// Adds connection `key` to the run queue unless it is there.
+    pub(crate) fn enqueue(&mut self, key: Key) {
+        if let Some(connection) = self.connections.get_mut(key)
             && !connection.queued
         {
             connection.queued = true;
@@ -295,8 +316,11 @@ impl Worker {
         readiness: Readiness,
     ) -> bool {
         let Some(connection) = self.connections.get_mut(key) else { return false };
+        if side == Side::Backend && connection.dial.is_some() {
+            return self.advance_dial(cx, key, Some(readiness));
+        }
         connection.record_readiness(side, readiness);
-        if let Phase::Dialling { since, deadline } = connection.phase {
+        if let Phase::Dialling { .. } = connection.phase {
             match side {
                 Side::Client if connection.has_failed(Side::Client) => {
                     self.refuse_connection(cx, key, Refusal::ClientGone);
@@ -307,24 +331,24 @@ impl Worker {
                 Side::Backend if !readiness.is_writable() => return false,
                 Side::Backend => {}
             }
-            // A backend that accepted and then reset the connection was reached, and may have sent
-            // payload.
-            if readiness.is_error()
-                && let Err(error) = connection.connect_result()
-                && error.kind() != io::ErrorKind::ConnectionReset
-            {
-                let refusal = crate::tcp::refusal(&error);
-                self.refuse_connection(cx, key, refusal);
+            if let Err(error) = connect_result(connection.socket(Side::Backend), readiness) {
+                self.refuse_connection(cx, key, crate::tcp::refusal(&error));
                 return false;
             }
-            // `cx.now` is the time of the round, which is often the one that accepted this
-            // connection.
-            let now = Instant::now();
-            connection.phase = Phase::Open { since: now };
-            connection.port.stats.record_dial(now.saturating_duration_since(since));
-            cx.timers.disarm(deadline, Tag::Dial.token(key));
+            self.open_connection(cx, key);
         }
         true
+    }
+
+    /// Ends the dial of connection `key`, whose backend is connected.
+    pub(crate) fn open_connection(&mut self, cx: &mut Context<'_>, key: Key) {
+        let Some(connection) = self.connections.get_mut(key) else { return };
+        let Phase::Dialling { since, deadline } = connection.phase else { return };
+        // `cx.now` is the time of the round, which is often the one that accepted this connection.
+        let now = Instant::now();
+        connection.phase = Phase::Open { since: now };
+        connection.port.stats.record_dial(now.saturating_duration_since(since));
+        cx.timers.disarm(deadline, Tag::Dial.token(key));
     }
 
     /// Gives connection `key` its turn, and ends it when it is complete.
@@ -510,14 +534,20 @@ impl Handler for Worker {
         let key = token.key();
         match Tag::of(token) {
             Tag::Client => self.connection_ready(cx, key, Side::Client, readiness),
+            Tag::Backend if self.replaced.contains(&key) => {}
             Tag::Backend => self.connection_ready(cx, key, Side::Backend, readiness),
+            Tag::Rival => {
+                if self.advance_dial(cx, key, None) {
+                    self.enqueue(key);
+                }
+            }
             Tag::Port => match self.ports.get(key) {
                 Some(PortState::Tcp { .. }) => self.accept(cx, key),
                 Some(PortState::Udp(_)) => self.relay_in(cx, key),
                 None => {}
             },
             Tag::Session => self.relay_out(cx, key),
-            Tag::Dial | Tag::Sessions | Tag::Resume | Tag::Wide => {}
+            Tag::Dial | Tag::Hedge | Tag::Sessions | Tag::Resume | Tag::Wide => {}
         }
     }
 
@@ -556,7 +586,8 @@ impl Handler for Worker {
 
     fn timer(&mut self, cx: &mut Context<'_>, token: Token) {
         match Tag::of(token) {
-            Tag::Dial => self.refuse_connection(cx, token.key(), Refusal::DialTimeout),
+            Tag::Dial => self.time_out_dial(cx, token.key()),
+            Tag::Hedge => self.hedge(cx, token.key()),
             Tag::Sessions => self.expire_sessions(cx, token.key()),
             Tag::Resume => self.resume_accepting(cx),
             Tag::Wide => {
@@ -564,7 +595,7 @@ impl Handler for Worker {
                 self.narrow_idle(cx.now);
                 self.arm_wide_timer(cx);
             }
-            Tag::Client | Tag::Backend | Tag::Port | Tag::Session => {}
+            Tag::Client | Tag::Backend | Tag::Rival | Tag::Port | Tag::Session => {}
         }
     }
 
@@ -573,6 +604,7 @@ impl Handler for Worker {
             let Some(key) = self.run_queue.pop_front() else { break };
             self.run_connection(cx, key);
         }
+        self.replaced.clear();
         !self.run_queue.is_empty()
     }
 

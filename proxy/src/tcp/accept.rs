@@ -1,6 +1,7 @@
 //! Accepting connections: access check, limits, and file descriptors.
 
 use super::connection::{Connection, Phase, reset_on_close};
+use super::dial::Dial;
 use super::shares::{Capacity, Holder, Reservation, Verdict};
 use crate::port::{Port, Refusal, Tally};
 use crate::shared::Message;
@@ -356,8 +357,9 @@ impl Worker {
         let phase = Phase::Dialling { since: cx.now, deadline };
         let holder = reservation.holder();
         let Accepted { client, port, .. } = accepted;
-        let connection =
+        let mut connection =
             Connection::new(client, opened.socket, phase, port, header, opened.lease, reservation);
+        connection.dial = opened.backend.map(|backend| Box::new(Dial::new(flow, backend)));
         let key = self.connections.insert(connection);
         let idle_order = self.idle_order.entry(holder).or_default();
         idle_order.append(&mut self.connections, key, |connection| &mut connection.links);
@@ -395,6 +397,7 @@ impl Worker {
                 return self.refuse_connection(cx, key, Refusal::Exhausted);
             }
         }
+        self.begin_hedging(cx, key);
     }
 
     /// Adds writability to the epoll interest of each side of connection `key` that blocks a half.

@@ -1,7 +1,7 @@
 //! A proxied connection and the transfer of payload in its two halves.
 
 use super::{
-    COPY_BYTES, FAST_WINDOW, FIX_AFTER, Holder, NARROW_BYTES, READS_PER_TURN, Reservation,
+    COPY_BYTES, Dial, FAST_WINDOW, FIX_AFTER, Holder, NARROW_BYTES, READS_PER_TURN, Reservation,
     SPLICE_BYTES, WIDE_BYTES, WIDEN_AFTER,
 };
 use crate::listener::{narrow, widen};
@@ -155,6 +155,8 @@ pub(crate) struct Connection<T = AtomicU64> {
     /// A read or write has failed, so a read of zero bytes no longer means EOF.
     broken: bool,
     pub(crate) phase: Phase,
+    /// While dialling, if the upstream has several backends.
+    pub(crate) dial: Option<Box<Dial>>,
     pub(crate) port: Arc<Port<T>>,
     /// Whether the connection is in the run queue of the loop.
     pub(crate) queued: bool,
@@ -166,7 +168,7 @@ pub(crate) struct Connection<T = AtomicU64> {
     pub(crate) is_listed_wide: bool,
     /// Payload was delivered since the last [`Self::take_progress`].
     progressed: bool,
-    _lease: Option<Lease>,
+    lease: Option<Lease>,
     reservation: Reservation,
 }
 
@@ -196,6 +198,7 @@ impl<T: Tally> Connection<T> {
             watched: PerSide::default(),
             broken: false,
             phase,
+            dial: None,
             port,
             queued: false,
             links: Links::default(),
@@ -203,7 +206,7 @@ impl<T: Tally> Connection<T> {
             wide_links: Links::default(),
             is_listed_wide: false,
             progressed: false,
-            _lease: lease,
+            lease,
             reservation,
         }
     }
@@ -226,6 +229,17 @@ impl<T: Tally> Connection<T> {
 
     pub(crate) fn socket(&self, side: Side) -> &OwnedFd {
         &self.sockets[side]
+    }
+
+    /// Exchanges the backend socket and its lease, while no readiness of it is recorded.
+    pub(crate) fn swap_backend(&mut self, socket: &mut OwnedFd, lease: &mut Option<Lease>) {
+        std::mem::swap(&mut self.sockets[Side::Backend], socket);
+        std::mem::swap(&mut self.lease, lease);
+    }
+
+    /// Whether the socket of `side` is registered with epoll.
+    pub(crate) fn is_registered(&self, side: Side) -> bool {
+        self.watched[side].is_some()
     }
 
     /// Records the readiness of one side.
@@ -462,6 +476,9 @@ impl<T: Tally> Connection<T> {
                 pipes.release(pipe);
             }
         }
+        if let Some(dial) = self.dial {
+            dial.abort();
+        }
     }
 
     /// Resets the client of a connection that never reached its backend.
@@ -469,10 +486,17 @@ impl<T: Tally> Connection<T> {
         reset_on_close(&self.sockets[Side::Client]);
         self.close(pipes);
     }
+}
 
-    /// Returns the result of the completed connect (`SO_ERROR`).
-    pub(crate) fn connect_result(&self) -> io::Result<()> {
-        Ok(sockopt::socket_error(&self.sockets[Side::Backend])??)
+/// Returns the result of a completed connect (`SO_ERROR`). A backend that accepted and then reset
+/// the connection was reached, and may have sent payload.
+pub(crate) fn connect_result(backend: &OwnedFd, readiness: Readiness) -> io::Result<()> {
+    if !readiness.is_error() {
+        return Ok(());
+    }
+    match sockopt::socket_error(backend)? {
+        Ok(()) | Err(Errno::CONNRESET) => Ok(()),
+        Err(error) => Err(error.into()),
     }
 }
 

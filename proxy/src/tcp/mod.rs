@@ -12,6 +12,28 @@
 //!                      +----------------------------------+----> removed
 //! ```
 //!
+//! If the upstream has several backends, the dial is a set of *attempts*, each with a socket to a
+//! different backend. Its state is [`Dial`], which other connections do not have. The first attempt
+//! that completes wins: its socket becomes the backend socket. No payload is sent before, so it
+//! reaches only that backend.
+//!
+//! | attempts | event | next |
+//! |---|---|---|
+//! | any | one completes | Open with the earliest completed one; all others are reset |
+//! | any | one fails, a backend is left | an attempt to that backend replaces it |
+//! | several | one fails, no backend is left | continue with the others |
+//! | one | it fails, no backend is left | reset the client |
+//! | 1 or 2 | no answer during [`hedge_after`] since the last attempt | one more, a *rival* |
+//! | any | dial timeout, or the client resets | all are closed |
+//!
+//! A failed attempt is reported to the upstream. So is a silent one, at the dial timeout or if a
+//! later attempt wins. One that loses to an earlier attempt had less time, which proves nothing.
+//! Each rival takes a descriptor from the budget; if none is free, the dial continues without.
+//!
+//! Backend events of an earlier socket may still be queued in the round that replaces it. While
+//! dialling, events therefore only cause the sockets to be polled. Afterwards, the loop ignores
+//! backend events for the rest of the round.
+//!
 //! A connection has two halves, one per direction. A half reads from its source until the source is
 //! empty. It delivers what it has read before it reads again, so it holds at most one buffer or
 //! pipe of payload. When the sink stops reading, the half stops, the receive window of the source
@@ -49,15 +71,19 @@
 //! events set and `EAGAIN` clears. A read that does not fill the buffer has emptied the socket,
 //! which saves a read that would return `EAGAIN`. This does not hold after the peer has closed:
 //! then only a read of zero bytes marks EOF.
+//!
+//! [`hedge_after`]: crate::Upstream::hedge_after
 
 use std::time::Duration;
 
 mod accept;
 mod connection;
+mod dial;
 mod shares;
 
 pub(crate) use accept::{AcceptBatch, Accepted, log_revived, refusal};
-pub(crate) use connection::{Claim, Connection, Phase, Scratch, Turn};
+pub(crate) use connection::{Claim, Connection, Phase, Scratch, Turn, connect_result};
+pub(crate) use dial::Dial;
 pub(crate) use shares::{Holder, Limits, Reservation, Shares};
 
 /// Size of a read in bytes from which the next read is spliced. Below it, moving pages through a
@@ -88,6 +114,14 @@ pub const WIDE_BYTES: usize = 5 << 19;
 /// Maximum kernel memory that a blocked narrow half holds, in bytes: a receive buffer, the payload
 /// that was read, and unsent data.
 pub const NARROW_BYTES: usize = 512 << 10;
+
+/// Maximum number of backends that are dialled for one connection. Each takes a connect(2) in the
+/// loop, which others wait for. If eight have failed, more are unlikely to answer.
+pub const MAX_TRIES: usize = 8;
+
+/// Maximum number of backends that are dialled at the same time for one connection. Each takes a
+/// descriptor, and a connection of a backend that does not use it.
+pub const MAX_IN_FLIGHT: usize = 3;
 
 /// Maximum number of reads of one half per turn, so that a fast connection does not starve others.
 pub const READS_PER_TURN: u32 = 8;

@@ -238,7 +238,8 @@ impl NamespaceUpstream {
             }
             _ => None,
         };
-        Ok(Opened { socket: self.connect_inside(flow, Some(client), to)?, lease })
+        let socket = self.connect_inside(flow, Some(client), to)?;
+        Ok(Opened { socket, lease, backend: None })
     }
 }
 
