@@ -5,7 +5,7 @@ use crate::listener::{Listener, enable_gro};
 use crate::port::{DropReason, Port, Tally};
 use crate::shared::Shared;
 use crate::tcp::log_revived;
-use crate::upstream::{Flow, Lease};
+use crate::upstream::{BackendId, DialFailure, Flow, Lease};
 use crate::worker::{PortState, SessionRef, Tag, Worker};
 use std::collections::BTreeSet;
 use std::io;
@@ -39,6 +39,7 @@ pub(crate) struct Session {
     /// When the first datagram arrived, and the last.
     began: Instant,
     last: Instant,
+    backend: Option<BackendId>,
     _lease: Option<Lease>,
     _permit: Permit,
 }
@@ -98,6 +99,19 @@ impl Relay {
         }
         carried.path_verified = now;
         !self.port.options.upstream.is_stale(carried.socket.as_fd())
+    }
+
+    /// Whether the session may continue with its backend.
+    fn is_backend_available(&mut self, session: Key) -> bool {
+        let backend = self.sessions.get_mut(session).and_then(|(_, carried)| carried.backend);
+        backend.is_none_or(|backend| self.port.options.upstream.is_available(backend))
+    }
+
+    /// Reports to the upstream that the port of `backend` is closed.
+    fn report_refusal(&self, backend: Option<BackendId>) {
+        if let Some(backend) = backend {
+            self.port.options.upstream.failed(backend, DialFailure::Refused);
+        }
     }
 
     /// Counts the result of sending a run of datagrams.
@@ -163,7 +177,11 @@ impl Worker {
                 carried.last = cx.now;
                 let sent =
                     sending.forward(&carried.socket, received, run, None, &mut carried.to_backend);
+                let backend = carried.backend;
                 relay.account(Direction::In, &sent);
+                if sent.refusals > 0 {
+                    relay.report_refusal(backend);
+                }
                 if let Some(error) = sent.error {
                     tracing::debug!(publish = %relay.port.label, %error, "session path lost");
                     end_session(relay, &mut self.sessions, session);
@@ -187,6 +205,8 @@ impl Worker {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                    let backend = carried.backend;
+                    relay.report_refusal(backend);
                     relay.port.stats.drop_datagrams(DropReason::BackendRefused, 1);
                     continue;
                 }
@@ -253,10 +273,13 @@ impl SessionOpener<'_, '_> {
             return Err(DropReason::NotAllowed);
         }
         if let Some(session) = relay.sessions.find(&client) {
-            if relay.is_path_valid(session, self.cx.now) {
+            if !relay.is_path_valid(session, self.cx.now) {
+                tracing::debug!(publish = %relay.port.label, "local address of session lost");
+            } else if !relay.is_backend_available(session) {
+                tracing::debug!(publish = %relay.port.label, "backend of session unavailable");
+            } else {
                 return Ok(session);
             }
-            tracing::debug!(publish = %relay.port.label, "local address of session lost");
             end_session(relay, self.references, session);
         }
         check_access(relay, &client)?;
@@ -308,6 +331,7 @@ impl SessionOpener<'_, '_> {
                 path_verified: now,
                 began: now,
                 last: now,
+                backend: opened.backend,
                 _lease: opened.lease,
                 _permit: permit,
             };
