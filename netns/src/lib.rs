@@ -63,7 +63,7 @@ pub use host_context::{HostContext, HostContextError};
 pub use local_peer::LocalPeers;
 pub use lock::{Lock, lock_file};
 pub use policy_route::{
-    MAX_SELECTORS, PolicyRoute, PolicyRouteError, Restored, Selector, Steered, Sysctl,
+    MAX_SELECTORS, PolicyRoute, PolicyRouteError, Restored, Route, Selector, Steered, Sysctl,
     policy_route_sysctls_hold, repair_policy_routes, sweep, sweep_in,
 };
 pub use run_directory::run_directory;

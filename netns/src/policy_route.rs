@@ -13,6 +13,9 @@
 //!   table 29700:  local default dev lo                  <- PolicyRoute::install
 //! ```
 //!
+//! If the socket is in another namespace, the table has a route to that one instead
+//! ([`PolicyRoute::install_via`]).
+//!
 //! An owner slot ([`OwnerSlot`]) determines the priority and the table. Each [`PolicyRoute`] has
 //! its own slot, so the policy routes of several processes in one namespace do not conflict. All
 //! rules and routes carry tidegate's protocol number
@@ -39,6 +42,7 @@
 mod error;
 mod journal;
 mod process;
+mod route;
 mod selector;
 mod session;
 mod slot;
@@ -46,6 +50,7 @@ mod sweep;
 mod sysctl;
 
 pub use error::PolicyRouteError;
+pub use route::Route;
 pub use selector::Selector;
 pub use sweep::{sweep, sweep_in};
 pub use sysctl::Sysctl;
@@ -79,7 +84,7 @@ pub struct PolicyRoute {
 struct Installed {
     namespace: Namespace,
     slot: OwnerSlot,
-    families: Families,
+    routes: Vec<Route>,
     sysctls: Vec<Sysctl>,
     rules: Mutex<Rules>,
 }
@@ -115,6 +120,17 @@ impl PolicyRoute {
         Self::install_in(&journal::directory()?, namespace, families, sysctls)
     }
 
+    /// [`install`](Self::install) with other routes, for packets to sockets in another namespace.
+    ///
+    /// # Errors
+    /// Same as [`install`](Self::install).
+    pub fn install_via(
+        namespace: &Namespace,
+        routes: Vec<Route>,
+    ) -> Result<Self, PolicyRouteError> {
+        Self::install_routes(&journal::directory()?, namespace, routes, &[])
+    }
+
     /// [`install`](Self::install) with the journal in `directory`. All owners in a namespace should
     /// use the same journal. Otherwise they can neither clean up after each other nor detect the
     /// last owner.
@@ -127,11 +143,21 @@ impl PolicyRoute {
         families: Families,
         sysctls: &[Sysctl],
     ) -> Result<Self, PolicyRouteError> {
+        let routes = families.iter().map(Route::Local).collect();
+        Self::install_routes(directory, namespace, routes, sysctls)
+    }
+
+    fn install_routes(
+        directory: &Path,
+        namespace: &Namespace,
+        routes: Vec<Route>,
+        sysctls: &[Sysctl],
+    ) -> Result<Self, PolicyRouteError> {
         let mut netlink = connect(namespace)?;
         let mut session = Session::begin(directory, namespace, &mut netlink)?;
         session.prune();
         let changes = session.changes(sysctls)?;
-        let slot = session.claim(families, &changes)?;
+        let slot = session.claim(&routes, &changes)?;
         if let Err(error) = session.apply(&changes) {
             session.abort(slot);
             return Err(error);
@@ -143,7 +169,7 @@ impl PolicyRoute {
         let installed = Arc::new(Installed {
             namespace: namespace.clone(),
             slot,
-            families,
+            routes,
             sysctls: sysctls.to_vec(),
             rules: Mutex::new(rules),
         });
@@ -167,7 +193,7 @@ impl PolicyRoute {
     pub fn steer(self: &Arc<Self>, selector: Selector) -> Result<Steered, PolicyRouteError> {
         let inner = &self.installed;
         let flaw = selector.flaw().or_else(|| {
-            let installed = inner.families.contains(selector.family);
+            let installed = inner.routes.iter().any(|route| route.family() == selector.family);
             (!installed).then_some("the policy route was not installed for this family")
         });
         if let Some(flaw) = flaw {
@@ -245,18 +271,18 @@ impl Installed {
             return Ok(restored);
         }
         let table = table_id(self.slot);
-        for family in self.families.iter() {
-            let route = format!("{family} route to local sockets in table {table}");
-            let added = was_missing(slot::add_route(&mut rules.netlink, self.slot, family))
-                .map_err(|source| kernel_error(&self.namespace, &route, source))?;
+        for route in &self.routes {
+            let name = format!("route {route} in table {table}");
+            let added = was_missing(slot::add_route(&mut rules.netlink, self.slot, route))
+                .map_err(|source| kernel_error(&self.namespace, &name, source))?;
             if !added {
                 continue;
             }
-            if let Some(source) = rules.sources.get(&(family == Family::V6)) {
+            if let Some(source) = rules.sources.get(&(route.family() == Family::V6)) {
                 slot::set_source(&mut rules.netlink, self.slot, *source)
-                    .map_err(|source| kernel_error(&self.namespace, &route, source))?;
+                    .map_err(|source| kernel_error(&self.namespace, &name, source))?;
             }
-            restored.push(Restored::Route(route));
+            restored.push(Restored::Route(name));
         }
         for selector in rules.holders.keys() {
             let added = was_missing(slot::add_rule(&mut rules.netlink, self.slot, selector));
@@ -397,7 +423,7 @@ impl fmt::Debug for PolicyRoute {
         f.debug_struct("PolicyRoute")
             .field("namespace", &self.installed.namespace)
             .field("slot", &self.installed.slot)
-            .field("families", &self.installed.families)
+            .field("routes", &self.installed.routes)
             .finish_non_exhaustive()
     }
 }

@@ -7,7 +7,7 @@
 //! | step | install | revert |
 //! |---|---|---|
 //! | 1 | the slot and the original values of sysctls are recorded | the entry is deleted, with the last owner the whole record |
-//! | 2 | `local default dev lo` is added to the slot's table | the route is deleted |
+//! | 2 | the routes are added to the slot's table | they are deleted |
 //! | 3 | the sysctls are changed | the last owner restores them |
 //! | 4 | rules are added, at any time and without a journal entry | all rules of the slot are deleted |
 //!
@@ -16,13 +16,13 @@
 //! next process reverts the steps of owners that have exited in the same way. If a revert fails,
 //! the owner stays in the record, and a later process retries once the owner has exited.
 
-use super::PolicyRouteError;
 use super::journal::{Identity, Journal, Owner, Record};
 use super::process::{Process, boot_id};
 use super::slot::{self, Table};
 use super::sysctl::{Change, Saved, Sysctl};
+use super::{PolicyRouteError, Route};
+use crate::Namespace;
 use crate::netlink::Netlink;
-use crate::{Families, Family, Namespace};
 use rustix::io::Errno;
 use std::fmt;
 use std::io;
@@ -95,10 +95,11 @@ impl<'a> Session<'a> {
         Ok(changes)
     }
 
-    /// Steps 1 and 2: claims an unused slot. `changes` are recorded but not applied.
+    /// Steps 1 and 2: claims an unused slot, with `routes` in its table. `changes` are recorded but
+    /// not applied.
     pub(super) fn claim(
         &mut self,
-        families: Families,
+        routes: &[Route],
         changes: &[Change],
     ) -> Result<OwnerSlot, PolicyRouteError> {
         let before = self.record.clone();
@@ -118,16 +119,15 @@ impl<'a> Session<'a> {
             self.record.owners.push(Owner { slot: slot.0, process, path });
             self.record.save(changes.iter().map(|change| &change.saved));
             self.store()?;
-            match self.add_routes(slot, families) {
+            match self.add_routes(slot, routes) {
                 Ok(()) => return Ok(slot),
-                Err((family, source)) => {
+                Err((route, source)) => {
                     // No route was added, so the slot has nothing to revert.
                     self.record.clone_from(&before);
                     self.store()?;
                     // EEXIST: a process with another journal has claimed the slot concurrently.
                     if Errno::from_io_error(&source) != Some(Errno::EXIST) {
-                        let route =
-                            format!("{family} route local default dev lo table {}", table_id(slot));
+                        let route = format!("route {route} table {}", table_id(slot));
                         return Err(self.rejected(route, source));
                     }
                 }
@@ -136,20 +136,19 @@ impl<'a> Session<'a> {
         Err(PolicyRouteError::NoSlot(self.namespace.id()))
     }
 
-    /// Adds the slot's route for all of `families`. On failure, adds none and returns the rejected
-    /// family.
-    fn add_routes(
+    /// Adds `routes` to the slot's table. On failure, adds none and returns the rejected one.
+    fn add_routes<'r>(
         &mut self,
         slot: OwnerSlot,
-        families: Families,
-    ) -> Result<(), (Family, io::Error)> {
-        for family in families.iter() {
-            if let Err(error) = slot::add_route(self.netlink, slot, family) {
-                for added in families.iter().take_while(|added| *added != family) {
+        routes: &'r [Route],
+    ) -> Result<(), (&'r Route, io::Error)> {
+        for (number, route) in routes.iter().enumerate() {
+            if let Err(error) = slot::add_route(self.netlink, slot, route) {
+                for added in routes.iter().take(number) {
                     // A failure here recurs in the next cleanup, which reports it.
                     let _ = slot::delete_route(self.netlink, slot, added);
                 }
-                return Err((family, error));
+                return Err((route, error));
             }
         }
         Ok(())

@@ -4,11 +4,11 @@
 //! [`ROUTE_PROTOCOL`]. Every request to add or delete specifies these attributes, so it cannot
 //! affect other slots or other programs.
 
-use super::Selector;
+use super::{Route, Selector};
 use crate::Family;
 use crate::netlink::{Netlink, Operation};
 use netlink_packet_route::route::{
-    RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage, RulePortRange};
 use netlink_packet_route::{IpProtocol, RouteNetlinkMessage};
@@ -59,32 +59,43 @@ pub(super) fn delete_rules(netlink: &mut Netlink, slot: OwnerSlot) -> io::Result
     })
 }
 
-/// Adds `local default dev lo`, which delivers all packets routed by the slot's table locally.
-pub(super) fn add_route(netlink: &mut Netlink, slot: OwnerSlot, family: Family) -> io::Result<()> {
-    netlink.execute(RouteNetlinkMessage::NewRoute(route(slot, family)), Operation::Create)
+/// Adds `route` to the slot's table.
+pub(super) fn add_route(netlink: &mut Netlink, slot: OwnerSlot, route: &Route) -> io::Result<()> {
+    netlink.execute(RouteNetlinkMessage::NewRoute(message(slot, route)), Operation::Create)
 }
 
 /// Sets `source` as the preferred source address of the slot's route, for unbound sockets.
 pub(super) fn set_source(netlink: &mut Netlink, slot: OwnerSlot, source: IpAddr) -> io::Result<()> {
-    let mut route = route(slot, Family::of(source));
+    let mut route = message(slot, &Route::Local(Family::of(source)));
     route.attributes.push(RouteAttribute::PrefSource(source.into()));
     netlink.execute(RouteNetlinkMessage::NewRoute(route), Operation::Replace)
 }
 
-/// Deletes the route of the slot in `family`.
+/// Deletes `route` from the slot's table.
 pub(super) fn delete_route(
     netlink: &mut Netlink,
     slot: OwnerSlot,
-    family: Family,
+    route: &Route,
 ) -> io::Result<()> {
     repeat_until_absent(|| {
-        netlink.execute(RouteNetlinkMessage::DelRoute(route(slot, family)), Operation::Delete)
+        let message = RouteNetlinkMessage::DelRoute(message(slot, route));
+        netlink.execute(message, Operation::Delete)
     })
 }
 
-/// Deletes the routes of the slot in both families.
+/// Deletes all routes of the slot in both families.
 pub(super) fn delete_routes(netlink: &mut Netlink, slot: OwnerSlot) -> io::Result<()> {
-    Family::ALL.into_iter().try_for_each(|family| delete_route(netlink, slot, family))
+    let protocol = RouteProtocol::from(ROUTE_PROTOCOL);
+    for route in routes(netlink, slot)? {
+        if route.header.protocol != protocol {
+            continue;
+        }
+        match netlink.execute(RouteNetlinkMessage::DelRoute(route), Operation::Delete) {
+            Err(error) if !is_absence(&error) => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// Returns the slots whose priority is used by a rule of any program.
@@ -106,30 +117,35 @@ pub(super) fn used_priorities(netlink: &mut Netlink) -> io::Result<BTreeSet<Owne
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Table {
     Empty,
-    /// Contains the route of [`add_route`].
+    /// Begins with a route of [`add_route`].
     Ours,
     Foreign,
 }
 
 /// Inspects the slot's table.
 pub(super) fn table(netlink: &mut Netlink, slot: OwnerSlot) -> io::Result<Table> {
-    let mut filter = RouteMessage::default();
-    filter.attributes.push(RouteAttribute::Table(table_id(slot)));
-    let routes = match netlink.dump(&RouteNetlinkMessage::GetRoute(filter)) {
-        // The table does not exist yet.
-        Err(error) if Errno::from_io_error(&error) == Some(Errno::NOENT) => Vec::new(),
-        routes => routes?,
-    };
-    let mut routes = routes.iter().filter_map(|message| match message {
-        RouteNetlinkMessage::NewRoute(route) => Some(route),
-        _ => None,
-    });
     let protocol = RouteProtocol::from(ROUTE_PROTOCOL);
-    Ok(match routes.next() {
+    Ok(match routes(netlink, slot)?.first() {
         None => Table::Empty,
         Some(first) if first.header.protocol == protocol => Table::Ours,
         Some(_) => Table::Foreign,
     })
+}
+
+/// Lists the routes of the slot's table in both families.
+fn routes(netlink: &mut Netlink, slot: OwnerSlot) -> io::Result<Vec<RouteMessage>> {
+    let mut filter = RouteMessage::default();
+    filter.attributes.push(RouteAttribute::Table(table_id(slot)));
+    let messages = match netlink.dump(&RouteNetlinkMessage::GetRoute(filter)) {
+        // The table does not exist yet.
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::NOENT) => Vec::new(),
+        messages => messages?,
+    };
+    let route = |message| match message {
+        RouteNetlinkMessage::NewRoute(route) => Some(route),
+        _ => None,
+    };
+    Ok(messages.into_iter().filter_map(route).collect())
 }
 
 /// Builds a rule without conditions. In a deletion request, it matches any rule of the slot.
@@ -179,16 +195,30 @@ fn rule_for(slot: OwnerSlot, selector: &Selector) -> RuleMessage {
     rule
 }
 
-fn route(slot: OwnerSlot, family: Family) -> RouteMessage {
-    let mut route = RouteMessage::default();
-    route.header.address_family = family.into();
-    route.header.protocol = RouteProtocol::from(ROUTE_PROTOCOL);
-    route.header.kind = RouteType::Local;
-    // IPv4 requires this scope for local routes; IPv6 routes have no scope.
-    route.header.scope = RouteScope::Host;
-    route.attributes =
-        vec![RouteAttribute::Table(table_id(slot)), RouteAttribute::Oif(LOOPBACK_INDEX)];
-    route
+fn message(slot: OwnerSlot, route: &Route) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = route.family().into();
+    message.header.protocol = RouteProtocol::from(ROUTE_PROTOCOL);
+    message.attributes = vec![RouteAttribute::Table(table_id(slot))];
+    // IPv4 requires a matching scope; IPv6 routes have none.
+    (message.header.kind, message.header.scope) = match route {
+        Route::Local(_) => (RouteType::Local, RouteScope::Host),
+        Route::Via { .. } => (RouteType::Unicast, RouteScope::Universe),
+        Route::Throw(_) => (RouteType::Throw, RouteScope::Universe),
+    };
+    match route {
+        Route::Local(_) => message.attributes.push(RouteAttribute::Oif(LOOPBACK_INDEX)),
+        Route::Via { gateway, link } => message.attributes.extend([
+            RouteAttribute::Gateway(RouteAddress::from(*gateway)),
+            RouteAttribute::Oif(*link),
+        ]),
+        Route::Throw(subnet) => {
+            message.header.destination_prefix_length = subnet.prefix_len();
+            let network = RouteAddress::from(subnet.network());
+            message.attributes.push(RouteAttribute::Destination(network));
+        }
+    }
+    message
 }
 
 /// Repeats a deletion until the kernel reports that the object does not exist.
