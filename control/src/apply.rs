@@ -52,6 +52,9 @@ pub const MAX_DNS_SERVERS: usize = 16;
 /// other on it, and have no names.
 pub const MESH_GATEWAY: &str = "mesh-gateway";
 
+/// The first part of the names of sandboxes ([`Name::sandbox_on`]).
+pub const MESH_SANDBOX: &str = "mesh-sandbox";
+
 /// Maximum length of a path in bytes (`PATH_MAX` less the terminating NUL).
 const MAX_PATH: usize = 4_095;
 
@@ -189,7 +192,7 @@ fn add_parts(
 fn check_parts(spec: &ProjectSpec) -> Result<(), Refusal> {
     let project = &spec.project.name;
     let foreign = |part: String| Refusal::ForeignPart { project: project.clone(), part };
-    if project.project().is_some() {
+    if project.project().is_some() || project.name() == MESH_SANDBOX {
         return Err(foreign(format!("name {project}")));
     }
     let is_part = |part: &Name| part.is_part_of(project);
@@ -589,6 +592,7 @@ fn attach(
         dns: spec.dns.clone(),
         namespace,
         ports,
+        task: spec.task.clone(),
     };
     let mut state = state.clone();
     state.endpoints.insert(name.clone(), Arc::new(endpoint));
@@ -600,7 +604,9 @@ fn attach(
 fn mesh_gateway(state: &State, spec: &AttachSpec) -> Option<NetworkAttachment> {
     let networks = spec.networks.iter().filter_map(|one| state.networks.get(&one.network));
     let setups = || networks.clone().map(|network| &network.setup);
-    let needs_it = setups().any(|one| one.overlay.is_some_and(|overlay| !overlay.internal))
+    // Nothing leaves a sandbox but connections to tasks.
+    let needs_it = !spec.name.is_sandbox()
+        && setups().any(|one| one.overlay.is_some_and(|overlay| !overlay.internal))
         && setups().all(|one| one.internal);
     needs_it.then(|| NetworkAttachment::new(Name::mesh_gateway()))
 }

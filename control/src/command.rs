@@ -2,7 +2,7 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
-use crate::{Membership, Name, Project, PublishedPort};
+use crate::{Membership, Name, Project, PublishedPort, Task};
 use ipnet::IpNet;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -131,6 +131,8 @@ pub struct AttachSpec {
     pub dns: Vec<IpAddr>,
     /// Published ports, with ephemeral host ports already chosen.
     pub ports: Vec<PublishedPort>,
+    /// The service of the cluster that it belongs to.
+    pub task: Option<Task>,
 }
 
 /// An attachment to create.

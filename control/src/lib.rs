@@ -46,7 +46,8 @@ mod tests;
 
 pub use apply::{
     MAX_ALIASES, MAX_DNS_SERVERS, MAX_ENDPOINTS, MAX_ENDPOINTS_OF_NETWORK, MAX_NETWORKS,
-    MAX_NETWORKS_OF_ENDPOINT, MAX_PORTS, MAX_PROJECTS, MESH_GATEWAY, Surroundings, apply,
+    MAX_NETWORKS_OF_ENDPOINT, MAX_PORTS, MAX_PROJECTS, MESH_GATEWAY, MESH_SANDBOX, Surroundings,
+    apply,
 };
 pub use changes::{Change, changes};
 pub use command::{AttachSpec, Command, NetworkAttachment, NetworkSpec, ProjectSpec};
@@ -54,6 +55,6 @@ pub use name::{Name, NameError};
 pub use quarantine::Quarantine;
 pub use refusal::Refusal;
 pub use state::{
-    Endpoint, EtcdAccess, Membership, Network, Project, PublishedPort, Service, State,
+    Endpoint, EtcdAccess, Membership, Network, Project, PublishedPort, Service, State, Task,
 };
 pub use store::{Store, StoreError};

@@ -48,6 +48,19 @@ impl Name {
         self.project.is_none() && *self.name == *crate::MESH_GATEWAY
     }
 
+    /// The name of the sandbox of this host on the overlay network `network`, through which
+    /// connections to the services on that network pass. No project has its first part.
+    #[must_use]
+    pub fn sandbox_on(network: &Self) -> Self {
+        Self { project: Some(crate::MESH_SANDBOX.into()), name: Arc::clone(&network.name) }
+    }
+
+    /// Whether it is that of a sandbox.
+    #[must_use]
+    pub fn is_sandbox(&self) -> bool {
+        self.project.as_deref() == Some(crate::MESH_SANDBOX)
+    }
+
     /// Returns the project, `None` for an object that belongs to no project.
     #[must_use]
     pub fn project(&self) -> Option<&str> {

@@ -12,7 +12,7 @@
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
 use crate::{
-    Endpoint, EtcdAccess, Membership, Name, Network, Project, PublishedPort, Service, State,
+    Endpoint, EtcdAccess, Membership, Name, Network, Project, PublishedPort, Service, State, Task,
 };
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -25,8 +25,9 @@ use tidegate_model::{MacAddress, Protocol, Restart};
 use tidegate_netsetup::{self as netsetup, Attachment, Interface, Overlay, Subnet};
 
 /// The format that this version writes. It also reads format 1, which has no projects and no DNS
-/// servers of endpoints, and format 2, which has no cluster and no overlay networks.
-pub(crate) const FORMAT: u32 = 3;
+/// servers of endpoints, format 2, which has no cluster and no overlay networks, and format 3,
+/// which has no services of the cluster.
+pub(crate) const FORMAT: u32 = 4;
 
 /// A network.
 #[derive(Debug, Serialize, Deserialize)]
@@ -102,6 +103,18 @@ struct EndpointRecord {
     attachments: Vec<AttachmentRecord>,
     /// Sorted.
     ports: Vec<PortRecord>,
+    /// Since format 4.
+    #[serde(default)]
+    task: Option<TaskRecord>,
+}
+
+/// The part of an endpoint in a service of the cluster.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TaskRecord {
+    service: String,
+    weight: u16,
+    health_command: Option<Vec<String>>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -268,11 +281,16 @@ impl Record for Endpoint {
             dns: record.dns,
             namespace: record.namespace.into(),
             ports,
+            task: record.task.map(|TaskRecord { service, weight, health_command }| Task {
+                service,
+                weight,
+                health_command,
+            }),
         })
     }
 
     fn write(&self) -> Result<Vec<u8>, RecordError> {
-        let Self { name: _, setup, aliases, hostname, dns, namespace, ports } = self;
+        let Self { name: _, setup, aliases, hostname, dns, namespace, ports, task } = self;
         let netsetup::Endpoint { name: _, attachments } = setup;
         let attachment = |one: &Attachment| -> Result<AttachmentRecord, RecordError> {
             let Attachment { network, host_end, inside, addresses, default_route, any_address } =
@@ -298,6 +316,11 @@ impl Record for Endpoint {
             dns: dns.clone(),
             attachments: attachments.iter().map(attachment).collect::<Result<_, _>>()?,
             ports: ports.iter().map(port).collect(),
+            task: task.clone().map(|Task { service, weight, health_command }| TaskRecord {
+                service,
+                weight,
+                health_command,
+            }),
         })?)
     }
 
@@ -478,26 +501,39 @@ mod tests {
 
     /// Every record of the format is read, and written as the same JSON.
     #[test]
-    fn samples_of_format_3_are_read_completely() {
-        let samples = written_again(include_str!("testdata/format-3.jsonl"));
+    fn samples_of_format_4_are_read_completely() {
+        let samples = written_again(include_str!("testdata/format-4.jsonl"));
         assert_eq!(samples.len(), 10);
         for (sample, written) in samples {
             assert_eq!(written, sample.record);
         }
-        assert_eq!(FORMAT, 3, "add samples of the new format");
+        assert_eq!(FORMAT, 4, "add samples of the new format");
     }
 
     /// Completes a sample of an earlier format.
     fn complete(sample: &mut Sample) {
         match sample.table.as_str() {
-            "endpoints" if sample.record.get("dns").is_none() => {
-                sample.record["dns"] = serde_json::json!([]);
+            "endpoints" => {
+                if sample.record.get("dns").is_none() {
+                    sample.record["dns"] = serde_json::json!([]);
+                }
+                sample.record["task"] = serde_json::Value::Null;
             }
-            "networks" => {
+            "networks" if sample.record.get("has_names").is_none() => {
                 sample.record["has_names"] = true.into();
                 sample.record["overlay"] = serde_json::Value::Null;
             }
             _ => {}
+        }
+    }
+
+    #[test]
+    fn samples_of_format_3_have_no_services_of_the_cluster() {
+        let samples = written_again(include_str!("testdata/format-3.jsonl"));
+        assert_eq!(samples.len(), 10);
+        for (mut sample, written) in samples {
+            complete(&mut sample);
+            assert_eq!(written, sample.record);
         }
     }
 

@@ -121,6 +121,19 @@ pub struct Endpoint {
     pub namespace: PathBuf,
     /// The published ports, sorted.
     pub ports: Vec<PublishedPort>,
+    /// The service of the cluster that it belongs to.
+    pub task: Option<Task>,
+}
+
+/// The part of an endpoint in a service of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Task {
+    /// The service.
+    pub service: String,
+    /// Its share of the connections, in relation to the other tasks.
+    pub weight: u16,
+    /// A command that succeeds while the task is healthy, in its network namespace.
+    pub health_command: Option<Vec<String>>,
 }
 
 /// A published port of an endpoint.

@@ -411,13 +411,10 @@ fn read(database: &Database) -> Result<State, Failure> {
         Err(error) => return Err(error.into()),
     };
     match format {
-        Some(1 | 2 | FORMAT) => {}
+        Some(1..=FORMAT) => {}
         Some(newer) if newer > FORMAT => return Err(Failure::Newer(newer)),
-        Some(0) | None => {
+        Some(_) | None => {
             return Err(Failure::Corrupt("meta/format", "no valid number".to_owned()));
-        }
-        Some(older) => {
-            return Err(Failure::Corrupt("meta/format", format!("unknown format {older}")));
         }
     }
     let mut state = State::default();

@@ -2,7 +2,7 @@
 
 use crate::{
     AttachSpec, Command, Name, NetworkAttachment, NetworkSpec, Project, ProjectSpec, PublishedPort,
-    Quarantine, Refusal, State, Surroundings, apply,
+    Quarantine, Refusal, State, Surroundings, Task, apply,
 };
 use ipnet::IpNet;
 use proptest::prelude::*;
@@ -246,6 +246,11 @@ fn attach() -> impl Strategy<Value = AttachSpec> {
             networks,
             hostname: hostname.map(Into::into),
             dns: Vec::new(),
+            task: ports.first().map(|port| Task {
+                service: "shop".into(),
+                weight: port.host_port,
+                health_command: Some(vec!["true".into()]),
+            }),
             ports,
         },
     )

@@ -589,6 +589,7 @@ fn attach(text: &str, networks: &[&str]) -> AttachSpec {
         hostname: None,
         dns: vec![],
         ports: vec![],
+        task: None,
     }
 }
 

@@ -187,6 +187,7 @@ fn history() -> Vec<State> {
             networks: vec![NetworkAttachment::new(name("a"))],
             hostname: None,
             dns: vec![],
+            task: None,
             ports: (0..20 * number)
                 .map(|port_number| port("::", 1_000 * number + port_number + 1, 80))
                 .collect(),
@@ -404,7 +405,7 @@ fn a_store_of_a_newer_version_is_not_read() {
     drop(store);
     let error = Store::open(&path).unwrap_err();
     assert!(matches!(error, StoreError::Newer { found: 7, .. }));
-    assert!(error.to_string().contains("has format 7, and this version supports format 3"));
+    assert!(error.to_string().contains("has format 7, and this version supports format 4"));
 }
 
 #[test]
@@ -504,6 +505,7 @@ fn child_on_a_full_disk() {
                     hostname: None,
                     dns: vec![],
                     ports: vec![],
+                    task: None,
                 }),
             )
             .or_else(|_| {
