@@ -25,7 +25,7 @@ use tidegate_mesh::device::{Device, DeviceSpec, Links};
 use tidegate_mesh::membership::Own;
 use tidegate_mesh::overlay::Entries;
 use tidegate_mesh::programmer::LocalNetwork;
-use tidegate_mesh::record::{Endpoint, EndpointState, Network, Node, Subnet};
+use tidegate_mesh::record::{Endpoint, EndpointState, Network, Node, Role, Subnet};
 use tidegate_mesh::store::EtcdOptions;
 use tidegate_mesh::vtep_guard::{VtepGuard, VtepPolicy};
 use tidegate_model::MacAddress;
@@ -76,6 +76,7 @@ fn endpoint(node: &str, number: u16) -> Endpoint {
         state: EndpointState::Ready,
         aliases: Vec::new(),
         hostname: None,
+        role: Role::Container,
     }
 }
 
@@ -95,10 +96,11 @@ fn start(hosts: &Hosts, etcd: &Etcd, number: usize, endpoints: std::ops::Range<u
     let seen = Seen::default();
     let servers = etcd.urls().split(',').map(str::to_owned).collect();
     let options = Options {
-        own: Own { id, node, underlay: Vec::new(), endpoints },
+        own: Own { id, node, underlay: Vec::new(), endpoints, bindings: BTreeMap::new() },
         store: Arc::new(EtcdOptions { servers, ..EtcdOptions::default() }),
         namespace,
         networks: vec![front],
+        follower: Box::new(|_| {}),
         names: Box::new(seen.clone()),
         reports: tokio::sync::watch::Sender::new(None),
     };

@@ -17,7 +17,8 @@ use crate::key::PREFIX;
 use crate::liveness::{self, Hearing, INTERVAL, Liveness, Retention};
 use crate::membership::{self, Own, Refusal, registration};
 use crate::programmer::{LocalNetwork, NetworkFigures, Programmer};
-use crate::record::{Endpoint, EndpointKey, Network, Node};
+use crate::record::{Binding, Endpoint, EndpointKey, Network, Node, Service};
+use crate::services;
 use crate::store::{
     Changes, ClusterStore, Connect, Entry, LeaseId, Revision, StoreError, Transaction,
 };
@@ -69,6 +70,8 @@ pub struct Options {
     pub networks: Vec<LocalNetwork>,
     /// Receives the names of other hosts.
     pub names: Box<dyn Names>,
+    /// Is called with each new state of the cluster, on the thread of the agent.
+    pub follower: Box<dyn Fn(&Cluster) + Send>,
     /// Receives reports, every few seconds.
     pub reports: watch::Sender<Option<Arc<Status>>>,
 }
@@ -111,6 +114,10 @@ enum Request {
     Release { key: EndpointKey, done: Done<()> },
     Create { name: String, network: Network, done: Done<()> },
     Delete { name: String, done: Done<()> },
+    CreateService { name: String, service: Service, done: Done<()> },
+    RemoveService { name: String, done: Done<()> },
+    Scale { name: String, replicas: Option<u32>, done: Done<()> },
+    Bindings(BTreeMap<String, Binding>),
     Leave { done: Done<()> },
     RemoveHost { id: String, done: Done<()> },
     Status { done: oneshot::Sender<Status> },
@@ -141,6 +148,18 @@ pub struct Cluster {
     pub has_joined: bool,
     /// Why this host cannot be in the cluster.
     pub refused: Option<Refusal>,
+    /// The hosts that are heard.
+    pub heard: BTreeSet<String>,
+    /// ID of this host.
+    pub own: String,
+}
+
+impl Cluster {
+    /// Returns whether packets to `host` arrive: it is heard, or this host.
+    #[must_use]
+    pub fn hears(&self, host: &str) -> bool {
+        host == self.own || self.heard.contains(host)
+    }
 }
 
 /// A host, for reports.
@@ -210,6 +229,8 @@ impl Agent {
             store: StoreState::Connecting,
             has_joined: false,
             refused: None,
+            heard: BTreeSet::new(),
+            own: options.own.id.clone(),
         }));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let running = {
@@ -306,6 +327,38 @@ impl Agent {
     pub async fn delete(&self, name: &str) -> Result<(), MeshError> {
         let name = name.to_owned();
         self.request(|done| Request::Delete { name, done }).await
+    }
+
+    /// Creates a service.
+    ///
+    /// # Errors
+    /// It is refused, or the store does not answer.
+    pub async fn create_service(&self, name: &str, service: Service) -> Result<(), MeshError> {
+        let name = name.to_owned();
+        self.request(|done| Request::CreateService { name, service, done }).await
+    }
+
+    /// Removes a service. Its tasks stay attached.
+    ///
+    /// # Errors
+    /// It does not exist, or the store does not answer.
+    pub async fn remove_service(&self, name: &str) -> Result<(), MeshError> {
+        let name = name.to_owned();
+        self.request(|done| Request::RemoveService { name, done }).await
+    }
+
+    /// Sets the maximum number of tasks of a service with connections; `None` for all.
+    ///
+    /// # Errors
+    /// It does not exist, or the store does not answer.
+    pub async fn scale(&self, name: &str, replicas: Option<u32>) -> Result<(), MeshError> {
+        let name = name.to_owned();
+        self.request(|done| Request::Scale { name, replicas, done }).await
+    }
+
+    /// Sets what this host has made of services, by their names.
+    pub async fn set_bindings(&self, bindings: BTreeMap<String, Binding>) {
+        let _ = self.requests.send(Request::Bindings(bindings)).await;
     }
 
     /// Removes this host from the cluster, with its devices and guards.
@@ -412,6 +465,7 @@ struct Running {
     networks: Vec<LocalNetwork>,
     programmer: Programmer,
     names: Box<dyn Names>,
+    follower: Box<dyn Fn(&Cluster) + Send>,
     /// The endpoints of other hosts that `names` has, by network.
     named: BTreeMap<String, BTreeMap<String, Endpoint>>,
     is_swept: bool,
@@ -426,7 +480,7 @@ impl Running {
         requests: mpsc::Receiver<Request>,
         publish: watch::Sender<Arc<Cluster>>,
     ) -> std::io::Result<Self> {
-        let Options { own, store, namespace, networks, names, reports } = options;
+        let Options { own, store, namespace, networks, names, follower, reports } = options;
         let at = SocketAddr::new(own.node.vtep, liveness::PORT);
         let socket = namespace.with(|| std::net::UdpSocket::bind(at))?.map_err(|error| {
             std::io::Error::new(error.kind(), format!("UDP port of heartbeats, {at}: {error}"))
@@ -465,6 +519,7 @@ impl Running {
             networks,
             programmer,
             names,
+            follower,
             named: BTreeMap::new(),
             is_swept: false,
             leaves: false,
@@ -669,7 +724,10 @@ impl Running {
             has_joined: self.refused.is_none()
                 && record.is_some_and(|node| node.vtep == self.own.node.vtep),
             refused: self.refused.clone(),
+            heard: self.heard.clone(),
+            own: self.own.id.clone(),
         };
+        (self.follower)(&cluster);
         self.publish.send_replace(Arc::new(cluster));
     }
 
@@ -887,6 +945,24 @@ impl Running {
             }
             Request::Delete { name, done } => {
                 self.commit(move |view| Ok(vec![membership::deletion(view, &name)?]), done);
+            }
+            Request::CreateService { name, service, done } => {
+                let decide =
+                    move |view: &View| Ok(vec![services::creation(view, &name, &service)?]);
+                self.commit(decide, done);
+            }
+            Request::RemoveService { name, done } => {
+                self.commit(move |view| Ok(vec![services::removal(view, &name)?]), done);
+            }
+            Request::Scale { name, replicas, done } => {
+                let decide = move |view: &View| Ok(vec![services::scaling(view, &name, replicas)?]);
+                self.commit(decide, done);
+            }
+            Request::Bindings(bindings) => {
+                if self.own.bindings != bindings {
+                    self.own.bindings = bindings;
+                    self.register();
+                }
             }
             Request::RemoveHost { id, done } => {
                 let is_alive = self.heard.contains(&id) || id == self.own.id;

@@ -26,6 +26,7 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -50,7 +51,8 @@ pub const MAX_WEIGHT: u16 = 256;
 const TABLE: usize = 65_537;
 
 /// How a target is chosen.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Method {
     /// In turn, by weight.
     #[default]

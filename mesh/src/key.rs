@@ -8,6 +8,9 @@
 //! | `vni/N` | name of the network | with the network |
 //! | `endpoints/NETWORK/NAME` | [`Endpoint`](crate::record::Endpoint) | with the lease of its node |
 //! | `addresses/NETWORK/IP` | [`Claim`](crate::record::Claim) | after the quarantine |
+//! | `services/NAME` | [`Service`](crate::record::Service) | with the service |
+//! | `ports/PROTOCOL/PORT` | name of the service | with the service |
+//! | `bindings/SERVICE/ID` | [`Binding`](crate::record::Binding) | with the lease of the node |
 //! | `topology` | number of created networks: networks are created one after another | never |
 //!
 //! All keys are below [`PREFIX`], which contains the version of the records.
@@ -17,6 +20,7 @@
 use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
+use tidegate_model::Protocol;
 use tidegate_model::validity::is_object_name;
 
 /// Prefix of all keys, with the version of the records.
@@ -50,6 +54,17 @@ pub enum Key {
         /// The address.
         address: IpAddr,
     },
+    /// A service.
+    Service(String),
+    /// The claim of a published port by a service.
+    Port(Protocol, u16),
+    /// What a host has made of a service.
+    Binding {
+        /// The service.
+        service: String,
+        /// ID of the host.
+        node: String,
+    },
     /// The number of created networks.
     Topology,
 }
@@ -72,6 +87,9 @@ impl fmt::Display for Key {
             Self::Vni(number) => write!(f, "vni/{number}"),
             Self::Endpoint { network, name } => write!(f, "endpoints/{network}/{name}"),
             Self::Address { network, address } => write!(f, "addresses/{network}/{address}"),
+            Self::Service(name) => write!(f, "services/{name}"),
+            Self::Port(protocol, port) => write!(f, "ports/{protocol}/{port}"),
+            Self::Binding { service, node } => write!(f, "bindings/{service}/{node}"),
             Self::Topology => f.write_str("topology"),
         }
     }
@@ -107,6 +125,16 @@ impl FromStr for Key {
                     let (network, address) = rest.split_once('/')?;
                     Self::Address { network: name(network)?, address: address.parse().ok()? }
                 }
+                "services" => Self::Service(name(rest)?),
+                "ports" => {
+                    let (protocol, port) = rest.split_once('/')?;
+                    let port = port.parse().ok().filter(|port| *port > 0)?;
+                    Self::Port(protocol.parse().ok()?, port)
+                }
+                "bindings" => {
+                    let (service, node) = rest.split_once('/')?;
+                    Self::Binding { service: name(service)?, node: name(node)? }
+                }
                 _ => return None,
             })
         };
@@ -138,6 +166,10 @@ mod tests {
             (names(), names()).prop_map(|(network, name)| Key::Endpoint { network, name }),
             (names(), any::<IpAddr>())
                 .prop_map(|(network, address)| Key::Address { network, address }),
+            names().prop_map(Key::Service),
+            (prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp)], 1..=u16::MAX)
+                .prop_map(|(protocol, port)| Key::Port(protocol, port)),
+            (names(), names()).prop_map(|(service, node)| Key::Binding { service, node }),
             Just(Key::Topology),
         ]
     }
@@ -172,6 +204,9 @@ mod tests {
             "/tidegate/1/addresses/front/010.0.0.1",
             "/tidegate/1/addresses/front/FD00::1",
             "/tidegate/1/endpoints/front",
+            "/tidegate/1/ports/TCP/80",
+            "/tidegate/1/ports/tcp/0",
+            "/tidegate/1/ports/tcp/080",
         ] {
             assert_eq!(text.parse::<Key>(), Err(KeyError(text.to_owned())));
         }

@@ -12,7 +12,8 @@
 //! | [`programmer`], [`device`] | the VXLAN devices of the networks, and their entries in the kernel |
 //! | [`vtep_guard`] | who may send VXLAN packets |
 //! | [`underlay`] | the network between the hosts |
-//! | [`balance`] | which endpoint of a service gets a connection. Not used yet |
+//! | [`services`] | ports that every host publishes, and the endpoints behind them |
+//! | [`balance`] | which endpoint of a service gets a connection |
 
 #![forbid(unsafe_code)]
 
@@ -25,6 +26,7 @@ pub mod membership;
 pub mod overlay;
 pub mod programmer;
 pub mod record;
+pub mod services;
 pub mod store;
 pub mod underlay;
 pub mod view;

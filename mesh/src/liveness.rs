@@ -331,7 +331,7 @@ mod tests {
 
     #[test]
     fn endpoints_of_a_heard_host_outlive_its_lease() {
-        use crate::record::{EndpointState, Network};
+        use crate::record::{EndpointState, Network, Role};
         let entry = ("front".to_owned(), "web".to_owned());
         let address = IpAddr::from([10, 9, 0, 2]);
         let mut full = View::default();
@@ -347,6 +347,7 @@ mod tests {
             state: EndpointState::Ready,
             aliases: Vec::new(),
             hostname: None,
+            role: Role::Container,
         };
         full.endpoints.insert(entry.clone(), endpoint);
         let claim = Claim::Endpoint { name: "web".into(), node: "a".into() };

@@ -12,7 +12,7 @@
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
 use crate::key::{Key, MAX_VNI};
-use crate::record::{Claim, Endpoint, EndpointKey, Network, Node, Record};
+use crate::record::{Binding, Claim, Endpoint, EndpointKey, Network, Node, Record, ServicePort};
 use crate::store::{Condition, LeaseId, Transaction, Write};
 use crate::view::View;
 use ipnet::IpNet;
@@ -48,6 +48,8 @@ pub struct Own {
     pub underlay: Vec<IpNet>,
     /// Its endpoints by network and name.
     pub endpoints: BTreeMap<EndpointKey, Endpoint>,
+    /// What it has made of services, by their names.
+    pub bindings: BTreeMap<String, Binding>,
 }
 
 /// Why a host, a network or an endpoint is not recorded.
@@ -174,6 +176,41 @@ pub enum Refusal {
         /// The subnet.
         subnet: IpNet,
     },
+    /// The service exists.
+    #[error("service {0} exists in the cluster")]
+    ServiceExists(String),
+    /// The service does not exist.
+    #[error("there is no service {0} in the cluster")]
+    UnknownService(String),
+    /// The service is not valid.
+    #[error("service {service}: {problem}")]
+    InvalidService {
+        /// The service.
+        service: String,
+        /// Why.
+        problem: &'static str,
+    },
+    /// Another service publishes the port.
+    #[error("service {service}: port {port} is published by service {holder} of the cluster")]
+    PortTaken {
+        /// The service.
+        service: String,
+        /// The port.
+        port: ServicePort,
+        /// The other service.
+        holder: String,
+    },
+    /// The cluster has [`MAX_SERVICES`](crate::services::MAX_SERVICES) services.
+    #[error("the cluster has {} services, which is the maximum", crate::services::MAX_SERVICES)]
+    TooManyServices,
+    /// Services are on the network.
+    #[error("network {network} has services: {}; remove them first", .services.join(", "))]
+    HasServices {
+        /// The network.
+        network: String,
+        /// The services.
+        services: Vec<String>,
+    },
 }
 
 /// The writes of [`registration`].
@@ -184,11 +221,6 @@ pub struct Registration {
     pub transactions: Vec<Transaction>,
     /// Endpoints that cannot be recorded, by network and name.
     pub refused: BTreeMap<EndpointKey, Refusal>,
-}
-
-fn put(record: &Record, lease: Option<LeaseId>) -> Write {
-    let (key, value) = record.encode();
-    Write::Put { key: key.to_string(), value, lease }
 }
 
 fn claim_key(network: &str, address: IpAddr) -> Key {
@@ -239,7 +271,8 @@ pub fn registration(
     for (key, transaction) in stale(view, own, &registration.refused, now) {
         changes.entry(key).or_default().extend(transaction);
     }
-    let changes: Vec<Transaction> = changes.into_values().collect();
+    let mut changes: Vec<Transaction> = changes.into_values().collect();
+    changes.extend(bindings(view, own, lease));
     for batch in changes.chunks(BATCH) {
         let mut all = Transaction::default();
         batch.iter().for_each(|one| all.extend(one.clone()));
@@ -277,8 +310,8 @@ fn host(view: &View, own: &Own, lease: LeaseId) -> Result<Option<Transaction>, R
     Ok(Some(Transaction {
         conditions: vec![view.unmodified(&key), view.unmodified(&index_key)],
         writes: vec![
-            put(&Record::Node(id.clone(), node), Some(lease)),
-            put(&Record::NodeIndex(index, id.clone()), None),
+            Record::Node(id.clone(), node).put(Some(lease)),
+            Record::NodeIndex(index, id.clone()).put(None),
         ],
     }))
 }
@@ -320,7 +353,7 @@ fn record(
         }
         conditions.push(view.unmodified(&claim_key(&network, address)));
         if claim != Some(&own) {
-            writes.push(put(&Record::Address(network, address, own.clone()), None));
+            writes.push(Record::Address(network, address, own.clone()).put(None));
         }
     }
     let key = Key::Endpoint { network: network.clone(), name: name.clone() };
@@ -328,9 +361,33 @@ fn record(
     if known != Some(endpoint) || !has_lease {
         conditions.push(view.unmodified(&key));
         let record = Record::Endpoint(network.clone(), name.clone(), endpoint.clone());
-        writes.push(put(&record, Some(lease)));
+        writes.push(record.put(Some(lease)));
     }
     Ok((!writes.is_empty()).then_some(Transaction { conditions, writes }))
+}
+
+/// Writes and removes the records of services that the host has made.
+fn bindings(view: &View, own: &Own, lease: LeaseId) -> Vec<Transaction> {
+    let mut transactions = Vec::new();
+    let mut change = |service: &str, write: &dyn Fn(Key) -> Write| {
+        let key = Key::Binding { service: service.to_owned(), node: own.id.clone() };
+        let conditions = vec![view.unmodified(&key)];
+        transactions.push(Transaction { conditions, writes: vec![write(key)] });
+    };
+    for (service, binding) in &own.bindings {
+        let entry = (service.clone(), own.id.clone());
+        let key = Key::Binding { service: service.clone(), node: own.id.clone() };
+        let has_lease = view.written.get(&key).is_some_and(|written| written.lease == Some(lease));
+        if view.bindings.get(&entry) != Some(binding) || !has_lease {
+            let record = Record::Binding(service.clone(), own.id.clone(), binding.clone());
+            change(service, &|_| record.put(Some(lease)));
+        }
+    }
+    let recorded = view.bindings.keys().filter(|(_, node)| *node == own.id);
+    for (service, _) in recorded.filter(|(service, _)| !own.bindings.contains_key(service)) {
+        change(service, &|key| Write::Delete(key.to_string()));
+    }
+    transactions
 }
 
 /// Removes records and claims that the host no longer needs, by endpoint. `refused` are those of
@@ -380,7 +437,7 @@ fn remaining(until: u64, now: u64) -> u64 {
 
 fn quarantine(network: &str, address: IpAddr, now: u64) -> Write {
     let until = Claim::Quarantined(now + QUARANTINE.as_secs());
-    put(&Record::Address(network.to_owned(), address, until), None)
+    Record::Address(network.to_owned(), address, until).put(None)
 }
 
 /// Returns the transactions that remove the host `id`, with its endpoints and claims: the last one
@@ -394,8 +451,8 @@ pub fn removal(view: &View, id: &str, now: u64) -> Vec<Transaction> {
         machine: String::new(),
         mtu: 0,
     };
-    let own =
-        Own { id: id.to_owned(), node: nobody, underlay: Vec::new(), endpoints: BTreeMap::new() };
+    let (underlay, endpoints, bindings) = Default::default();
+    let own = Own { id: id.to_owned(), node: nobody, underlay, endpoints, bindings };
     let mut transactions: Vec<_> = stale(view, &own, &BTreeMap::new(), now).into_values().collect();
     let mut last = Transaction::default();
     let indexes = view.node_indexes.iter().filter(|(_, holder)| *holder == id);
@@ -445,9 +502,9 @@ pub fn creation(view: &View, name: &str, network: &Network) -> Result<Transactio
     Ok(Transaction {
         conditions: keys.iter().map(|key| view.unmodified(key)).collect(),
         writes: vec![
-            put(&Record::Network(name.to_owned(), network.clone()), None),
-            put(&Record::Vni(network.vni, name.to_owned()), None),
-            put(&Record::Topology(view.topology + 1), None),
+            Record::Network(name.to_owned(), network.clone()).put(None),
+            Record::Vni(network.vni, name.to_owned()).put(None),
+            Record::Topology(view.topology + 1).put(None),
         ],
     })
 }
@@ -459,6 +516,11 @@ pub fn creation(view: &View, name: &str, network: &Network) -> Result<Transactio
 pub fn deletion(view: &View, name: &str) -> Result<Transaction, Refusal> {
     let network = view.networks.get(name);
     let network = network.ok_or_else(|| Refusal::UnknownNetwork(name.to_owned()))?;
+    let services = view.services.iter().filter(|(_, service)| service.network == name);
+    let services: Vec<String> = services.map(|(service, _)| service.clone()).collect();
+    if !services.is_empty() {
+        return Err(Refusal::HasServices { network: name.to_owned(), services });
+    }
     let mut endpoints: BTreeSet<String> = view
         .endpoints_on(name)
         .map(|(endpoint, record)| format!("{endpoint} on {}", record.node))
@@ -551,7 +613,7 @@ pub fn obstacle(own: &Own, name: &str, network: &Network) -> Option<Refusal> {
 mod tests {
     use super::*;
     use crate::key::PREFIX;
-    use crate::record::{EndpointState, Subnet};
+    use crate::record::{EndpointState, Role, Subnet};
     use crate::store::{ClusterStore, Embedded};
     use proptest::prelude::*;
     use tidegate_model::MacAddress;
@@ -565,7 +627,8 @@ mod tests {
             mtu: 1500,
         };
         let underlay = vec!["192.0.2.0/24".parse().unwrap()];
-        Own { id: format!("host-{number}"), node, underlay, endpoints: BTreeMap::new() }
+        let (endpoints, bindings) = Default::default();
+        Own { id: format!("host-{number}"), node, underlay, endpoints, bindings }
     }
 
     fn endpoint(own: &Own, number: u8) -> Endpoint {
@@ -580,6 +643,7 @@ mod tests {
             state: EndpointState::Ready,
             aliases: Vec::new(),
             hostname: None,
+            role: Role::Container,
         }
     }
 

@@ -172,7 +172,7 @@ pub fn changes(desired: &Entries, found: &Entries) -> Vec<Change> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::{EndpointState, Node};
+    use crate::record::{EndpointState, Node, Role};
     use proptest::prelude::*;
 
     fn mac(number: u8) -> MacAddress {
@@ -254,6 +254,7 @@ mod tests {
             state: EndpointState::Ready,
             aliases: Vec::new(),
             hostname: None,
+            role: Role::Container,
         }
     }
 

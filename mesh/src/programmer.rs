@@ -54,6 +54,8 @@ struct Programmed {
     guard: FrameGuard,
     /// The entries in force.
     entries: Entries,
+    /// The sandboxes of other hosts, which send from the addresses of clients.
+    sandboxes: BTreeSet<MacAddress>,
 }
 
 impl Programmer {
@@ -113,7 +115,10 @@ impl Programmer {
         }
         for network in networks {
             let (entries, _) = desired(view, own, &network.name);
-            if let Err(error) = self.program_one(network, &entries).await {
+            let sandboxes = view.endpoints_on(&network.name).filter(|(_, one)| one.is_sandbox());
+            let sandboxes = sandboxes.map(|(_, one)| one.mac);
+            let sandboxes = sandboxes.filter(|mac| entries.stations.contains_key(mac)).collect();
+            if let Err(error) = self.program_one(network, &entries, sandboxes).await {
                 // What is in force is unknown.
                 self.networks.remove(&network.name);
                 let failure = format!("network {}: VXLAN device: {error}", network.name);
@@ -122,7 +127,12 @@ impl Programmer {
         }
     }
 
-    async fn program_one(&mut self, network: &LocalNetwork, desired: &Entries) -> io::Result<()> {
+    async fn program_one(
+        &mut self,
+        network: &LocalNetwork,
+        desired: &Entries,
+        sandboxes: BTreeSet<MacAddress>,
+    ) -> io::Result<()> {
         let spec = DeviceSpec {
             name: registry::vxlan_name(network.vni),
             bridge: network.bridge.clone(),
@@ -138,7 +148,8 @@ impl Programmer {
             let attach = |index| self.namespace.with(|| guard.attach(index))?;
             let device = self.links.ensure(&spec, attach).await?;
             let entries = device.entries().await?;
-            let programmed = Programmed { spec, device, guard, entries };
+            let sandboxes = BTreeSet::new();
+            let programmed = Programmed { spec, device, guard, entries, sandboxes };
             self.networks.insert(network.name.clone(), programmed);
         }
         let Some(known) = self.networks.get_mut(&network.name) else { return Ok(()) };
@@ -147,6 +158,9 @@ impl Programmer {
         for (mac, address) in wanted.difference(&allowed) {
             known.guard.allow(*mac, *address)?;
         }
+        for mac in sandboxes.difference(&known.sandboxes) {
+            known.guard.allow_any(*mac)?;
+        }
         for change in changes(desired, &known.entries) {
             known.device.execute(&change).await?;
             known.entries.execute(&change);
@@ -154,6 +168,10 @@ impl Programmer {
         for (mac, address) in allowed.difference(&wanted) {
             known.guard.forbid(*mac, *address)?;
         }
+        for mac in known.sandboxes.difference(&sandboxes) {
+            known.guard.forbid_any(*mac)?;
+        }
+        known.sandboxes = sandboxes;
         Ok(())
     }
 

@@ -4,12 +4,14 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
+use crate::balance::Method;
 use crate::key::Key;
-use crate::store::Entry;
+use crate::store::{Entry, LeaseId, Write};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
-use tidegate_model::MacAddress;
+use std::time::Duration;
+use tidegate_model::{MacAddress, Protocol};
 
 /// A host of the cluster.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,6 +86,154 @@ pub struct Endpoint {
     /// Host name, another DNS name.
     #[serde(default)]
     pub hostname: Option<String>,
+    /// What it is besides a container with names.
+    #[serde(default)]
+    pub role: Role,
+}
+
+/// What an endpoint is besides a container with names.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Nothing more.
+    #[default]
+    Container,
+    /// It gets connections to the published ports of a service.
+    Task {
+        /// The service.
+        service: String,
+        /// Its share of the connections.
+        weight: u16,
+    },
+    /// The sandbox through which its host forwards connections to published ports. It sends from
+    /// the addresses of the clients.
+    Sandbox,
+}
+
+impl Endpoint {
+    /// Returns whether it is a sandbox.
+    #[must_use]
+    pub fn is_sandbox(&self) -> bool {
+        self.role == Role::Sandbox
+    }
+
+    /// Returns its weight, if it is a task of `service`.
+    #[must_use]
+    pub fn weight_in(&self, service: &str) -> Option<u16> {
+        match &self.role {
+            Role::Task { service: own, weight } if own == service => Some(*weight),
+            _ => None,
+        }
+    }
+}
+
+/// A service: ports that every host publishes, and that lead to its tasks on any host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Service {
+    /// The network on which its tasks are reached.
+    pub network: String,
+    /// Its ports, sorted.
+    pub ports: Vec<ServicePort>,
+    /// Which task gets the next connection.
+    pub balance: Method,
+    /// Tasks on the host that has accepted a connection are preferred.
+    #[serde(default)]
+    pub prefers_local: bool,
+    /// What the tasks see of the client.
+    pub source: ClientSource,
+    /// When a task is healthy. Without it, it is when it is attached.
+    #[serde(default)]
+    pub health: Option<HealthCheck>,
+    /// Time for open connections when a task is detached, in seconds.
+    pub drain_s: u32,
+    /// Maximum number of tasks with connections. The others stand by.
+    #[serde(default)]
+    pub replicas: Option<u32>,
+}
+
+/// A published port of a service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ServicePort {
+    /// TCP or UDP.
+    #[serde(with = "protocol")]
+    pub protocol: Protocol,
+    /// The port on all hosts.
+    pub published: u16,
+    /// The port of the tasks.
+    pub target: u16,
+}
+
+impl std::fmt::Display for ServicePort {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.published, self.protocol)
+    }
+}
+
+/// What the tasks of a service see of a client.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ClientSource {
+    /// Its address.
+    #[default]
+    Client,
+    /// The address of the host's sandbox.
+    Proxy,
+    /// The same, and the address of the client in a header of the PROXY protocol (TCP).
+    ProxyProtocol,
+}
+
+/// A health check, by the host of the task.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HealthCheck {
+    /// What is tried.
+    pub probe: Probe,
+    /// Time between two checks, in milliseconds.
+    pub interval_ms: u64,
+    /// Time for one check, in milliseconds.
+    pub timeout_ms: u64,
+    /// Failed checks in succession after which the task gets no more connections.
+    pub retries: u32,
+}
+
+impl HealthCheck {
+    /// Time between two checks.
+    #[must_use]
+    pub fn interval(&self) -> Duration {
+        Duration::from_millis(self.interval_ms)
+    }
+
+    /// Time for one check.
+    #[must_use]
+    pub fn timeout(&self) -> Duration {
+        Duration::from_millis(self.timeout_ms)
+    }
+}
+
+/// What a health check tries.
+///
+/// Commands are not among them: a host runs only those that its own user has configured.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Probe {
+    /// A TCP connection to this port of the task.
+    Tcp(u16),
+    /// A GET request, whose response has a status below 400.
+    Http {
+        /// The port of the task.
+        port: u16,
+        /// The path.
+        path: String,
+    },
+}
+
+/// What a host has made of a service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Binding {
+    /// The ports that it serves.
+    pub ports: Vec<ServicePort>,
+    /// Why it does not serve others.
+    #[serde(default)]
+    pub problem: Option<String>,
 }
 
 /// The claim of an address. It has no lease: an endpoint keeps its addresses while its host is
@@ -117,6 +267,12 @@ pub enum Record {
     Endpoint(String, String, Endpoint),
     /// The claim of an address of a network.
     Address(String, IpAddr, Claim),
+    /// A service.
+    Service(String, Service),
+    /// The service that has claimed a port.
+    Port(Protocol, u16, String),
+    /// What a host has made of a service, with the service and the host.
+    Binding(String, String, Binding),
     /// The number of created networks.
     Topology(u64),
 }
@@ -154,12 +310,22 @@ impl TryFrom<&Entry> for Record {
             Key::Vni(number) => Self::Vni(number, of(entry)?),
             Key::Endpoint { network, name } => Self::Endpoint(network, name, of(entry)?),
             Key::Address { network, address } => Self::Address(network, address, of(entry)?),
+            Key::Service(name) => Self::Service(name, of(entry)?),
+            Key::Port(protocol, port) => Self::Port(protocol, port, of(entry)?),
+            Key::Binding { service, node } => Self::Binding(service, node, of(entry)?),
             Key::Topology => Self::Topology(of(entry)?),
         })
     }
 }
 
 impl Record {
+    /// The write that stores it. With a lease, it ends with that.
+    #[must_use]
+    pub fn put(&self, lease: Option<LeaseId>) -> Write {
+        let (key, value) = self.encode();
+        Write::Put { key: key.to_string(), value, lease }
+    }
+
     /// The key and the value, to be stored.
     #[must_use]
     pub fn encode(&self) -> (Key, Vec<u8>) {
@@ -179,8 +345,28 @@ impl Record {
             Self::Address(network, address, claim) => {
                 (Key::Address { network: network.clone(), address: *address }, value(claim))
             }
+            Self::Service(name, service) => (Key::Service(name.clone()), value(service)),
+            Self::Port(protocol, port, service) => (Key::Port(*protocol, *port), value(service)),
+            Self::Binding(service, node, binding) => {
+                let key = Key::Binding { service: service.clone(), node: node.clone() };
+                (key, value(binding))
+            }
             Self::Topology(number) => (Key::Topology, value(number)),
         }
+    }
+}
+
+/// A transport protocol as text.
+mod protocol {
+    use serde::{Deserialize, Deserializer, Serializer, de};
+    use tidegate_model::Protocol;
+
+    pub(super) fn serialize<S: Serializer>(protocol: &Protocol, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(protocol)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Protocol, D::Error> {
+        String::deserialize(from)?.parse().map_err(de::Error::custom)
     }
 }
 
@@ -217,7 +403,24 @@ mod tests {
             state: EndpointState::Ready,
             aliases: vec!["www".into()],
             hostname: Some("w1".into()),
+            role: Role::Task { service: "shop".into(), weight: 3 },
         };
+        let service = Service {
+            network: "front".into(),
+            ports: vec![ServicePort { protocol: Protocol::Udp, published: 53, target: 5353 }],
+            balance: Method::Source,
+            prefers_local: true,
+            source: ClientSource::ProxyProtocol,
+            health: Some(HealthCheck {
+                probe: Probe::Http { port: 80, path: "/up".into() },
+                interval_ms: 1_000,
+                timeout_ms: 500,
+                retries: 3,
+            }),
+            drain_s: 10,
+            replicas: Some(2),
+        };
+        let binding = Binding { ports: service.ports.clone(), problem: Some("in use".into()) };
         let node = Node {
             index: 3,
             vtep: "192.0.2.1".parse().unwrap(),
@@ -238,6 +441,9 @@ mod tests {
             Record::Endpoint("front".into(), "web".into(), endpoint),
             Record::Address("front".into(), address, claim),
             Record::Address("front".into(), address, Claim::Quarantined(1_800_000_000)),
+            Record::Service("shop".into(), service),
+            Record::Port(Protocol::Tcp, 80, "shop".into()),
+            Record::Binding("shop".into(), "host-a".into(), binding),
             Record::Topology(7),
         ] {
             let (key, value) = record.encode();

@@ -10,10 +10,13 @@
 #![cfg_attr(not(test), deny(clippy::disallowed_methods, clippy::iter_over_hash_type))]
 
 use crate::key::Key;
-use crate::record::{Claim, Endpoint, EndpointKey, Network, Node, Record, RecordError};
+use crate::record::{
+    Binding, Claim, Endpoint, EndpointKey, Network, Node, Record, RecordError, Service,
+};
 use crate::store::{Changes, Condition, Entry, Event, LeaseId, Revision};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use tidegate_model::Protocol;
 
 /// The cluster at a revision.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -32,6 +35,12 @@ pub struct View {
     pub endpoints: BTreeMap<EndpointKey, Endpoint>,
     /// Claims of addresses by network and address.
     pub addresses: BTreeMap<(String, IpAddr), Claim>,
+    /// Services by name.
+    pub services: BTreeMap<String, Service>,
+    /// Names of services by published port.
+    pub ports: BTreeMap<(Protocol, u16), String>,
+    /// What hosts have made of services, by service and host.
+    pub bindings: BTreeMap<(String, String), Binding>,
     /// The number of created networks.
     pub topology: u64,
     /// The last write of each key, also of entries that cannot be read.
@@ -115,6 +124,13 @@ impl View {
             Record::Address(network, address, claim) => {
                 self.addresses.insert((network, address), claim);
             }
+            Record::Service(name, service) => drop(self.services.insert(name, service)),
+            Record::Port(protocol, port, service) => {
+                self.ports.insert((protocol, port), service);
+            }
+            Record::Binding(service, node, binding) => {
+                self.bindings.insert((service, node), binding);
+            }
             Record::Topology(number) => self.topology = number,
         }
         Ok(())
@@ -134,6 +150,9 @@ impl View {
             Ok(Key::Address { network, address }) => {
                 self.addresses.remove(&(network, address));
             }
+            Ok(Key::Service(name)) => drop(self.services.remove(&name)),
+            Ok(Key::Port(protocol, port)) => drop(self.ports.remove(&(protocol, port))),
+            Ok(Key::Binding { service, node }) => drop(self.bindings.remove(&(service, node))),
             Ok(Key::Topology) => self.topology = 0,
             Err(_) => {}
         }
@@ -144,7 +163,7 @@ impl View {
 mod tests {
     use super::*;
     use crate::key::PREFIX;
-    use crate::record::{EndpointState, Subnet};
+    use crate::record::{EndpointState, Role, Subnet};
     use crate::store::{ClusterStore, Embedded, Transaction, Write};
     use proptest::prelude::*;
     use tidegate_model::MacAddress;
@@ -180,6 +199,7 @@ mod tests {
             state: EndpointState::Ready,
             aliases: Vec::new(),
             hostname: None,
+            role: Role::Container,
         };
         let address = IpAddr::from([10, 9, 0, 2]);
         prop_oneof![

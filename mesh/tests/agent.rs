@@ -12,7 +12,7 @@ use tidegate_mesh::device::{DeviceSpec, Links};
 use tidegate_mesh::membership::{self, Own};
 use tidegate_mesh::overlay::Entries;
 use tidegate_mesh::programmer::LocalNetwork;
-use tidegate_mesh::record::{Endpoint, EndpointState, Network, Node, Subnet};
+use tidegate_mesh::record::{Endpoint, EndpointState, Network, Node, Role, Subnet};
 use tidegate_mesh::store::{
     Changes, ClusterStore, Connect, Embedded, Entry, LeaseId, Revision, StoreFuture, Transaction,
     Watch,
@@ -48,7 +48,8 @@ fn own(number: usize) -> Own {
         mtu: 1500,
     };
     let underlay = vec!["192.0.2.0/24".parse().unwrap()];
-    Own { id, node, underlay, endpoints: BTreeMap::new() }
+    let (endpoints, bindings) = Default::default();
+    Own { id, node, underlay, endpoints, bindings }
 }
 
 fn front() -> LocalNetwork {
@@ -73,6 +74,7 @@ fn start(hosts: &Hosts, store: &(impl Connect + Clone + 'static), own: Own, numb
         store: Arc::new(store.clone()),
         namespace,
         networks: vec![front()],
+        follower: Box::new(|_| {}),
         names: Box::new(names.clone()),
         reports: tokio::sync::watch::Sender::new(None),
     });
@@ -88,6 +90,7 @@ fn endpoint(host: &Host, id: u8) -> Endpoint {
         state: EndpointState::Ready,
         aliases: Vec::new(),
         hostname: None,
+        role: Role::Container,
     }
 }
 
