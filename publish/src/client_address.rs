@@ -26,6 +26,7 @@ mod claims;
 mod host;
 mod inside;
 mod relocatable;
+mod sandbox;
 mod transparent;
 
 use metrics::{Counter, counter};
@@ -43,6 +44,7 @@ use tidegate_reactor::set_number;
 pub use host::HostUpstream;
 pub use inside::NamespaceUpstream;
 pub use relocatable::RelocatableUpstream;
+pub use sandbox::Sandbox;
 pub use transparent::TransparentUpstream;
 
 /// Removes state that killed processes left in namespaces, according to their journals.

@@ -346,7 +346,9 @@ pub fn zones(desired: &Desired) -> Vec<Zone> {
         bridge: network.bridge.name.clone(),
         subnets: network.subnets.iter().map(gateway_in).collect(),
         internal: network.internal,
-        verified: desired.verifies_sources(&network.name),
+        // The programs of an overlay network verify its sandboxes as well.
+        verified: network.overlay.is_some() || desired.verifies_sources(&network.name),
+        overlay: network.overlay.is_some(),
     };
     desired.networks.iter().map(zone).collect()
 }

@@ -29,7 +29,7 @@ use tidegate_netns::Namespace;
 use tidegate_netsetup::{Firewall, Opening};
 use tidegate_proxy::{
     Drained, Engine, EngineUsage, GatewayAcl, Listener, Permit, PortOptions, PortSnapshot,
-    PublishedPort, SeriesLabel, Settings, Upstream,
+    ProxyProtocol, PublishedPort, SeriesLabel, Settings, Upstream,
 };
 
 /// Maximum number of listening sockets: every TCP and UDP port, on all IPv4 and on all IPv6
@@ -149,8 +149,17 @@ pub struct PublishTarget {
     targets: Vec<IpAddr>,
     /// The addresses with egress through the NAT engine.
     behind_engine: Vec<IpAddr>,
+    /// Chooses the container of each flow. Otherwise all flows go to the namespace.
+    balanced: Option<Balanced>,
     relocations: u64,
     upstreams: BTreeMap<Protocol, EndpointUpstream>,
+}
+
+/// An upstream to several containers.
+#[derive(Clone)]
+struct Balanced {
+    upstream: Arc<dyn Upstream>,
+    proxy_protocol: Option<ProxyProtocol>,
 }
 
 impl PublishTarget {
@@ -163,9 +172,20 @@ impl PublishTarget {
             acl,
             targets: Vec::new(),
             behind_engine: Vec::new(),
+            balanced: None,
             relocations: 0,
             upstreams: BTreeMap::new(),
         }
+    }
+
+    /// Forwards all flows to `upstream`, which chooses the container. With `proxy_protocol`, TCP
+    /// connections begin with the address of the client.
+    pub fn balanced_by(
+        self,
+        upstream: Arc<dyn Upstream>,
+        proxy_protocol: Option<ProxyProtocol>,
+    ) -> Self {
+        Self { balanced: Some(Balanced { upstream, proxy_protocol }), ..self }
     }
 
     /// Sets the addresses that the kernel translates its ports to.
@@ -544,21 +564,30 @@ impl Publisher {
     ) -> Result<EndpointOptions, PublishError> {
         let no_endpoint = || PublishError::NoEndpoint(name.to_owned());
         loop {
-            let (namespace, addresses, acl) = {
+            let (namespace, addresses, acl, balanced) = {
                 let state = self.state();
                 let endpoint = state.endpoints.get(name).ok_or_else(no_endpoint)?;
                 if let Some(known) = endpoint.upstreams.get(&protocol) {
                     return Ok(known.options.clone());
                 }
-                (endpoint.namespace.clone(), endpoint.addresses.clone(), endpoint.acl.clone())
+                let (namespace, balanced) = (endpoint.namespace.clone(), endpoint.balanced.clone());
+                (namespace, endpoint.addresses.clone(), endpoint.acl.clone(), balanced)
             };
             let descriptors =
                 self.engine.reserve(UPSTREAM_DESCRIPTORS).ok_or(PublishError::NoDescriptors(1))?;
-            let upstream = upstream_to(&self.host_context, name, &namespace, &addresses, protocol)?;
+            let (upstream, header) = match balanced {
+                Some(Balanced { upstream, proxy_protocol }) => (upstream, proxy_protocol),
+                None => {
+                    let context = &self.host_context;
+                    (upstream_to(context, name, &namespace, &addresses, protocol)?, None)
+                }
+            };
+            let header = header.filter(|_| protocol == Protocol::Tcp);
             let upstream = Arc::new(RelocatableUpstream::new(upstream, &addresses));
             let with = |acl| {
                 let mut options = PortOptions::new(Arc::clone(&upstream) as Arc<dyn Upstream>);
                 options.gateway_acl = acl;
+                options.proxy_protocol = header;
                 self.limits.limit_port(&mut options);
                 Arc::new(options)
             };

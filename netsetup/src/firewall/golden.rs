@@ -13,7 +13,7 @@ const BACK: [&str; 2] = ["10.9.2.1/24", "fd09:2::1/64"];
 
 fn zone(bridge: &str, subnets: &[&str], internal: bool) -> Zone {
     let subnets = subnets.iter().map(|subnet| subnet.parse().unwrap()).collect();
-    Zone { bridge: bridge.to_owned(), subnets, internal, verified: false }
+    Zone { bridge: bridge.to_owned(), subnets, internal, verified: false, overlay: false }
 }
 
 fn opening(protocol: Protocol, at: &str, to: Option<&str>) -> Opening {

@@ -411,6 +411,14 @@ fn sets(ruleset: &Ruleset) -> Vec<Set> {
             ..set("masqueraded", vec![Field::Protocol])
         },
     ];
+    if has_overlay(ruleset) {
+        let overlays = zones.iter().filter(|zone| zone.overlay).map(bridge);
+        sets.push(Set {
+            constant: true,
+            elements: overlays.map(|bridge| element([bridge])).collect(),
+            ..set("overlays", vec![Field::Interface])
+        });
+    }
     for family in &FAMILIES {
         let subnets = || {
             let of = |zone| subnets(zone, family).map(move |subnet| (zone, Value::Net(subnet)));
@@ -622,6 +630,7 @@ fn from_container(ruleset: &Ruleset) -> Chain {
 /// are checked that have any.
 fn fragments(ruleset: &Ruleset) -> Chain {
     let mut rules = vec![rule(vec![Match::Unfragmented], accept(), "not a fragment")];
+    rules.extend(from_overlay(ruleset));
     if families_of(ruleset).any(Family::is_v6) {
         rules.extend(
             [Transport::Tcp, Transport::Udp].map(|protocol| {
@@ -640,8 +649,15 @@ fn fragments(ruleset: &Ruleset) -> Chain {
 /// Verifies sources per packet, if port guards do not. Costs egress traffic one additional hook (1
 /// to 2% of throughput). Precedes source NAT.
 fn sources(ruleset: &Ruleset) -> Chain {
-    let rules = FAMILIES.iter().map(|family| spoofed_source(ruleset, family)).collect();
+    let spoofed = FAMILIES.iter().map(|family| spoofed_source(ruleset, family));
+    let rules = from_overlay(ruleset).into_iter().chain(spoofed).collect();
     base("sources", Kind::Filter, Hook::Forward, FILTER, rules)
+}
+
+/// Exempts packets from overlay networks ([`Zone::overlay`](super::ruleset::Zone::overlay)).
+fn from_overlay(ruleset: &Ruleset) -> Option<Rule> {
+    let from = is_in([Key::InInterface], "overlays");
+    has_overlay(ruleset).then(|| rule(vec![from], accept(), "overlay network: checked by programs"))
 }
 
 const UNKNOWN_PROTOCOL: &str =
@@ -758,8 +774,8 @@ fn common_prefix(nets: &[IpNet]) -> Option<IpNet> {
 /// and get no reply. Later packets and packets without a connection are checked in the forward and
 /// input paths. Forwarded packets thus pass one hook less; each hook costs 1% of throughput.
 fn translate(ruleset: &Ruleset) -> Chain {
-    let mut rules: Vec<Rule> =
-        FAMILIES.iter().map(|family| spoofed_source(ruleset, family)).collect();
+    let mut rules: Vec<Rule> = from_overlay(ruleset).into_iter().collect();
+    rules.extend(FAMILIES.iter().map(|family| spoofed_source(ruleset, family)));
     let hairpin = vec![own_bridge(Key::InGroup, ruleset)];
     let comment = "hairpin: containers are served by userspace sockets";
     rules.push(rule(hairpin, accept(), comment));
@@ -975,6 +991,10 @@ fn own_bridge(key: Key, ruleset: &Ruleset) -> Match {
 /// Returns the interface group of the owner's bridges.
 fn group(ruleset: &Ruleset) -> Value {
     Value::Group(registry::bridge_group(&ruleset.owner))
+}
+
+fn has_overlay(ruleset: &Ruleset) -> bool {
+    ruleset.zones.iter().any(|zone| zone.overlay)
 }
 
 fn has_internal(ruleset: &Ruleset) -> bool {

@@ -16,6 +16,8 @@
 //! | postrouting | masquerade packets from subnets that are not internal to interfaces other than bridges of the owner, with source ports that are not published ([`Ruleset::source_ports`]) | port shadowing |
 //! | destination NAT | translate packets to kernel-published ports, unless received on a bridge of the owner | containers are served in userspace (hairpin) |
 //!
+//! Packets from overlay networks are exempt from checks of sources: see [`Zone::overlay`].
+//!
 //! nftables evaluates the second and third rule only until a connection is established. iptables
 //! evaluates them for every packet, because conntrack state is not available in its `raw` table.
 //!
@@ -98,6 +100,10 @@ pub struct Zone {
     /// A port guard at each bridge port verifies the source address of every frame. Otherwise the
     /// rules verify every packet.
     pub verified: bool,
+    /// The network spans hosts. On its bridge, sandboxes of the cluster send from the addresses of
+    /// clients, and containers reply to these. With `br_netfilter`, the rules see these packets.
+    /// Programs at the ports and at the bridge verify them, and drop packets to the host.
+    pub overlay: bool,
 }
 
 /// A published port.

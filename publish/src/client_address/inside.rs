@@ -238,8 +238,7 @@ impl NamespaceUpstream {
             }
             _ => None,
         };
-        let socket = self.connect_inside(flow, Some(client), to)?;
-        Ok(Opened { socket, lease, backend: None })
+        Ok(Opened { lease, ..self.connect_inside(flow, Some(client), to)?.into() })
     }
 }
 

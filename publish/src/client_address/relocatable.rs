@@ -5,7 +5,8 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, PoisonError, RwLock};
-use tidegate_proxy::{Flow, Opened, Upstream};
+use std::time::Duration;
+use tidegate_proxy::{BackendId, DialFailure, Flow, Opened, Upstream};
 
 /// An upstream that can be replaced while its ports stay published.
 ///
@@ -45,6 +46,26 @@ impl RelocatableUpstream {
 impl Upstream for RelocatableUpstream {
     fn open(&self, flow: &Flow) -> io::Result<Opened> {
         self.target().upstream.open(flow)
+    }
+
+    fn open_other(&self, flow: &Flow, tried: &[BackendId]) -> Option<io::Result<Opened>> {
+        self.target().upstream.open_other(flow, tried)
+    }
+
+    fn hedge_after(&self) -> Option<Duration> {
+        self.target().upstream.hedge_after()
+    }
+
+    fn connected(&self, backend: BackendId) {
+        self.target().upstream.connected(backend);
+    }
+
+    fn failed(&self, backend: BackendId, why: DialFailure) {
+        self.target().upstream.failed(backend, why);
+    }
+
+    fn is_available(&self, backend: BackendId) -> bool {
+        self.target().upstream.is_available(backend)
     }
 
     fn is_stale(&self, socket: BorrowedFd<'_>) -> bool {

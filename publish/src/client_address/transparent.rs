@@ -79,7 +79,7 @@ impl TransparentUpstream {
             SockRef::from(&socket).bind_device(Some(self.interface.as_bytes()))?;
         }
         begin_connect(&socket, to)?;
-        Ok(Opened { socket, lease: Some(lease), backend: None })
+        Ok(Opened { lease: Some(lease), ..socket.into() })
     }
 }
 

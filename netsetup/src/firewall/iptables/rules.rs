@@ -149,14 +149,16 @@ impl Renderer<'_> {
             ));
         }
         let zones = &self.ruleset.zones;
-        for zone @ Zone { bridge, .. } in zones.iter().filter(|zone| !zone.verified) {
+        let unverified = zones.iter().filter(|zone| !zone.verified && !zone.overlay);
+        for zone @ Zone { bridge, .. } in unverified {
             let own = subnets_of(zone).filter(|subnet| self.is_of(subnet.addr()));
             rules.extend(own.map(|own| {
                 let comment = "source address outside the subnet of the bridge";
                 rule(&format!("! -s {own} -i {bridge}"), &self.chain("SOURCE"), comment)
             }));
         }
-        for (Zone { bridge, .. }, subnet) in self.subnets().filter(|(zone, _)| zone.internal) {
+        let internal = self.subnets().filter(|(zone, _)| zone.internal && !zone.overlay);
+        for (Zone { bridge, .. }, subnet) in internal {
             for net in link_scoped_prefixes(self.family.is_v6()) {
                 let comment = "neighbour discovery";
                 rules.push(rule(&format!("-d {net} -i {bridge} -p ipv6-icmp"), "RETURN", comment));
