@@ -27,6 +27,7 @@ mod reserve;
 mod routes;
 mod server;
 mod service;
+mod services;
 mod view;
 
 pub(crate) use problem::{Problem, blocking};

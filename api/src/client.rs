@@ -171,6 +171,22 @@ impl Client {
         self.send(Method::POST, target, body.into()).await
     }
 
+    /// Changes `target` by `body`.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    ///
+    /// # Panics
+    /// As for [`get`](Self::get).
+    pub async fn patch<T: DeserializeOwned>(
+        &self,
+        target: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body).expect("API types can be serialized");
+        self.send(Method::PATCH, target, body.into()).await
+    }
+
     /// Deletes `target`.
     ///
     /// # Errors
@@ -283,7 +299,9 @@ impl Client {
         let answer = answer.unwrap_or(Err(ResponseError::Timeout));
         let parsed = answer.and_then(|(status, body)| {
             Ok(match status {
-                StatusCode::NO_CONTENT => Ok(serde_json::from_slice(b"null")?),
+                status if status.is_success() && body.is_empty() => {
+                    Ok(serde_json::from_slice(b"null")?)
+                }
                 status if status.is_success() => Ok(serde_json::from_slice(&body)?),
                 _ => Err(serde_json::from_slice::<ErrorBody>(&body)?.error),
             })

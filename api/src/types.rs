@@ -214,6 +214,223 @@ pub enum HostState {
     Down,
 }
 
+/// A service of the cluster: ports that every host publishes, and the tasks behind them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MeshService {
+    /// Its name, also in DNS.
+    #[schema(example = "shop")]
+    pub name: String,
+    /// The network on which its tasks are reached.
+    #[schema(example = "front")]
+    pub network: String,
+    /// Its ports.
+    pub ports: Vec<ServicePort>,
+    /// Which task gets the next connection.
+    pub balance: Balance,
+    /// Tasks on the host that has accepted a connection are preferred.
+    pub prefer_local: bool,
+    /// What the tasks see of a client.
+    pub source: ServiceSource,
+    /// When a task is healthy.
+    pub health: Option<HealthCheck>,
+    /// Time for open connections when a task is detached, in seconds.
+    pub drain_s: u32,
+    /// Maximum number of tasks with connections; null for all.
+    pub replicas: Option<u32>,
+    /// Its tasks.
+    pub tasks: Vec<ServiceTask>,
+    /// What the hosts have made of it.
+    pub hosts: Vec<ServiceHost>,
+}
+
+/// A published port of a service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ServicePort {
+    /// Transport protocol.
+    pub protocol: Transport,
+    /// The port on all hosts.
+    pub published: u16,
+    /// The port of the tasks.
+    pub target: u16,
+}
+
+/// Which task of a service gets the next connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Balance {
+    /// In turn, by weight.
+    #[default]
+    RoundRobin,
+    /// The one with the fewest open connections for its weight.
+    LeastConn,
+    /// By the address of the client.
+    Source,
+}
+
+/// What the tasks of a service see of a client.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum ServiceSource {
+    /// Its address.
+    #[default]
+    Client,
+    /// An address of the network of the service.
+    Proxy,
+    /// The same, and the address of the client in a header of the PROXY protocol (TCP).
+    ProxyProtocol,
+}
+
+/// A health check, by the host of the task.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct HealthCheck {
+    /// What is tried.
+    pub probe: Probe,
+    /// Time between two checks, in milliseconds.
+    pub interval_ms: u64,
+    /// Time for one check, in milliseconds.
+    pub timeout_ms: u64,
+    /// Failed checks in succession after which the task gets no more connections.
+    pub retries: u32,
+}
+
+/// What a health check tries.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Probe {
+    /// A TCP connection to this port of the task.
+    Tcp(u16),
+    /// A GET request, whose response has a status below 400.
+    Http {
+        /// The port of the task.
+        port: u16,
+        /// The path.
+        path: String,
+    },
+}
+
+/// A task of a service, as this host sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ServiceTask {
+    /// The name of the endpoint.
+    #[schema(example = "shop-1")]
+    pub name: String,
+    /// Its host.
+    #[schema(example = "host-b")]
+    pub host: String,
+    /// Its addresses on the network of the service.
+    #[schema(value_type = Vec<String>)]
+    pub addresses: Vec<IpAddr>,
+    /// Its share of the connections.
+    pub weight: u16,
+    /// Its state.
+    pub state: TaskState,
+    /// Open connections and UDP sessions through this host.
+    pub open: u32,
+    /// Connections and UDP sessions through this host.
+    pub connections: u64,
+    /// Connections through this host that it has not accepted.
+    pub failures: u64,
+    /// Times that this host has ejected it.
+    pub ejections: u64,
+}
+
+/// The state of a task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum TaskState {
+    /// It gets connections.
+    Ready,
+    /// It is not healthy yet, or no longer.
+    Starting,
+    /// It gets no new connections, because it is detached.
+    Draining,
+    /// Its host is not heard.
+    Silent,
+    /// It is beyond the number of replicas.
+    Standby,
+    /// It has not accepted connections of this host, and gets none for some seconds.
+    Ejected,
+}
+
+/// What a host has made of a service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ServiceHost {
+    /// The host.
+    #[schema(example = "host-a")]
+    pub host: String,
+    /// The ports that it serves.
+    #[schema(example = json!(["80/tcp"]))]
+    pub ports: Vec<String>,
+    /// Why it does not serve the others.
+    pub problem: Option<String>,
+}
+
+/// A service to create.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewMeshService {
+    /// Its name, 1 to 63 characters.
+    #[schema(example = "shop")]
+    pub name: String,
+    /// The network on which its tasks are reached.
+    #[schema(example = "front")]
+    pub network: String,
+    /// Its ports, in the syntax of `docker run -p` without addresses.
+    #[schema(example = json!(["80:8080"]))]
+    pub ports: Vec<String>,
+    /// Which task gets the next connection.
+    #[serde(default)]
+    pub balance: Balance,
+    /// Prefer tasks on the host that has accepted a connection.
+    #[serde(default)]
+    pub prefer_local: bool,
+    /// What the tasks see of a client.
+    #[serde(default)]
+    pub source: ServiceSource,
+    /// When a task is healthy. Without it, it is when it is attached.
+    #[serde(default)]
+    pub health: Option<HealthCheck>,
+    /// Time for open connections when a task is detached, in seconds.
+    #[serde(default = "default_drain")]
+    pub drain_s: u32,
+    /// Maximum number of tasks with connections; null for all.
+    #[serde(default)]
+    pub replicas: Option<u32>,
+}
+
+fn default_drain() -> u32 {
+    10
+}
+
+/// The number of tasks of a service with connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Scale {
+    /// Maximum number of tasks with connections; null for all.
+    pub replicas: Option<u32>,
+}
+
+/// The part of an endpoint in a service of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewTask {
+    /// The service.
+    #[schema(example = "shop")]
+    pub service: String,
+    /// Its share of the connections, in relation to the other tasks, 1 to 256.
+    #[serde(default = "default_weight")]
+    pub weight: u16,
+    /// A command that succeeds while the task is healthy, in its network namespace.
+    #[serde(default)]
+    #[schema(example = json!(["/bin/sh", "-c", "test -e /run/ready"]))]
+    pub health_command: Option<Vec<String>>,
+}
+
+fn default_weight() -> u16 {
+    1
+}
+
 /// Something that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct MeshProblem {
@@ -544,6 +761,9 @@ pub struct NewEndpoint {
     #[serde(default)]
     #[schema(example = json!(["8080:80"]))]
     pub ports: Vec<String>,
+    /// The service of the cluster that it belongs to.
+    #[serde(default)]
+    pub task: Option<NewTask>,
 }
 
 /// An attachment to create.

@@ -245,6 +245,7 @@ fn project_spec(new: NewProject) -> Result<(ProjectSpec, Vec<Vec<String>>), Prob
             of_project.push(control::NetworkAttachment { network, ..attachment(one)? });
         }
         endpoints.push(AttachSpec {
+            task: None,
             name: part(&service.name)?,
             namespace: service.netns.clone().map(PathBuf::from).unwrap_or_default(),
             networks: of_project,

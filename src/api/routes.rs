@@ -10,6 +10,7 @@ use super::request::{
     Body, MAX_BODY, Named, attachment, json, network_spec, parse_name, send, text,
 };
 use super::reserve::{Reserved, label_of, parse_spec, reserve_specs};
+use super::services;
 use super::view::{Order, View, port_of};
 use axum::extract::{DefaultBodyLimit, Query, State};
 use axum::http::{StatusCode, Uri};
@@ -24,18 +25,23 @@ use std::sync::Arc;
 use std::time::Duration;
 use tidegate_api::types::{
     Driver, Endpoint, ErrorBody, Figures, Network, NewEndpoint, NewNamespace, NewNetwork, NewPorts,
-    Port, Status,
+    NewTask, Port, Status,
 };
-use tidegate_control::{AttachSpec, Command, PublishedPort};
+use tidegate_control::{AttachSpec, Command, PublishedPort, Task};
+use tidegate_mesh::balance::MAX_WEIGHT;
 use tidegate_model::PublishLabel;
 use tidegate_publish::bind::runs;
 use tidegate_publish::publisher::{PortId, PublishError};
+use tokio::time::timeout;
 use utoipa::OpenApi;
 
 /// Pauses between the figures of a stream, in milliseconds.
 const INTERVALS: RangeInclusive<u32> = 100..=3_600_000;
 
 /// The OpenAPI document.
+/// Maximum time that the answer waits for the connections of a task that is detached.
+const DRAIN: Duration = Duration::from_secs(20);
+
 #[derive(OpenApi)]
 #[openapi(
     info(
@@ -65,6 +71,11 @@ const INTERVALS: RangeInclusive<u32> = 100..=3_600_000;
         mesh::join,
         mesh::leave,
         mesh::remove_host,
+        services::services,
+        services::create,
+        services::service,
+        services::scale,
+        services::remove,
         events::events,
         figures,
         document
@@ -96,6 +107,11 @@ pub(super) fn router(view: Arc<View>) -> Router {
         .route("/v1/projects/{name}/logs", get(projects::logs))
         .route("/v1/mesh", get(mesh::report).post(mesh::join).delete(mesh::leave))
         .route("/v1/mesh/hosts/{name}", delete(mesh::remove_host))
+        .route("/v1/services", get(services::services).post(services::create))
+        .route(
+            "/v1/services/{name}",
+            get(services::service).patch(services::scale).delete(services::remove),
+        )
         .route("/v1/events", get(events::events))
         .route("/v1/figures", get(figures))
         .route("/v1/openapi.json", get(document))
@@ -226,22 +242,28 @@ async fn attach(
 }
 
 /// Detach an endpoint, and close its published ports
+///
+/// A task of a service is detached once its connections have ended, or after the drain time of the
+/// service.
 #[utoipa::path(
     delete,
     path = "/v1/endpoints/{name}",
     params(("name" = String, Path)),
     responses(
+        (status = 202, description = "Connections of the task are open, and it is detached later."),
         (status = 204),
         (status = 404, body = ErrorBody),
-        (status = 409, body = ErrorBody, description = "This is not a daemon."),
+        (status = 409, body = ErrorBody, description = "This is not a daemon, or the endpoint is being detached already."),
         (status = 500, body = ErrorBody),
         (status = 503, body = ErrorBody, description = "The firewall is busy; a retry may succeed.")
     )
 )]
 async fn detach(State(view): State<Arc<View>>, name: Named) -> Result<StatusCode, Problem> {
     let name = parse_name(&text(name)?)?;
-    order(&view, Command::Detach(name), Reserved::new()).await?;
-    Ok(StatusCode::NO_CONTENT)
+    match timeout(DRAIN, order(&view, Command::Detach(name), Reserved::new())).await {
+        Ok(detached) => detached.map(|()| StatusCode::NO_CONTENT),
+        Err(_) => Ok(StatusCode::ACCEPTED),
+    }
 }
 
 /// Attach an adopted endpoint to another namespace
@@ -457,7 +479,19 @@ fn attach_spec(new: NewEndpoint, ports: Vec<PublishedPort>) -> Result<AttachSpec
         hostname: new.hostname,
         dns: Vec::new(),
         ports,
+        task: new.task.map(task).transpose()?,
     })
+}
+
+fn task(new: NewTask) -> Result<Task, Problem> {
+    if !(1..=MAX_WEIGHT).contains(&new.weight) {
+        return Err(Problem::bad_request(&format!("a weight is 1 to {MAX_WEIGHT}")));
+    }
+    if new.health_command.as_ref().is_some_and(Vec::is_empty) {
+        return Err(Problem::bad_request(&"the health check has no command"));
+    }
+    let service = parse_name(&new.service)?.to_string();
+    Ok(Task { service, weight: new.weight, health_command: new.health_command })
 }
 
 fn part_of_project(endpoint: &str) -> Problem {

@@ -9,11 +9,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 use tidegate_api::types::{
-    Attachment, Driver, Endpoint, Figures, Fill, Mesh, Metrics, NatFigures, Network,
+    Attachment, Driver, Endpoint, Figures, Fill, Mesh, MeshService, Metrics, NatFigures, Network,
     NetworkFigures, Port, PortFigures, Service, State, Status, Subnet, Transport, UpstreamFigures,
 };
 use tidegate_control::{Command, Membership, Name, NetworkSpec};
 use tidegate_dns::Resolver;
+use tidegate_mesh::record;
 use tidegate_model::{Direction, Protocol};
 use tidegate_nat as nat;
 use tidegate_netsetup::{self as netsetup, Desired};
@@ -122,6 +123,12 @@ pub(crate) enum Order {
         /// Receives the result.
         done: oneshot::Sender<Result<(), Problem>>,
     },
+    /// Detach a task of a service, which has no connections any more, or whose drain time is over.
+    Drained {
+        endpoint: Name,
+        /// Receives the result.
+        done: oneshot::Sender<Result<(), Problem>>,
+    },
     /// Create an overlay network.
     CreateOverlay {
         spec: NetworkSpec,
@@ -140,6 +147,31 @@ pub(crate) enum Order {
         force: bool,
         /// Receives the result.
         done: oneshot::Sender<Result<(), Problem>>,
+    },
+    /// Create a service of the cluster.
+    CreateService {
+        name: String,
+        service: record::Service,
+        /// Receives the result.
+        done: oneshot::Sender<Result<(), Problem>>,
+    },
+    /// Remove a service of the cluster.
+    RemoveService {
+        name: String,
+        /// Receives the result.
+        done: oneshot::Sender<Result<(), Problem>>,
+    },
+    /// Set the maximum number of tasks of a service with connections.
+    ScaleService {
+        name: String,
+        replicas: Option<u32>,
+        /// Receives the result.
+        done: oneshot::Sender<Result<(), Problem>>,
+    },
+    /// Report the services of the cluster.
+    Services {
+        /// Receives the report.
+        done: oneshot::Sender<Result<Vec<MeshService>, Problem>>,
     },
     /// Remove another host from the cluster.
     RemoveHost {
@@ -281,7 +313,10 @@ impl View {
             attachments: attachments(&desired, endpoint),
             ports: ports.remove(&endpoint.name).unwrap_or_default(),
         };
-        let mut all: Vec<Endpoint> = desired.endpoints.iter().map(endpoint).collect();
+        // A sandbox is part of the network, not of what the user has attached.
+        let is_sandbox = |name: &str| name.parse().is_ok_and(|name: Name| name.is_sandbox());
+        let attached = desired.endpoints.iter().filter(|one| !is_sandbox(&one.name));
+        let mut all: Vec<Endpoint> = attached.map(endpoint).collect();
         if self.state_file.is_some() {
             let known: BTreeSet<String> = all.iter().map(|one| one.name.clone()).collect();
             let absent = self.adopted.paths().into_iter().filter(|(name, _)| !known.contains(name));

@@ -16,6 +16,7 @@ mod output;
 mod project;
 mod ps;
 mod publish;
+mod service;
 mod top;
 mod up;
 
@@ -59,6 +60,7 @@ enum Command {
     Daemon(Box<daemon::Daemon>),
     Network(network::Networks),
     Mesh(mesh::MeshCommand),
+    Service(service::Services),
     Attach(network::Attach),
     Detach(network::Detach),
     Events(events::Events),
@@ -164,6 +166,7 @@ impl Command {
             Self::Daemon(daemon) => daemon.run(),
             Self::Network(network) => network.run().map(done),
             Self::Mesh(mesh) => mesh.run().map(done),
+            Self::Service(service) => service.run().map(done),
             Self::Attach(attach) => attach.run().map(done),
             Self::Detach(detach) => detach.run().map(done),
             Self::Events(events) => events.run().map(done),

@@ -12,7 +12,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use tidegate_api::client::{Client, ClientError};
 use tidegate_api::types::{
-    Driver, Endpoint, Network, NewAttachment, NewEndpoint, NewNetwork, NewSubnet,
+    Driver, Endpoint, Network, NewAttachment, NewEndpoint, NewNetwork, NewSubnet, NewTask,
 };
 
 /// Create, list and remove networks of the daemon
@@ -133,6 +133,19 @@ pub(super) struct Attach {
     #[arg(long)]
     any_source: bool,
 
+    /// The service of the cluster that it belongs to
+    #[arg(long, value_name = "SERVICE")]
+    service: Option<String>,
+
+    /// Its share of the connections of the service, in relation to the other tasks, 1 to 256
+    #[arg(long, value_name = "NUMBER", default_value_t = 1, requires = "service")]
+    weight: u16,
+
+    /// A command that succeeds while the task is healthy, run by a shell in its network namespace;
+    /// in addition to the health check of the service
+    #[arg(long, value_name = "COMMAND", requires = "service")]
+    health_cmd: Option<String>,
+
     /// Print the endpoint as JSON
     #[arg(long)]
     json: bool,
@@ -236,6 +249,14 @@ impl Attach {
             networks: networks.collect(),
             hostname: None,
             ports: self.publish.clone(),
+            task: self.service.clone().map(|service| NewTask {
+                service,
+                weight: self.weight,
+                health_command: self
+                    .health_cmd
+                    .as_ref()
+                    .map(|command| ["/bin/sh", "-c", command].map(str::to_owned).to_vec()),
+            }),
         })
     }
 }

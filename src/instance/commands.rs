@@ -320,8 +320,11 @@ impl Instance {
     }
 
     async fn add_endpoint(&mut self, endpoint: &Endpoint) -> Result<(), Problem> {
-        let namespace = Namespace::from_path(&endpoint.namespace);
-        let namespace = namespace.map_err(|error| Problem::bad_request(&error))?;
+        let namespace = match endpoint.name.is_sandbox() {
+            true => Namespace::create().map_err(|error| Problem::failed(&error))?,
+            false => Namespace::from_path(&endpoint.namespace)
+                .map_err(|error| Problem::bad_request(&error))?,
+        };
         let taken = |one: &tidegate_netsetup::Endpoint| {
             let other = self.up.publisher.namespace(&one.name);
             other.is_some_and(|other| other.id() == namespace.id())
@@ -371,7 +374,9 @@ impl Instance {
             .translated_to(targets_of(&self.up.layout, name));
         let behind_engine = egress::addresses_behind_engine(&self.up.layout, name);
         self.up.publisher.add_endpoint(name, target.behind_engine(behind_engine));
-        self.up.adopted.set(name, endpoint.namespace.clone(), false);
+        if !endpoint.name.is_sandbox() {
+            self.up.adopted.set(name, endpoint.namespace.clone(), false);
+        }
         if let Some(egress) = &self.up.egress {
             egress.update_ports(&self.up.layout);
         }

@@ -247,6 +247,7 @@ impl Instance {
                     }
                     self.poll_adopted().await;
                     self.restart_mesh().await;
+                    self.follow_services().await;
                 },
             }
         }
@@ -614,6 +615,16 @@ impl Instance {
                     Err(problem) => drop(done.send(Err(problem))),
                 }
             }
+            Order::Command { command: tidegate_control::Command::Detach(name), reserved, done } => {
+                let Some(done) = self.drain(&name, done).await else { return };
+                let command = tidegate_control::Command::Detach(name);
+                let result = self.command(&command, reserved).await;
+                let _ = done.send(result);
+            }
+            Order::Drained { endpoint, done } => {
+                let result = self.drained(&endpoint).await;
+                let _ = done.send(result);
+            }
             Order::Command { command, reserved, done } => {
                 let result = self.command(&command, reserved).await;
                 let _ = done.send(result);
@@ -630,6 +641,19 @@ impl Instance {
                 let result = self.leave_mesh(force).await;
                 let _ = done.send(result);
             }
+            Order::CreateService { name, service, done } => {
+                let result = self.create_service(&name, service).await;
+                let _ = done.send(result);
+            }
+            Order::RemoveService { name, done } => {
+                let result = self.remove_service(&name).await;
+                let _ = done.send(result);
+            }
+            Order::ScaleService { name, replicas, done } => {
+                let result = self.scale_service(&name, replicas).await;
+                let _ = done.send(result);
+            }
+            Order::Services { done } => drop(done.send(self.service_reports())),
             Order::RemoveHost { host, done } => {
                 let result = self.remove_host(&host).await;
                 let _ = done.send(result);

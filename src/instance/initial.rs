@@ -105,14 +105,22 @@ impl Initial<'_> {
         let mut ports = OpenPorts::new();
         for (name, endpoint) in state.endpoints() {
             let text = name.to_string();
-            let found = match Namespace::from_path(&endpoint.namespace) {
+            // The previous one ended with its process.
+            let opened = match name.is_sandbox() {
+                true => Namespace::create().map_err(|error| error.to_string()),
+                false => {
+                    Namespace::from_path(&endpoint.namespace).map_err(|error| error.to_string())
+                }
+            };
+            let found = match opened {
                 Ok(namespace) => {
                     let shared = |other: &Namespace| other.id() == namespace.id();
                     setup.kernel().add_endpoint(&text, namespace.clone());
                     if shared(host_context.networks()) || namespaces.values().any(shared) {
                         Err("its path leads to the namespace of the host or of another endpoint"
                             .to_owned())
-                    } else if is_of_a_process(&endpoint.namespace)
+                    } else if !name.is_sandbox()
+                        && is_of_a_process(&endpoint.namespace)
                         && !setup.has_interfaces(&desired, &text).await.unwrap_or(false)
                     {
                         Err("its process has ended, or has another network namespace".to_owned())
@@ -120,7 +128,7 @@ impl Initial<'_> {
                         Ok(namespace)
                     }
                 }
-                Err(error) => Err(error.to_string()),
+                Err(reason) => Err(reason),
             };
             let namespace = match found {
                 Ok(namespace) => namespace,
@@ -145,7 +153,9 @@ impl Initial<'_> {
                 }
             }
             addresses.insert(text.clone(), addresses_of(endpoint));
-            adopted.insert(text.clone(), endpoint.namespace.clone());
+            if !name.is_sandbox() {
+                adopted.insert(text.clone(), endpoint.namespace.clone());
+            }
             namespaces.insert(text, namespace);
         }
         let networks = state.networks().iter();

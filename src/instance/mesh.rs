@@ -9,11 +9,21 @@
 //! makes the overlay networks of the cluster networks of this host, and its endpoints on them
 //! records of the cluster.
 
+mod balanced;
+mod drain;
+mod health;
+mod report;
+mod services;
+
+pub(super) use balanced::{BalancedUpstream, Figures, Registry};
+
 use super::Instance;
 use super::commands::Refused;
 use super::initial::host_id;
 use super::names::dns_name;
 use crate::api::{Problem, Reserved};
+use health::Health;
+use services::Services;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -21,18 +31,22 @@ use std::time::{Duration, Instant, SystemTime};
 use std::{fs, io};
 use tidegate_api::types::{HostState, Mesh as MeshReport, MeshHost, MeshProblem};
 use tidegate_control::{
-    AttachSpec, Command, EtcdAccess, Membership, Name, NetworkAttachment, NetworkSpec, State,
+    AttachSpec, Command, EtcdAccess, MESH_SANDBOX, Membership, Name, NetworkAttachment,
+    NetworkSpec, State,
 };
 use tidegate_dns::{EndpointSpec, Resolver};
 use tidegate_mesh::agent::{Agent, Cluster, MeshError, Names, Options, StoreState};
 use tidegate_mesh::device::{Links, overhead};
 use tidegate_mesh::membership::{Own, Refusal, free_addresses, obstacle, unused_vni};
 use tidegate_mesh::programmer::LocalNetwork;
-use tidegate_mesh::record::{Endpoint, EndpointKey, EndpointState, Network, Node, Subnet};
+use tidegate_mesh::record::{
+    Endpoint, EndpointKey, EndpointState, Network, Node, Role, Service, Subnet,
+};
 use tidegate_mesh::store::Connect;
 use tidegate_mesh::underlay::underlay;
 use tidegate_mesh::vtep_guard;
 use tidegate_model::registry::fnv1a;
+use tidegate_model::validity::is_object_name;
 use tidegate_netns::Namespace;
 use tidegate_netsetup::{Observed, Overlay};
 use tokio::sync::watch;
@@ -57,6 +71,8 @@ pub(super) struct Mesh {
     own: Own,
     /// Networks of the cluster that this host does not have, with the reason.
     missing: BTreeMap<String, (String, SystemTime)>,
+    services: Services,
+    health: Health,
 }
 
 /// The membership of this host, or why it has none.
@@ -78,14 +94,14 @@ pub(super) enum Member {
 }
 
 impl Member {
-    /// Waits for a change of the cluster.
+    /// Waits for a change of the cluster, or of the health of a task.
     pub(super) async fn changed(&mut self) {
-        if let Self::Yes(mesh) = self
-            && mesh.cluster.changed().await.is_ok()
-        {
-            return;
+        let Self::Yes(mesh) = self else { return std::future::pending().await };
+        let Mesh { cluster, health, .. } = &mut **mesh;
+        tokio::select! {
+            Ok(()) = cluster.changed() => {}
+            () = health.changed() => {}
         }
-        std::future::pending::<()>().await;
     }
 
     fn mesh(&self) -> Option<&Mesh> {
@@ -93,6 +109,24 @@ impl Member {
             Self::Yes(mesh) => Some(mesh),
             Self::No | Self::Failed { .. } => None,
         }
+    }
+}
+
+impl Mesh {
+    /// The records of an endpoint of this host, with its health.
+    fn records(
+        &self,
+        state: &State,
+        endpoint: &tidegate_control::Endpoint,
+    ) -> Vec<(EndpointKey, Endpoint)> {
+        let name = &endpoint.setup.name;
+        let state_of = match self.health.reason(name) {
+            _ if self.health.is_draining(name) => EndpointState::Draining,
+            Some(_) => EndpointState::Starting,
+            None => EndpointState::Ready,
+        };
+        let records = records(state, endpoint, &self.own.id).into_iter();
+        records.map(|(key, record)| (key, Endpoint { state: state_of, ..record })).collect()
     }
 }
 
@@ -111,7 +145,12 @@ impl Names for RemoteNames {
                 self.resolver.remove_endpoint(network, &container(name, &old.node), name);
             }
         }
-        for (name, endpoint) in endpoints {
+        let endpoints: BTreeMap<_, _> = endpoints
+            .iter()
+            .filter(|(_, endpoint)| !endpoint.is_sandbox())
+            .map(|(name, endpoint)| (name.clone(), endpoint.clone()))
+            .collect();
+        for (name, endpoint) in &endpoints {
             if before.get(name) == Some(endpoint) {
                 continue;
             }
@@ -127,7 +166,7 @@ impl Names for RemoteNames {
             }
         }
         if !endpoints.is_empty() {
-            self.known.insert(network.to_owned(), endpoints.clone());
+            self.known.insert(network.to_owned(), endpoints);
         }
     }
 }
@@ -135,9 +174,9 @@ impl Names for RemoteNames {
 impl From<MeshError> for Problem {
     fn from(error: MeshError) -> Self {
         match &error {
-            MeshError::Refused(Refusal::UnknownNetwork(_)) | MeshError::UnknownHost(_) => {
-                Self::not_found(&error)
-            }
+            MeshError::Refused(Refusal::UnknownNetwork(_) | Refusal::UnknownService(_))
+            | MeshError::UnknownHost(_) => Self::not_found(&error),
+            MeshError::Refused(Refusal::InvalidService { .. }) => Self::bad_request(&error),
             MeshError::Refused(_) | MeshError::Alive(_) => Self::conflict(&error),
             MeshError::Store(_) | MeshError::Late | MeshError::Ended => Self::unavailable(&error),
         }
@@ -192,6 +231,20 @@ fn local_networks(state: &State) -> Vec<LocalNetwork> {
     local.collect()
 }
 
+/// The name of an endpoint of host `id` in the cluster.
+fn cluster_name(endpoint: &tidegate_control::Endpoint, id: &str) -> String {
+    if !endpoint.name.is_sandbox() {
+        return dns_name(&endpoint.setup.name).to_owned();
+    }
+    // There is one on each host.
+    let name = format!("{MESH_SANDBOX}.{id}");
+    if is_object_name(&name) {
+        name
+    } else {
+        format!("{MESH_SANDBOX}.{:016x}", fnv1a(id.as_bytes()))
+    }
+}
+
 /// The records of the endpoint `endpoint` of host `id` on overlay networks of `state`.
 fn records(
     state: &State,
@@ -210,8 +263,13 @@ fn records(
             state: EndpointState::Ready,
             aliases: endpoint.aliases.get(&network).cloned().unwrap_or_default(),
             hostname: endpoint.hostname.clone(),
+            role: match &endpoint.task {
+                _ if endpoint.name.is_sandbox() => Role::Sandbox,
+                Some(task) => Role::Task { service: task.service.clone(), weight: task.weight },
+                None => Role::Container,
+            },
         };
-        Some(((attachment.network.clone(), dns_name(&endpoint.setup.name).to_owned()), record))
+        Some(((attachment.network.clone(), cluster_name(endpoint, id)), record))
     };
     endpoint.setup.attachments.iter().filter_map(of).collect()
 }
@@ -275,19 +333,31 @@ impl Instance {
             },
             underlay: under.networks,
             endpoints: endpoints.collect(),
+            bindings: BTreeMap::new(),
             id,
         };
         let names = RemoteNames { resolver: self.up.names.resolver(), known: BTreeMap::new() };
+        let services = Services::new(Arc::clone(&self.services));
+        let registry = Arc::clone(&self.services);
         let agent = Agent::start(Options {
             own: own.clone(),
             store: connect(&membership.etcd)?,
             namespace: self.host.clone(),
             networks: local_networks(&state),
             names: Box::new(names),
+            follower: Box::new(move |cluster| balanced::follow(&registry, cluster)),
             reports: self.mesh_reports.clone(),
         })?;
         let cluster = agent.cluster();
-        Ok(Mesh { agent: Arc::new(agent), cluster, own, missing: BTreeMap::new() })
+        let agent = Arc::new(agent);
+        Ok(Mesh {
+            agent,
+            cluster,
+            own,
+            missing: BTreeMap::new(),
+            services,
+            health: Health::default(),
+        })
     }
 
     /// Joins a cluster.
@@ -332,7 +402,7 @@ impl Instance {
         if force {
             let state = self.owner.state();
             let on_overlay = |endpoint: &&Arc<tidegate_control::Endpoint>| {
-                !records(&state, endpoint, "").is_empty()
+                !endpoint.name.is_sandbox() && !records(&state, endpoint, "").is_empty()
             };
             let endpoints: Vec<Name> =
                 state.endpoints().values().filter(on_overlay).map(|one| one.name.clone()).collect();
@@ -341,7 +411,8 @@ impl Instance {
             }
         }
         // Refused before anything changes.
-        self.owner.check(&Command::Leave)?;
+        self.check_leave()?;
+        self.end_services().await;
         if let Some(mesh) = self.member.mesh() {
             let agent = Arc::clone(&mesh.agent);
             match agent.leave().await {
@@ -369,6 +440,27 @@ impl Instance {
     /// It is alive or unknown, or etcd does not answer.
     pub(super) async fn remove_host(&self, host: &str) -> Result<(), Problem> {
         Ok(self.mesh()?.agent.remove_host(host).await?)
+    }
+
+    /// Returns whether this host may leave: its sandboxes are the only endpoints on overlay
+    /// networks.
+    fn check_leave(&self) -> Result<(), Problem> {
+        let state = self.owner.state();
+        if !state.endpoints().keys().any(Name::is_sandbox) {
+            return self.owner.check(&Command::Leave);
+        }
+        let endpoints = state.endpoints().values().filter(|endpoint| !endpoint.name.is_sandbox());
+        let on_overlays: Vec<String> = endpoints
+            .filter(|endpoint| !records(&state, endpoint, "").is_empty())
+            .map(|endpoint| endpoint.name.to_string())
+            .collect();
+        if on_overlays.is_empty() {
+            return Ok(());
+        }
+        Err(Problem::conflict(&format!(
+            "endpoints are attached to overlay networks: {}; detach them first, or use --force",
+            on_overlays.join(", ")
+        )))
     }
 
     fn mesh(&self) -> Result<&Mesh, Problem> {
@@ -437,6 +529,8 @@ impl Instance {
         let known = status.problems.iter().map(|(text, since)| problem(text, *since));
         report.problems.extend(known);
         report.problems.extend(mesh.missing.values().map(|(text, since)| problem(text, *since)));
+        let failed = mesh.services.problems();
+        report.problems.extend(failed.map(|(text, since)| problem(text, since)));
         Ok(report)
     }
 
@@ -509,6 +603,58 @@ impl Instance {
         for (name, problem) in missing {
             mesh.missing.entry(name).or_insert_with(|| (problem, SystemTime::now()));
         }
+        self.follow_services().await;
+    }
+
+    /// Creates a service in the cluster, and waits for the hosts to publish it.
+    ///
+    /// # Errors
+    /// It was refused, or etcd does not answer.
+    pub(super) async fn create_service(
+        &mut self,
+        name: &str,
+        service: Service,
+    ) -> Result<(), Problem> {
+        let mesh = self.mesh()?;
+        let (agent, mut seen) = (Arc::clone(&mesh.agent), mesh.cluster.clone());
+        agent.create_service(name, service).await?;
+        let is_there = |cluster: &Arc<Cluster>| cluster.view.services.contains_key(name);
+        let _ = timeout(PATIENCE, seen.wait_for(is_there)).await;
+        self.follow_services().await;
+        Ok(())
+    }
+
+    /// Removes a service from the cluster.
+    ///
+    /// # Errors
+    /// It does not exist, or etcd does not answer.
+    pub(super) async fn remove_service(&mut self, name: &str) -> Result<(), Problem> {
+        let mesh = self.mesh()?;
+        let (agent, mut seen) = (Arc::clone(&mesh.agent), mesh.cluster.clone());
+        agent.remove_service(name).await?;
+        let is_gone = |cluster: &Arc<Cluster>| !cluster.view.services.contains_key(name);
+        let _ = timeout(PATIENCE, seen.wait_for(is_gone)).await;
+        self.follow_services().await;
+        Ok(())
+    }
+
+    /// Sets the maximum number of tasks of a service with connections.
+    ///
+    /// # Errors
+    /// It does not exist, or etcd does not answer.
+    pub(super) async fn scale_service(
+        &mut self,
+        name: &str,
+        replicas: Option<u32>,
+    ) -> Result<(), Problem> {
+        let mesh = self.mesh()?;
+        let (agent, mut seen) = (Arc::clone(&mesh.agent), mesh.cluster.clone());
+        agent.scale(name, replicas).await?;
+        let is_scaled = |cluster: &Arc<Cluster>| {
+            cluster.view.services.get(name).is_none_or(|one| one.replicas == replicas)
+        };
+        let _ = timeout(PATIENCE, seen.wait_for(is_scaled)).await;
+        Ok(())
     }
 
     /// Creates an overlay network: in the cluster, and then on this host.
@@ -608,14 +754,22 @@ impl Instance {
         };
         match command {
             Command::Attach(spec) if spec.networks.iter().any(|one| is_overlay(&one.network)) => {
-                self.attach_to_overlay(spec, reserved).await
+                if let Some(task) = &spec.task {
+                    self.check_task(spec, &task.service)?;
+                }
+                self.attach_to_overlay(spec, reserved).await?;
+                self.follow_services_after(command, &state).await;
+                Ok(())
+            }
+            Command::Attach(AttachSpec { name, task: Some(task), .. }) => {
+                Err(Problem::bad_request(&format!(
+                    "endpoint {name}: service {} is reached on an overlay network; attach it to that network",
+                    task.service
+                )))
             }
             Command::Detach(name) => {
-                if let Some(endpoint) = state.endpoints().get(name) {
-                    self.release(&records(&state, endpoint, "")).await?;
-                }
-                let detached = self.local_command(command, reserved).await;
-                self.sync_endpoints().await;
+                let detached = self.detach(name).await;
+                self.follow_services_after(command, &state).await;
                 detached
             }
             Command::RemoveNetwork(name) if is_overlay(name) => {
@@ -626,6 +780,48 @@ impl Instance {
                 self.local_command(command, reserved).await
             }
             _ => self.local_command(command, reserved).await,
+        }
+    }
+
+    /// Detaches an endpoint. Its records in the cluster are removed first.
+    async fn detach(&mut self, name: &Name) -> Result<(), Problem> {
+        let state = self.owner.state();
+        if let Some(endpoint) = state.endpoints().get(name) {
+            let id = self.member.mesh().map_or("", |mesh| &mesh.own.id);
+            self.release(&records(&state, endpoint, id)).await?;
+        }
+        let command = Command::Detach(name.clone());
+        let detached = self.local_command(&command, Reserved::new()).await;
+        self.sync_endpoints().await;
+        detached
+    }
+
+    /// Returns whether the endpoint of `spec` can be a task of `service`.
+    fn check_task(&self, spec: &AttachSpec, service: &str) -> Result<(), Problem> {
+        let cluster = Arc::clone(&self.mesh()?.cluster.borrow());
+        let known = cluster.view.services.get(service);
+        let known = known
+            .ok_or_else(|| Problem::not_found(&Refusal::UnknownService(service.to_owned())))?;
+        if spec.networks.iter().any(|one| one.network.to_string() == known.network) {
+            return Ok(());
+        }
+        Err(Problem::bad_request(&format!(
+            "endpoint {}: the tasks of service {service} are on network {}; attach it to that network",
+            spec.name, known.network
+        )))
+    }
+
+    /// Adapts the services after a command on an endpoint that is a task, before or after it.
+    async fn follow_services_after(&mut self, command: &Command, before: &State) {
+        let is_task = match command {
+            Command::Attach(spec) => spec.task.is_some(),
+            Command::Detach(name) => {
+                before.endpoints().get(name).is_some_and(|endpoint| endpoint.task.is_some())
+            }
+            _ => false,
+        };
+        if is_task {
+            self.follow_services().await;
         }
     }
 
@@ -644,15 +840,13 @@ impl Instance {
     async fn sync_endpoints(&self) {
         let Some(mesh) = self.member.mesh() else { return };
         let state = self.owner.state();
-        let endpoints = state
-            .endpoints()
-            .values()
-            .flat_map(|endpoint| records(&state, endpoint, &mesh.own.id))
-            .collect();
+        let endpoints =
+            state.endpoints().values().flat_map(|endpoint| mesh.records(&state, endpoint));
+        let endpoints = endpoints.collect();
         mesh.agent.set_endpoints(endpoints).await;
     }
 
-    async fn attach_to_overlay(
+    pub(super) async fn attach_to_overlay(
         &mut self,
         spec: &AttachSpec,
         mut reserved: Reserved,
@@ -675,7 +869,7 @@ impl Instance {
         spec: &AttachSpec,
         reserved: &mut Reserved,
     ) -> Result<(), Refused> {
-        if let Some(project) = spec.name.project() {
+        if let Some(project) = spec.name.project().filter(|_| !spec.name.is_sandbox()) {
             return Err(Problem::bad_request(&format!(
                 "endpoint {}: services of project {project} cannot be attached to overlay networks yet",
                 spec.name
@@ -683,7 +877,7 @@ impl Instance {
             .into());
         }
         let mesh = self.mesh()?;
-        let (agent, id) = (Arc::clone(&mesh.agent), mesh.own.id.clone());
+        let agent = Arc::clone(&mesh.agent);
         let cluster = Arc::clone(&mesh.cluster.borrow());
         if let StoreState::Lost(error) = &cluster.store {
             return Err(Problem::from(MeshError::from(error.clone())).into());
@@ -705,7 +899,17 @@ impl Instance {
         }
         let command = Command::Attach(AttachSpec { networks, ..spec.clone() });
         let new = self.owner.decide(&command, &Observed::default())?;
-        let claims = records(&new, &new.endpoints()[&spec.name], &id);
+        if let Member::Yes(mesh) = &mut self.member
+            && let Some(task) = &spec.task
+        {
+            let service = cluster.view.services.get(&task.service);
+            let is_checked = task.health_command.is_some()
+                || service.is_some_and(|service| service.health.is_some());
+            if is_checked {
+                mesh.health.starts(&spec.name.to_string());
+            }
+        }
+        let claims = self.mesh()?.records(&new, &new.endpoints()[&spec.name]);
         for ((network, name), endpoint) in &claims {
             let claimed = agent.claim(network, name, endpoint.clone()).await;
             if let Err(error) = claimed {

@@ -1,10 +1,12 @@
 //! Metric families `tidegate_network_*`. They are rendered from the current state at each scrape,
 //! so the series of an object end with the object.
 
+use super::mesh::{BalancedUpstream, Figures, Registry};
 use ::metrics::{Counter, counter, describe_counter};
 use ipnet::IpNet;
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
+use std::sync::{Arc, PoisonError};
 use tidegate_mesh::agent::{Status, StoreState};
 use tidegate_model::exposition::{Family, Labels};
 use tidegate_model::registry;
@@ -102,6 +104,82 @@ const MESH_REPAIRS: Family = Family::counter(
     "tidegate_mesh_repairs_total",
     "Restored objects of overlay networks that other software had removed or changed.",
 );
+
+const SERVICE_TASKS: Family = Family::gauge(
+    "tidegate_mesh_service_tasks",
+    "Tasks of a service of the cluster, by whether they get connections of this host.",
+);
+const SERVICE_OPEN: Family = Family::gauge(
+    "tidegate_mesh_service_open_connections",
+    "Open connections and UDP sessions through this host, by service and host of the task.",
+);
+const SERVICE_CONNECTIONS: Family = Family::counter(
+    "tidegate_mesh_service_connections_total",
+    "Connections and UDP sessions through this host, by service and host of the task.",
+);
+const SERVICE_FAILURES: Family = Family::counter(
+    "tidegate_mesh_service_failures_total",
+    "Connections through this host that a task has not accepted; another one was tried.",
+);
+const SERVICE_EJECTIONS: Family = Family::counter(
+    "tidegate_mesh_service_ejections_total",
+    "Times that this host has given a task no connections for some seconds, after failures.",
+);
+
+/// Counts of a service by the host of the task.
+#[derive(Default)]
+struct ServiceFigures {
+    ready: u64,
+    other: u64,
+    by_host: BTreeMap<String, Figures>,
+}
+
+/// Appends the families of the services of the cluster to `page`.
+pub(super) fn service_families(registry: &Registry, page: &mut impl Write) {
+    let services = registry.read().unwrap_or_else(PoisonError::into_inner).clone();
+    let of = |(name, upstream): (String, Arc<BalancedUpstream>)| {
+        let mut figures = ServiceFigures::default();
+        for (task, of_task) in upstream.tasks() {
+            let is_used = task.target.is_ready && !of_task.is_ejected;
+            *(if is_used { &mut figures.ready } else { &mut figures.other }) += 1;
+            let sum = figures.by_host.entry(task.node).or_default();
+            sum.connections += of_task.connections;
+            sum.failures += of_task.failures;
+            sum.ejections += of_task.ejections;
+            sum.open += of_task.open;
+        }
+        (name, figures)
+    };
+    let services: Vec<(String, ServiceFigures)> = services.into_iter().map(of).collect();
+    // Writing to a String does not fail.
+    let _ = render_services(&services, page);
+}
+
+fn render_services(services: &[(String, ServiceFigures)], page: &mut impl Write) -> fmt::Result {
+    SERVICE_TASKS.write_head(page)?;
+    for (service, figures) in services {
+        for (state, count) in [("ready", figures.ready), ("other", figures.other)] {
+            SERVICE_TASKS.write_value(&[("service", service), ("state", &state)], count, page)?;
+        }
+    }
+    type Of = fn(&Figures) -> u64;
+    let families: [(Family, Of); 4] = [
+        (SERVICE_OPEN, |figures| figures.open.into()),
+        (SERVICE_CONNECTIONS, |figures| figures.connections),
+        (SERVICE_FAILURES, |figures| figures.failures),
+        (SERVICE_EJECTIONS, |figures| figures.ejections),
+    ];
+    for (family, of) in families {
+        family.write_head(page)?;
+        for (service, figures) in services {
+            for (host, figures) in &figures.by_host {
+                let labels: Labels<'_> = &[("service", service), ("host", host)];
+                family.write_value(labels, of(figures), page)?;
+            }
+        }
+    }
+    Ok(())
+}
 
 /// Appends the families of the cluster to `page`. On a host in no cluster they have no series.
 pub(super) fn mesh_families(status: Option<&Status>, page: &mut impl Write) {

@@ -183,6 +183,8 @@ struct Instance {
     project: String,
     server: Server,
     orders: mpsc::Receiver<Order>,
+    /// For orders of its own tasks.
+    own_orders: mpsc::Sender<Order>,
     /// Changes on the host that can affect the isolation of the networks.
     changes: AsyncFd<ChangeListener>,
     /// The host, if the networks are in a namespace of their own.
@@ -202,6 +204,8 @@ struct Instance {
     owner: Owner,
     /// The cluster.
     member: mesh::Member,
+    /// The services of the cluster that this host forwards.
+    services: mesh::Registry,
     /// The last report of the agent of the cluster, for the metrics.
     mesh_reports: watch::Sender<Option<Arc<Status>>>,
 }
@@ -263,6 +267,8 @@ struct Resources<'a> {
     guards_sources: bool,
     /// Reports of the agent of the cluster.
     mesh_reports: watch::Receiver<Option<Arc<Status>>>,
+    /// The services of the cluster that this host forwards.
+    mesh_services: mesh::Registry,
     host_context: &'a HostContext,
     outside: Option<&'a mut Outside>,
     /// Owner of the rules: the name of the project.
@@ -455,7 +461,9 @@ impl Up {
             .then(|| Outside::of(host_context).context("listen for network changes of the host"))
             .transpose()?;
         let mesh_reports = watch::Sender::new(None);
+        let mesh_services = mesh::Registry::default();
         let resources = Resources {
+            mesh_services: Arc::clone(&mesh_services),
             mesh_reports: mesh_reports.subscribe(),
             guards_sources,
             host_context,
@@ -520,7 +528,7 @@ impl Up {
             nat: up.egress.as_ref().map(|nat| nat.nat().figures().clone()),
             adopted: Arc::clone(&up.adopted),
             metrics: up.metrics.clone(),
-            orders,
+            orders: orders.clone(),
             projects,
             ports_changed: watch::Sender::default(),
             project: project.as_ref().map_or("daemon", |project| &project.name).to_owned(),
@@ -540,6 +548,7 @@ impl Up {
             project: owner,
             server,
             orders: received,
+            own_orders: orders,
             changes,
             outside,
             watch: EndpointWatch::default(),
@@ -550,6 +559,7 @@ impl Up {
             repairs,
             owner: Owner::new(state, store.take(), absent),
             member: mesh::Member::default(),
+            services: mesh_services,
             mesh_reports,
         };
         instance.watch_endpoints();
@@ -590,6 +600,7 @@ impl Up {
         let Resources {
             guards_sources,
             mesh_reports,
+            mesh_services,
             host_context,
             outside,
             owner,
@@ -804,6 +815,7 @@ impl Up {
                 });
                 let recorder = recorder.with(move |page| {
                     metrics::mesh_families(mesh_reports.borrow().as_deref(), page);
+                    metrics::service_families(&mesh_services, page);
                 });
                 let resolver = names.resolver();
                 let recorder = recorder.with(move |page| {

@@ -10,6 +10,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_compose::{Names, NetworkConfig, Project, Service};
+use tidegate_control::Name;
 use tidegate_dns::{
     EndpointSpec, NetworkSpec, PORT, ResolvConf, Resolver, ResolverSettings, SERVER, ServeOptions,
     Serving,
@@ -226,7 +227,7 @@ impl NameServers {
             .attachments
             .iter()
             .all(|attachment| self.at_gateways.contains_key(&attachment.network));
-        if !queries_gateway {
+        if !queries_gateway && !is_sandbox(&endpoint.name) {
             let servers = dns.servers.iter().map(|ip| SocketAddr::new(*ip, PORT)).collect();
             let options = ServeOptions { servers, ..ServeOptions::default() };
             self.options.insert(endpoint.name.clone(), options);
@@ -266,7 +267,10 @@ impl NameServers {
 
     /// The attachments of `endpoint` to networks on which it has names.
     fn named<'a>(&'a self, endpoint: &'a Endpoint) -> impl Iterator<Item = &'a Attachment> {
-        endpoint.attachments.iter().filter(|one| !self.nameless.contains(&one.network))
+        let is_named = |one: &&Attachment| {
+            !is_sandbox(&endpoint.name) && !self.nameless.contains(&one.network)
+        };
+        endpoint.attachments.iter().filter(is_named)
     }
 
     /// Removes the names of `endpoint`. Returns its server, which may block when it is dropped
@@ -370,6 +374,11 @@ impl NameServers {
     pub(super) fn resolver(&self) -> Arc<Resolver> {
         Arc::clone(&self.resolver)
     }
+}
+
+/// Whether the endpoint is a sandbox, which has no names and resolves none.
+pub(super) fn is_sandbox(endpoint: &str) -> bool {
+    endpoint.parse().is_ok_and(|name: Name| name.is_sandbox())
 }
 
 /// The DNS name of an endpoint or a network: its name within its project.

@@ -1,5 +1,7 @@
 //! `tidegate mesh`: daemons of several hosts, which are namespaces, with a real etcd.
 
+mod services;
+
 use serde_json::Value;
 use std::fs;
 use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
