@@ -120,10 +120,10 @@ impl Mesh {
         endpoint: &tidegate_control::Endpoint,
     ) -> Vec<(EndpointKey, Endpoint)> {
         let name = &endpoint.setup.name;
-        let state_of = match self.health.reason(name) {
+        let state_of = match self.health.is_healthy(name) {
             _ if self.health.is_draining(name) => EndpointState::Draining,
-            Some(_) => EndpointState::Starting,
-            None => EndpointState::Ready,
+            true => EndpointState::Ready,
+            false => EndpointState::Starting,
         };
         let records = records(state, endpoint, &self.own.id).into_iter();
         records.map(|(key, record)| (key, Endpoint { state: state_of, ..record })).collect()
@@ -529,6 +529,8 @@ impl Instance {
         let known = status.problems.iter().map(|(text, since)| problem(text, *since));
         report.problems.extend(known);
         report.problems.extend(mesh.missing.values().map(|(text, since)| problem(text, *since)));
+        let unhealthy = mesh.health.problems();
+        report.problems.extend(unhealthy.map(|(text, since)| problem(&text, since)));
         let failed = mesh.services.problems();
         report.problems.extend(failed.map(|(text, since)| problem(text, since)));
         Ok(report)

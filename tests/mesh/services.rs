@@ -3,13 +3,13 @@
 use super::{Mesh, SOON};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Read;
-use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tidegate_testbed::hosts::Hosts;
-use tidegate_testbed::server::PeerServer;
-use tidegate_testbed::{Namespace, eventually};
+use tidegate_testbed::server::{EchoServer, PeerServer};
+use tidegate_testbed::{Namespace, Signal, eventually};
 
 /// Time for an answer. An unanswered SYN is sent again after a second.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -169,7 +169,11 @@ fn every_host_leads_to_all_tasks_which_see_the_address_of_the_client() {
         assert!(is_closed, "host {number}");
     }
     let attached = mesh.succeeds(1, &["ps"]);
-    assert_eq!(attached.lines().filter(|line| line.starts_with(['b', 'c'])).count(), 2, "{attached}");
+    assert_eq!(
+        attached.lines().filter(|line| line.starts_with(['b', 'c'])).count(),
+        2,
+        "{attached}"
+    );
     let rules = tasks[0].namespace.ip(&["rule"]);
     assert!(eventually(SOON, || !tasks[0].namespace.ip(&["rule"]).contains("sport")), "{rules}");
     for (number, name) in [(0, "a"), (1, "b"), (1, "c"), (2, "other")] {
@@ -199,7 +203,7 @@ fn invalid_services_are_refused_and_ports_in_use_are_named() {
         mesh.fails(1, &create(&[&["b", "-p", "81:80", "-p", "80:80"], &front[..]].concat()));
     assert_eq!(error, "service b: port 80/tcp is published by service a of the cluster");
     // Another program of one host has the port.
-    let taken = mesh.hosts.hosts[1].run(|| std::net::TcpListener::bind("0.0.0.0:81")).unwrap();
+    let taken = mesh.hosts.hosts[1].run(|| TcpListener::bind("0.0.0.0:81")).unwrap();
     let text = mesh.succeeds(0, &create(&[&["b", "-p", "81:80"], &front[..]].concat()));
     assert!(text.contains("b on host-1: port 81/tcp on 0.0.0.0 is in use"), "{text}");
     let problem = |text: &str| text.contains("service b: port 81/tcp on 0.0.0.0 is in use");
@@ -332,4 +336,248 @@ fn tasks_share_connections_by_policy_and_stand_by() {
     mesh.has_ready(0, 2);
     assert_eq!(count(0, 20).len(), 2);
     drop(tasks);
+}
+
+/// The state of task `name`, as host `number` reports it.
+fn state_of(mesh: &Mesh, number: usize, name: &str) -> String {
+    let services = mesh.succeeds(number, &["service", "ls", "--json"]);
+    let services: Value = serde_json::from_str(&services).unwrap();
+    let tasks = services[0]["tasks"].as_array().unwrap();
+    let task = tasks.iter().find(|task| task["name"] == name);
+    task.map_or_else(|| "none".to_owned(), |task| task["state"].as_str().unwrap().to_owned())
+}
+
+#[track_caller]
+fn until_state(mesh: &Mesh, number: usize, name: &str, wanted: &str) {
+    let mut last = String::new();
+    let is_so = eventually(SOON, || {
+        last = state_of(mesh, number, name);
+        last == wanted
+    });
+    assert!(is_so, "task {name} on host {number} is {last}, not {wanted}");
+}
+
+#[test]
+fn tasks_are_ready_while_healthy_and_keep_their_connections_when_detached() {
+    let mesh = Mesh::joined(2);
+    let health = ["--health-http", "8080/ready", "--health-interval", "100ms"];
+    mesh.create_shop(&[&health[..], &["--health-retries", "2"]].concat());
+    let (status, ends) = (AtomicBool::new(true), AtomicBool::new(false));
+    let begun = Instant::now();
+    std::thread::scope(|scope| {
+        let ready = mesh.directory.path().join("ready");
+        let command = format!("test -e {}", ready.display());
+        let (namespace, address) =
+            mesh.attach(1, "web", &["--service", "shop", "--health-cmd", &command]);
+        until_state(&mesh, 0, "web", "starting");
+        let listener = namespace.run(|| TcpListener::bind("[::]:8080")).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let (status, ends) = (&status, &ends);
+        scope.spawn(move || {
+            // Answers requests, and echoes everything else.
+            while !ends.load(Ordering::Relaxed) && begun.elapsed() < 4 * SOON {
+                let Ok((mut stream, _)) = listener.accept() else {
+                    std::thread::sleep(Duration::from_millis(5));
+                    continue;
+                };
+                stream.set_nonblocking(false).unwrap();
+                scope.spawn(move || {
+                    let mut buffer = [0; 1024];
+                    while let Ok(length @ 1..) = stream.read(&mut buffer) {
+                        let is_good = status.load(Ordering::Relaxed);
+                        let answer: &[u8] = match buffer.starts_with(b"GET /ready HTTP/1.1\r\n") {
+                            true if is_good => b"HTTP/1.1 204 Up\r\n\r\n",
+                            true => b"HTTP/1.1 503 Down\r\n\r\n",
+                            false => &buffer[..length],
+                        };
+                        let _ = stream.write_all(answer);
+                    }
+                });
+            }
+        });
+        // The server answers, and the command fails.
+        std::thread::sleep(Duration::from_millis(500));
+        assert_eq!(state_of(&mesh, 0, "web"), "starting");
+        std::fs::write(&ready, "").unwrap();
+        until_state(&mesh, 0, "web", "ready");
+        status.store(false, Ordering::Relaxed);
+        until_state(&mesh, 0, "web", "starting");
+        let problem = |text: &str| text.contains("endpoint web is not healthy: GET /ready");
+        mesh.until(1, &["mesh", "status"], problem);
+        status.store(true, Ordering::Relaxed);
+        until_state(&mesh, 0, "web", "ready");
+        // An open connection keeps it attached until the connection ends.
+        let at = SocketAddr::new(Hosts::address(0), 80);
+        let mut stream = mesh.hosts.switch.run(|| TcpStream::connect(at)).unwrap();
+        let mut echo = |text: &[u8]| {
+            stream.write_all(text).unwrap();
+            let mut buffer = vec![0; text.len()];
+            stream.read_exact(&mut buffer).unwrap();
+            assert_eq!(buffer, text);
+        };
+        echo(b"before");
+        let begun = Instant::now();
+        let mesh_ref = &mesh;
+        let detached = scope.spawn(move || mesh_ref.succeeds(1, &["detach", "web"]));
+        until_state(&mesh, 0, "web", "draining");
+        assert!(mesh.fails(1, &["detach", "web"]).contains("is being detached already"));
+        // No new connection gets there.
+        let refused = mesh.hosts.switch.run(|| {
+            let mut other = TcpStream::connect(at)?;
+            other.read(&mut [0])
+        });
+        assert!(refused.is_err(), "{refused:?}");
+        std::thread::sleep(Duration::from_millis(1_000));
+        echo(b"meanwhile");
+        drop(stream);
+        detached.join().unwrap();
+        let took = begun.elapsed();
+        assert!((1_000..8_000).contains(&took.as_millis()), "{took:?}");
+        until_state(&mesh, 0, "web", "none");
+        assert!(!namespace.ip(&["link"]).contains("eth0"), "{address} is detached");
+        ends.store(true, Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn other_hosts_do_not_notice_that_a_daemon_is_killed_and_etcd_has_ended() {
+    let mut mesh = Mesh::joined(3);
+    mesh.create_shop(&[]);
+    let _tasks: Vec<Task> =
+        (0..3).map(|host| Task::attach(&mesh, host, &format!("t{host}"), &[])).collect();
+    (0..3).for_each(|number| mesh.has_ready(number, 3));
+    let client = mesh.hosts.switch.clone();
+    let through = [Hosts::address(0), Hosts::address(1)];
+    let (times, failures) = connect_during(&client, &through, || {
+        for _ in 0..2 {
+            mesh.daemons[2].signal(Signal::KILL);
+            mesh.daemons[2].wait(SOON);
+            mesh.has_ready(0, 2);
+            mesh.daemons[2] = mesh.start(2, &[]);
+            mesh.has_ready(0, 3);
+            mesh.has_ready(2, 3);
+        }
+        // It leads to all tasks again.
+        let names: BTreeSet<String> = (0..6)
+            .map(|_| ask(&client, SocketAddr::new(Hosts::address(2), 80)).unwrap().1)
+            .collect();
+        assert_eq!(names.len(), 3);
+    });
+    assert_eq!(failures, Vec::<String>::new(), "of {}", times.len());
+    // Without etcd, everything that exists works.
+    for server in &mut mesh.etcd.as_mut().unwrap().servers {
+        server.signal(Signal::KILL);
+    }
+    let through = [0, 1, 2].map(Hosts::address);
+    let (times, failures) = connect_during(&client, &through, || {
+        std::thread::sleep(Duration::from_secs(8));
+    });
+    assert_eq!(failures, Vec::<String>::new(), "without etcd, of {}", times.len());
+    assert!(times.len() > 300, "{}", times.len());
+}
+
+#[test]
+fn clients_do_not_notice_that_all_tasks_are_replaced_again_and_again() {
+    let mesh = Mesh::joined(3);
+    mesh.create_shop(&[]);
+    let mut tasks: Vec<(String, Task)> = (0..3)
+        .map(|host| {
+            let name = format!("r{host}");
+            let task = Task::attach(&mesh, host, &name, &[]);
+            (name, task)
+        })
+        .collect();
+    (0..3).for_each(|number| mesh.has_ready(number, 3));
+    let through = [0, 1, 2].map(Hosts::address);
+    let (times, failures) = connect_during(&mesh.hosts.switch, &through, || {
+        for round in 0..12 {
+            let host = round % 3;
+            let name = format!("n{round}");
+            let new = Task::attach(&mesh, host, &name, &[]);
+            until_state(&mesh, (host + 1) % 3, &name, "ready");
+            let (old, task) = std::mem::replace(&mut tasks[host], (name, new));
+            mesh.succeeds(host, &["detach", &old]);
+            drop(task);
+        }
+    });
+    assert_eq!(failures, Vec::<String>::new(), "of {}", times.len());
+}
+
+#[test]
+fn udp_clients_move_to_another_task_and_tasks_can_see_the_proxy() {
+    let mesh = Mesh::joined(2);
+    mesh.create_shop(&["--drain", "0"]);
+    let tasks: BTreeMap<&str, Task> = [("a", 0), ("b", 1)]
+        .map(|(name, host)| (name, Task::attach(&mesh, host, name, &[])))
+        .into();
+    mesh.has_ready(0, 2);
+    mesh.has_ready(1, 2);
+    let socket = mesh.hosts.switch.run(|| UdpSocket::bind("0.0.0.0:5000")).unwrap();
+    socket.connect(SocketAddr::new(Hosts::address(0), 80)).unwrap();
+    socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+    let ask = || {
+        socket.send(b"?").unwrap();
+        let mut buffer = [0; 128];
+        let length = socket.recv(&mut buffer).ok()?;
+        answer(std::str::from_utf8(&buffer[..length]).unwrap())
+    };
+    let (peer, first) = ask().unwrap();
+    assert_eq!(peer, "192.0.2.254:5000".parse().unwrap(), "also the port of the client");
+    assert_eq!(ask().unwrap().1, first, "a session has one task");
+    mesh.succeeds(usize::from(first == "b"), &["detach", &first]);
+    mesh.has_ready(0, 1);
+    let (_, second) = ask().unwrap();
+    assert_ne!(first, second);
+    drop(tasks);
+    // The PROXY protocol, and the address of the sandbox.
+    mesh.succeeds(0, &["service", "rm", "shop"]);
+    let args = ["service", "create", "raw", "--network", "front", "-p", "90:9000"];
+    mesh.succeeds(0, &[&args[..], &["--source", "proxy-protocol"]].concat());
+    let (namespace, _) = mesh.attach(1, "raw-1", &["--service", "raw"]);
+    let listener = namespace.run(|| TcpListener::bind("[::]:9000")).unwrap();
+    mesh.has_ready(0, 1);
+    let at = SocketAddr::new(Hosts::address(0), 90);
+    let client = mesh.hosts.switch.run(|| TcpStream::connect(at)).unwrap();
+    let (mut stream, peer) = listener.accept().unwrap();
+    assert!(peer.ip().to_canonical().to_string().starts_with("172."), "{peer}");
+    let mut header = [0; 28];
+    stream.read_exact(&mut header).unwrap();
+    assert_eq!(header[..12], *b"\r\n\r\n\0\r\nQUIT\n");
+    assert_eq!(header[16..24], [192, 0, 2, 254, 192, 0, 2, 1]);
+    drop(client);
+}
+
+#[test]
+fn large_datagrams_and_transfers_pass_between_hosts() {
+    let mesh = Mesh::joined(2);
+    mesh.create_shop(&[]);
+    let (namespace, _) = mesh.attach(1, "big", &["--service", "shop"]);
+    let any: SocketAddr = "[::]:8080".parse().unwrap();
+    let _servers = [EchoServer::tcp(&namespace, any), EchoServer::udp(&namespace, any)];
+    mesh.has_ready(0, 1);
+    for at in [Hosts::address(0), v6(0)] {
+        let to = SocketAddr::new(at, 80);
+        let any: IpAddr = if at.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
+        let socket = mesh.hosts.switch.run(|| UdpSocket::bind((any, 0))).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.connect(to).unwrap();
+        for length in [1, 1_400, 1_473, 9_000, 40_000] {
+            let sent: Vec<u8> = (0..length).map(|number: usize| number as u8).collect();
+            socket.send(&sent).unwrap();
+            let mut received = vec![0; 65_536];
+            let got = socket.recv(&mut received);
+            assert!(got.is_ok_and(|got| received[..got] == sent), "{length} bytes to {to}");
+        }
+        let mut stream = mesh.hosts.switch.run(|| TcpStream::connect(to)).unwrap();
+        let sent: Vec<u8> = (0..4 << 20).map(|number: u32| (number / 7) as u8).collect();
+        let mut back = stream.try_clone().unwrap();
+        let expected = sent.clone();
+        let reader = std::thread::spawn(move || {
+            let mut received = vec![0; expected.len()];
+            back.read_exact(&mut received).unwrap();
+            assert!(received == expected, "4 MiB arrive unchanged");
+        });
+        stream.write_all(&sent).unwrap();
+        reader.join().unwrap();
+    }
 }

@@ -22,7 +22,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tidegate_mesh::record::{HealthCheck, Probe};
 use tidegate_netns::{Namespace, NamespaceId};
 use tokio::net::{TcpSocket, TcpStream};
@@ -60,8 +60,8 @@ pub(super) struct Health {
     running: BTreeMap<String, (Check, AbortHandle)>,
     results: mpsc::UnboundedSender<Checked>,
     received: mpsc::UnboundedReceiver<Checked>,
-    /// Tasks that are not healthy, with the reason.
-    unhealthy: BTreeMap<String, String>,
+    /// Tasks that are not healthy, with the reason, and since when.
+    unhealthy: BTreeMap<String, (String, SystemTime)>,
     /// Tasks that are being detached.
     draining: BTreeSet<String>,
 }
@@ -83,7 +83,8 @@ impl Drop for Health {
 impl Health {
     /// Begins with `endpoint` as not healthy.
     pub(super) fn starts(&mut self, endpoint: &str) {
-        self.unhealthy.insert(endpoint.to_owned(), "not checked yet".to_owned());
+        let unhealthy = ("not checked yet".to_owned(), SystemTime::now());
+        self.unhealthy.insert(endpoint.to_owned(), unhealthy);
     }
 
     /// Records that `endpoint` is being detached, or no longer is.
@@ -99,9 +100,15 @@ impl Health {
         self.draining.contains(endpoint)
     }
 
-    /// Why `endpoint` is not healthy.
-    pub(super) fn reason(&self, endpoint: &str) -> Option<&String> {
-        self.unhealthy.get(endpoint)
+    pub(super) fn is_healthy(&self, endpoint: &str) -> bool {
+        !self.unhealthy.contains_key(endpoint)
+    }
+
+    /// The tasks that are not healthy, with the reasons, and since when.
+    pub(super) fn problems(&self) -> impl Iterator<Item = (String, SystemTime)> {
+        self.unhealthy.iter().map(|(endpoint, (reason, since))| {
+            (format!("endpoint {endpoint} is not healthy: {reason}"), *since)
+        })
     }
 
     /// Runs `wanted` checks, by endpoint, and no others.
@@ -141,11 +148,13 @@ impl Health {
                 }
                 Ok(()) => {}
                 Err(reason) => {
-                    let is_new = self.unhealthy.insert(name.clone(), reason.clone()).is_none();
-                    if is_new {
-                        tracing::warn!(endpoint = name, reason, "task is not healthy");
-                        return;
+                    if let Some((known, _)) = self.unhealthy.get_mut(&name) {
+                        *known = reason;
+                        continue;
                     }
+                    tracing::warn!(endpoint = name, reason, "task is not healthy");
+                    self.unhealthy.insert(name, (reason, SystemTime::now()));
+                    return;
                 }
             }
         }
