@@ -8,6 +8,7 @@ use crate::port::{Port, PortStats};
 use crate::shared::{Message, Shared};
 use crate::tcp::{Limits, Shares};
 use crate::udp::LoopGuard;
+use crate::upstream::BackendId;
 use crate::worker::Worker;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
@@ -251,6 +252,16 @@ impl Engine {
     pub fn end_clients(&self, clients: impl IntoIterator<Item = IpAddr>) {
         let clients = Arc::new(clients.into_iter().collect::<BTreeSet<_>>());
         self.shared.broadcast(|done| Message::EndClients { clients: Arc::clone(&clients), done });
+    }
+
+    /// Resets the TCP connections to these backends, which no longer exist. UDP sessions move to
+    /// other backends with their next datagram ([`Upstream::is_available`]).
+    ///
+    /// [`Upstream::is_available`]: crate::Upstream::is_available
+    pub fn end_backends(&self, backends: impl IntoIterator<Item = BackendId>) {
+        let backends = Arc::new(backends.into_iter().collect::<BTreeSet<_>>());
+        self.shared
+            .broadcast(|done| Message::EndBackends { backends: Arc::clone(&backends), done });
     }
 
     fn update_several_ports(&self, ports: &Ports) {

@@ -6,6 +6,7 @@ use crate::metrics::ProcessMetrics;
 use crate::port::{Port, Refusal};
 use crate::tcp::{Accepted, Reservation, Shares};
 use crate::udp::LoopGuard;
+use crate::upstream::BackendId;
 use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
@@ -25,6 +26,8 @@ pub(crate) enum Message {
     Unpublish { port: Arc<Port>, done: mpsc::Sender<()> },
     /// End the flows of these clients. `done` is dropped when that is complete.
     EndClients { clients: Arc<BTreeSet<IpAddr>>, done: mpsc::Sender<()> },
+    /// Reset the connections to these backends.
+    EndBackends { backends: Arc<BTreeSet<BackendId>>, done: mpsc::Sender<()> },
     /// Take over a connection that another loop accepted.
     Adopt(Box<(Accepted, Reservation)>),
     /// Take over a connection that another loop accepted. Evict a connection of this loop for it,

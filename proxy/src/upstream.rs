@@ -97,7 +97,8 @@ pub trait Upstream: Send + Sync {
         None
     }
 
-    /// The TCP connect to `backend` has completed, and the flow uses it.
+    /// The TCP connect to `backend` has completed, and the flow uses it; or it has sent the first
+    /// reply of a UDP session.
     ///
     /// At most one of this and [`failed`](Self::failed) is called for each TCP socket. Neither is
     /// called if the client goes away during the dial, or if `backend` was dialled after the one

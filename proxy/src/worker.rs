@@ -563,6 +563,12 @@ impl Handler for Worker {
                 self.cut_connections(cx, |other| Arc::ptr_eq(&other.port, &port));
                 drop(done);
             }
+            Message::EndBackends { backends, done } => {
+                self.cut_connections(cx, |connection| {
+                    connection.backend.is_some_and(|backend| backends.contains(&backend))
+                });
+                drop(done);
+            }
             Message::EndClients { clients, done } => {
                 self.end_clients(cx, &clients);
                 drop(done);

@@ -17,7 +17,7 @@ use crate::client_address::{RelocatableUpstream, Source, SourceError};
 use crate::firewall::{BypassedRules, Chosen, PublishBy, opening};
 use crate::limits::ProxyLimits;
 use crate::nat_publish::{NatPort, NatPublisher};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,8 +28,8 @@ use tidegate_netns::HostContext;
 use tidegate_netns::Namespace;
 use tidegate_netsetup::{Firewall, Opening};
 use tidegate_proxy::{
-    Drained, Engine, EngineUsage, GatewayAcl, Listener, Permit, PortOptions, PortSnapshot,
-    ProxyProtocol, PublishedPort, SeriesLabel, Settings, Upstream,
+    BackendId, Drained, Engine, EngineUsage, GatewayAcl, Listener, Permit, PortOptions,
+    PortSnapshot, ProxyProtocol, PublishedPort, SeriesLabel, Settings, Upstream,
 };
 
 /// Maximum number of listening sockets: every TCP and UDP port, on all IPv4 and on all IPv6
@@ -328,6 +328,12 @@ impl Publisher {
     /// new owner.
     pub fn end_clients(&self, addresses: &[IpAddr]) {
         self.engine.end_clients(addresses.iter().copied());
+    }
+
+    /// Resets the connections to these backends of [balanced](PublishTarget::balanced_by)
+    /// upstreams, which no longer exist.
+    pub fn end_backends(&self, backends: BTreeSet<BackendId>) {
+        self.engine.end_backends(backends);
     }
 
     /// Closes the ports of an endpoint and removes it.

@@ -7,7 +7,7 @@ use super::{
 use crate::listener::{narrow, widen};
 use crate::port::{Port, Tally};
 use crate::side::{PerSide, Side};
-use crate::upstream::Lease;
+use crate::upstream::{BackendId, Lease};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown, sockopt};
 use std::io;
@@ -157,6 +157,8 @@ pub(crate) struct Connection<T = AtomicU64> {
     pub(crate) phase: Phase,
     /// While dialling, if the upstream has several backends.
     pub(crate) dial: Option<Box<Dial>>,
+    /// The backend that has accepted, if the upstream has several.
+    pub(crate) backend: Option<BackendId>,
     pub(crate) port: Arc<Port<T>>,
     /// Whether the connection is in the run queue of the loop.
     pub(crate) queued: bool,
@@ -199,6 +201,7 @@ impl<T: Tally> Connection<T> {
             broken: false,
             phase,
             dial: None,
+            backend: None,
             port,
             queued: false,
             links: Links::default(),

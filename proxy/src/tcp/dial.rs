@@ -238,6 +238,7 @@ impl Worker {
         }
         let Some(connection) = self.connections.get_mut(key) else { return false };
         let Some(dial) = connection.dial.take() else { return false };
+        connection.backend = Some(winner.backend);
         let Dial { rivals, hedge_at, .. } = *dial;
         if let Some(hedge_at) = hedge_at {
             cx.timers.disarm(hedge_at, Tag::Hedge.token(key));
@@ -282,7 +283,8 @@ impl Worker {
     }
 
     /// Replaces the attempt of connection `key` that has failed with `error`. If no backend is
-    /// left, the dial continues with its other attempts. Returns false if the connection was refused.
+    /// left, the dial continues with its other attempts. Returns false if the connection was
+    /// refused.
     fn replace(
         &mut self,
         cx: &mut Context<'_>,

@@ -34,6 +34,8 @@ pub(crate) struct Session {
     reference: Key,
     to_backend: Offload,
     to_client: Offload,
+    /// The backend has replied.
+    answered: bool,
     /// When the backend last replied, or the path was last verified.
     path_verified: Instant,
     /// When the first datagram arrived, and the last.
@@ -226,6 +228,11 @@ impl Worker {
             );
             carried.path_verified = cx.now;
             carried.last = cx.now;
+            if !std::mem::replace(&mut carried.answered, true)
+                && let Some(backend) = carried.backend
+            {
+                relay.port.options.upstream.connected(backend);
+            }
             relay.account(Direction::Out, &sent);
             relay.sessions.touch(session, true, cx.now);
             if count < batch::SLOTS {
@@ -328,6 +335,7 @@ impl SessionOpener<'_, '_> {
                 reference,
                 to_backend: offload(),
                 to_client: offload(),
+                answered: false,
                 path_verified: now,
                 began: now,
                 last: now,
