@@ -52,6 +52,9 @@ const CHECK: Duration = Duration::from_secs(2);
 /// Capacity of the queue of requests.
 const QUEUE: usize = 64;
 
+/// Target of events that begin or end a state, and are all logged.
+const STATE: &str = "tidegate_mesh::state";
+
 /// Receives the endpoints of other hosts.
 pub trait Names: Send {
     /// Sets the endpoints of other hosts on `network`, by name.
@@ -118,6 +121,7 @@ enum Request {
     RemoveService { name: String, done: Done<()> },
     Scale { name: String, replicas: Option<u32>, done: Done<()> },
     Bindings(BTreeMap<String, Binding>),
+    Noticed { done: Done<()> },
     Leave { done: Done<()> },
     RemoveHost { id: String, done: Done<()> },
     Status { done: oneshot::Sender<Status> },
@@ -356,6 +360,14 @@ impl Agent {
         self.request(|done| Request::Scale { name, replicas, done }).await
     }
 
+    /// Waits until all hosts that are heard have put the view of this host into effect.
+    ///
+    /// # Errors
+    /// One of them takes too long.
+    pub async fn noticed(&self) -> Result<(), MeshError> {
+        self.request(|done| Request::Noticed { done }).await
+    }
+
     /// Sets what this host has made of services, by their names.
     pub async fn set_bindings(&self, bindings: BTreeMap<String, Binding>) {
         let _ = self.requests.send(Request::Bindings(bindings)).await;
@@ -457,6 +469,8 @@ struct Running {
     refused: Option<Refusal>,
     refused_endpoints: BTreeMap<EndpointKey, Refusal>,
     waiting: Vec<Waiting>,
+    /// Revisions that other hosts have to notice, each with a deadline.
+    unnoticed: Vec<(Revision, Instant, Done<()>)>,
     /// Number of refreshes of the view that were started, and that are done.
     refreshes: (u64, u64),
     store_state: StoreState,
@@ -512,6 +526,7 @@ impl Running {
             refused: None,
             refused_endpoints: BTreeMap::new(),
             waiting: Vec::new(),
+            unnoticed: Vec::new(),
             refreshes: (0, 0),
             store_state: StoreState::Connecting,
             store_since: SystemTime::now(),
@@ -573,6 +588,7 @@ impl Running {
                         self.changed().await;
                     }
                     self.settle();
+                    self.settle_noticed();
                 }
                 _ = checks.tick() => self.check().await,
                 () = changed(&mut links) => drop(self.programmer.follow_links().await),
@@ -656,9 +672,9 @@ impl Running {
         );
         if !is_same {
             match &state {
-                StoreState::Connected => tracing::info!("cluster store answers"),
+                StoreState::Connected => tracing::info!(target: STATE, "cluster store answers"),
                 StoreState::Lost(error) => {
-                    tracing::warn!("{error}; networks keep working, and cannot be changed");
+                    tracing::warn!(target: STATE, "{error}; networks keep working, and cannot be changed");
                 }
                 StoreState::Connecting => {}
             }
@@ -816,6 +832,20 @@ impl Running {
         }
     }
 
+    /// Answers those who wait for other hosts to notice a change.
+    fn settle_noticed(&mut self) {
+        let now = Instant::now();
+        for (revision, deadline, done) in std::mem::take(&mut self.unnoticed) {
+            if self.liveness.noticed(revision.0, now) {
+                let _ = done.send(Ok(()));
+            } else if now >= deadline {
+                let _ = done.send(Err(MeshError::Late));
+            } else {
+                self.unnoticed.push((revision, deadline, done));
+            }
+        }
+    }
+
     /// Lists the cluster state, on a task: a claim was refused by a view that may not show what
     /// another host has released before the claim.
     fn refresh(&mut self) {
@@ -835,7 +865,8 @@ impl Running {
 
     fn beat(&self) {
         let Some(node) = self.effective.nodes.get(&self.own.id) else { return };
-        let beats = self.liveness.heartbeats(node.index, &node.boot, Instant::now());
+        let (revision, now) = (self.effective.revision.0, Instant::now());
+        let beats = self.liveness.heartbeats(node.index, &node.boot, revision, now);
         for (to, beat) in beats {
             // A full buffer or a missing route: the heartbeat is lost.
             let _ = self.socket.try_send_to(&beat.encode(), SocketAddr::new(to, liveness::PORT));
@@ -854,10 +885,10 @@ impl Running {
             .collect();
         self.last_heard.extend(heard.iter().map(|id| (id.clone(), now)));
         for id in heard.difference(&self.heard) {
-            tracing::info!(host = id, "host is heard");
+            tracing::info!(target: STATE, host = id, "host is heard");
         }
         for id in self.heard.difference(&heard) {
-            tracing::warn!(host = id, "host is silent");
+            tracing::warn!(target: STATE, host = id, "host is silent");
         }
         let changed = heard != self.heard;
         self.heard = heard;
@@ -957,6 +988,9 @@ impl Running {
             Request::Scale { name, replicas, done } => {
                 let decide = move |view: &View| Ok(vec![services::scaling(view, &name, replicas)?]);
                 self.commit(decide, done);
+            }
+            Request::Noticed { done } => {
+                self.unnoticed.push((self.effective.revision, deadline, done));
             }
             Request::Bindings(bindings) => {
                 if self.own.bindings != bindings {

@@ -5,6 +5,12 @@
 //! only decide whether the records of a host outlive its lease ([`Retention`]): an etcd without
 //! quorum must not take endpoints away that work.
 //!
+//! A host is heard if it hears this one as well: a link may fail in one direction, and connections
+//! need both. Its heartbeats echo those that it has received.
+//!
+//! A heartbeat has the revision of the cluster state that its sender has put into effect, so that a
+//! host knows when the others have noticed a change ([`Liveness::noticed`]).
+//!
 //! A heartbeat is accepted only from the VTEP of the host that it names, and with the boot ID in
 //! the record of that host. It is not encrypted: a sender that can use the address of a host can
 //! send its heartbeats, and VXLAN packets as well.
@@ -46,20 +52,23 @@ pub struct Heartbeat {
     pub echo: u64,
     /// Time between the reception of that one and the sending of this one, in nanoseconds.
     pub held: u64,
+    /// The revision that the sender has put into effect.
+    pub revision: u64,
 }
 
 impl Heartbeat {
     /// Length in bytes.
-    pub const LENGTH: usize = 40;
+    pub const LENGTH: usize = 48;
 
-    /// Encodes the heartbeat: magic, index, zeros, boot, sent, echo, held, in network byte order.
+    /// Encodes the heartbeat: magic, index, zeros, boot, sent, echo, held, revision, in network
+    /// byte order.
     #[must_use]
     pub fn encode(&self) -> [u8; Self::LENGTH] {
         let mut bytes = [0; Self::LENGTH];
         bytes[..4].copy_from_slice(&MAGIC);
         bytes[4..6].copy_from_slice(&self.index.to_be_bytes());
-        for (number, value) in [self.boot, self.sent, self.echo, self.held].into_iter().enumerate()
-        {
+        let values = [self.boot, self.sent, self.echo, self.held, self.revision];
+        for (number, value) in values.into_iter().enumerate() {
             bytes[8 + 8 * number..][..8].copy_from_slice(&value.to_be_bytes());
         }
         bytes
@@ -81,6 +90,7 @@ impl Heartbeat {
             sent: value(16),
             echo: value(24),
             held: value(32),
+            revision: value(40),
         })
     }
 }
@@ -105,8 +115,13 @@ struct Peer {
     node: Node,
     known_since: Instant,
     last: Option<Last>,
+    /// When a heartbeat has arrived that was sent within [`MISSED`] intervals after one of this
+    /// host had arrived there.
+    mutual: Option<Instant>,
     /// Moving average of the round-trip time.
     latency: Option<Duration>,
+    /// The revision that it has put into effect.
+    revision: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -143,7 +158,14 @@ impl Liveness {
             let peer = known
                 .remove(id)
                 .filter(|peer| (&peer.node.boot, peer.node.vtep) == (&node.boot, node.vtep));
-            let new = || Peer { node: node.clone(), known_since: now, last: None, latency: None };
+            let new = || Peer {
+                node: node.clone(),
+                known_since: now,
+                last: None,
+                mutual: None,
+                latency: None,
+                revision: 0,
+            };
             let peer = peer.map(|peer| Peer { node: node.clone(), ..peer });
             self.peers.insert(id.clone(), peer.unwrap_or_else(new));
         }
@@ -158,6 +180,10 @@ impl Liveness {
                 && boot_hash(&peer.node.boot) == beat.boot
         })?;
         peer.last = Some(Last { received: now, sent: beat.sent });
+        peer.revision = beat.revision;
+        if beat.echo > 0 && Duration::from_nanos(beat.held) < INTERVAL * MISSED {
+            peer.mutual = Some(now);
+        }
         let clock = nanoseconds(now, self.epoch);
         if beat.echo > 0
             && let Some(round_trip) = clock.checked_sub(beat.echo)
@@ -172,12 +198,13 @@ impl Liveness {
         Some(id)
     }
 
-    /// The heartbeats to send at `now` by the host with `index` and `boot`, with their
-    /// destinations.
+    /// The heartbeats to send at `now` by the host with `index` and `boot`, which has put
+    /// `revision` into effect, with their destinations.
     pub fn heartbeats(
         &self,
         index: u16,
         boot: &str,
+        revision: u64,
         now: Instant,
     ) -> impl Iterator<Item = (IpAddr, Heartbeat)> {
         let boot = boot_hash(boot);
@@ -189,18 +216,27 @@ impl Liveness {
                 sent: nanoseconds(now, self.epoch),
                 echo: peer.last.map_or(0, |last| last.sent),
                 held: held.map_or(0, |held| held.as_nanos() as u64),
+                revision,
             };
             (peer.node.vtep, beat)
         })
+    }
+
+    /// Whether all hosts that are heard at `now` have put `revision` into effect.
+    #[must_use]
+    pub fn noticed(&self, revision: u64, now: Instant) -> bool {
+        let heard =
+            self.peers.iter().filter(|(id, _)| self.hearing(id, now) == Some(Hearing::Heard));
+        heard.into_iter().all(|(_, peer)| peer.revision >= revision)
     }
 
     /// Whether the host `id` is heard at `now`. `None` if it is not in the table.
     #[must_use]
     pub fn hearing(&self, id: &str, now: Instant) -> Option<Hearing> {
         let peer = self.peers.get(id)?;
-        let since = peer.last.map_or(peer.known_since, |last| last.received);
+        let since = peer.mutual.unwrap_or(peer.known_since);
         let is_heard =
-            peer.last.is_some() && now.saturating_duration_since(since) < INTERVAL * MISSED;
+            peer.mutual.is_some() && now.saturating_duration_since(since) < INTERVAL * MISSED;
         Some(if is_heard { Hearing::Heard } else { Hearing::Silent(since) })
     }
 
@@ -266,13 +302,15 @@ mod tests {
     }
 
     fn beat(index: u16, boot: &str) -> Heartbeat {
-        Heartbeat { index, boot: boot_hash(boot), sent: 1, echo: 0, held: 0 }
+        Heartbeat { index, boot: boot_hash(boot), sent: 1, echo: 1, held: 0, revision: 7 }
     }
 
     proptest! {
         #[test]
-        fn a_heartbeat_is_read_as_it_was_written(index: u16, boot: u64, sent: u64, echo: u64, held: u64) {
-            let beat = Heartbeat { index, boot, sent, echo, held };
+        fn a_heartbeat_is_read_as_it_was_written(
+            index: u16, boot: u64, sent: u64, echo: u64, held: u64, revision: u64
+        ) {
+            let beat = Heartbeat { index, boot, sent, echo, held, revision };
             prop_assert_eq!(Heartbeat::decode(&beat.encode()), Some(beat));
         }
 
@@ -293,6 +331,15 @@ mod tests {
         assert_eq!(table.hearing("a", begin), Some(Hearing::Silent(begin)), "never heard");
         assert_eq!(table.hearing("b", begin), None);
         assert_eq!(table.receive(&beat(1, "x").encode(), one.vtep, begin), Some("a"));
+        // It does not hear this host.
+        let deaf = Heartbeat { echo: 0, ..beat(1, "x") };
+        let outdated = Heartbeat { held: (INTERVAL * 5).as_nanos() as u64, ..beat(1, "x") };
+        for beat in [deaf, outdated] {
+            table.receive(&beat.encode(), one.vtep, begin + INTERVAL * 4);
+        }
+        assert_eq!(table.hearing("a", begin + INTERVAL * 5), Some(Hearing::Silent(begin)));
+        assert!(table.noticed(7, begin) && !table.noticed(8, begin));
+        assert!(table.noticed(8, begin + INTERVAL * 5), "a silent host is not waited for");
         assert_eq!(table.hearing("a", begin + INTERVAL * 4), Some(Hearing::Heard));
         assert_eq!(table.hearing("a", begin + INTERVAL * 5), Some(Hearing::Silent(begin)));
         // Its record was written again, then it has booted again.
@@ -321,9 +368,9 @@ mod tests {
         a.set_peers([(&"b".to_owned(), &node(2, "b"))].into_iter(), begin);
         b.set_peers([(&"a".to_owned(), &node(1, "a"))].into_iter(), begin);
         let ms = |number| begin + Duration::from_millis(number);
-        let (_, beat) = a.heartbeats(1, "a", ms(10)).next().unwrap();
+        let (_, beat) = a.heartbeats(1, "a", 0, ms(10)).next().unwrap();
         b.receive(&beat.encode(), node(1, "a").vtep, ms(13)).unwrap();
-        let (to, answer) = b.heartbeats(2, "b", ms(50)).next().unwrap();
+        let (to, answer) = b.heartbeats(2, "b", 0, ms(50)).next().unwrap();
         assert_eq!(to, node(1, "a").vtep);
         a.receive(&answer.encode(), node(2, "b").vtep, ms(52)).unwrap();
         assert_eq!(a.latency("b"), Some(Duration::from_millis(5)));

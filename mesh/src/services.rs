@@ -43,6 +43,8 @@ pub struct Task {
     pub addresses: Vec<IpAddr>,
     /// How it is used.
     pub target: Target,
+    /// It is ready, and beyond the number of replicas.
+    pub stands_by: bool,
 }
 
 /// Returns why `service` is not valid.
@@ -164,7 +166,8 @@ pub fn tasks(
     let mut tasks = BTreeMap::new();
     for (endpoint_name, endpoint) in view.endpoints_on(&service.network) {
         let Some(weight) = endpoint.weight_in(name) else { continue };
-        let is_ready = is_ready(endpoint, is_heard) && left > 0;
+        let could = is_ready(endpoint, is_heard);
+        let is_ready = could && left > 0;
         left -= u32::from(is_ready);
         let target = Target {
             weight: weight.clamp(1, MAX_WEIGHT),
@@ -176,6 +179,7 @@ pub fn tasks(
             node: endpoint.node.clone(),
             addresses: endpoint.addresses.clone(),
             target,
+            stands_by: could && !is_ready,
         };
         tasks.insert(id(endpoint_name, endpoint), task);
     }

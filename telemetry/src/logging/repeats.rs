@@ -131,13 +131,18 @@ fn table() -> MutexGuard<'static, Table> {
     TABLE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// End of the target of events that begin or end a state. All of them are logged.
+const STATE: &str = "::state";
+
 /// Logs the first event of a window and counts the others.
 pub(super) struct Limiter;
 
 impl<S: Subscriber> Layer<S> for Limiter {
     fn event_enabled(&self, event: &Event<'_>, _: Context<'_, S>) -> bool {
         let metadata = event.metadata();
-        if *metadata.level() > Level::WARN || metadata.target() == TARGET {
+        // The end of a state is logged at a lower level, so its next begin has to be as well.
+        let is_state = metadata.target().ends_with(STATE);
+        if *metadata.level() > Level::WARN || metadata.target() == TARGET || is_state {
             return true;
         }
         let mut key = EventKey {
