@@ -18,10 +18,11 @@ FUZZ_SECONDS ?= 60
 ETCD = $$(scripts/has-protoc && echo --features etcd)
 FUZZ_TARGETS = $(notdir $(basename $(wildcard fuzz/fuzz_targets/*.rs)))
 
-.PHONY: help build run test test-unit bench bench-quick lint audit install fuzz clean
+.PHONY: help build run mesh test test-unit bench bench-quick lint audit install fuzz clean
 
 help:
 	@echo "make run      build, and bring up examples/hello, published at port $(RUN_PORT)"
+	@echo "make mesh     build, and show a cluster of three hosts on this machine (root, etcd, python3)"
 	@echo "make test     install what the tests need (as root, with apt) and run them all"
 	@echo "make test-unit  the unit tests alone: no root, under a minute after the build"
 	@echo "make bench    compare with the peers installed here; results in benches/results/"
@@ -40,6 +41,10 @@ run: build
 	@# below target/.
 	@[ -w /run ] || [ -n "$$XDG_RUNTIME_DIR" ] || export TIDEGATE_RUN_DIR="$${TIDEGATE_RUN_DIR:-$(CURDIR)/target/run}"; \
 	PATH="$(CURDIR)/target/release:$$PATH" RUN_PORT=$(RUN_PORT) exec tidegate up -f examples/hello/compose.yaml
+
+# Three hosts, a service and a client, in network namespaces (examples/mesh/README.md).
+mesh: build
+	@PATH="$(CURDIR)/target/release:$$PATH" exec examples/mesh/run $(MESH_ARGS)
 
 # The test command of the README. The tests need root for namespaces, dockerd and the programs of
 # scripts/test-deps.
@@ -61,6 +66,7 @@ bench:
 	$(CARGO) bench --locked -p tidegate-dns --bench dnsperf
 	$(CARGO) bench --locked -p tidegate-netfilter --bench port_guard
 	$(CARGO) bench --locked -p tidegate-mesh --features etcd --bench overlay
+	$(CARGO) bench --locked --features etcd --bench mesh
 
 # Checks in a few minutes that the benchmarks run. The figures are not meaningful, so the programs are
 # built without link-time optimization, which would take most of the time.

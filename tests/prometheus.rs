@@ -34,6 +34,12 @@ const WITHOUT_DATA: &[(&str, &str)] = &[
     ("How many endpoints does each host have on overlay networks?", "the host is in no cluster"),
     ("How many endpoints of other hosts are programmed?", "the host is in no cluster"),
     ("How many frames from other hosts are dropped?", "the host is in no cluster"),
+    ("How many tasks of each service get connections?", "the host is in no cluster"),
+    ("How many connections to services start?", "the host is in no cluster"),
+    ("How many connections to services are open?", "the host is in no cluster"),
+    ("How many connections do tasks not accept?", "the host is in no cluster"),
+    ("How often are tasks ejected?", "the host is in no cluster"),
+    ("What share of the connections to services does each host get?", "the host is in no cluster"),
     ("How many problems are there?", "the host is in no cluster"),
     ("How many objects were restored?", "the host is in no cluster"),
 ];

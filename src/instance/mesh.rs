@@ -902,14 +902,10 @@ impl Instance {
         let command = Command::Attach(AttachSpec { networks, ..spec.clone() });
         let new = self.owner.decide(&command, &Observed::default())?;
         if let Member::Yes(mesh) = &mut self.member
-            && let Some(task) = &spec.task
+            && spec.task.is_some()
         {
-            let service = cluster.view.services.get(&task.service);
-            let is_checked = task.health_command.is_some()
-                || service.is_some_and(|service| service.health.is_some());
-            if is_checked {
-                mesh.health.starts(&spec.name.to_string());
-            }
+            // It gets connections once it can reply.
+            mesh.health.starts(&spec.name.to_string());
         }
         let claims = self.mesh()?.records(&new, &new.endpoints()[&spec.name]);
         for ((network, name), endpoint) in &claims {

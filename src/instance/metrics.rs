@@ -130,6 +130,7 @@ const SERVICE_EJECTIONS: Family = Family::counter(
 #[derive(Default)]
 struct ServiceFigures {
     ready: u64,
+    standby: u64,
     other: u64,
     by_host: BTreeMap<String, Figures>,
 }
@@ -138,15 +139,15 @@ struct ServiceFigures {
 pub(super) fn service_families(registry: &Registry, page: &mut impl Write) {
     let services = registry.read().unwrap_or_else(PoisonError::into_inner).clone();
     let of = |(name, upstream): (String, Arc<BalancedUpstream>)| {
-        let mut figures = ServiceFigures::default();
+        let by_host = upstream.totals();
+        let mut figures = ServiceFigures { by_host, ..ServiceFigures::default() };
         for (task, of_task) in upstream.tasks() {
-            let is_used = task.target.is_ready && !of_task.is_ejected;
-            *(if is_used { &mut figures.ready } else { &mut figures.other }) += 1;
-            let sum = figures.by_host.entry(task.node).or_default();
-            sum.connections += of_task.connections;
-            sum.failures += of_task.failures;
-            sum.ejections += of_task.ejections;
-            sum.open += of_task.open;
+            let count = match (task.target.is_ready, task.stands_by) {
+                (true, _) if !of_task.is_ejected => &mut figures.ready,
+                (_, true) => &mut figures.standby,
+                _ => &mut figures.other,
+            };
+            *count += 1;
         }
         (name, figures)
     };
@@ -158,7 +159,9 @@ pub(super) fn service_families(registry: &Registry, page: &mut impl Write) {
 fn render_services(services: &[(String, ServiceFigures)], page: &mut impl Write) -> fmt::Result {
     SERVICE_TASKS.write_head(page)?;
     for (service, figures) in services {
-        for (state, count) in [("ready", figures.ready), ("other", figures.other)] {
+        for (state, count) in
+            [("ready", figures.ready), ("standby", figures.standby), ("other", figures.other)]
+        {
             SERVICE_TASKS.write_value(&[("service", service), ("state", &state)], count, page)?;
         }
     }

@@ -581,3 +581,35 @@ fn large_datagrams_and_transfers_pass_between_hosts() {
         reader.join().unwrap();
     }
 }
+
+#[test]
+fn open_connections_to_tasks_of_a_dead_host_are_reset() {
+    let mut mesh = Mesh::new(2);
+    mesh.join_etcd_at_switch();
+    mesh.create_shop(&[]);
+    let (namespace, _) = mesh.attach(1, "echo", &["--service", "shop"]);
+    let _server = EchoServer::tcp(&namespace, "[::]:8080".parse().unwrap());
+    mesh.has_ready(0, 1);
+    let at = SocketAddr::new(Hosts::address(0), 80);
+    let mut stream = mesh.hosts.switch.run(|| TcpStream::connect(at)).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    let mut echo = || {
+        stream.write_all(b"?")?;
+        stream.read_exact(&mut [0])
+    };
+    echo().unwrap();
+    // Not while it may return.
+    mesh.hosts.plug(1, false);
+    mesh.has_ready(0, 0);
+    mesh.hosts.plug(1, true);
+    mesh.has_ready(0, 1);
+    assert!(eventually(SOON, || echo().is_ok()), "after a short interruption");
+    mesh.hosts.plug(1, false);
+    mesh.reports(0, 1, "down");
+    let mut last = None;
+    let is_reset = eventually(SOON, || {
+        last = echo().err().map(|error| error.kind());
+        last == Some(std::io::ErrorKind::ConnectionReset)
+    });
+    assert!(is_reset, "{last:?}");
+}

@@ -48,6 +48,18 @@ pub(in crate::instance) struct BalancedUpstream {
 struct State {
     balancer: Balancer,
     tasks: BTreeMap<TargetId, Known>,
+    /// Counts of present and former tasks, by host.
+    totals: BTreeMap<String, Figures>,
+}
+
+impl State {
+    /// Counts something of a task, and of its host.
+    fn count(&mut self, task: TargetId, count: impl Fn(&mut Figures)) {
+        if let Some(known) = self.tasks.get_mut(&task) {
+            count(&mut known.figures);
+            count(self.totals.entry(known.task.node.clone()).or_default());
+        }
+    }
 }
 
 struct Known {
@@ -58,7 +70,7 @@ struct Known {
 /// Counts of a task, since this host has known it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(in crate::instance) struct Figures {
-    /// Connections that it has accepted, and UDP sessions.
+    /// Connections that it has accepted, and UDP sessions that it has answered.
     pub(in crate::instance) connections: u64,
     /// Connections that it has not accepted.
     pub(in crate::instance) failures: u64,
@@ -104,7 +116,11 @@ impl BalancedUpstream {
             sandbox,
             source: service.source,
             networks,
-            state: Arc::new(Mutex::new(State { balancer, tasks: BTreeMap::new() })),
+            state: Arc::new(Mutex::new(State {
+                balancer,
+                tasks: BTreeMap::new(),
+                totals: BTreeMap::new(),
+            })),
         }
     }
 
@@ -123,6 +139,17 @@ impl BalancedUpstream {
         state.tasks = tasks.into_iter().map(known).collect();
     }
 
+    /// Returns the counts of present and former tasks, by host. Those of a host in no cluster any
+    /// more are kept, too: names of hosts are few.
+    pub(in crate::instance) fn totals(&self) -> BTreeMap<String, Figures> {
+        let state = lock(&self.state);
+        let mut totals = state.totals.clone();
+        for (id, known) in &state.tasks {
+            totals.entry(known.task.node.clone()).or_default().open += state.balancer.open(*id);
+        }
+        totals
+    }
+
     /// Returns the tasks with their counts.
     pub(in crate::instance) fn tasks(&self) -> Vec<(Task, Figures)> {
         let state = lock(&self.state);
@@ -139,7 +166,7 @@ impl BalancedUpstream {
     fn choose(&self, flow: &Flow, tried: &[TargetId]) -> Option<(TargetId, SocketAddr)> {
         let (client, now) = (flow.client.ip(), Instant::now());
         let mut state = lock(&self.state);
-        let State { balancer, tasks } = &mut *state;
+        let State { balancer, tasks, .. } = &mut *state;
         let chosen = if tried.is_empty() {
             balancer.choose(client, &[], now)
         } else {
@@ -233,25 +260,27 @@ impl Upstream for BalancedUpstream {
     fn connected(&self, task: BackendId) {
         let mut state = lock(&self.state);
         state.balancer.succeeded(task);
-        if let Some(known) = state.tasks.get_mut(&task) {
-            known.figures.connections += 1;
-        }
+        state.count(task, |figures| figures.connections += 1);
     }
 
     fn failed(&self, task: BackendId, why: DialFailure) {
         let mut state = lock(&self.state);
         let ejected = state.balancer.failed(task, Instant::now());
-        let Some(known) = state.tasks.get_mut(&task) else { return };
-        known.figures.failures += 1;
-        if let Some(time) = ejected {
-            known.figures.ejections += 1;
+        state.count(task, |figures| {
+            figures.failures += 1;
+            figures.ejections += u64::from(ejected.is_some());
+        });
+        if let (Some(time), Some(known)) = (ejected, state.tasks.get(&task)) {
             let (name, host) = (known.task.name.clone(), known.task.node.clone());
             drop(state);
             tracing::warn!(
                 service = self.service,
                 task = name,
                 host,
-                ?why,
+                reason = match why {
+                    DialFailure::Refused => "refused",
+                    DialFailure::Silent => "silent",
+                },
                 "task does not accept connections; ejected for {time:?}"
             );
         }

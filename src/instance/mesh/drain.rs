@@ -4,17 +4,18 @@ use super::health::connections;
 use super::{Instance, Member};
 use crate::api::{Order, Problem};
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 use tidegate_control::{Command, Name};
 use tidegate_model::Protocol;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep};
 
-/// Time for all hosts to learn that a task gets no new connections.
-const NOTICE: Duration = Duration::from_millis(200);
+/// Time for connections to arrive that were begun before all hosts have noticed.
+const ARRIVAL: Duration = Duration::from_millis(50);
 
 /// Interval at which the connections of a task are counted.
-const COUNT: Duration = Duration::from_millis(100);
+const COUNT: Duration = Duration::from_millis(50);
 
 impl Instance {
     /// Begins to drain `endpoint` if it is a task with a drain time: it is detached later by an
@@ -43,11 +44,23 @@ impl Instance {
         let tcp = service.ports.iter().filter(|port| port.protocol == Protocol::Tcp);
         let ports: BTreeSet<u16> = tcp.map(|port| port.target).collect();
         let deadline = Instant::now() + Duration::from_secs(service.drain_s.into());
-        self.sync_endpoints().await;
+        let records = state.endpoints().get(endpoint).map(|known| mesh.records(&state, known));
+        let agent = Arc::clone(&mesh.agent);
         let (orders, endpoint) = (self.own_orders.clone(), endpoint.clone());
         tokio::spawn(async move {
-            sleep(NOTICE).await;
-            while Instant::now() < deadline && connections(&namespace, &ports) > 0 {
+            // Without the store, it is not detached either, and this is the answer.
+            for ((network, name), record) in records.into_iter().flatten() {
+                let _ = agent.claim(&network, &name, record).await;
+            }
+            if agent.noticed().await.is_err() {
+                tracing::warn!(%endpoint, "a host has not noticed in time that the task is detached");
+            }
+            sleep(ARRIVAL).await;
+            // Twice, because a connection may have begun in between.
+            let mut empty = 0;
+            while Instant::now() < deadline && empty < 2 {
+                let count = connections(&namespace, &ports);
+                empty = if count == 0 { empty + 1 } else { 0 };
                 sleep(COUNT).await;
             }
             // The instance has ended if nobody receives it.

@@ -2,7 +2,7 @@
 //!
 //! | state | connections |
 //! |---|---|
-//! | starting | none: its health check has not succeeded yet, or has failed [`retries`] times in succession |
+//! | starting | none: its replies are not steered yet, or its health check has not succeeded yet, or has failed [`retries`] times in succession |
 //! | ready | yes |
 //! | draining | none: it is being detached, once its connections have ended or after the drain time of the service |
 //!
@@ -34,8 +34,9 @@ use tokio::time::{sleep, timeout};
 /// The check of a task with a command, if its service has none.
 const DEFAULT: (Duration, Duration, u32) = (Duration::from_secs(2), Duration::from_secs(1), 3);
 
-/// State of an established connection in `/proc/net/tcp` (`TCP_ESTABLISHED`).
-const ESTABLISHED: &str = "01";
+/// States in `/proc/net/tcp` of sockets without a connection: `TCP_TIME_WAIT`, `TCP_CLOSE`,
+/// `TCP_LISTEN` (include/net/tcp_states.h).
+const IDLE: [&str; 3] = ["06", "07", "0A"];
 
 /// What decides whether a task is healthy.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,14 +77,14 @@ impl Default for Health {
 
 impl Drop for Health {
     fn drop(&mut self) {
-        self.set(BTreeMap::new());
+        self.set(BTreeMap::new(), &BTreeSet::new());
     }
 }
 
 impl Health {
     /// Begins with `endpoint` as not healthy.
     pub(super) fn starts(&mut self, endpoint: &str) {
-        let unhealthy = ("not checked yet".to_owned(), SystemTime::now());
+        let unhealthy = ("not ready yet".to_owned(), SystemTime::now());
         self.unhealthy.insert(endpoint.to_owned(), unhealthy);
     }
 
@@ -111,8 +112,13 @@ impl Health {
         })
     }
 
-    /// Runs `wanted` checks, by endpoint, and no others.
-    pub(super) fn set(&mut self, wanted: BTreeMap<String, (Check, Namespace, Namespace)>) {
+    /// Runs `wanted` checks, by endpoint, and no others. `mute` are the tasks whose replies do not
+    /// arrive. Others without a check are healthy.
+    pub(super) fn set(
+        &mut self,
+        wanted: BTreeMap<String, (Check, Namespace, Namespace)>,
+        mute: &BTreeSet<String>,
+    ) {
         self.running.retain(|name, (check, task)| {
             let stays = wanted.get(name).is_some_and(|(wanted, ..)| wanted == check);
             if !stays {
@@ -120,8 +126,12 @@ impl Health {
             }
             stays
         });
-        // One without a check is healthy.
-        self.unhealthy.retain(|name, _| wanted.contains_key(name));
+        self.unhealthy.retain(|name, _| wanted.contains_key(name) || mute.contains(name));
+        for name in mute {
+            if self.is_healthy(name) {
+                self.starts(name);
+            }
+        }
         for (name, (check, namespace, sandbox)) in wanted {
             if self.running.contains_key(&name) {
                 continue;
@@ -257,7 +267,7 @@ async fn succeed(namespace: &Namespace, command: &[String]) -> anyhow::Result<()
     Ok(())
 }
 
-/// The number of established connections to one of `ports` in `namespace`.
+/// The number of connections to one of `ports` in `namespace`, also of those that begin or end.
 pub(super) fn connections(namespace: &Namespace, ports: &BTreeSet<u16>) -> usize {
     let of = |file: &str| fs::read_to_string(format!("/proc/thread-self/net/{file}"));
     let tables = namespace.with(|| [of("tcp"), of("tcp6")]).into_iter().flatten().flatten();
@@ -265,7 +275,7 @@ pub(super) fn connections(namespace: &Namespace, ports: &BTreeSet<u16>) -> usize
         let mut fields = line.split_whitespace().skip(1);
         let local = fields.next()?.rsplit_once(':')?.1;
         let port = u16::from_str_radix(local, 16).ok()?;
-        Some(ports.contains(&port) && fields.nth(1)? == ESTABLISHED)
+        Some(ports.contains(&port) && !IDLE.contains(&fields.nth(1)?))
     };
     tables.map(|table| table.lines().filter(|line| is_open(line) == Some(true)).count()).sum()
 }

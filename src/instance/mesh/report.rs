@@ -123,7 +123,7 @@ fn state(cluster: &Cluster, network: &str, task: &Task, figures: Figures) -> Tas
         _ if !cluster.hears(&task.node) => TaskState::Silent,
         Some(EndpointState::Starting) => TaskState::Starting,
         Some(EndpointState::Draining) => TaskState::Draining,
-        _ if !task.target.is_ready => TaskState::Standby,
+        _ if task.stands_by => TaskState::Standby,
         _ if figures.is_ejected => TaskState::Ejected,
         _ => TaskState::Ready,
     }

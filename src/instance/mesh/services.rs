@@ -27,7 +27,9 @@ use std::time::SystemTime;
 use tidegate_control::{AttachSpec, Endpoint, Name, NetworkAttachment, State};
 use tidegate_dns::EndpointSpec;
 use tidegate_mesh::agent::Cluster;
+use tidegate_mesh::balance::TargetId;
 use tidegate_mesh::record::{Binding, ClientSource, Service, ServicePort};
+use tidegate_mesh::services::{Task, tasks};
 use tidegate_model::{MacAddress, Protocol};
 use tidegate_netfilter::{ReplySteering, Sandboxes};
 use tidegate_netns::{
@@ -48,6 +50,8 @@ pub(super) struct Services {
     published: BTreeMap<String, Published>,
     /// Tasks on this host whose replies are steered, by endpoint.
     tasks: BTreeMap<String, SteeredTask>,
+    /// Tasks of the last time, on all hosts.
+    known: BTreeSet<TargetId>,
     /// Addresses of the names of services, by network and service.
     names: BTreeMap<(String, String), Vec<IpAddr>>,
     /// What failed, by object, and since when.
@@ -101,9 +105,9 @@ fn path_of(network: &Name) -> PathBuf {
 impl Services {
     /// No services.
     pub(super) fn new(registry: Registry) -> Self {
-        let (sandboxes, published, tasks, names) = Default::default();
+        let (sandboxes, published, tasks, known, names) = Default::default();
         let (problems, since) = Default::default();
-        Self { registry, sandboxes, published, tasks, names, problems, since }
+        Self { registry, sandboxes, published, tasks, known, names, problems, since }
     }
 
     /// What failed, and since when.
@@ -167,15 +171,37 @@ impl Instance {
             }
         }
         self.steer_replies(&mut services, &cluster).await;
+        self.end_connections(&mut services, &cluster).await;
         let checks = self.checks(&services, &cluster);
         self.name_services(&mut services, &cluster);
         services.compare_problems(&before);
         let bindings = services.bindings(&cluster);
+        let state = self.owner.state();
+        let tasks = state.endpoints().values().filter(|endpoint| {
+            let service = endpoint.task.as_ref().map(|task| &task.service);
+            service.is_some_and(|service| cluster.view.services.contains_key(service))
+        });
+        let names = tasks.map(|endpoint| endpoint.setup.name.clone());
+        let mute = names.filter(|name| !services.tasks.contains_key(name)).collect();
         let Member::Yes(mesh) = &mut self.member else { return };
         mesh.services = services;
-        mesh.health.set(checks);
+        mesh.health.set(checks, &mute);
         mesh.agent.set_bindings(bindings).await;
         self.sync_endpoints().await;
+    }
+
+    /// Resets connections to tasks that were removed, or whose host has been down for longer than
+    /// its lease. Their addresses may get other owners.
+    async fn end_connections(&mut self, services: &mut Services, cluster: &Cluster) {
+        let names = cluster.view.services.keys();
+        let known: BTreeSet<TargetId> =
+            names.flat_map(|name| tasks_of(cluster, name).into_keys()).collect();
+        let gone: BTreeSet<TargetId> = services.known.difference(&known).copied().collect();
+        services.known = known;
+        if !gone.is_empty() {
+            let publisher = Arc::clone(&self.up.publisher);
+            let _ = blocking(move || publisher.end_backends(gone)).await;
+        }
     }
 
     /// The health checks of the tasks on this host, by endpoint.
@@ -470,10 +496,7 @@ impl Instance {
     fn name_services(&mut self, services: &mut Services, cluster: &Cluster) {
         let mut wanted = BTreeMap::new();
         for (name, service) in &cluster.view.services {
-            let tasks =
-                tidegate_mesh::services::tasks(&cluster.view, name, &cluster.own, &|host| {
-                    cluster.hears(host)
-                });
+            let tasks = tasks_of(cluster, name);
             let ready = tasks.into_values().filter(|task| task.target.is_ready);
             let addresses: Vec<IpAddr> = ready.flat_map(|task| task.addresses).collect();
             let is_local = |network: &Name| self.owner.state().networks().contains_key(network);
@@ -513,6 +536,11 @@ impl Instance {
         let container = publisher_name(service);
         self.up.names.resolver().remove_endpoint(network, &container, service);
     }
+}
+
+/// The tasks of a service, as this host sees them.
+fn tasks_of(cluster: &Cluster, service: &str) -> BTreeMap<TargetId, Task> {
+    tasks(&cluster.view, service, &cluster.own, &|host| cluster.hears(host))
 }
 
 /// Adds the rules that send replies of a service to the sandbox of this host. The programs at the
