@@ -97,8 +97,8 @@ pub fn count_programs(index: u32) -> io::Result<usize> {
     Ok(count)
 }
 
-/// Detaches all programs, such as gates and port guards, from the link with interface index `index` in the
-/// calling thread's network namespace. For tests that run without them.
+/// Detaches all programs, such as gates and port guards, from the link with interface index `index`
+/// in the calling thread's network namespace. For tests that run without them.
 #[doc(hidden)]
 pub fn detach_programs(index: u32) -> io::Result<()> {
     for direction in [Direction::Ingress, Direction::Egress] {

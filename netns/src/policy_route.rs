@@ -272,7 +272,7 @@ impl Installed {
         }
         let table = table_id(self.slot);
         for route in &self.routes {
-            let name = format!("route {route} in table {table}");
+            let name = format!("{} route {route} in table {table}", route.family());
             let added = was_missing(slot::add_route(&mut rules.netlink, self.slot, route))
                 .map_err(|source| kernel_error(&self.namespace, &name, source))?;
             if !added {

@@ -37,7 +37,7 @@ impl Route {
 impl fmt::Display for Route {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Local(family) => write!(f, "local default dev lo ({family})"),
+            Self::Local(_) => f.write_str("local default dev lo"),
             Self::Via { gateway, link } => write!(f, "default via {gateway} dev {link}"),
             Self::Throw(subnet) => write!(f, "throw {subnet}"),
         }

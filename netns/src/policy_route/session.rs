@@ -127,7 +127,8 @@ impl<'a> Session<'a> {
                     self.store()?;
                     // EEXIST: a process with another journal has claimed the slot concurrently.
                     if Errno::from_io_error(&source) != Some(Errno::EXIST) {
-                        let route = format!("route {route} table {}", table_id(slot));
+                        let family = route.family();
+                        let route = format!("{family} route {route} table {}", table_id(slot));
                         return Err(self.rejected(route, source));
                     }
                 }

@@ -16,7 +16,9 @@ fn a_session_moves_with_its_next_datagram_when_its_backend_is_removed() {
     scene.upstream.remove(0);
     assert_eq!(exchange(&client, b"3"), b"3b");
     assert_eq!(exchange(&client, b"4"), b"4b");
-    assert_eq!(scene.upstream.events(), [Event::Opened(0), Event::Opened(1)]);
+    // Reported with the first reply.
+    let expected = [Event::Opened(0), Event::Connected(0), Event::Opened(1), Event::Connected(1)];
+    assert_eq!(scene.upstream.events(), expected);
     assert_eq!(scene.upstream.leases(), 1);
     let port = scene.snapshot();
     assert_eq!((port.accepted, port.live), (2, 1));

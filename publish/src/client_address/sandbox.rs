@@ -17,7 +17,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_model::Protocol;
-use tidegate_netns::{AddressBook, Families, Namespace, PolicyRoute, Selector, Steered};
+use tidegate_netns::{
+    AddressBook, Families, Family, Namespace, PolicyRoute, Selector, Steered, Sysctl,
+};
 use tidegate_proxy::{Flow, Lease, Opened, socket};
 use tidegate_reactor::{SourcePorts, begin_connect};
 
@@ -27,6 +29,20 @@ const KEEP_ALIVE: Duration = Duration::from_secs(60);
 
 /// Unanswered probes after which a connection is reset.
 const PROBES: u32 = 3;
+
+/// Sysctls of a sandbox; `IF` is its interface. For the kernel, all addresses are local because of
+/// the local default route. Without `arp_ignore`, it would answer ARP requests for those of all
+/// containers (`arp_process`, net/ipv4/arp.c); neighbour discovery answers for addresses of the
+/// interface only. A new namespace has the IPv4 settings of the first one
+/// (`net.core.devconf_inherit_init_net`).
+const SYSCTLS: [(&str, &str, Family); 6] = [
+    ("net.ipv4.conf.IF.arp_ignore", "1", Family::V4),
+    ("net.ipv4.ip_forward", "0", Family::V4),
+    ("net.ipv4.conf.IF.accept_redirects", "0", Family::V4),
+    ("net.ipv6.conf.all.forwarding", "0", Family::V6),
+    ("net.ipv6.conf.IF.accept_redirects", "0", Family::V6),
+    ("net.ipv6.conf.IF.accept_ra", "0", Family::V6),
+];
 
 /// A sandbox on a network.
 pub struct Sandbox {
@@ -60,7 +76,12 @@ impl Sandbox {
             (false, true) => Families::V6,
             (true, true) => Families::Both,
         };
-        let routes = Arc::new(PolicyRoute::install(namespace, families, &[])?);
+        let sysctls: Vec<_> = SYSCTLS
+            .iter()
+            .filter(|(_, _, family)| families.contains(*family))
+            .map(|(name, value, _)| Sysctl::new(name.replace("IF", interface), *value))
+            .collect();
+        let routes = Arc::new(PolicyRoute::install(namespace, families, &sysctls)?);
         let mut rules = Vec::new();
         for family in families.iter() {
             let input_interface = Some(interface.to_owned());
