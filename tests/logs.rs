@@ -266,7 +266,11 @@ fn field_names_are_uniform() {
                     .map(|field| field.split('=').next().unwrap_or_default().trim())
                 {
                     let name = field.trim_start_matches(['%', '?']);
-                    if MISNAMED.contains(&name) || PEERS.contains(&name) {
+                    // A service of a cluster is not an endpoint.
+                    let is_of_cluster = path.components().any(|part| part.as_os_str() == "mesh");
+                    let is_misnamed =
+                        MISNAMED.contains(&name) && !(is_of_cluster && name == "service");
+                    if is_misnamed || PEERS.contains(&name) {
                         complaints.push(format!("{}: {level}: {name}", path.display()));
                     }
                 }

@@ -175,6 +175,9 @@ pub struct Mesh {
     pub hosts: Vec<MeshHost>,
     /// The number of overlay networks.
     pub networks: usize,
+    /// The services.
+    #[serde(default)]
+    pub services: Vec<MeshService>,
     /// What is wrong.
     pub problems: Vec<MeshProblem>,
 }
@@ -276,8 +279,10 @@ pub enum ServiceSource {
     Client,
     /// An address of the network of the service.
     Proxy,
-    /// The same, and the address of the client in a header of the PROXY protocol (TCP).
+    /// The same, and the address of the client in a header of the PROXY protocol, version 2 (TCP).
     ProxyProtocol,
+    /// The same with version 1.
+    ProxyProtocolV1,
 }
 
 /// A health check, by the host of the task.

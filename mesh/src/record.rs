@@ -178,8 +178,10 @@ pub enum ClientSource {
     Client,
     /// The address of the host's sandbox.
     Proxy,
-    /// The same, and the address of the client in a header of the PROXY protocol (TCP).
+    /// The same, and the address of the client in a header of the PROXY protocol, version 2 (TCP).
     ProxyProtocol,
+    /// The same with version 1.
+    ProxyProtocolV1,
 }
 
 /// A health check, by the host of the task.

@@ -537,6 +537,8 @@ mod tests {
                 "/v1/projects",
                 "/v1/projects/{name}",
                 "/v1/projects/{name}/logs",
+                "/v1/services",
+                "/v1/services/{name}",
                 "/v1/status"
             ]
         );

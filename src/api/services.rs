@@ -170,6 +170,7 @@ fn service_of(new: NewMeshService) -> Result<(String, Service), Problem> {
             ServiceSource::Client => ClientSource::Client,
             ServiceSource::Proxy => ClientSource::Proxy,
             ServiceSource::ProxyProtocol => ClientSource::ProxyProtocol,
+            ServiceSource::ProxyProtocolV1 => ClientSource::ProxyProtocolV1,
         },
         health: new.health.map(health_check),
         drain_s: new.drain_s,

@@ -175,6 +175,10 @@ fn report(mesh: &Mesh) -> String {
         rows.push([host.name.clone(), address, state(host), latency, host.endpoints.to_string()]);
     }
     text.push_str(&table(&rows));
+    if !mesh.services.is_empty() {
+        text.push('\n');
+        text.push_str(&super::service::report(&mesh.services));
+    }
     for problem in &mesh.problems {
         let _ = writeln!(text, "since {}: {}", problem.since, problem.problem);
     }
@@ -221,6 +225,7 @@ mod tests {
                 host("c", HostState::Silent, None),
             ],
             networks: 1,
+            services: Vec::new(),
             problems: vec![tidegate_api::types::MeshProblem {
                 problem: "cluster store: no server answers".into(),
                 since: "2026-01-31T12:00:01Z".into(),

@@ -141,8 +141,10 @@ enum SourceOption {
     Client,
     /// An address of the network
     Proxy,
-    /// The same, and the address of the client in a header of the PROXY protocol (TCP)
+    /// The same, and the address of the client in a header of the PROXY protocol, version 2 (TCP)
     ProxyProtocol,
+    /// The same with version 1
+    ProxyProtocolV1,
 }
 
 impl Services {
@@ -212,6 +214,7 @@ impl Create {
                 SourceOption::Client => ServiceSource::Client,
                 SourceOption::Proxy => ServiceSource::Proxy,
                 SourceOption::ProxyProtocol => ServiceSource::ProxyProtocol,
+                SourceOption::ProxyProtocolV1 => ServiceSource::ProxyProtocolV1,
             },
             health,
             drain_s: u32::try_from(drain_s).unwrap_or(u32::MAX),

@@ -247,7 +247,7 @@ impl Instance {
                     }
                     self.poll_adopted().await;
                     self.restart_mesh().await;
-                    self.follow_services().await;
+                    self.follow_services(true).await;
                 },
             }
         }

@@ -487,6 +487,7 @@ impl Instance {
             connected_since: String::new(),
             hosts: Vec::new(),
             networks: 0,
+            services: Vec::new(),
             problems: Vec::new(),
         };
         let problem = |problem: &str, since: SystemTime| MeshProblem {
@@ -508,6 +509,7 @@ impl Instance {
         report.connected = status.store == StoreState::Connected;
         report.connected_since = time(status.store_since);
         report.networks = status.networks;
+        report.services = self.service_reports()?;
         report.hosts = status
             .hosts
             .iter()
@@ -605,7 +607,7 @@ impl Instance {
         for (name, problem) in missing {
             mesh.missing.entry(name).or_insert_with(|| (problem, SystemTime::now()));
         }
-        self.follow_services().await;
+        self.follow_services(false).await;
     }
 
     /// Creates a service in the cluster, and waits for the hosts to publish it.
@@ -622,7 +624,7 @@ impl Instance {
         agent.create_service(name, service).await?;
         let is_there = |cluster: &Arc<Cluster>| cluster.view.services.contains_key(name);
         let _ = timeout(PATIENCE, seen.wait_for(is_there)).await;
-        self.follow_services().await;
+        self.follow_services(false).await;
         Ok(())
     }
 
@@ -636,7 +638,7 @@ impl Instance {
         agent.remove_service(name).await?;
         let is_gone = |cluster: &Arc<Cluster>| !cluster.view.services.contains_key(name);
         let _ = timeout(PATIENCE, seen.wait_for(is_gone)).await;
-        self.follow_services().await;
+        self.follow_services(false).await;
         Ok(())
     }
 
@@ -823,7 +825,7 @@ impl Instance {
             _ => false,
         };
         if is_task {
-            self.follow_services().await;
+            self.follow_services(false).await;
         }
     }
 

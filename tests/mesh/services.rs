@@ -155,6 +155,26 @@ fn every_host_leads_to_all_tasks_which_see_the_address_of_the_client() {
         let found = from.exec("dig", &["+short", "@127.0.0.11", "-q", "shop", "-t", "A"]);
         assert_eq!(found.lines().count(), 3, "{name}: {found}");
     }
+    // Members of the network reach each other directly. A sandbox accepts packets to all addresses,
+    // and must not answer ARP requests for them.
+    let all = [&tasks[0].namespace, &tasks[1].namespace, &tasks[2].namespace, &other];
+    let of = |namespace: &Namespace| -> (IpAddr, String) {
+        let text = namespace.ip(&["-4", "-o", "addr", "show", "eth0"]);
+        let address = text.split_whitespace().nth(3).unwrap().split('/').next().unwrap();
+        let link = namespace.ip(&["-o", "link", "show", "eth0"]);
+        let mac = link.split("link/ether ").nth(1).unwrap().split(' ').next().unwrap();
+        (address.parse().unwrap(), mac.to_owned())
+    };
+    for from in all {
+        for to in all.map(of).into_iter().filter(|to| *to != of(from)) {
+            let (address, mac) = to;
+            from.ip(&["neigh", "flush", "all"]);
+            assert!(super::reaches(from, address), "{address}");
+            let seen = from.ip(&["neigh", "show", "to", &address.to_string()]);
+            assert!(seen.contains(&mac), "{address}: {seen}");
+            assert!(!seen.contains("FAILED"), "{seen}");
+        }
+    }
     // The hosts reach neither the containers nor the sandbox.
     let address = tasks[0].namespace.ip(&["-4", "-o", "addr", "show", "eth0"]);
     let address = address.split_whitespace().nth(3).unwrap().split('/').next().unwrap();
@@ -544,7 +564,35 @@ fn udp_clients_move_to_another_task_and_tasks_can_see_the_proxy() {
     stream.read_exact(&mut header).unwrap();
     assert_eq!(header[..12], *b"\r\n\r\n\0\r\nQUIT\n");
     assert_eq!(header[16..24], [192, 0, 2, 254, 192, 0, 2, 1]);
-    drop(client);
+    drop((client, stream));
+    mesh.succeeds(0, &["service", "rm", "raw"]);
+    mesh.succeeds(0, &[&args[..], &["--source", "proxy-protocol-v1"]].concat());
+    mesh.has_ready(0, 1);
+    let mut accepted = None;
+    let is_served = eventually(SOON, || {
+        let client = mesh.hosts.switch.run(|| TcpStream::connect(at));
+        accepted = client.ok().and_then(|client| {
+            let (mut stream, _) = listener.accept().ok()?;
+            let mut line = vec![0; 32];
+            stream.read_exact(&mut line).ok()?;
+            drop(client);
+            String::from_utf8(line).ok()
+        });
+        accepted.as_ref().is_some_and(|line| line.starts_with("PROXY TCP4 192.0.2.254 192.0.2.1"))
+    });
+    assert!(is_served, "{accepted:?}");
+    // Rules of the user apply to the host that accepts the connection.
+    let table = ["add", "rule", "inet", "tidegate_user", "TIDEGATE-USER"];
+    let drops = ["ip", "saddr", "192.0.2.254", "drop"];
+    mesh.hosts.hosts[0].exec("nft", &[&table[..], &drops].concat());
+    let connects = |number: usize| {
+        let at = SocketAddr::new(Hosts::address(number), 90);
+        mesh.hosts
+            .switch
+            .run(|| TcpStream::connect_timeout(&at, Duration::from_millis(500)))
+            .is_ok()
+    };
+    assert!(!connects(0) && connects(1));
 }
 
 #[test]

@@ -84,6 +84,7 @@ fn report(mesh: &Mesh, cluster: &Cluster, name: &str, service: &Service) -> Mesh
             ClientSource::Client => ServiceSource::Client,
             ClientSource::Proxy => ServiceSource::Proxy,
             ClientSource::ProxyProtocol => ServiceSource::ProxyProtocol,
+            ClientSource::ProxyProtocolV1 => ServiceSource::ProxyProtocolV1,
         },
         health: service.health.as_ref().map(health_check),
         drain_s: service.drain_s,

@@ -139,8 +139,9 @@ impl Services {
 }
 
 impl Instance {
-    /// Makes the services of the cluster those of this host.
-    pub(in crate::instance) async fn follow_services(&mut self) {
+    /// Makes the services of the cluster those of this host. With `verify`, also restores programs
+    /// that other software has removed, which takes time in proportion to the tasks.
+    pub(in crate::instance) async fn follow_services(&mut self, verify: bool) {
         let Member::Yes(mesh) = &mut self.member else { return };
         let cluster = Arc::clone(&mesh.cluster.borrow());
         if !cluster.is_known {
@@ -170,7 +171,7 @@ impl Instance {
                 services.problems.insert(name.clone(), format!("service {name}: {problem}"));
             }
         }
-        self.steer_replies(&mut services, &cluster).await;
+        self.steer_replies(&mut services, &cluster, verify).await;
         self.end_connections(&mut services, &cluster).await;
         let checks = self.checks(&services, &cluster);
         self.name_services(&mut services, &cluster);
@@ -372,8 +373,11 @@ impl Instance {
             let upstream = Arc::new(upstream);
             let acl = Arc::clone(&self.up.gateway_networks);
             let acl = GatewayAcl::new(acl, [service.network.clone()]);
-            let header =
-                (service.source == ClientSource::ProxyProtocol).then_some(ProxyProtocol::V2);
+            let header = match service.source {
+                ClientSource::ProxyProtocolV1 => Some(ProxyProtocol::V1),
+                ClientSource::ProxyProtocol => Some(ProxyProtocol::V2),
+                ClientSource::Client | ClientSource::Proxy => None,
+            };
             let target = PublishTarget::new(open.sandbox.namespace().clone(), &[], acl)
                 .balanced_by(Arc::clone(&upstream) as _, header);
             self.up.publisher.add_endpoint(&endpoint, target);
@@ -396,7 +400,7 @@ impl Instance {
             match self.open_service_port(&endpoint, *port).await {
                 Ok(()) => {
                     published.binding.ports.push(*port);
-                    tracing::info!(service = name, %port, "service published");
+                    tracing::info!(service = name, publish = %port, "service published");
                 }
                 Err(problem) => {
                     published.binding.problem.get_or_insert(problem.to_string());
@@ -417,7 +421,7 @@ impl Instance {
     }
 
     /// Makes the tasks on this host reply to the sandbox that a connection came from.
-    async fn steer_replies(&mut self, services: &mut Services, cluster: &Cluster) {
+    async fn steer_replies(&mut self, services: &mut Services, cluster: &Cluster, verify: bool) {
         let state = self.owner.state();
         let mut wanted = BTreeMap::new();
         for endpoint in state.endpoints().values() {
@@ -429,6 +433,9 @@ impl Instance {
         services.tasks.retain(|name, task| wanted.get(name) == Some(&task.wanted));
         for (name, wanted) in wanted {
             if let Some(known) = services.tasks.get(&name) {
+                if !verify {
+                    continue;
+                }
                 let attached = self.host.with(|| known.steering.attach(wanted.link)).flatten();
                 if let Err(error) = attached {
                     let text = format!("endpoint {name}: replies are not steered: {error}");
