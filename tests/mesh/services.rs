@@ -284,7 +284,7 @@ fn connect_during(
                 match ask(from, SocketAddr::new(at, 80)) {
                     Ok(_) => times.push(begun.elapsed()),
                     Err(error) => {
-                        failures.push(format!("{at} after {:?}: {error}", begun.elapsed()))
+                        failures.push(format!("{at} after {:?}: {error}", begun.elapsed()));
                     }
                 }
                 std::thread::sleep(Duration::from_millis(5).saturating_sub(begun.elapsed()));
