@@ -368,24 +368,25 @@ fn record(
 
 /// Writes and removes the records of services that the host has made.
 fn bindings(view: &View, own: &Own, lease: LeaseId) -> Vec<Transaction> {
-    let mut transactions = Vec::new();
-    let mut change = |service: &str, write: &dyn Fn(Key) -> Write| {
-        let key = Key::Binding { service: service.to_owned(), node: own.id.clone() };
-        let conditions = vec![view.unmodified(&key)];
-        transactions.push(Transaction { conditions, writes: vec![write(key)] });
+    let key_of = |service: &str| Key::Binding { service: service.to_owned(), node: own.id.clone() };
+    let change = |key: &Key, write: Write| Transaction {
+        conditions: vec![view.unmodified(key)],
+        writes: vec![write],
     };
+    let mut transactions = Vec::new();
     for (service, binding) in &own.bindings {
+        let key = key_of(service);
         let entry = (service.clone(), own.id.clone());
-        let key = Key::Binding { service: service.clone(), node: own.id.clone() };
         let has_lease = view.written.get(&key).is_some_and(|written| written.lease == Some(lease));
         if view.bindings.get(&entry) != Some(binding) || !has_lease {
             let record = Record::Binding(service.clone(), own.id.clone(), binding.clone());
-            change(service, &|_| record.put(Some(lease)));
+            transactions.push(change(&key, record.put(Some(lease))));
         }
     }
     let recorded = view.bindings.keys().filter(|(_, node)| *node == own.id);
     for (service, _) in recorded.filter(|(service, _)| !own.bindings.contains_key(service)) {
-        change(service, &|key| Write::Delete(key.to_string()));
+        let key = key_of(service);
+        transactions.push(change(&key, Write::Delete(key.to_string())));
     }
     transactions
 }
